@@ -90,6 +90,7 @@ class ModelConfig:
     depth: int = 6
     """Blocks."""
     heads: int = 4
+    """Attention heads, of size dim / heads."""
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over `dim`."""
     patch: tuple[int, int, int] = (1, 2, 2)
@@ -271,6 +272,7 @@ class SampleConfig:
     solver: Literal["euler", "heun", "unipc", "dpm++"] = "unipc"
     """Order 1, 2, 2 and 2; heun evaluates the model twice per step."""
     steps: int = 30
+    """Steps of the solver from noise to video."""
     guidance: float = 1.0
     """Classifier-free guidance: u + g (c - u); 1 switches it off and halves the cost."""
     shift: float = 3.0
@@ -282,6 +284,7 @@ class SampleConfig:
     history_noise: float = 0.3
     """Noise level t_c at which given and earlier shots are shown to the model (LCT: 0.1 to 0.5)."""
     seed: int = 0
+    """Fixes the noise of shots that give no seed of their own."""
 
     def __post_init__(self):
         _check(self.steps >= 1, f"sample.steps is {self.steps}; it must be at least 1")
@@ -298,13 +301,19 @@ class OptimizerConfig:
     """AdamW with warm-up, decay, clipping and accumulation."""
 
     learning_rate: float = 9e-5
+    """Peak, reached after the warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: stay, or fall as a cosine to `final_fraction` of the peak at the last step."""
     warmup_steps: int = 100
+    """Updates over which the rate rises linearly from 0."""
     final_fraction: float = 0.0
+    """Last rate over the peak, for `schedule = cosine`."""
     b1: float = 0.9
+    """Decay of the gradients' mean."""
     b2: float = 0.95
+    """Decay of the squared gradients' mean."""
     eps: float = 1e-8
+    """Added to the root of the squared gradients' mean."""
     weight_decay: float = 0.01
     """Applies to matrices only: never to biases and norm scales."""
     clip_norm: float = 1.0
@@ -316,6 +325,8 @@ class OptimizerConfig:
         _check(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
         _check(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         _check(self.accumulate >= 1, f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
+        _check(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
+        _check(0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it must lie in [0, 1]")
         _check(self.clip_norm >= 0, f"optimizer.clip_norm is {self.clip_norm}; 0 means no clipping")
         _check(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optimizer.b1, b2 are {self.b1}, {self.b2}; both must lie in [0, 1)")
 
@@ -333,14 +344,17 @@ class TrainConfig:
     """The training run."""
 
     steps: int = 1000
+    """Batches to train on; with `optimizer.accumulate` several of them make one update."""
     batch_size: int = 1
     """Scenes per step, over all processes and devices."""
     seed: int = 0
+    """Fixes initial weights, data order, timesteps and noise."""
     ema_decay: float = 0.999
     """Weights' moving average, warmed up as min(decay, (1 + step) / (10 + step)); 0: off."""
     chunk_schedule: tuple[ChunkStage, ...] = ()
     """Chunk size by step, overriding `moc.chunk.size`; empty: constant."""
     log_every: int = 10
+    """Steps between TensorBoard points; metrics.jsonl holds every step."""
     validate_every: int = 0
     """Steps between validation losses; 0: never."""
     validation_buckets: int = 8
@@ -350,6 +364,7 @@ class TrainConfig:
     preview_storyboard: str = ""
     """Storyboard for previews; empty: the first training scene's captions."""
     checkpoint_every: int = 500
+    """Steps between checkpoints; one is also written at the end and on SIGTERM."""
     keep_last: int = 2
     """Newest checkpoints kept."""
     keep_every: int = 0
@@ -359,8 +374,10 @@ class TrainConfig:
         _check(self.steps >= 1, f"train.steps is {self.steps}; it must be at least 1")
         _check(self.batch_size >= 1, f"train.batch_size is {self.batch_size}; it must be at least 1")
         _check(0 <= self.ema_decay < 1, f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
-        _check(self.log_every >= 1, f"train.log_every is {self.log_every}; it must be at least 1")
-        _check(self.checkpoint_every >= 1, f"train.checkpoint_every is {self.checkpoint_every}; it must be at least 1")
+        for name in ("log_every", "checkpoint_every", "validation_buckets"):
+            _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("validate_every", "preview_every", "keep_every"):
+            _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; 0 means never")
         _check(self.keep_last >= 1, f"train.keep_last is {self.keep_last}; it must be at least 1, or nothing could be resumed")
         steps = [stage.step for stage in self.chunk_schedule]
         _check(
@@ -386,7 +403,9 @@ class MeshConfig:
     coordinator: str = ""
     """host:port of process 0; empty: found by the cluster's own environment."""
     num_processes: int = 0
+    """Processes in all; 0: found by the cluster's own environment."""
     process_id: int = -1
+    """This process, from 0; -1: found by the cluster's own environment."""
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.context, self.tensor)
