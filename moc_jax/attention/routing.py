@@ -1,0 +1,178 @@
+"""Which chunks each query token of each head attends to (MoC, sections 3.1 to 3.3). Pure functions, no gradients.
+
+Anchors and candidates depend on a query only through its chunk, so both are boolean tables [B, C, C]:
+row = the query's chunk, column = the chunk that may be attended to.
+
+    phi(c)      = mean of the chunk's keys, as attention sees them                              (1)
+    score(i, c) = q_i . phi(c)                             float32, no scale                    (2)
+    picks(i)    = top_k candidates by score, ties to the lowest chunk                           (3)
+    context(i)  = picks(i) and anchors(i)                  one softmax over their tokens        (4)
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moc_jax.config import MoCConfig
+from moc_jax.scene import GLOBAL, PAD, TEXT, VIDEO, ChunkTable
+from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
+
+_NOTHING = -1  # a slot that holds no chunk
+
+
+@typed
+def anchor_chunks(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
+    """Chunks that the queries of each chunk always attend to."""
+    kind, shot = table.kind, table.shot
+    q_text, k_text = (kind == TEXT)[:, :, None], (kind == TEXT)[:, None, :]
+    q_video, k_video = (kind == VIDEO)[:, :, None], (kind == VIDEO)[:, None, :]
+    same_shot = shot[:, :, None] == shot[:, None, :]
+    seen = _visible(table, cfg)
+    if cfg.mode == "dense":
+        return seen
+    text = {
+        "all": k_text,
+        "own+global": k_text & (same_shot | (shot == GLOBAL)[:, None, :]),
+        "none": jnp.zeros_like(k_text),
+    }[cfg.text_anchor]
+    own = k_video & _self_anchor(table, cfg)
+    return seen & ((q_video & (text | own)) | (q_text & (k_text | (k_video & same_shot))))
+
+
+@typed
+def candidate_chunks(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
+    """Chunks that the queries of each chunk may pick from: non-empty video chunks that are no anchors of theirs."""
+    video = table.kind == VIDEO
+    candidates = video[:, :, None] & (video & (table.length > 0))[:, None, :] & _visible(table, cfg)
+    candidates &= ~_self_anchor(table, cfg)
+    if cfg.causal_routing:
+        chunk = jnp.arange(table.kind.shape[1])
+        candidates &= (chunk[None, :] < chunk[:, None])[None]
+    return candidates
+
+
+def _visible(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
+    real = table.kind != PAD
+    seen = real[:, :, None] & real[:, None, :]
+    if cfg.visibility == "past":  # the global caption counts as shot -1: seen by all, seeing itself
+        seen &= table.shot[:, None, :] <= table.shot[:, :, None]
+    return seen
+
+
+def _self_anchor(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
+    """For rows and columns that are both video."""
+    same_shot = table.shot[:, :, None] == table.shot[:, None, :]
+    chunk = jnp.arange(table.kind.shape[1])
+    apart = jnp.abs(chunk[:, None] - chunk[None, :])[None]
+    return {
+        "shot": same_shot,
+        "chunk": same_shot & (apart == 0),
+        "window": same_shot & (apart <= cfg.window),
+        "none": jnp.zeros_like(same_shot),
+    }[cfg.self_anchor]
+
+
+@typed
+def descriptors(
+    k: Float[Array, "B N H D"], table: ChunkTable, *, block: int | None = None
+) -> Float32[Array, "B H C D"]:
+    """Equation (1): the mean key of each chunk, accumulated in float32, `block` tokens at a time; 0 for empty chunks.
+
+    A product with one-hot rows, not a scatter-add: the order of the sum, hence every bit, is the same on each run.
+    """
+    tokens, chunks = k.shape[1], table.kind.shape[1]
+    block = min(block or tokens, tokens)
+    padding = -tokens % block
+    k = jnp.pad(k, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    chunk_of = jnp.pad(table.chunk_of, ((0, 0), (0, padding)), constant_values=_NOTHING)
+
+    def add(total, i):
+        rows = lax.dynamic_slice_in_dim(k, i * block, block, axis=1).astype(jnp.float32)
+        member = lax.dynamic_slice_in_dim(chunk_of, i * block, block, axis=1)[:, :, None] == jnp.arange(chunks)[None, None]
+        part = jnp.einsum("bnc,bnhd->bhcd", member.astype(jnp.float32), rows, precision="highest")
+        return total + part, None
+
+    zero = jnp.zeros((k.shape[0], k.shape[2], chunks, k.shape[3]), jnp.float32)
+    total, _ = lax.scan(add, zero, jnp.arange((tokens + padding) // block))
+    return total / jnp.maximum(table.length, 1)[:, None, :, None]
+
+
+@typed
+def route(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    table: ChunkTable,
+    cfg: MoCConfig,
+    *,
+    keys: Key[Array, "B H"] | None = None,
+    block: int | None = None,
+) -> Int[Array, "B H N K"]:
+    """Equations (2) and (3): the picked chunks of every query, best first; -1 fills slots that hold none.
+
+    K is `top_k`, and with `keys` (training: context drop-off and drop-in, one key per scene and head)
+    `top_k + max_drop_in`. Text and padding tokens pick nothing. `block` queries are scored at a time, so that
+    scores never take more than B * H * block * C floats.
+    """
+    q, k = lax.stop_gradient((q, k))
+    tokens, chunks = q.shape[1], table.kind.shape[1]
+    phi = descriptors(k, table, block=block)
+    # One more row, all False, for the padding tokens' chunk -1.
+    candidates = jnp.pad(candidate_chunks(table, cfg), ((0, 0), (0, 1), (0, 0)))
+    block = min(block or tokens, tokens)
+    padding = -tokens % block
+    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    chunk_of = jnp.pad(table.chunk_of, ((0, 0), (0, padding)), constant_values=_NOTHING)
+
+    def one_block(i):
+        rows = lax.dynamic_slice_in_dim(q, i * block, block, axis=1).astype(jnp.float32)
+        of = lax.dynamic_slice_in_dim(chunk_of, i * block, block, axis=1)
+        mask = jnp.take_along_axis(candidates, jnp.where(of < 0, chunks, of)[:, :, None], axis=1)[:, None]
+        scores = jnp.einsum("bnhd,bhcd->bhnc", rows, phi, precision="highest")
+        picks = _select(scores, jnp.broadcast_to(mask, scores.shape), cfg.top_k)
+        if keys is None:
+            return picks
+        token = i * block + jnp.arange(block)
+        return _drop(picks, mask[:, 0], keys, token, cfg)
+
+    picks = lax.map(one_block, jnp.arange((tokens + padding) // block))  # [blocks, B, H, block, K]
+    return jnp.moveaxis(picks, 0, 2).reshape(*picks.shape[1:3], tokens + padding, picks.shape[-1])[:, :, :tokens]
+
+
+def _select(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
+    chunks = scores.shape[-1]
+    # A NaN score never wins; lax.top_k puts the lowest index first among equals.
+    ranked = jnp.where(mask & ~jnp.isnan(scores), scores, -jnp.inf)
+    _, picks = lax.top_k(ranked, min(top_k, chunks))
+    picks = jnp.where(jnp.take_along_axis(mask, picks, axis=-1), picks, _NOTHING)
+    return jnp.pad(picks, ((0, 0),) * 3 + ((0, top_k - picks.shape[-1]),), constant_values=_NOTHING)
+
+
+def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) -> Int[Array, "B H N K"]:
+    """Context drop-off and drop-in (MoC, section 3.3), after top-k, independently per query.
+
+    The bits depend on the scene's and head's key and on the token's index only, so that every backend, block size
+    and sharding draws the same.
+    """
+    chunks, slots = mask.shape[-1], min(cfg.max_drop_in, mask.shape[-1])
+    steps = [math.exp(-cfg.drop_in_rate) * cfg.drop_in_rate**m / math.factorial(m) for m in range(slots)]
+    below = jnp.cumsum(jnp.asarray(steps, jnp.float32))  # P(Poisson <= m)
+
+    def one(picks, mask, key):  # [K], [C], key of one query
+        off, order, count, priority = (jax.random.fold_in(key, i) for i in range(4))
+        held = picks >= 0
+        drop = jnp.floor(jax.random.uniform(off, maxval=cfg.drop_off_max) * cfg.top_k)
+        order = jnp.where(held, jax.random.uniform(order, picks.shape), jnp.inf)
+        kept = jnp.where(held & (jnp.argsort(jnp.argsort(order)) >= drop), picks, _NOTHING)
+
+        free = mask & ~jnp.any(picks[:, None] == jnp.arange(chunks)[None], axis=0)
+        more = jnp.sum(jax.random.uniform(count) >= below)
+        _, added = lax.top_k(jnp.where(free, jax.random.uniform(priority, (chunks,)), -1.0), slots)
+        added = jnp.where(free[added] & (jnp.arange(slots) < more), added, _NOTHING)
+        return jnp.concatenate([kept, jnp.pad(added, (0, cfg.max_drop_in - slots), constant_values=_NOTHING)])
+
+    def one_head(picks, mask, key):  # [N, K], [N, C]
+        return jax.vmap(one)(picks, mask, jax.vmap(lambda n: jax.random.fold_in(key, n))(token))
+
+    return jax.vmap(jax.vmap(one_head, in_axes=(0, None, 0)))(picks, mask, keys)

@@ -1,0 +1,358 @@
+"""Mixture of Contexts in plain XLA: any device, memory linear in tokens, work proportional to the attended pairs.
+
+(a) Anchors. In memory each query's anchors are at most three runs of tokens: text (two runs if it sees only its own
+    and the global caption) and one run of video. Queries go in tiles; a tile walks the blocks of keys that its runs
+    cover and folds them into one online softmax.
+(b) Routed. (query, chunk) pairs are sorted by chunk (schedule.py), so that a tile of queries reads one chunk. The
+    same walk gives each pair its own output and log-sum-exp.
+(c) Merge. A query gathers its pairs and its anchor part and weighs them by exp(lse - max): one softmax over all.
+
+Backward, with the merged output o and log-sum-exp L, needs neither the parts nor the merge: p_ij = exp(s_ij - L_i) is
+already the final weight, so each walk adds its own  dv = p^T do,  ds = p (do v^T - rowsum(do o)),  dq = ds k,
+dk = ds^T q. Nothing is scattered row by row: pairs return to their query by a gather, in a fixed order.
+
+Bytes, beyond q, k, v and o: one float32 output per routed pair, N * K * H * D * 4. FLOPs: 4 * D per attended pair
+forward and 10 * D backward, rounded up to tiles.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moc_jax.attention.routing import anchor_chunks
+from moc_jax.attention.schedule import Schedule, group_by_chunk
+from moc_jax.config import MoCConfig
+from moc_jax.scene import GLOBAL, TEXT, VIDEO, ChunkTable
+from moc_jax.shapes import Array, Float, Int, typed
+
+TILE = 128  # queries that walk together
+BLOCK = 256  # keys per step of a walk
+_MASKED = -1e30  # finite, so that a row with nothing to see yields zeros and not NaN
+
+
+class _Runs(NamedTuple):
+    """R runs of tokens [begin, end) for each query; begin >= end: none."""
+
+    begin: Int[Array, "B R N"]
+    end: Int[Array, "B R N"]
+
+
+@typed
+def attend(
+    q: Float[Array, "B N H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    routes: Int[Array, "B H N K"],
+    table: ChunkTable,
+    cfg: MoCConfig,
+) -> Float[Array, "B N H D"]:
+    """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0."""
+    runs = _anchor_runs(table, cfg)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    with jax.named_scope("moc_attention"):
+        out = _attend(q, k, v, runs, routes, table.start, table.length, table.text_tokens)
+    return jnp.swapaxes(out, 1, 2)
+
+
+def _anchor_runs(table: ChunkTable, cfg: MoCConfig) -> _Runs:
+    """Text and video chunks lie in scene order, so what a query's anchors cover of each is one run."""
+    anchors = anchor_chunks(table, cfg)
+    begin, end = [], []
+    text, is_global = table.kind == TEXT, table.shot == GLOBAL
+    split_text = cfg.mode == "moc" and cfg.text_anchor == "own+global"  # the captions in between are not seen
+    groups = [text & is_global, text & ~is_global] if split_text else [text]
+    for group in [*groups, table.kind == VIDEO]:
+        seen = anchors & (group & (table.length > 0))[:, None, :]
+        far = table.chunk_of.shape[1]
+        first = jnp.min(jnp.where(seen, table.start[:, None], far), axis=-1)
+        last = jnp.max(jnp.where(seen, (table.start + table.length)[:, None], 0), axis=-1)
+        of = jnp.maximum(table.chunk_of, 0)
+        begin.append(jnp.where(table.valid, jnp.take_along_axis(first, of, axis=1), far))
+        end.append(jnp.where(table.valid, jnp.take_along_axis(last, of, axis=1), 0))
+    return _Runs(jnp.stack(begin, axis=1), jnp.stack(end, axis=1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _attend(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens):
+    return _forward(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens)[0]
+
+
+def _forward(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens):
+    """[B, H, N, D] -> output and its log-sum-exp [B, H, N]; one scene at a time, so that walks are as long as its own."""
+
+    def one(args):
+        q, k, v, runs, routes, start, length = args
+        q, k, v = _padded(q, k, v)
+        out, lse = _anchors_forward(q, k, v, runs)
+        if routes.shape[-1]:
+            schedule = _schedule(routes, start.shape[0], text_tokens)
+            parts = _routed_forward(q, k, v, schedule, start, length)
+            out, lse = _merge(out, lse, *parts, schedule, text_tokens)
+        return out.astype(v.dtype), lse
+
+    return lax.map(one, (q, k, v, runs, routes, chunk_start, chunk_length))
+
+
+def _attend_forward(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens):
+    out, lse = _forward(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens)
+    return out, (q, k, v, runs, routes, chunk_start, chunk_length, out, lse)
+
+
+def _attend_backward(text_tokens, residuals, d_out):
+    def one(args):
+        q, k, v, runs, routes, start, length, out, lse, d_out = args
+        tokens = q.shape[1]
+        delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [H, N]
+        q_padded, k_padded, v_padded = _padded(q, k, v)
+        state = _Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (k_padded, v_padded)))
+        d_q, state = _anchors_backward(q_padded, k_padded, v_padded, runs, lse, delta, d_out, state)
+        if routes.shape[-1]:
+            schedule = _schedule(routes, start.shape[0], text_tokens)
+            more, state = _routed_backward(q_padded, k_padded, v_padded, schedule, start, length, lse, delta, d_out, state)
+            d_q = d_q.at[:, text_tokens:].add(_sum_pairs(more, schedule))
+        return d_q.astype(q.dtype), state.d_k[:, :tokens].astype(k.dtype), state.d_v[:, :tokens].astype(v.dtype)
+
+    d_q, d_k, d_v = lax.map(one, (*residuals, d_out))
+    return d_q, d_k, d_v, None, None, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+# ---------------------------------------------------------------------------------------------------- the walk
+# From here on one scene: q, k, v [H, N, D].
+
+
+class _Gradients(NamedTuple):
+    d_k: Array  # [H, N + BLOCK, D] float32
+    d_v: Array
+
+
+def _padded(q, k, v):
+    """Keys get one block of zeros at the end, so that no block of a walk is clamped back into the array."""
+    pad = ((0, 0), (0, BLOCK), (0, 0))
+    return q, jnp.pad(k, pad), jnp.pad(v, pad)
+
+
+def _dot(spec, a, b):
+    precision = "highest" if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _blocks(begin, end, limit):
+    """For each head: where the rows' runs [H, T] begin, and over how many blocks they reach (at most, all heads)."""
+    some = begin < end
+    low = jnp.min(jnp.where(some, begin, limit), axis=-1)
+    high = jnp.max(jnp.where(some, end, 0), axis=-1)
+    return low, jnp.max(jnp.maximum(high - low + BLOCK - 1, 0) // BLOCK)
+
+
+def _take(x, low):
+    return jax.vmap(lambda rows, i: lax.dynamic_slice_in_dim(rows, i, BLOCK))(x, low)
+
+
+def _add(x, low, rows):
+    def one(x, i, rows):
+        return lax.dynamic_update_slice_in_dim(x, lax.dynamic_slice_in_dim(x, i, BLOCK) + rows, i, 0)
+
+    return jax.vmap(one)(x, low, rows)
+
+
+def _scores(q, k_block, begin, end, low):
+    """Scaled scores of a tile against one block of keys, and where the rows' runs allow them."""
+    column = low[:, None, None] + jnp.arange(BLOCK)[None, None]
+    seen = (column >= begin[..., None]) & (column < end[..., None])
+    return _dot("htd,hsd->hts", q, k_block) / math.sqrt(q.shape[-1]), seen
+
+
+def _walk_forward(q, k, v, begin, end, carry):
+    """Folds the keys of each row's run [begin, end) into the carry: (maximum, sum, weighted values)."""
+    limit = k.shape[1] - BLOCK
+    first, steps = _blocks(begin, end, limit)
+
+    def step(i, carry):
+        largest, total, values = carry
+        low = jnp.minimum(first + i * BLOCK, limit)
+        s, seen = _scores(q, _take(k, low), begin, end, low)
+        s = jnp.where(seen, s, _MASKED)
+        new = jnp.maximum(largest, jnp.max(s, axis=-1))
+        # The mask goes on p too: a row that sees nothing yet has new = _MASKED, and exp(0) would count.
+        p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
+        shrink = jnp.exp(largest - new)
+        total = total * shrink + jnp.sum(p, axis=-1)
+        v_block = _take(v, low)
+        values = values * shrink[..., None] + _dot("hts,hsd->htd", p.astype(v.dtype), v_block)
+        return new, total, values
+
+    return lax.fori_loop(0, steps, step, carry)
+
+
+def _start(q):
+    rows = q.shape[:2]
+    return jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32)
+
+
+def _finish(carry):
+    largest, total, values = carry
+    empty = total == 0
+    out = values / jnp.where(empty, 1.0, total)[..., None]
+    return out, jnp.where(empty, -jnp.inf, largest + jnp.log(jnp.where(empty, 1.0, total)))
+
+
+def _walk_backward(q, k, v, begin, end, lse, delta, d_out, d_q, state):
+    """Adds one walk's share to d_q [H, T, D] and to the keys' and values' gradients."""
+    limit = k.shape[1] - BLOCK
+    first, steps = _blocks(begin, end, limit)
+    scale = 1 / math.sqrt(q.shape[-1])
+    lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
+
+    def step(i, carry):
+        d_q, state = carry
+        low = jnp.minimum(first + i * BLOCK, limit)
+        k_block, v_block = _take(k, low), _take(v, low)
+        s, seen = _scores(q, k_block, begin, end, low)
+        p = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0) - lse[..., None]), 0.0)
+        d_p = _dot("htd,hsd->hts", d_out, v_block)
+        d_s = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
+        d_q = d_q + _dot("hts,hsd->htd", d_s, k_block)
+        d_k = _add(state.d_k, low, _dot("hts,htd->hsd", d_s, q))
+        d_v = _add(state.d_v, low, _dot("hts,htd->hsd", p.astype(d_out.dtype), d_out))
+        return d_q, _Gradients(d_k, d_v)
+
+    return lax.fori_loop(0, steps, step, (d_q, state))
+
+
+# ---------------------------------------------------------------------------------------------------- (a) anchors
+
+
+def _tiles(x, axis, value=0):
+    """Cuts `axis` into tiles and brings them to the front."""
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, -x.shape[axis] % TILE)
+    x = jnp.pad(x, pad, constant_values=value)
+    shape = (*x.shape[:axis], x.shape[axis] // TILE, TILE, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def _untile(x, tokens):
+    """[G, H, T, ...] -> [H, N, ...]"""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]
+
+
+def _anchors_forward(q, k, v, runs):
+    heads, tokens = q.shape[:2]
+
+    def tile(args):
+        q, begin, end = args
+        carry = _start(q)
+        for r in range(begin.shape[0]):
+            each = (jnp.broadcast_to(x[r], (heads, TILE)) for x in (begin, end))
+            carry = _walk_forward(q, k, v, *each, carry)
+        return _finish(carry)
+
+    out, lse = lax.map(tile, (_tiles(q, 1), _tiles(runs.begin, 1), _tiles(runs.end, 1)))
+    return _untile(out, tokens), _untile(lse, tokens)
+
+
+def _anchors_backward(q, k, v, runs, lse, delta, d_out, state):
+    heads, tokens = q.shape[:2]
+
+    def tile(state, args):
+        q, begin, end, lse, delta, d_out = args
+        d_q = jnp.zeros(q.shape, jnp.float32)
+        for r in range(begin.shape[0]):
+            each = (jnp.broadcast_to(x[r], (heads, TILE)) for x in (begin, end))
+            d_q, state = _walk_backward(q, k, v, *each, lse, delta, d_out, d_q, state)
+        return state, d_q
+
+    rows = (_tiles(runs.begin, 1), _tiles(runs.end, 1), _tiles(lse, 1), _tiles(delta, 1), _tiles(d_out, 1))
+    state, d_q = lax.scan(tile, state, (_tiles(q, 1), *rows))
+    return _untile(d_q, tokens), state
+
+
+# ---------------------------------------------------------------------------------------------------- (b) routed
+
+
+def _schedule(routes, chunks, text_tokens) -> Schedule:
+    return group_by_chunk(routes[:, text_tokens:], chunks, TILE)
+
+
+def _pair_rows(schedule, start, length, tokens, text_tokens):
+    """For each slot: its query's token, and the run of keys it reads (empty for unused slots)."""
+    slots = schedule.slot_of_pair.shape[-1]
+    used = schedule.pair_of_slot >= 0
+    query = text_tokens + jnp.maximum(schedule.pair_of_slot, 0) // slots
+    begin = jnp.where(used, start[schedule.tile_chunk][..., None], tokens)
+    end = jnp.where(used, (start + length)[schedule.tile_chunk][..., None], 0)
+    return tuple(jnp.moveaxis(x, 1, 0) for x in (query, begin, end))  # each [G, H, T]
+
+
+def _rows(x, index):
+    """x [H, N, ...] at each head's own rows [H, T]."""
+    return jax.vmap(lambda x, i: x[i])(x, index)
+
+
+def _text_of(schedule, q):
+    return q.shape[1] - schedule.slot_of_pair.shape[1]
+
+
+def _routed_forward(q, k, v, schedule, start, length):
+    def tile(args):
+        query, begin, end = args
+        rows = _rows(q, query)
+        return _finish(_walk_forward(rows, k, v, begin, end, _start(rows)))
+
+    out, lse = lax.map(tile, _pair_rows(schedule, start, length, q.shape[1], _text_of(schedule, q)))
+    return (jnp.moveaxis(x, 0, 1).reshape(q.shape[0], -1, *x.shape[3:]) for x in (out, lse))  # [H, G * T, ...]
+
+
+def _routed_backward(q, k, v, schedule, start, length, lse, delta, d_out, state):
+    def tile(state, args):
+        query, begin, end = args
+        rows, *row = (_rows(x, query) for x in (q, lse, delta, d_out))
+        d_q, state = _walk_backward(rows, k, v, begin, end, *row, jnp.zeros(rows.shape, jnp.float32), state)
+        return state, d_q
+
+    state, d_q = lax.scan(tile, state, _pair_rows(schedule, start, length, q.shape[1], _text_of(schedule, q)))
+    return jnp.moveaxis(d_q, 0, 1).reshape(q.shape[0], -1, q.shape[2]), state
+
+
+# ---------------------------------------------------------------------------------------------------- (c) merge
+
+
+def _merge(out, lse, pair_out, pair_lse, schedule, text_tokens):
+    """Weighs the anchor part and the pairs of each video query by their share of the one softmax."""
+    slots = schedule.slot_of_pair  # [H, V, K]
+    used = slots >= 0
+    pair_lse = jnp.where(used, _rows(pair_lse, jnp.maximum(slots, 0)), -jnp.inf)
+    video_lse = lse[:, text_tokens:]
+    largest = jnp.maximum(video_lse, jnp.max(pair_lse, axis=-1))
+    base = jnp.where(jnp.isfinite(largest), largest, 0.0)
+    anchor_weight = jnp.exp(video_lse - base)
+    weights = jnp.exp(pair_lse - base[..., None])
+    total = anchor_weight + jnp.sum(weights, axis=-1)
+    share = 1 / jnp.where(total > 0, total, 1.0)
+    merged = out[:, text_tokens:] * (anchor_weight * share)[..., None]
+    for i in range(slots.shape[-1]):
+        part = _rows(pair_out, jnp.maximum(slots[..., i], 0))
+        merged = merged + part * (weights[..., i] * share)[..., None]
+    merged_lse = jnp.where(total > 0, base + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    return (
+        jnp.concatenate([out[:, :text_tokens], merged], axis=1),
+        jnp.concatenate([lse[:, :text_tokens], merged_lse], axis=1),
+    )
+
+
+def _sum_pairs(d_q, schedule):
+    """Each query's sum over its pairs, in the order of its slots."""
+    slots = schedule.slot_of_pair
+    total = jnp.zeros((*slots.shape[:2], d_q.shape[-1]), jnp.float32)
+    for i in range(slots.shape[-1]):
+        part = _rows(d_q, jnp.maximum(slots[..., i], 0))
+        total = total + jnp.where((slots[..., i] >= 0)[..., None], part, 0.0)
+    return total
