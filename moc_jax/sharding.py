@@ -7,13 +7,13 @@ parallelism whose weights are gathered when used. Axis types are Auto: the compi
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moc_jax.config import ConfigError, MeshConfig
@@ -68,9 +68,19 @@ RULES = Rules(
         # weights
         ("layers", ()),
         ("embed", ("fsdp",)),
+        ("embed_out", ("tensor",)),
+        ("modulation", ("tensor",)),
         ("mlp", ("tensor",)),
         ("heads", ("tensor",)),
-        ("head_dim", ()),
+        ("head", ()),
+        ("text", ()),
+        ("patch", ()),
+        ("frequency", ()),
+        ("modulation", ()),
+        ("embed_out", ()),  # the second dimension of an embed x embed matrix
+        ("frequency", ()),
+        ("text", ()),
+        ("patch", ()),
     )
 )
 
@@ -99,7 +109,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in RULES.axes("batch"))
 
@@ -130,6 +140,41 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Numpy leaves with this process's part of the batch -> global arrays, split over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
+
+
+def batch_sharded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs `function` on each device's own scenes, by the mesh in context; every array in and out starts with B.
+
+    For attention, whose loops over one scene's chunks the compiler could not split by itself. A batch that does not
+    divide over the mesh (one preview on many devices) is computed whole on every device.
+    """
+    mesh, spec = jax.sharding.get_abstract_mesh(), RULES.spec("batch")
+    shards = 1 if mesh.empty else batch_shards(mesh)
+
+    def call(*args):
+        if shards == 1 or jax.tree.leaves(args)[0].shape[0] % shards:
+            return function(*args)
+        return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*args)
+
+    return call
+
+
+def batch_sharded(function: Callable) -> Callable:
+    """`function`, run by each device on its own scenes: for what treats every scene apart, such as attention.
+
+    Every argument and result has the batch as its first dimension. The mesh is the one in context (`jax.set_mesh`);
+    without one, or for a batch that the devices cannot share evenly (one scene to sample), every device does it all.
+    """
+
+    def call(*arguments):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty:
+            return function(*arguments)
+        scenes = jax.tree.leaves(arguments)[0].shape[0]
+        spec = RULES.spec("batch") if scenes % batch_shards(mesh) == 0 else P()
+        return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arguments)
+
+    return call
 
 
 # ------------------------------------------------------------------------------------------------ weights

@@ -13,6 +13,7 @@ from moc_jax.sharding import (
     AXES,
     RULES,
     Rules,
+    batch_sharded,
     check_batch,
     logical_axes,
     make_mesh,
@@ -129,3 +130,19 @@ def test_batches_are_split_over_data_and_fsdp():
     assert placed.sharding.spec == P(("data", "fsdp"))
     assert [s.data.shape for s in placed.addressable_shards] == [(1, 2)] * 8
     np.testing.assert_array_equal(placed, x)
+
+
+@pytest.mark.parametrize("scenes", [16, 3])
+def test_scenes_are_handled_apart_under_a_mesh(scenes):
+    x = jnp.arange(3.0 * scenes).reshape(scenes, 3)
+    local = []
+
+    def function(x, nothing):
+        local.append(x.shape)
+        return {"sum": x.sum(axis=1), "nothing": nothing}
+
+    alone = batch_sharded(function)(x, None)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))):
+        together = jax.jit(batch_sharded(function))(x, None)
+    assert local == [(scenes, 3), (2, 3) if scenes == 16 else (3, 3)]
+    np.testing.assert_array_equal(alone["sum"], together["sum"])
