@@ -1,0 +1,189 @@
+"""What attention costs: attended pairs, sparsity, FLOPs and K/V bytes of any chunk table under any `MoCConfig`.
+
+All figures are per head and count the real tokens of all scenes in the table; padding costs nothing. With L tokens,
+V of them video, C non-empty video chunks and heads of size d (MoC, arXiv 2508.21058, section 3.3),
+
+    pooling    V d               every video key is added to its chunk's mean
+    routing    2 V C d           every video query is scored against every chunk
+    attention  4 (attended pairs) d
+    dense      4 L^2 d           what full attention would cost
+    sparsity   1 - (attended pairs) / L^2
+
+What a query picks depends on the data, so without routes two counts are given: the worst case, in which each query
+picks the longest chunks it may, and the mean over uniformly random picks. All work is per chunk, on the host.
+
+`python -m moc_jax.attention.accounting` prints the published settings.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moc_jax.config import ChunkConfig, MoCConfig
+from moc_jax.scene import GLOBAL, TEXT, VIDEO, ChunkTable, SceneLengths, SceneShape, chunk_table
+from moc_jax.shapes import Array, Int, typed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Accounting:
+    """Counts per head, over all scenes of a table."""
+
+    tokens: int
+    """Text and video tokens, padding left out."""
+    pairs: float
+    """(query, key) pairs attended to: the mean over heads if the routes were given, else the worst case."""
+    expected_pairs: float
+    """The same if picks are uniformly random; equal to `pairs` if the routes were given."""
+    dense_pairs: int
+    """All (query, key) pairs within each scene."""
+    flops_pool: int
+    flops_route: int
+    flops_attention: float
+    flops_dense: int
+    kv_bytes: int
+    """Keys and values of all tokens: what a cache of the scenes holds."""
+    kv_bytes_read: float
+    """Keys and values of all attended pairs: what is read if no two queries share a read."""
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.pairs / self.dense_pairs if self.dense_pairs else 0.0
+
+    @property
+    def expected_sparsity(self) -> float:
+        return 1 - self.expected_pairs / self.dense_pairs if self.dense_pairs else 0.0
+
+    @property
+    def flops(self) -> float:
+        """Pooling, routing and attention."""
+        return self.flops_pool + self.flops_route + self.flops_attention
+
+
+@typed
+def account(
+    table: ChunkTable,
+    cfg: MoCConfig,
+    head_dim: int,
+    routes: Int[Array, "B H N K"] | None = None,
+    *,
+    element_bytes: int = 2,
+) -> Accounting:
+    """Counts what attention over `table` costs per head; exactly if the `routes` of `attention.api.route` are given.
+
+    Raises:
+        ValueError: `routes` are not for the scenes and tokens of `table`.
+    """
+    kind, shot, length, chunk_of = (np.asarray(x) for x in (table.kind, table.shot, table.length, table.chunk_of))
+    length = length.astype(np.int64)
+    if routes is not None and (routes.shape[0], routes.shape[2]) != chunk_of.shape:
+        raise ValueError(
+            f"routes are for {routes.shape[0]} scenes of {routes.shape[2]} tokens, but the chunk table has "
+            f"{chunk_of.shape[0]} of {chunk_of.shape[1]}; pass the routes of this table"
+        )
+    worst = expected = 0.0
+    tokens = dense = pool = route = 0
+    for b in range(len(kind)):
+        is_video = (kind[b] == VIDEO) & (length[b] > 0)
+        scene_tokens, video_tokens = int(length[b].sum()), int(length[b][is_video].sum())
+        scene_worst, scene_expected = _scene_pairs(kind[b], shot[b], length[b], cfg, count_picks=routes is None)
+        if routes is not None:
+            picks = np.asarray(routes[b])
+            scene_worst += np.where(picks >= 0, length[b][picks], 0).sum() / picks.shape[0]
+            scene_expected = scene_worst
+        worst, expected = worst + scene_worst, expected + scene_expected
+        tokens, dense = tokens + scene_tokens, dense + scene_tokens**2
+        if cfg.mode == "moc" and cfg.top_k > 0:
+            pool += video_tokens * head_dim
+            route += 2 * video_tokens * int(is_video.sum()) * head_dim
+    return Accounting(
+        tokens=tokens,
+        pairs=worst,
+        expected_pairs=expected,
+        dense_pairs=dense,
+        flops_pool=pool,
+        flops_route=route,
+        flops_attention=4 * worst * head_dim,
+        flops_dense=4 * dense * head_dim,
+        kv_bytes=2 * tokens * head_dim * element_bytes,
+        kv_bytes_read=2 * worst * head_dim * element_bytes,
+    )
+
+
+def _scene_pairs(kind, shot, length, cfg: MoCConfig, *, count_picks: bool) -> tuple[float, float]:
+    """Attended pairs of one scene: the worst case, and the mean over random picks; of anchors only if not counted."""
+    worst = expected = 0.0
+    for c in np.flatnonzero(length):
+        anchors, candidates = _rules(kind, shot, length, cfg, c)
+        always = length[anchors].sum()
+        candidates = length[candidates]
+        k = min(cfg.top_k, len(candidates)) if count_picks else 0
+        picked = np.sort(candidates)[len(candidates) - k :].sum()
+        worst += length[c] * (always + picked)
+        expected += length[c] * (always + (k * candidates.mean() if k else 0))
+    return float(worst), float(expected)
+
+
+def _rules(kind, shot, length, cfg: MoCConfig, c) -> tuple[np.ndarray, np.ndarray]:
+    """Which chunks the queries of chunk c always attend to, and which they may pick: two masks over chunks."""
+    chunk = np.arange(len(kind))
+    visible = length > 0
+    if cfg.visibility == "past":
+        visible = visible & (shot <= shot[c])  # the global caption's shot precedes all others
+    is_text, is_video, own = visible & (kind == TEXT), visible & (kind == VIDEO), shot == shot[c]
+    nothing = np.zeros_like(visible)
+    if cfg.mode == "dense":
+        return visible, nothing
+    if kind[c] == TEXT:
+        return is_text | (is_video & own), nothing
+    text = {"all": is_text, "own+global": is_text & (own | (shot == GLOBAL)), "none": nothing}[cfg.text_anchor]
+    near = {"shot": chunk >= 0, "chunk": chunk == c, "window": abs(chunk - c) <= cfg.window, "none": nothing}
+    itself = is_video & own & near[cfg.self_anchor]
+    before = chunk < c if cfg.causal_routing else chunk >= 0
+    return text | itself, is_video & ~itself & before
+
+
+# ------------------------------------------------------------------------------------------------ published settings
+
+
+def uniform_shots(shots: int, tokens: int, chunk: ChunkConfig, *, frame: int = 1) -> ChunkTable:
+    """The chunk table of `shots` equal shots of `tokens` tokens each, in frames of `frame` tokens, without text."""
+    shape = SceneShape(shots=shots, frames=shots * tokens // frame, rows=1, columns=frame, text_tokens=0)
+    lengths = SceneLengths(
+        shot_frames=jnp.full((1, shots), tokens // frame), text_lengths=jnp.zeros((1, shots + 1), int)
+    )
+    return jax.jit(chunk_table, static_argnums=(1, 2))(lengths, shape, chunk)
+
+
+def published_settings() -> dict[str, tuple[ChunkTable, MoCConfig]]:
+    """The settings whose figures are published: the single-shot ablation, multi-shot, the FLOPs headline, Wan 2.1."""
+    settings = {}
+
+    def add(name, shots, tokens, size, top_k, *, self_anchor, causal, remainder="tail", unit="tokens", frame=1):
+        chunk = ChunkConfig(unit=unit, size=size, remainder=remainder)
+        cfg = MoCConfig(chunk=chunk, top_k=top_k, self_anchor=self_anchor, causal_routing=causal)
+        settings[name] = (uniform_shots(shots, tokens, chunk, frame=frame), cfg)
+
+    for size, k in [(64, 3), (128, 3), (256, 3), (512, 3), (1024, 3), (256, 1), (256, 2), (256, 4), (256, 5), (256, 6)]:
+        add(f"single-shot, chunk {size}, k {k}", 1, 6300, size, k, self_anchor="chunk", causal=False)
+    for size in (10240, 5120, 2560, 1280):
+        add(f"multi-shot, chunk {size}, k 5", 8, 22500, size, 5, self_anchor="shot", causal=True, remainder="even")
+    add("headline, chunk 1024, k 5", 9, 20000, 1024, 5, self_anchor="shot", causal=False)
+    add("Wan 2.1, 1 frame, k 3", 1, 32760, 1, 3, self_anchor="chunk", causal=False, unit="frames", frame=1560)
+    return settings
+
+
+def print_settings(head_dim: int = 128) -> None:
+    """Prints sparsity and FLOPs per head of every published setting."""
+    print(f"{'setting':<28} {'tokens':>8} {'sparsity':>9} {'expected':>9} {'FLOPs':>9} {'dense':>9} {'ratio':>7}")
+    for name, (table, cfg) in published_settings().items():
+        a = account(table, cfg, head_dim)
+        print(
+            f"{name:<28} {a.tokens:>8} {a.sparsity:>9.1%} {a.expected_sparsity:>9.1%} "
+            f"{a.flops:>9.2e} {a.flops_dense:>9.2e} {a.flops_dense / a.flops:>6.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    print_settings()
