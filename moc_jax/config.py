@@ -271,6 +271,8 @@ class SampleConfig:
 
     solver: Literal["euler", "heun", "unipc", "dpm++"] = "unipc"
     """Order 1, 2, 2 and 2; heun evaluates the model twice per step."""
+    schedule: Literal["auto", "diffusers-unipc", "diffusers-euler", "wan-unipc", "wan-dpm++"] = "auto"
+    """The grid of noise levels; `auto`: the one that the solver is published with."""
     steps: int = 30
     """Steps of the solver from noise to video."""
     guidance: float = 1.0
@@ -291,6 +293,7 @@ class SampleConfig:
         _check(self.guidance >= 0, f"sample.guidance is {self.guidance}; it must be 0 or more")
         _check(0 <= self.history_noise < 1, f"sample.history_noise is {self.history_noise}; it must lie in [0, 1)")
         _check(self.shift > 0, f"sample.shift is {self.shift}; it must be positive")
+        _check(0 <= self.seed < 2**32, f"sample.seed is {self.seed}; it must lie in 0..{2**32 - 1}")
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moc_jax.config import DiffusionConfig
 from moc_jax.scene import NO_SHOT, Scene, SceneLengths, frame_shot
@@ -17,8 +18,11 @@ VelocityFn = Callable[[Array, Array], Array]
 """(z [B, F, Y, X, Z], t [B, S]) -> velocity [B, F, Y, X, Z]; what it says of padding frames is ignored."""
 
 
+Level = float | np.ndarray | Float[Array, "*any"]
+
+
 @typed
-def shift(t: Float[Array, "*any"], amount: float) -> Float[Array, "*any"]:
+def shift(t: Level, amount: float) -> Level:
     """Flow shift: moves noise levels towards 1, as larger videos need (SD3, arXiv 2403.03206, equation 23).
 
     t' = s t / (1 + (s - 1) t)    (1)
