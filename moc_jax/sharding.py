@@ -68,16 +68,11 @@ RULES = Rules(
         # weights
         ("layers", ()),
         ("embed", ("fsdp",)),
-        ("embed_out", ("tensor",)),
-        ("modulation", ("tensor",)),
+        ("embed_out", ()),  # the second dimension of an embed x embed matrix
         ("mlp", ("tensor",)),
         ("heads", ("tensor",)),
-        ("head", ()),
-        ("text", ()),
-        ("patch", ()),
-        ("frequency", ()),
+        ("head_dim", ()),
         ("modulation", ()),
-        ("embed_out", ()),  # the second dimension of an embed x embed matrix
         ("frequency", ()),
         ("text", ()),
         ("patch", ()),
@@ -148,30 +143,14 @@ def batch_sharded(function: Callable[..., Any]) -> Callable[..., Any]:
     For attention, whose loops over one scene's chunks the compiler could not split by itself. A batch that does not
     divide over the mesh (one preview on many devices) is computed whole on every device.
     """
-    mesh, spec = jax.sharding.get_abstract_mesh(), RULES.spec("batch")
+    mesh = jax.sharding.get_abstract_mesh()
     shards = 1 if mesh.empty else batch_shards(mesh)
 
-    def call(*args):
-        if shards == 1 or jax.tree.leaves(args)[0].shape[0] % shards:
-            return function(*args)
-        return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*args)
-
-    return call
-
-
-def batch_sharded(function: Callable) -> Callable:
-    """`function`, run by each device on its own scenes: for what treats every scene apart, such as attention.
-
-    Every argument and result has the batch as its first dimension. The mesh is the one in context (`jax.set_mesh`);
-    without one, or for a batch that the devices cannot share evenly (one scene to sample), every device does it all.
-    """
-
     def call(*arguments):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
+        if shards == 1:
             return function(*arguments)
-        scenes = jax.tree.leaves(arguments)[0].shape[0]
-        spec = RULES.spec("batch") if scenes % batch_shards(mesh) == 0 else P()
+        divides = jax.tree.leaves(arguments)[0].shape[0] % shards == 0
+        spec = RULES.spec("batch") if divides else P()
         return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arguments)
 
     return call

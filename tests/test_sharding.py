@@ -143,6 +143,6 @@ def test_scenes_are_handled_apart_under_a_mesh(scenes):
 
     alone = batch_sharded(function)(x, None)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=4))):
-        together = jax.jit(batch_sharded(function))(x, None)
+        together = jax.jit(lambda *arguments: batch_sharded(function)(*arguments))(x, None)
     assert local == [(scenes, 3), (2, 3) if scenes == 16 else (3, 3)]
     np.testing.assert_array_equal(alone["sum"], together["sum"])
