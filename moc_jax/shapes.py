@@ -20,9 +20,9 @@
 """
 
 from beartype import beartype
-from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, jaxtyped
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt8, jaxtyped
 
-__all__ = ["Array", "Bool", "Float", "Float32", "Int", "Int32", "Key", "Shaped", "typed"]
+__all__ = ["Array", "Bool", "Float", "Float32", "Int", "Int32", "Key", "Shaped", "UInt8", "typed"]
 
 
 def typed(function):

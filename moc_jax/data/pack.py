@@ -1,0 +1,85 @@
+"""Shots and captions -> one scene of static shape, as the model reads it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moc_jax.config import BucketConfig
+from moc_jax.scene import Scene, SceneLengths
+from moc_jax.shapes import Float, typed
+
+
+@typed
+def pack_scene(
+    shots: Sequence[Float[np.ndarray, "_ Y X Z"]],
+    texts: Sequence[Float[np.ndarray, "_ E"]],
+    bucket: BucketConfig,
+    *,
+    name: str = "the scene",
+) -> Scene:
+    """One scene without a batch dimension: shots one after another, captions one after another, then zeros.
+
+    Args:
+        shots: the latents of each shot, in order.
+        texts: the embeddings of the global caption, then of each shot's caption.
+        bucket: the static shape to fill.
+        name: who is named when it does not fit.
+
+    Raises:
+        ValueError: no shot, a caption missing, or more than the bucket holds; names all that does not fit.
+    """
+    if not shots or len(texts) != len(shots) + 1:
+        raise ValueError(
+            f"{name} has {len(shots)} shots and {len(texts)} captions; it needs at least one shot, and a caption for "
+            f"each besides the global one"
+        )
+    shot_frames, text_lengths = [len(s) for s in shots], [len(t) for t in texts]
+    problem = misfit(bucket, len(shots), sum(shot_frames), sum(text_lengths))
+    if problem:
+        raise ValueError(f"{name} does not fit its bucket: {problem}")
+    scene = blank_scene(bucket, shots[0].shape[1:], texts[0].shape[1])
+    np.concatenate(shots, out=scene.video[: sum(shot_frames)])
+    np.concatenate(texts, out=scene.text[: sum(text_lengths)])
+    scene.lengths.shot_frames[: len(shots)] = shot_frames
+    scene.lengths.text_lengths[: len(texts)] = text_lengths
+    return scene
+
+
+def misfit(bucket: BucketConfig, shots: int, frames: int, text_tokens: int) -> str:
+    """What of a scene exceeds the bucket, in words; empty if it fits."""
+    needs = {"shots": shots, "frames": frames, "text_tokens": text_tokens}
+    return ", ".join(
+        f"{need} {name.replace('_', ' ')} for a bucket of {getattr(bucket, name)}"
+        for name, need in needs.items()
+        if need > getattr(bucket, name)
+    )
+
+
+def blank_scene(bucket: BucketConfig, latent_shape: tuple[int, int, int], text_dim: int) -> Scene:
+    """A scene of padding only, which counts for nothing in a loss: it fills up a last batch.
+
+    Args:
+        bucket: the static shape.
+        latent_shape: rows, columns and channels of a latent frame.
+        text_dim: width of a text embedding.
+    """
+    return Scene(
+        video=np.zeros((bucket.frames, *latent_shape), np.float32),
+        text=np.zeros((bucket.text_tokens, text_dim), np.float32),
+        lengths=SceneLengths(
+            shot_frames=np.zeros(bucket.shots, np.int32),
+            text_lengths=np.zeros(bucket.shots + 1, np.int32),
+        ),
+    )
+
+
+def stack_scenes(scenes: Sequence[Scene]) -> Scene:
+    """Scenes of one bucket -> a batch."""
+    return Scene(
+        video=np.stack([s.video for s in scenes]),
+        text=np.stack([s.text for s in scenes]),
+        lengths=SceneLengths(
+            shot_frames=np.stack([s.lengths.shot_frames for s in scenes]),
+            text_lengths=np.stack([s.lengths.text_lengths for s in scenes]),
+        ),
+    )

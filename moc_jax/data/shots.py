@@ -1,0 +1,64 @@
+"""Where one shot of a video ends and the next begins."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scenedetect import ContentDetector, FrameTimecode
+
+from moc_jax.data.video import decode, resample
+from moc_jax.shapes import UInt8
+
+_LEAST_SECONDS = 0.5  # two cuts closer than this are a flash, not a shot
+_DETECTOR_COLUMNS = 256  # PySceneDetect, too, looks at frames of about this width
+
+
+class CutDetector:
+    """PySceneDetect's ContentDetector, frame by frame: a cut is where hue, saturation and brightness jump."""
+
+    def __init__(self, threshold: float):
+        # Its own filter of short shots counts frames; ours counts seconds, which hold at any frame rate.
+        self._detector = ContentDetector(threshold=threshold, min_scene_len=0)
+        self._number = 0
+        self._last_cut = 0.0
+
+    def __call__(self, seconds: float, frame: UInt8[np.ndarray, "Y X 3"]) -> bool:
+        """Whether this frame, shown at `seconds`, is the first of a new shot."""
+        step = max(1, frame.shape[1] // _DETECTOR_COLUMNS)
+        bgr = np.ascontiguousarray(frame[::step, ::step, ::-1])
+        jump = bool(self._detector.process_frame(FrameTimecode(self._number, 25.0), bgr))
+        self._number += 1
+        if not jump or seconds - self._last_cut < _LEAST_SECONDS:
+            return False
+        self._last_cut = seconds
+        return True
+
+
+class GivenCuts:
+    """Cuts that the caption file names, in seconds."""
+
+    def __init__(self, cuts: Sequence[float]):
+        self._left = list(cuts)
+
+    def __call__(self, seconds: float, frame: UInt8[np.ndarray, "Y X 3"]) -> bool:
+        """Whether this frame, shown at `seconds`, is the first of a new shot."""
+        reached = [cut for cut in self._left if cut <= seconds]
+        self._left = self._left[len(reached) :]
+        return bool(reached)
+
+
+def split_shots(
+    path: str | os.PathLike, height: int, width: int, fps: float, is_cut: CutDetector | GivenCuts
+) -> Iterator[UInt8[np.ndarray, "F Y X 3"]]:
+    """The shots of a file, one at a time, at one size and rate; cuts are looked for at the file's own rate.
+
+    Raises:
+        VideoError: see `decode`.
+    """
+    shot = [np.empty((0, height, width, 3), np.uint8)]  # so that a shot shorter than one new frame keeps its number
+    for start, frame, times in resample(decode(path, height, width), fps):
+        if is_cut(start, frame):
+            yield np.concatenate(shot)
+            shot = shot[:1]
+        shot += [frame[None]] * times
+    yield np.concatenate(shot)

@@ -1,0 +1,139 @@
+"""Video files <-> arrays of frames, through PyAV (FFmpeg)."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from moc_jax.shapes import UInt8, typed
+
+_LONGEST_GAP = 10.0  # seconds without a new frame: beyond it the time stamps are damaged, not slow
+_SAME_TIME = 1e-6  # seconds; time stamps are rounded to the container's clock
+
+
+class VideoError(Exception):
+    """A video file that cannot be used: `path` says which, `reason` why."""
+
+    def __init__(self, path: str | os.PathLike, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = os.fspath(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def decode(path: str | os.PathLike, height: int, width: int) -> Iterator[tuple[float, float, np.ndarray]]:
+    """Every frame of the file, one at a time, scaled to cover height x width and cropped to it around the centre.
+
+    Yields:
+        (start, end, frame): when it is shown, in seconds from the first frame on, and uint8 [Y X 3].
+
+    Raises:
+        VideoError: the file cannot be opened, holds no video stream or no frame, or is damaged.
+    """
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise VideoError(path, "it has no video stream")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            usual = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+            aspect = float(stream.sample_aspect_ratio or 1)
+            origin, shown, lasts = None, None, usual
+            for number, frame in enumerate(container.decode(stream)):
+                if frame.is_corrupt:
+                    raise VideoError(path, f"frame {number} is damaged")
+                stamp = number * usual if frame.time is None else frame.time
+                origin = stamp if origin is None else origin
+                start = stamp - origin
+                if shown is not None:
+                    start = max(start, shown[0])
+                    if start - shown[0] > _LONGEST_GAP:
+                        raise VideoError(path, f"its time stamps jump from {shown[0]:.2f} s to {start:.2f} s")
+                    yield shown[0], start, shown[1]
+                shown = start, _fit(frame, aspect, height, width)
+                lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else usual
+            if shown is None:
+                raise VideoError(path, "it has no frames")
+            yield shown[0], shown[0] + lasts, shown[1]
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"it cannot be decoded ({error.strerror or error})") from error
+
+
+def _fit(frame: av.VideoFrame, aspect: float, height: int, width: int) -> UInt8[np.ndarray, "Y X 3"]:
+    """Scales so that the frame covers the size, keeping its shape, then crops around the centre.
+
+    Args:
+        frame: as decoded.
+        aspect: width of its pixels over their height.
+        height: rows of the result.
+        width: columns of the result.
+    """
+    turned = frame.rotation % 180 == 90  # phones store portrait video lying on its side
+    goal_rows, goal_columns = (width, height) if turned else (height, width)
+    scale = max(goal_rows / frame.height, goal_columns / (frame.width * aspect))
+    rows = max(round(frame.height * scale), goal_rows)
+    columns = max(round(frame.width * aspect * scale), goal_columns)
+    method = "AREA" if scale < 1 else "BICUBIC"
+    image = frame.reformat(columns, rows, format="rgb24", interpolation=method).to_ndarray()
+    top, left = (rows - goal_rows) // 2, (columns - goal_columns) // 2
+    image = image[top : top + goal_rows, left : left + goal_columns]
+    return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
+
+
+def resample(frames: Iterable[tuple[float, float, np.ndarray]], fps: float) -> Iterator[tuple[float, np.ndarray, int]]:
+    """The frames of `decode` at another rate: frame k shows what the file shows at k / fps seconds.
+
+    Yields:
+        (start, frame, times): every frame of the file, and how often it is shown at the new rate, 0 included.
+    """
+    shown = 0
+    for start, end, frame in frames:
+        until = max(shown, math.ceil((end - _SAME_TIME) * fps))
+        yield start, frame, until - shown
+        shown = until
+
+
+@typed
+def read_video(path: str | os.PathLike, height: int, width: int, fps: float) -> UInt8[np.ndarray, "F Y X 3"]:
+    """The whole file as frames of one size at one rate.
+
+    Raises:
+        VideoError: see `decode`.
+    """
+    return np.stack([frame for _, frame, times in resample(decode(path, height, width), fps) for _ in range(times)])
+
+
+@typed
+def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], fps: float) -> None:
+    """Writes an H.264 MP4 that any player shows. It appears under its name only when it is complete.
+
+    Raises:
+        ValueError: no frames, or a size that H.264 cannot hold.
+        VideoError: the file cannot be written, for instance because the disk is full.
+    """
+    path = Path(path)
+    count, height, width, _ = frames.shape
+    if not count:
+        raise ValueError(f"{path} would have no frames")
+    if height % 2 or width % 2:
+        raise ValueError(f"{path}: frames are {height}x{width}; H.264 in yuv420p needs even rows and columns")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(os.fspath(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            rate = Fraction(fps).limit_denominator(1001)
+            stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for array in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+            container.mux(stream.encode(None))
+        os.replace(partial, path)
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"it cannot be written ({error.strerror or error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
