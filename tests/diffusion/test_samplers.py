@@ -126,6 +126,21 @@ def test_multistep_solvers_follow_the_published_updates(solver, steps, shift):
         np.testing.assert_allclose(got, reference(levels, z, solver), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("solver", "schedule", "values"),
+    [
+        ("unipc", "diffusers-unipc", (0.365122, 0.532561, 0.700000, 0.867439, 1.034877)),
+        ("euler", "diffusers-euler", (0.396667, 0.548333, 0.700000, 0.851667, 1.003333)),
+        ("dpm++", "wan-unipc", (0.364576, 0.532269, 0.699961, 0.867653, 1.035346)),  # its flow sigmas are that grid
+    ],
+)
+def test_samples_equal_those_of_diffusers(solver, schedule, values):
+    """Eight steps at shift 3, run with the schedulers of diffusers 0.42.1 (torch 2.14.1, float64 samples)."""
+    cfg = SampleConfig(solver=solver, schedule=schedule, steps=8, shift=3.0)
+    got = samplers.solve(gaussian_velocity, jnp.linspace(-2.0, 2.0, 5), samplers.grid_of(cfg), solver)
+    np.testing.assert_allclose(got, values, atol=2e-6)
+
+
 def test_a_grid_that_starts_at_pure_noise_is_the_limit_of_one_that_nearly_does():
     z = jax.random.normal(jax.random.key(1), (64,))
     levels = samplers.sigmas(10, 3.0, "wan-dpm++")
