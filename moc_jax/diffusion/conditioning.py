@@ -1,0 +1,110 @@
+"""Sampling a scene of which some is known: given shots, given first frames, or one shot after another.
+
+Everything here is a choice of the noise level that each shot is shown at (LCT, arXiv 2503.10589, sections 3.3 and 3.4):
+
+    known shot              t = t_c       z = (1 - t_c) z_0 + t_c noise, with the same noise at every step
+    shot being denoised     t = sigma     z as the solver left it; a given first frame is (1 - sigma) z_0 + sigma noise
+    shot whose turn comes   t = 1         z = noise
+
+In the order `joint` all unknown shots have the same turn. In the order `shots` each has its own, and is known once it
+is denoised; under `past` visibility that is exact, as no shot ever looked at a later one, and under `scene` visibility
+it is a scene whose later shots are still pure noise.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from moc_jax.config import SampleConfig
+from moc_jax.diffusion.process import VelocityFn, add_noise, shot_mask
+from moc_jax.diffusion.samplers import grid_of, solve
+from moc_jax.scene import SceneLengths, frame_shot
+from moc_jax.shapes import Array, Bool, Float, Int, Key, typed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What of a batch of scenes is given."""
+
+    video: Float[Array, "B F Y X Z"]  # clean latents where they are given; ignored elsewhere
+    shots: Bool[Array, "B S"]  # whole shots that are given
+    first_frames: Bool[Array, "B S"]  # shots to be sampled whose first latent frame is given
+
+
+@typed
+def shot_noise(keys: Key[Array, "B S"], lengths: SceneLengths, shape: tuple[int, ...]) -> Float[Array, "B F Y X Z"]:
+    """Noise for frames of `shape` [F, Y, X, Z] that depends on nothing but the key of each frame's own shot.
+
+    Frame n of a shot is drawn from fold_in(key, n), so neither the other shots, nor padding, nor the rest of the batch
+    change it.
+    """
+    first = jnp.cumsum(lengths.shot_frames, axis=1) - lengths.shot_frames
+
+    def scene(keys, shot, first):
+        number = jnp.arange(shape[0]) - first[shot]
+        return jax.vmap(lambda key, n: jax.random.normal(jax.random.fold_in(key, n), shape[1:]))(keys[shot], number)
+
+    return jax.vmap(scene)(keys, jnp.maximum(frame_shot(lengths.shot_frames, shape[0]), 0), first)
+
+
+@typed
+def turns(known: Bool[Array, "B S"], lengths: SceneLengths, order: Literal["joint", "shots"]) -> Int[Array, "B S"]:
+    """When each shot is denoised: 0 for the first turn; -1 for what is known, and for padding."""
+    wanted = ~known & (lengths.shot_frames > 0)
+    turn = jnp.zeros_like(lengths.shot_frames) if order == "joint" else jnp.cumsum(wanted, axis=1) - 1
+    return jnp.where(wanted, turn, -1)
+
+
+@typed
+def sample_scene(
+    velocity_fn: VelocityFn,
+    noise: Float[Array, "B F Y X Z"],
+    history_noise: Float[Array, "B F Y X Z"],
+    known: Known,
+    lengths: SceneLengths,
+    cfg: SampleConfig,
+) -> Float[Array, "B F Y X Z"]:
+    """Denoises all shots that are not known; see the file's docstring for what the model is shown of the others.
+
+    Args:
+        velocity_fn: the model, with its guidance.
+        noise: where the sampled shots start.
+        history_noise: what known shots are noised with. Not `noise`: a sampled shot is a function of that.
+        known: what is given.
+        lengths: the scenes' shots; sizes are data, so all scenes of one bucket share a compiled program.
+        cfg: solver, grid, order and t_c (`history_noise`).
+
+    Returns:
+        Clean latents: what is known exactly as it was given, zeros on padding frames.
+    """
+    levels = grid_of(cfg)
+    turn = turns(known.shots, lengths, cfg.order)
+    mine = shot_mask(lengths, noise.shape[1])  # [B, S, F]
+    first = _firsts(mine) & known.first_frames[:, :, None]
+
+    def denoise(now, z_0):
+        done, active = turn < now, turn == now
+        free = _frames(mine & ~first, active)
+        eps = jnp.where(_frames(mine, done), history_noise, noise)
+
+        def velocity(z, sigma):
+            t = jnp.where(done, cfg.history_noise, jnp.where(active, sigma, 1.0))
+            z = jnp.where(free, z, add_noise(z_0, eps, t, lengths))  # at t = 1 this is the noise itself
+            return jnp.where(free, velocity_fn(z, t), 0)
+
+        return jnp.where(free, solve(velocity, noise, levels, cfg.solver), z_0)
+
+    given = _frames(mine, known.shots) | _frames(first, turn >= 0)
+    return jax.lax.fori_loop(0, turn.max() + 1, denoise, jnp.where(given, known.video, 0))
+
+
+def _firsts(mine: Bool[Array, "B S F"]) -> Bool[Array, "B S F"]:
+    return mine & (jnp.cumsum(mine, axis=2) == 1)
+
+
+def _frames(mine: Bool[Array, "B S F"], shots: Bool[Array, "B S"]) -> Bool[Array, "B F 1 1 1"]:
+    """The frames of the chosen shots, ready to select latents."""
+    return (mine & shots[:, :, None]).any(axis=1)[:, :, None, None, None]
