@@ -50,8 +50,8 @@ def latent_frames(frames: int, stride: int) -> int:
     if frames < 1 or (frames - 1) % stride:
         low = max(1, (frames - 1) // stride * stride + 1)
         raise ValueError(
-            f"{frames} frames cannot be encoded: the first stands alone and each further latent frame holds {stride}, so "
-            f"a clip has {stride} * n + 1 frames; the nearest counts are {low} and {low + stride}"
+            f"{frames} frames cannot be encoded: the first stands alone and each further latent frame holds {stride}, "
+            f"so a clip has {stride} * n + 1 frames; the nearest counts are {low} and {low + stride}"
         )
     return (frames - 1) // stride + 1
 

@@ -90,8 +90,8 @@ class PCACodec:
             rest.add(rearrange(_rest_patches(cfg, clip), "f y x d -> (f y x) d"))
         if not rest.count:
             raise ValueError(
-                f"the codec needs at least one clip of {t + 1} frames or more to be fitted on (codec.stride {t} after the "
-                f"first frame); it got {first.count and 'single frames only' or 'no clip'}"
+                f"the codec needs at least one clip of {t + 1} frames or more to be fitted on (the first frame, and "
+                f"codec.stride {t}); it got {'single frames only' if first.count else 'no clip'}"
             )
         mean, basis, std = rest.principal(cfg.channels)
         first_mean, first_basis, first_std = first.principal(cfg.channels)
@@ -212,5 +212,6 @@ def _check_size(cfg: CodecConfig, shape: tuple[int, ...]) -> None:
         if size % unit:
             low = max(unit, size // unit * unit)
             raise ValueError(
-                f"a frame has {size} {name}, but codec.stride needs a multiple of {unit}; the nearest are {low} and {low + unit}"
+                f"a frame has {size} {name}, but codec.stride needs a multiple of {unit}; "
+                f"the nearest are {low} and {low + unit}"
             )

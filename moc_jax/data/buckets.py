@@ -1,0 +1,77 @@
+"""Which scene goes into which static shape, decided from the manifest before the first batch."""
+
+import dataclasses
+
+from moc_jax.config import BucketConfig, Config, ConfigError
+from moc_jax.data.manifest import DataError, Manifest, SceneEntry
+from moc_jax.data.pack import misfit
+from moc_jax.data.sources import Split
+from moc_jax.text import build_text_encoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Buckets:
+    """The shapes of a run and the scenes of one split in each."""
+
+    split: Split
+    shapes: tuple[BucketConfig, ...]
+    scenes: tuple[tuple[SceneEntry, ...], ...]
+    """Of each shape, in the manifest's order."""
+    dropped: dict[str, str]
+    """Scenes that fit no shape, with the reason."""
+
+    def summary(self) -> str:
+        """Kept scenes per shape, and the dropped ones with their reasons."""
+        lines = [
+            f"{self.split}: {len(scenes)} scenes in the bucket of {shape.shots} shots, {shape.frames} latent frames, "
+            f"{shape.text_tokens} text tokens"
+            for shape, scenes in zip(self.shapes, self.scenes)
+        ]
+        return "\n".join(lines + [f"  dropped {name}: {reason}" for name, reason in self.dropped.items()])
+
+
+def assign_buckets(cfg: Config, manifest: Manifest, split: Split) -> Buckets:
+    """Each scene goes into the smallest bucket that holds it; without configured buckets, one holds them all.
+
+    Raises:
+        ConfigError: a bucket's frames are no multiple of the model's patch.
+        DataError: no scene of the split is left; says why.
+    """
+    sizes = _sizes(cfg, manifest)
+    shapes = sorted(cfg.data.buckets, key=lambda b: (b.frames, b.text_tokens, b.shots)) or [_smallest(sizes)]
+    for shape in shapes:
+        if shape.frames % cfg.model.patch[0]:
+            raise ConfigError(
+                f"data.buckets: frames {shape.frames} does not divide by model.patch[0] = {cfg.model.patch[0]}"
+            )
+    scenes: list[list[SceneEntry]] = [[] for _ in shapes]
+    dropped = {}
+    for scene in manifest.split(split):
+        problems = [misfit(shape, *sizes[scene.name]) for shape in shapes]
+        if "" in problems:
+            scenes[problems.index("")].append(scene)
+        else:
+            dropped[scene.name] = problems[-1]
+    if not any(scenes):
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in dropped.items())
+        fix = "widen data.buckets" if dropped else "set data.validation_source or data.validation_fraction"
+        raise DataError(f"no {split} scene is left; {fix}{reasons}")
+    return Buckets(split=split, shapes=tuple(shapes), scenes=tuple(map(tuple, scenes)), dropped=dropped)
+
+
+def _sizes(cfg: Config, manifest: Manifest) -> dict[str, tuple[int, int, int]]:
+    """Shots, latent frames and text tokens of every scene, by name."""
+    encoder = build_text_encoder(cfg.text)
+
+    def tokens(scene: SceneEntry) -> int:
+        try:
+            return sum(len(encoder(caption)) for caption in scene.captions)
+        except ValueError as error:
+            raise ConfigError(f"scene {scene.name}: {error}") from error
+
+    return {scene.name: (len(scene.shots), scene.frames, tokens(scene)) for scene in manifest.scenes}
+
+
+def _smallest(sizes: dict[str, tuple[int, int, int]]) -> BucketConfig:
+    shots, frames, text_tokens = (max(column) for column in zip(*sizes.values()))
+    return BucketConfig(shots=shots, frames=frames, text_tokens=text_tokens)

@@ -1,0 +1,215 @@
+"""A folder of encoded scenes: `manifest.json`, `codec.npz` and ArrayRecord shards with one record per scene."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moc_jax.codecs import Codec, load_codec
+from moc_jax.config import CodecConfig, Config, DataConfig
+from moc_jax.data.sources import Split
+
+VERSION = 1
+MANIFEST, CODEC = "manifest.json", "codec.npz"
+
+
+class DataError(Exception):
+    """Prepared data that cannot be made, or is damaged or does not belong to the configuration."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShotEntry:
+    caption: str
+    frames: int
+    """Latent frames."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SceneEntry:
+    name: str
+    """The source's name and the scene's number in it."""
+    source: str
+    split: Split
+    caption: str
+    shots: tuple[ShotEntry, ...]
+    shard: int
+    record: int
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of all shots."""
+        return sum(shot.frames for shot in self.shots)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The global caption, then each shot's."""
+        return (self.caption, *(shot.caption for shot in self.shots))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    file: str
+    records: int
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of a prepared folder, and how it came about."""
+
+    folder: Path
+    fingerprint: str
+    settings: dict[str, Any]
+    """Every setting that the content depends on, by its dotted name."""
+    sources: dict[str, str]
+    """Digest of each source, by name."""
+    codec_fingerprint: str
+    latent_shape: tuple[int, int, int]
+    """Rows, columns and channels of a latent frame."""
+    scenes: tuple[SceneEntry, ...]
+    shards: tuple[ShardEntry, ...]
+    skipped: dict[str, str]
+    """Files that were left out, with the reason."""
+    notes: tuple[str, ...]
+    """What the user should know about files that were used."""
+    counts: dict[str, int]
+
+    def split(self, split: Split) -> list[SceneEntry]:
+        """The scenes of one split."""
+        return [scene for scene in self.scenes if scene.split == split]
+
+    def summary(self) -> str:
+        """What was used, what was left out, and why."""
+        of = collections.Counter(scene.split for scene in self.scenes)
+        c = self.counts
+        lines = [
+            f"{of['train']} training and {of['validation']} held-out scenes from {c['files']} files: "
+            f"{c['shots']} shots, {c['latent_frames']} latent frames ({self.folder})",
+            f"left out: {len(self.skipped)} files, {c['short_shots']} short shots, {c['cut_frames']} of "
+            f"{c['frames']} frames at the ends of shots",
+            *(f"  skipped {name}: {reason}" for name, reason in self.skipped.items()),
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+    def save(self) -> None:
+        """Writes manifest.json into the folder."""
+        content = dataclasses.asdict(self) | {"version": VERSION}
+        del content["folder"]
+        (self.folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Reads manifest.json and checks that all shards are there in full.
+
+    Raises:
+        DataError: the manifest is missing, damaged or of another version, or a shard's size differs; names the file.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("version") != VERSION:
+            raise DataError(
+                f"{path} was written by another version of this program; delete {folder} and prepare the data anew"
+            )
+        scenes = (s | {"shots": tuple(ShotEntry(**shot) for shot in s["shots"])} for s in content.pop("scenes"))
+        manifest = Manifest(
+            folder=folder,
+            scenes=tuple(SceneEntry(**s) for s in scenes),
+            shards=tuple(ShardEntry(**s) for s in content.pop("shards")),
+            latent_shape=tuple(content.pop("latent_shape")),
+            notes=tuple(content.pop("notes")),
+            **content,
+        )
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); delete {folder} and prepare the data anew") from error
+    for shard in manifest.shards:
+        file = folder / shard.file
+        size = file.stat().st_size if file.is_file() else None
+        if size != shard.size:
+            state = "is missing" if size is None else f"has {size} bytes instead of {shard.size}"
+            raise DataError(f"the shard {file} {state}; delete {folder} and prepare the data anew")
+    return manifest
+
+
+def verify(manifest: Manifest) -> None:
+    """Reads every shard and compares its checksum.
+
+    Raises:
+        DataError: a shard's content has changed; names it.
+    """
+    for shard in manifest.shards:
+        if sha256(manifest.folder / shard.file) != shard.sha256:
+            raise DataError(f"the shard {manifest.folder / shard.file} is damaged: its checksum is not the manifest's")
+
+
+def codec_of(manifest: Manifest) -> Codec:
+    """The codec that the scenes were encoded with.
+
+    Raises:
+        DataError: its file is missing or damaged.
+    """
+    path = manifest.folder / CODEC
+    fields = {f.name for f in dataclasses.fields(CodecConfig)}
+    settings = {
+        key.removeprefix("codec."): value for key, value in manifest.settings.items() if key.startswith("codec.")
+    }
+    cfg = CodecConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in fields})
+    try:
+        with np.load(path) as arrays:
+            codec = load_codec(cfg, dict(arrays))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}); delete {manifest.folder} and prepare the data anew"
+        ) from error
+    if codec.fingerprint != manifest.codec_fingerprint:
+        raise DataError(f"{path} is not the codec that the scenes were encoded with; prepare the data anew")
+    return codec
+
+
+# What the encoded scenes depend on; all else in the config can change without preparing anew.
+_DATA_FIELDS = (
+    *("height", "width", "fps", "min_shot_frames", "max_shot_frames", "shot_threshold", "shots_per_scene"),
+    *("default_caption", "default_shot_caption", "keyframes"),
+)
+
+
+def settings_of(cfg: Config) -> dict[str, Any]:
+    """The settings that prepared data depends on, by dotted name, as JSON would give them back."""
+    assert {f.name for f in dataclasses.fields(DataConfig)} >= set(_DATA_FIELDS)
+    settings = {f"codec.{key}": value for key, value in dataclasses.asdict(cfg.codec).items()}
+    settings |= {f"data.{key}": getattr(cfg.data, key) for key in _DATA_FIELDS}
+    settings["model.patch[0]"] = cfg.model.patch[0]
+    return json.loads(json.dumps(settings))
+
+
+def check_settings(manifest: Manifest, cfg: Config) -> None:
+    """Raises DataError, naming each field, if the scenes were encoded under other settings than `cfg`."""
+    ours = settings_of(cfg)
+    differing = [key for key in ours if manifest.settings.get(key) != ours[key]]
+    if differing:
+        listed = "; ".join(
+            f"{key} = {ours[key]!r}, but it was prepared with {manifest.settings.get(key)!r}" for key in differing
+        )
+        raise DataError(
+            f"the data in {manifest.folder} does not fit the config: {listed}. "
+            "Change the config, or point data.cache elsewhere"
+        )
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def latent_shape(cfg: Config) -> tuple[int, int, int]:
+    """Rows, columns and channels of a latent frame."""
+    return (*cfg.latent_size, cfg.codec.channels)

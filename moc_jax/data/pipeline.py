@@ -1,0 +1,144 @@
+"""Encoded scenes -> batches, by Grain: read, augment, pack, stack; ahead of the step, in a thread or in processes."""
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from moc_jax.config import Config, ConfigError
+from moc_jax.data.buckets import Buckets, assign_buckets
+from moc_jax.data.manifest import DataError, Manifest, SceneEntry
+from moc_jax.data.pack import blank_scene, pack_scene, stack_scenes
+from moc_jax.data.plan import Batch, TrainPlan, ValidationPlan, augmentation
+from moc_jax.data.shards import ShardReader
+from moc_jax.data.sources import Split
+from moc_jax.scene import Scene
+from moc_jax.text import build_text_encoder
+
+_AHEAD = 2  # batches read ahead, per worker
+
+
+def make_pipeline(
+    cfg: Config, manifest: Manifest, *, split: Split, process_index: int = 0, process_count: int = 1
+) -> "SceneIterator":
+    """This process's share of every batch, as scenes with numpy leaves.
+
+    Process p of n holds rows [p B/n, (p + 1) B/n) of each global batch of B = `train.batch_size` scenes, so all
+    processes together see what one would, in the same order, and all are in the same bucket at each step.
+
+    Training never ends, and applies caption dropout and image conditioning. Validation shows each held-out scene once,
+    as it is; rows left over in a bucket's last batch are blank: no shots, no captions.
+
+    Raises:
+        ConfigError: the batch does not divide by the processes, or a bucket or caption does not fit.
+        DataError: no scene is left in the split.
+    """
+    rows, rest = divmod(cfg.train.batch_size, process_count)
+    if rest:
+        raise ConfigError(
+            f"train.batch_size = {cfg.train.batch_size} does not divide by the {process_count} processes; "
+            f"the nearest that do are {max(1, rows) * process_count} and {(rows + 1) * process_count}"
+        )
+    buckets = assign_buckets(cfg, manifest, split)
+    sizes = tuple(map(len, buckets.scenes))
+    training = split == "train"
+    if training:
+        plan = TrainPlan(sizes, cfg.train.batch_size, cfg.train.seed)
+    else:
+        plan = ValidationPlan(sizes, cfg.train.batch_size)
+    load = _Load(cfg, manifest, buckets, slice(process_index * rows, (process_index + 1) * rows), training)
+    return SceneIterator(
+        grain.MapDataset.source(plan).map(load), buckets, cfg.data.workers, _identity(cfg, buckets, manifest)
+    )
+
+
+class SceneIterator(grain.DatasetIterator):
+    """Iterates over batches. Its whole state is the number of the next one, so resuming is exact with any workers."""
+
+    def __init__(self, batches: grain.MapDataset, buckets: Buckets, workers: int, identity: dict[str, Any]):
+        super().__init__()
+        self.buckets = buckets
+        self._batches, self._workers, self._identity = batches, workers, identity
+        self._step = 0
+        self._reading: grain.DatasetIterator | None = None
+
+    def __next__(self) -> Scene:
+        if self._reading is None:
+            options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD)
+            ahead = self._batches[self._step :].to_iter_dataset(options)
+            if self._workers:
+                if not flags.FLAGS.is_parsed():  # Grain asks absl's flags, which our command line does not use
+                    flags.FLAGS.mark_as_parsed()
+                ahead = ahead.mp_prefetch(
+                    grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_AHEAD)
+                )
+            self._reading = iter(ahead)
+        scene = next(self._reading)
+        self._step += 1
+        return scene
+
+    def get_state(self) -> dict[str, Any]:
+        """The next batch's number, and what it is a number of."""
+        return {"step": self._step, **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state.
+
+        Raises:
+            DataError: the state was taken from other data, batch size, seed or buckets; names what differs.
+        """
+        for key, value in self._identity.items():
+            if state.get(key) != value:
+                raise DataError(
+                    f"the saved data position belongs to {key} = {state.get(key)!r}, but this run has {value!r}; "
+                    "resume with the same data and settings, or start a new run"
+                )
+        self.close()
+        self._step = state["step"]
+
+    def close(self) -> None:
+        """Stops reading ahead; the next batch starts it again."""
+        if getattr(self, "_reading", None) is not None:
+            self._reading.close()
+            self._reading = None
+
+
+def _identity(cfg: Config, buckets: Buckets, manifest: Manifest) -> dict[str, Any]:
+    shapes = [list(dataclasses.astuple(shape)) for shape in buckets.shapes]
+    return {"data": manifest.fingerprint, "batch_size": cfg.train.batch_size, "seed": cfg.train.seed, "buckets": shapes}
+
+
+class _Load:
+    """One planned batch -> this process's rows of it."""
+
+    def __init__(self, cfg: Config, manifest: Manifest, buckets: Buckets, rows: slice, training: bool):
+        self._cfg, self._buckets, self._rows, self._training = cfg, buckets, rows, training
+        self._latent_shape = manifest.latent_shape
+        self._reader = ShardReader(manifest)
+        self._encoder = build_text_encoder(cfg.text)
+
+    def __call__(self, batch: Batch) -> Scene:
+        shape = self._buckets.shapes[batch.bucket]
+        scenes = []
+        for row in range(len(batch.scenes))[self._rows]:
+            number = batch.scenes[row]
+            if number is None:
+                scenes.append(blank_scene(shape, self._latent_shape, self._encoder.dim))
+                continue
+            entry = self._buckets.scenes[batch.bucket][number]
+            shots, captions = self._read(entry, batch.bucket, batch.first_turn + row)
+            scenes.append(pack_scene(shots, [self._encoder(c) for c in captions], shape, name=f"scene {entry.name}"))
+        return stack_scenes(scenes)
+
+    def _read(self, entry: SceneEntry, bucket: int, turn: int) -> tuple[list[np.ndarray], tuple[str, ...]]:
+        shots, stills = self._reader.read(entry)
+        captions = entry.captions
+        if self._training:
+            random = augmentation(self._cfg.train.seed, bucket, turn)
+            if random.random() < self._cfg.data.caption_dropout:
+                captions = ("",) * len(captions)
+            for index in np.flatnonzero(random.random(len(shots)) < self._cfg.data.image_conditioning):
+                shots[index] = stills[index, random.integers(stills.shape[1])]
+        return shots, captions
