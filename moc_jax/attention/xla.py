@@ -15,6 +15,7 @@ Bytes, beyond q, k, v and o: one float32 output per routed pair, N * K * H * D *
 forward and 10 * D backward, rounded up to tiles.
 """
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -24,14 +25,40 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention.routing import anchor_chunks
-from moc_jax.attention.schedule import Schedule, group_by_chunk
+from moc_jax.attention.schedule import group_by_chunk
 from moc_jax.config import MoCConfig
 from moc_jax.scene import GLOBAL, TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Float, Int, typed
 
-TILE = 128  # queries that walk together
-BLOCK = 256  # keys per step of a walk
 _MASKED = -1e30  # finite, so that a row with nothing to see yields zeros and not NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Sizes of a walk's steps. Small chunks want small blocks: what a block holds beyond its chunk is wasted."""
+
+    tile: int = 128  # queries that walk together
+    anchor_block: int = 128  # keys per step along an anchor run
+    routed_block: int = 128  # keys per step along a picked chunk
+
+    def __post_init__(self):
+        if min(self.tile, self.anchor_block, self.routed_block) < 1:
+            raise ValueError(f"{self}: tile and blocks must be at least 1")
+
+    @property
+    def padding(self) -> int:
+        """Zeros behind the keys, so that no block is clamped back into them."""
+        return max(self.anchor_block, self.routed_block)
+
+
+def default_tiling(max_chunk: int) -> Tiling:
+    """Blocks of 128 keys, less where chunks are shorter: a multiple of 16 that holds one."""
+    return Tiling(routed_block=min(128, -(-max_chunk // 16) * 16))
+
+
+class _Static(NamedTuple):
+    text_tokens: int
+    tiling: Tiling
 
 
 class _Runs(NamedTuple):
@@ -54,7 +81,8 @@ def attend(
     runs = _anchor_runs(table, cfg)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     with jax.named_scope("moc_attention"):
-        out = _attend(q, k, v, runs, routes, table.start, table.length, table.text_tokens)
+        static = _Static(table.text_tokens, default_tiling(table.max_chunk))
+        out = _attend(q, k, v, runs, routes, table.start, table.length, static)
     return jnp.swapaxes(out, 1, 2)
 
 
@@ -77,44 +105,48 @@ def _anchor_runs(table: ChunkTable, cfg: MoCConfig) -> _Runs:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attend(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens):
-    return _forward(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens)[0]
+def _attend(q, k, v, runs, routes, chunk_start, chunk_length, static):
+    return _forward(q, k, v, runs, routes, chunk_start, chunk_length, static)[0]
 
 
-def _forward(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens):
+def _forward(q, k, v, runs, routes, chunk_start, chunk_length, static):
     """[B, H, N, D] -> output and its log-sum-exp [B, H, N]; one scene at a time, so that walks are as long as its own."""
+    text, tiling = static
 
     def one(args):
         q, k, v, runs, routes, start, length = args
-        q, k, v = _padded(q, k, v)
-        out, lse = _anchors_forward(q, k, v, runs)
+        k, v = _padded(k, tiling), _padded(v, tiling)
+        out, lse = _anchors_forward(q, k, v, runs, tiling)
         if routes.shape[-1]:
-            schedule = _schedule(routes, start.shape[0], text_tokens)
-            parts = _routed_forward(q, k, v, schedule, start, length)
-            out, lse = _merge(out, lse, *parts, schedule, text_tokens)
+            schedule = group_by_chunk(routes[:, text:], start.shape[0], tiling.tile)
+            parts = _routed_forward(q, k, v, schedule, start, length, static)
+            out, lse = _merge(out, lse, *parts, schedule, text)
         return out.astype(v.dtype), lse
 
     return lax.map(one, (q, k, v, runs, routes, chunk_start, chunk_length))
 
 
-def _attend_forward(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens):
-    out, lse = _forward(q, k, v, runs, routes, chunk_start, chunk_length, text_tokens)
+def _attend_forward(q, k, v, runs, routes, chunk_start, chunk_length, static):
+    out, lse = _forward(q, k, v, runs, routes, chunk_start, chunk_length, static)
     return out, (q, k, v, runs, routes, chunk_start, chunk_length, out, lse)
 
 
-def _attend_backward(text_tokens, residuals, d_out):
+def _attend_backward(static, residuals, d_out):
+    text, tiling = static
+
     def one(args):
         q, k, v, runs, routes, start, length, out, lse, d_out = args
         tokens = q.shape[1]
         delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [H, N]
-        q_padded, k_padded, v_padded = _padded(q, k, v)
-        state = _Gradients(*(jnp.zeros(x.shape, jnp.float32) for x in (k_padded, v_padded)))
-        d_q, state = _anchors_backward(q_padded, k_padded, v_padded, runs, lse, delta, d_out, state)
+        rows = q, lse, delta, d_out
+        k_padded, v_padded = _padded(k, tiling), _padded(v, tiling)
+        sums = _Gradients(jnp.zeros(k_padded.shape, jnp.float32), jnp.zeros(v_padded.shape, jnp.float32))
+        d_q, sums = _anchors_backward(rows, k_padded, v_padded, runs, sums, tiling)
         if routes.shape[-1]:
-            schedule = _schedule(routes, start.shape[0], text_tokens)
-            more, state = _routed_backward(q_padded, k_padded, v_padded, schedule, start, length, lse, delta, d_out, state)
-            d_q = d_q.at[:, text_tokens:].add(_sum_pairs(more, schedule))
-        return d_q.astype(q.dtype), state.d_k[:, :tokens].astype(k.dtype), state.d_v[:, :tokens].astype(v.dtype)
+            schedule = group_by_chunk(routes[:, text:], start.shape[0], tiling.tile)
+            d_pairs, sums = _routed_backward(rows, k_padded, v_padded, schedule, start, length, sums, static)
+            d_q = d_q.at[:, text:].add(_sum_pairs(d_pairs, schedule))
+        return d_q.astype(q.dtype), sums.d_k[:, :tokens].astype(k.dtype), sums.d_v[:, :tokens].astype(v.dtype)
 
     d_q, d_k, d_v = lax.map(one, (*residuals, d_out))
     return d_q, d_k, d_v, None, None, None, None
@@ -124,18 +156,17 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 # ---------------------------------------------------------------------------------------------------- the walk
-# From here on one scene: q, k, v [H, N, D].
+# From here on one scene: q [H, N, D], k and v [H, N + padding, D]. A walk's runs are [H, T], or [1, T] where all heads
+# share them.
 
 
 class _Gradients(NamedTuple):
-    d_k: Array  # [H, N + BLOCK, D] float32
+    d_k: Array  # [H, N + padding, D] float32
     d_v: Array
 
 
-def _padded(q, k, v):
-    """Keys get one block of zeros at the end, so that no block of a walk is clamped back into the array."""
-    pad = ((0, 0), (0, BLOCK), (0, 0))
-    return q, jnp.pad(k, pad), jnp.pad(v, pad)
+def _padded(x, tiling):
+    return jnp.pad(x, ((0, 0), (0, tiling.padding), (0, 0)))
 
 
 def _dot(spec, a, b):
@@ -143,49 +174,52 @@ def _dot(spec, a, b):
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _blocks(begin, end, limit):
-    """For each head: where the rows' runs [H, T] begin, and over how many blocks they reach (at most, all heads)."""
+def _reach(begin, end, tokens, block):
+    """Where the rows' runs begin, and over how many blocks they reach (the most of all heads)."""
     some = begin < end
-    low = jnp.min(jnp.where(some, begin, limit), axis=-1)
+    low = jnp.min(jnp.where(some, begin, tokens), axis=-1)
     high = jnp.max(jnp.where(some, end, 0), axis=-1)
-    return low, jnp.max(jnp.maximum(high - low + BLOCK - 1, 0) // BLOCK)
+    return low, jnp.max(jnp.maximum(high - low + block - 1, 0) // block)
 
 
-def _take(x, low):
-    return jax.vmap(lambda rows, i: lax.dynamic_slice_in_dim(rows, i, BLOCK))(x, low)
+def _take(x, low, block):
+    """`block` rows of each head from its own row `low`."""
+    if low.shape[0] == 1:
+        return lax.dynamic_slice_in_dim(x, low[0], block, axis=1)
+    return jax.vmap(lambda rows, i: lax.dynamic_slice_in_dim(rows, i, block))(x, low)
 
 
 def _add(x, low, rows):
-    def one(x, i, rows):
-        return lax.dynamic_update_slice_in_dim(x, lax.dynamic_slice_in_dim(x, i, BLOCK) + rows, i, 0)
-
-    return jax.vmap(one)(x, low, rows)
+    """The inverse of `_take`: adds rows [H, block, D] in place."""
+    rows = rows + _take(x, low, rows.shape[1])
+    if low.shape[0] == 1:
+        return lax.dynamic_update_slice_in_dim(x, rows, low[0], axis=1)
+    return jax.vmap(lambda x, rows, i: lax.dynamic_update_slice_in_dim(x, rows, i, axis=0))(x, rows, low)
 
 
 def _scores(q, k_block, begin, end, low):
     """Scaled scores of a tile against one block of keys, and where the rows' runs allow them."""
-    column = low[:, None, None] + jnp.arange(BLOCK)[None, None]
+    column = low[:, None, None] + jnp.arange(k_block.shape[1])[None, None]
     seen = (column >= begin[..., None]) & (column < end[..., None])
-    return _dot("htd,hsd->hts", q, k_block) / math.sqrt(q.shape[-1]), seen
+    scores = _dot("htd,hsd->hts", q, k_block) / math.sqrt(q.shape[-1])
+    return scores, jnp.broadcast_to(seen, scores.shape)
 
 
-def _walk_forward(q, k, v, begin, end, carry):
+def _walk_forward(q, k, v, begin, end, carry, tokens, block):
     """Folds the keys of each row's run [begin, end) into the carry: (maximum, sum, weighted values)."""
-    limit = k.shape[1] - BLOCK
-    first, steps = _blocks(begin, end, limit)
+    first, steps = _reach(begin, end, tokens, block)
 
     def step(i, carry):
         largest, total, values = carry
-        low = jnp.minimum(first + i * BLOCK, limit)
-        s, seen = _scores(q, _take(k, low), begin, end, low)
+        low = jnp.minimum(first + i * block, tokens)
+        s, seen = _scores(q, _take(k, low, block), begin, end, low)
         s = jnp.where(seen, s, _MASKED)
         new = jnp.maximum(largest, jnp.max(s, axis=-1))
         # The mask goes on p too: a row that sees nothing yet has new = _MASKED, and exp(0) would count.
         p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
         shrink = jnp.exp(largest - new)
         total = total * shrink + jnp.sum(p, axis=-1)
-        v_block = _take(v, low)
-        values = values * shrink[..., None] + _dot("hts,hsd->htd", p.astype(v.dtype), v_block)
+        values = values * shrink[..., None] + _dot("hts,hsd->htd", p.astype(v.dtype), _take(v, low, block))
         return new, total, values
 
     return lax.fori_loop(0, steps, step, carry)
@@ -203,39 +237,36 @@ def _finish(carry):
     return out, jnp.where(empty, -jnp.inf, largest + jnp.log(jnp.where(empty, 1.0, total)))
 
 
-def _walk_backward(q, k, v, begin, end, lse, delta, d_out, d_q, state):
+def _walk_backward(rows, k, v, begin, end, d_q, sums, tokens, block):
     """Adds one walk's share to d_q [H, T, D] and to the keys' and values' gradients."""
-    limit = k.shape[1] - BLOCK
-    first, steps = _blocks(begin, end, limit)
+    q, lse, delta, d_out = rows
+    first, steps = _reach(begin, end, tokens, block)
     scale = 1 / math.sqrt(q.shape[-1])
     lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
 
     def step(i, carry):
-        d_q, state = carry
-        low = jnp.minimum(first + i * BLOCK, limit)
-        k_block, v_block = _take(k, low), _take(v, low)
+        d_q, sums = carry
+        low = jnp.minimum(first + i * block, tokens)
+        k_block, v_block = _take(k, low, block), _take(v, low, block)
         s, seen = _scores(q, k_block, begin, end, low)
         p = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0) - lse[..., None]), 0.0)
         d_p = _dot("htd,hsd->hts", d_out, v_block)
         d_s = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
         d_q = d_q + _dot("hts,hsd->htd", d_s, k_block)
-        d_k = _add(state.d_k, low, _dot("hts,htd->hsd", d_s, q))
-        d_v = _add(state.d_v, low, _dot("hts,htd->hsd", p.astype(d_out.dtype), d_out))
+        d_k = _add(sums.d_k, low, _dot("hts,htd->hsd", d_s, q))
+        d_v = _add(sums.d_v, low, _dot("hts,htd->hsd", p.astype(d_out.dtype), d_out))
         return d_q, _Gradients(d_k, d_v)
 
-    return lax.fori_loop(0, steps, step, (d_q, state))
+    return lax.fori_loop(0, steps, step, (d_q, sums))
 
 
 # ---------------------------------------------------------------------------------------------------- (a) anchors
 
 
-def _tiles(x, axis, value=0):
-    """Cuts `axis` into tiles and brings them to the front."""
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, -x.shape[axis] % TILE)
-    x = jnp.pad(x, pad, constant_values=value)
-    shape = (*x.shape[:axis], x.shape[axis] // TILE, TILE, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x.reshape(shape), axis, 0)
+def _tiles(x, tile):
+    """[A, N, ...] -> [G, A, T, ...]: cuts the second axis into tiles and brings them to the front."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, tile, *x.shape[2:]), 1, 0)
 
 
 def _untile(x, tokens):
@@ -244,49 +275,42 @@ def _untile(x, tokens):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]
 
 
-def _anchors_forward(q, k, v, runs):
-    heads, tokens = q.shape[:2]
+def _anchors_forward(q, k, v, runs, tiling):
+    tokens = q.shape[1]
 
     def tile(args):
         q, begin, end = args
         carry = _start(q)
         for r in range(begin.shape[0]):
-            each = (jnp.broadcast_to(x[r], (heads, TILE)) for x in (begin, end))
-            carry = _walk_forward(q, k, v, *each, carry)
+            carry = _walk_forward(q, k, v, begin[r][None], end[r][None], carry, tokens, tiling.anchor_block)
         return _finish(carry)
 
-    out, lse = lax.map(tile, (_tiles(q, 1), _tiles(runs.begin, 1), _tiles(runs.end, 1)))
+    out, lse = lax.map(tile, tuple(_tiles(x, tiling.tile) for x in (q, *runs)))
     return _untile(out, tokens), _untile(lse, tokens)
 
 
-def _anchors_backward(q, k, v, runs, lse, delta, d_out, state):
-    heads, tokens = q.shape[:2]
+def _anchors_backward(rows, k, v, runs, sums, tiling):
+    tokens = rows[0].shape[1]
 
-    def tile(state, args):
-        q, begin, end, lse, delta, d_out = args
-        d_q = jnp.zeros(q.shape, jnp.float32)
+    def tile(sums, args):
+        begin, end, *rows = args
+        d_q = jnp.zeros(rows[0].shape, jnp.float32)
         for r in range(begin.shape[0]):
-            each = (jnp.broadcast_to(x[r], (heads, TILE)) for x in (begin, end))
-            d_q, state = _walk_backward(q, k, v, *each, lse, delta, d_out, d_q, state)
-        return state, d_q
+            run = begin[r][None], end[r][None]
+            d_q, sums = _walk_backward(rows, k, v, *run, d_q, sums, tokens, tiling.anchor_block)
+        return sums, d_q
 
-    rows = (_tiles(runs.begin, 1), _tiles(runs.end, 1), _tiles(lse, 1), _tiles(delta, 1), _tiles(d_out, 1))
-    state, d_q = lax.scan(tile, state, (_tiles(q, 1), *rows))
-    return _untile(d_q, tokens), state
+    sums, d_q = lax.scan(tile, sums, tuple(_tiles(x, tiling.tile) for x in (*runs, *rows)))
+    return _untile(d_q, tokens), sums
 
 
 # ---------------------------------------------------------------------------------------------------- (b) routed
 
 
-def _schedule(routes, chunks, text_tokens) -> Schedule:
-    return group_by_chunk(routes[:, text_tokens:], chunks, TILE)
-
-
 def _pair_rows(schedule, start, length, tokens, text_tokens):
     """For each slot: its query's token, and the run of keys it reads (empty for unused slots)."""
-    slots = schedule.slot_of_pair.shape[-1]
     used = schedule.pair_of_slot >= 0
-    query = text_tokens + jnp.maximum(schedule.pair_of_slot, 0) // slots
+    query = text_tokens + jnp.maximum(schedule.pair_of_slot, 0) // schedule.slot_of_pair.shape[-1]
     begin = jnp.where(used, start[schedule.tile_chunk][..., None], tokens)
     end = jnp.where(used, (start + length)[schedule.tile_chunk][..., None], 0)
     return tuple(jnp.moveaxis(x, 1, 0) for x in (query, begin, end))  # each [G, H, T]
@@ -297,29 +321,36 @@ def _rows(x, index):
     return jax.vmap(lambda x, i: x[i])(x, index)
 
 
-def _text_of(schedule, q):
-    return q.shape[1] - schedule.slot_of_pair.shape[1]
+def _routed_forward(q, k, v, schedule, start, length, static):
+    tokens, block = q.shape[1], static.tiling.routed_block
 
-
-def _routed_forward(q, k, v, schedule, start, length):
     def tile(args):
         query, begin, end = args
         rows = _rows(q, query)
-        return _finish(_walk_forward(rows, k, v, begin, end, _start(rows)))
+        return _finish(_walk_forward(rows, k, v, begin, end, _start(rows), tokens, block))
 
-    out, lse = lax.map(tile, _pair_rows(schedule, start, length, q.shape[1], _text_of(schedule, q)))
-    return (jnp.moveaxis(x, 0, 1).reshape(q.shape[0], -1, *x.shape[3:]) for x in (out, lse))  # [H, G * T, ...]
+    out, lse = lax.map(tile, _pair_rows(schedule, start, length, tokens, static.text_tokens))
+    return _flat(out), _flat(lse)
 
 
-def _routed_backward(q, k, v, schedule, start, length, lse, delta, d_out, state):
-    def tile(state, args):
+def _routed_backward(rows, k, v, schedule, start, length, sums, static):
+    tokens, block = rows[0].shape[1], static.tiling.routed_block
+
+    def tile(sums, args):
         query, begin, end = args
-        rows, *row = (_rows(x, query) for x in (q, lse, delta, d_out))
-        d_q, state = _walk_backward(rows, k, v, begin, end, *row, jnp.zeros(rows.shape, jnp.float32), state)
-        return state, d_q
+        of_pair = [_rows(x, query) for x in rows]
+        d_q = jnp.zeros(of_pair[0].shape, jnp.float32)
+        d_q, sums = _walk_backward(of_pair, k, v, begin, end, d_q, sums, tokens, block)
+        return sums, d_q
 
-    state, d_q = lax.scan(tile, state, _pair_rows(schedule, start, length, q.shape[1], _text_of(schedule, q)))
-    return jnp.moveaxis(d_q, 0, 1).reshape(q.shape[0], -1, q.shape[2]), state
+    sums, d_q = lax.scan(tile, sums, _pair_rows(schedule, start, length, tokens, static.text_tokens))
+    return _flat(d_q), sums
+
+
+def _flat(x):
+    """[G, H, T, ...] -> [H, G * T, ...]: by slot."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 # ---------------------------------------------------------------------------------------------------- (c) merge
