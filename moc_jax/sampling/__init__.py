@@ -1,0 +1,1 @@
+"""Storyboard -> video: scenes to sample, the sampler, and pictures of what came out."""

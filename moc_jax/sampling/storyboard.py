@@ -1,0 +1,217 @@
+"""Storyboards: what a scene should show, shot by shot, as a YAML file.
+
+    caption: Two cyclists ride through a mountain village       # of the whole scene
+    negative_prompt: blurry, frozen                             # optional
+    seed: 7                                                     # optional
+    shots:
+      - caption: wide shot of the valley
+        seconds: 2.5
+      - caption: close-up of the first rider
+        seconds: 3
+        seed: 12                                                # optional: noise of this shot alone
+        image: rider.png                                        # optional: its first frame
+      - caption: the finish line
+        video: finish.mp4                                       # given, not sampled; `seconds` would cut it off
+      - caption: the bicycle
+        image: bicycle.jpg                                      # without `seconds`: a picture to go by, not shown
+
+Paths are relative to the file. Whatever is missing, mistyped or unknown is an error that names its place.
+"""
+
+import dataclasses
+import difflib
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moc_jax.config import ConfigError
+
+SEED_LIMIT = 2**32
+
+
+class StoryboardError(ConfigError):
+    """A storyboard that can't be: the message names the file, the place in it, and the fix."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shot:
+    """One shot: sampled, or given by a video, or a still picture that the others go by."""
+
+    caption: str
+    seconds: float | None = None
+    seed: int | None = None
+    image: Path | None = None
+    video: Path | None = None
+
+    @property
+    def is_reference(self) -> bool:
+        """A picture without duration: the model sees it, the video does not show it."""
+        return self.image is not None and self.seconds is None
+
+    @property
+    def is_given(self) -> bool:
+        """Known from the start; every other shot is sampled."""
+        return self.video is not None or self.is_reference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Storyboard:
+    """One scene."""
+
+    caption: str
+    shots: tuple[Shot, ...]
+    negative_prompt: str | None = None
+    """None: the sampling configuration's."""
+    seed: int | None = None
+    """None: the sampling configuration's."""
+    name: str = "storyboard"
+    """Who is named when something is wrong: the file's path."""
+
+
+_SCENE_FIELDS = ("caption", "negative_prompt", "seed", "shots")
+_SHOT_FIELDS = ("caption", "seconds", "seed", "image", "video")
+
+
+def load_storyboard(file: str | Path) -> Storyboard:
+    """Reads and checks a storyboard file.
+
+    Raises:
+        StoryboardError: no such file, no YAML, or a field that is missing, mistyped or unknown; names it.
+    """
+    path = Path(file)
+    if not path.is_file():
+        there = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(str(path), there, n=1)
+        raise StoryboardError(f"{path}: there is no such storyboard" + (f"; did you mean {near[0]}?" if near else ""))
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StoryboardError(f"{path} cannot be read: {error}") from error
+    return parse_storyboard(content, name=str(path), folder=path.parent)
+
+
+def parse_storyboard(content: Any, *, name: str = "storyboard", folder: Path = Path()) -> Storyboard:
+    """The storyboard that a YAML file's content describes; `folder` is where relative paths start.
+
+    Raises:
+        StoryboardError: see `load_storyboard`.
+    """
+    scene = _Fields(name, "", content, _SCENE_FIELDS)
+    caption, shots = scene.text("caption"), scene.required("shots")
+    if not isinstance(shots, list) or not shots:
+        scene.fail("shots", "it must be a list of at least one shot, each starting with `- caption:`")
+    return Storyboard(
+        caption=caption,
+        shots=tuple(_shot(name, folder, f"shots[{k}]", shot) for k, shot in enumerate(shots)),
+        negative_prompt=scene.text("negative_prompt") if "negative_prompt" in scene.content else None,
+        seed=scene.seed(),
+        name=name,
+    )
+
+
+def storyboard_text(storyboard: Storyboard) -> str:
+    """The YAML file that describes `storyboard`."""
+
+    def present(value: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+        pairs = {field: getattr(value, field) for field in fields}
+        return {k: str(v) if isinstance(v, Path) else v for k, v in pairs.items() if v is not None}
+
+    content = present(storyboard, _SCENE_FIELDS) | {"shots": [present(shot, _SHOT_FIELDS) for shot in storyboard.shots]}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+
+
+def frames_of(seconds: float, fps: float, stride: int, patch: int = 1) -> int:
+    """Frames of a shot: the count nearest to seconds * fps that the codec and the model can hold; 0 if there is none.
+
+    A clip of n latent frames has stride * (n - 1) + 1 frames, and n is a multiple of the model's temporal `patch`.
+    """
+    wanted = seconds * fps
+    if wanted < 0.5:
+        return 0
+    unit = stride * patch
+    least = stride * (patch - 1) + 1
+    return least + unit * max(0, math.floor((wanted - least) / unit + 0.5))
+
+
+def _shot(name: str, folder: Path, where: str, content: Any) -> Shot:
+    shot = _Fields(name, where, content, _SHOT_FIELDS)
+    caption, image, video = shot.text("caption"), shot.file("image", folder), shot.file("video", folder)
+    if image and video:
+        shot.fail("image", "a shot with `video` is given as a whole and has no first frame to set; remove one of them")
+    if "seconds" not in shot.content and not image and not video:
+        shot.required("seconds")
+    return Shot(caption=caption, seconds=shot.seconds(), seed=shot.seed(), image=image, video=video)
+
+
+class _Fields:
+    """The fields of one mapping in the file, each checked when it is taken."""
+
+    def __init__(self, name: str, where: str, content: Any, known: tuple[str, ...]):
+        self.name, self.where, self.known = name, where, known
+        if not isinstance(content, dict):
+            place = where or "the file"
+            raise StoryboardError(f"{name}: {place} is {content!r}; it must hold the fields {', '.join(known)}")
+        self.content = content
+        for key in content:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {self._path(near[0])}?" if near else f"known fields: {', '.join(known)}"
+                raise StoryboardError(f"{name}: unknown field {self._path(key)}; {hint}")
+
+    def _path(self, field: Any) -> str:
+        return f"{self.where}.{field}" if self.where else str(field)
+
+    def fail(self, field: str, problem: str) -> None:
+        value = self.content.get(field)
+        raise StoryboardError(f"{self.name}: {self._path(field)} is {value!r} ({type(value).__name__}); {problem}")
+
+    def required(self, field: str) -> Any:
+        if field not in self.content:
+            raise StoryboardError(f"{self.name}: {self._path(field)} is missing")
+        return self.content[field]
+
+    def text(self, field: str) -> str:
+        value = self.required(field)
+        if not isinstance(value, str):
+            self.fail(field, "it must be text, in quotes if need be")
+        return value.strip()
+
+    def seconds(self) -> float | None:
+        value = self.content.get("seconds")
+        if "seconds" not in self.content:
+            return None
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            self.fail("seconds", "it must be a number of seconds above 0")
+        return float(value)
+
+    def seed(self) -> int | None:
+        value = self.content.get("seed")
+        if "seed" not in self.content:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < SEED_LIMIT:
+            self.fail("seed", f"it must be a whole number in 0..{SEED_LIMIT - 1}")
+        return value
+
+    def file(self, field: str, folder: Path) -> Path | None:
+        if field not in self.content:
+            return None
+        path = folder / Path(self.text(field)).expanduser()
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; paths are relative to the storyboard's folder"
+            raise StoryboardError(f"{self.name}: {self._path(field)}: there is no file {path}{hint}")
+        return path
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a later key replace an earlier one in silence; a forgotten dash before a shot would so lose a shot."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for k, value in enumerate(keys):
+            if value in keys[:k]:
+                problem = f"the field {value!r} appears twice; does a `-` lack before a shot?"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.value[k][0].start_mark)
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,172 @@
+"""Storyboards: what a good one means, and that every mistake is named with its place."""
+
+import re
+
+import pytest
+
+from moc_jax.sampling.storyboard import (
+    Shot,
+    Storyboard,
+    StoryboardError,
+    frames_of,
+    load_storyboard,
+    parse_storyboard,
+    storyboard_text,
+)
+
+GOOD = """
+caption: Two cyclists ride through a village
+negative_prompt: blurry
+seed: 7
+shots:
+  - caption: wide shot
+    seconds: 2.5
+  - caption: " close-up "
+    seconds: 3
+    seed: 12
+    image: pictures/rider.png
+  - caption: 终点线
+    video: finish.mp4
+  - caption: the bicycle
+    image: pictures/rider.png
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "rider.png").write_bytes(b"a picture")
+    (tmp_path / "finish.mp4").write_bytes(b"a video")
+    return tmp_path
+
+
+def write(folder, text):
+    file = folder / "scene.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_a_good_storyboard(folder):
+    board = load_storyboard(write(folder, GOOD))
+    rider = folder / "pictures" / "rider.png"
+    assert board == Storyboard(
+        caption="Two cyclists ride through a village",
+        negative_prompt="blurry",
+        seed=7,
+        name=str(folder / "scene.yaml"),
+        shots=(
+            Shot(caption="wide shot", seconds=2.5),
+            Shot(caption="close-up", seconds=3.0, seed=12, image=rider),
+            Shot(caption="终点线", video=folder / "finish.mp4"),
+            Shot(caption="the bicycle", image=rider),
+        ),
+    )
+    assert [shot.is_given for shot in board.shots] == [False, False, True, True]
+    assert [shot.is_reference for shot in board.shots] == [False, False, False, True]
+
+
+def test_what_is_written_is_read_back(folder):
+    board = load_storyboard(write(folder, GOOD))
+    assert load_storyboard(write(folder, storyboard_text(board))) == board
+
+
+SHOTS = "shots:\n  - caption: a\n    seconds: 1\n  - caption: b\n    seconds: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("shots: []\ncaption: a", ["shots is [] (list)", "at least one shot"]),
+        ("caption: a", ["shots is missing"]),
+        (SHOTS, ["caption is missing"]),
+        ("caption: 3\n" + SHOTS, ["caption is 3 (int)", "text, in quotes"]),
+        ("caption: no\n" + SHOTS, ["caption is False (bool)"]),
+        ("captions: a\n" + SHOTS, ["unknown field captions", "did you mean caption?"]),
+        ("caption: a\nzzz: 1\n" + SHOTS, ["unknown field zzz", "known fields: caption, negative_prompt, seed, shots"]),
+        ("caption: a\nseed: -1\n" + SHOTS, ["seed is -1 (int)", "0..4294967295"]),
+        ("caption: a\nseed: true\n" + SHOTS, ["seed is True (bool)"]),
+        ("caption: a\nnegative_prompt: [x]\n" + SHOTS, ["negative_prompt is ['x'] (list)"]),
+        ("caption: a\nshots: b", ["shots is 'b' (str)", "must be a list"]),
+        ("caption: a\nshots:\n  - b", ["shots[0] is 'b'", "caption, seconds, seed, image, video"]),
+        ("caption: a\n" + SHOTS + "  - seconds: 1", ["shots[2].caption is missing"]),
+        ("caption: a\n" + SHOTS + "  - caption: c", ["shots[2].seconds is missing"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, seconds: '3'}", ["shots[2].seconds is '3' (str)", "above 0"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, seconds: 0}", ["shots[2].seconds is 0 (int)", "above 0"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, seconds: .nan}", ["shots[2].seconds is nan"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, seconds: .inf}", ["shots[2].seconds is inf"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, seconds: null}", ["shots[2].seconds is None"]),
+        (
+            "caption: a\n" + SHOTS + "  - {caption: c, secnds: 1}",
+            ["unknown field shots[2].secnds", "shots[2].seconds?"],
+        ),
+        ("caption: a\n" + SHOTS + "  - {caption: c, seconds: 1, seed: 1.5}", ["shots[2].seed is 1.5 (float)"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, seconds: 1, image: 5}", ["shots[2].image is 5 (int)"]),
+        (
+            "caption: a\n" + SHOTS + "  - {caption: c, seconds: 1, image: pictures/ridr.png}",
+            ["shots[2].image: there is no file", "ridr.png", "did you mean rider.png?"],
+        ),
+        ("caption: a\n" + SHOTS + "  - {caption: c, video: zzz.mp4}", ["shots[2].video", "relative to the storyboard"]),
+        (
+            "caption: a\n" + SHOTS + "  - {caption: c, video: finish.mp4, image: pictures/rider.png}",
+            ["shots[2].image", "remove one of them"],
+        ),
+        ("caption: a\nshots:\n  - caption: b\n    seconds: 1\n    caption: c", ["'caption' appears twice", "line 5"]),
+        ("caption: [", ["cannot be read"]),
+        ("", ["the file is None"]),
+        ("- a", ["the file is ['a']"]),
+    ],
+    ids=lambda value: value[0][:40] if isinstance(value, list) else "",
+)
+def test_mistakes_are_named_with_their_place(folder, text, parts):
+    file = write(folder, text)
+    with pytest.raises(StoryboardError, match=re.escape(str(file))) as caught:
+        load_storyboard(file)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_missing_file_suggests_the_near_one(folder):
+    write(folder, GOOD)
+    with pytest.raises(StoryboardError, match=r"no such storyboard; did you mean .*scene\.yaml"):
+        load_storyboard(folder / "scen.yaml")
+    with pytest.raises(StoryboardError, match=r"no such storyboard$"):
+        load_storyboard(folder / "nowhere" / "x.yaml")
+
+
+def test_a_file_that_is_no_text(folder):
+    (folder / "scene.yaml").write_bytes(b"\xff\xfe\x00caption")
+    with pytest.raises(StoryboardError, match="cannot be read"):
+        load_storyboard(folder / "scene.yaml")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fps", "stride", "patch", "frames"),
+    [
+        (2.0, 12.0, 4, 1, 25),  # 24 frames wanted: 25 is nearer than 21
+        (0.1, 12.0, 4, 1, 1),
+        (0.24, 12.0, 4, 1, 1),  # 2.88 frames
+        (0.26, 12.0, 4, 1, 5),  # 3.12 frames
+        (0.01, 12.0, 4, 1, 0),  # no frame at all
+        (8.0, 12.0, 4, 1, 97),
+        (5.0, 16.0, 4, 1, 81),
+        (1.0, 24.0, 1, 1, 24),
+        (0.1, 12.0, 4, 2, 5),  # two latent frames at least
+        (1.0, 12.0, 4, 2, 13),  # 12 wanted: 13 or 5
+    ],
+)
+def test_seconds_become_the_nearest_possible_frames(seconds, fps, stride, patch, frames):
+    assert frames_of(seconds, fps, stride, patch) == frames
+
+
+def test_frames_survive_the_round_trip_through_seconds():
+    for stride in (1, 4, 8):
+        for patch in (1, 2, 3):
+            for latent in range(patch, 40, patch):
+                frames = stride * (latent - 1) + 1
+                for fps in (12.0, 16.0, 23.976, 29.97):
+                    assert frames_of(round(frames / fps, 4), fps, stride, patch) == frames
+
+
+def test_content_need_not_come_from_a_file():
+    board = parse_storyboard({"caption": "a", "shots": [{"caption": "b", "seconds": 1}]})
+    assert board.shots == (Shot(caption="b", seconds=1.0),)
