@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from absl import flags
 
@@ -77,7 +78,8 @@ class SceneIterator(grain.DatasetIterator):
             self._reading = iter(ahead)
         scene = next(self._reading)
         self._step += 1
-        return scene
+        # Workers hand over shared memory, which the process would still hold, and complain about, when it ends.
+        return jax.tree.map(np.array, scene) if self._workers else scene
 
     def get_state(self) -> dict[str, Any]:
         """The next batch's number, and what it is a number of."""

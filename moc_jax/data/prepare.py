@@ -123,6 +123,7 @@ class _Survey:
 
     def __init__(self, cfg: Config, sources: list[Source]):
         self._cfg, self._sources = cfg, sources
+        self._least = max(cfg.data.min_shot_frames, cfg.codec.stride[0] * (cfg.model.patch[0] - 1) + 1)
         self.cuts: dict[str, list[_Cut]] = {}
         self.skipped: dict[str, str] = {}
         self.notes: list[str] = []
@@ -142,7 +143,8 @@ class _Survey:
             if not any(cut.used for cut in cuts):
                 longest = max(cut.frames for cut in cuts)
                 self.skipped[source.name] = (
-                    f"too short: its longest shot has {longest} frames at {self._cfg.data.fps:g} fps"
+                    f"too short: its longest shot has {longest} frames at {self._cfg.data.fps:g} fps, "
+                    f"but {self._least} are needed"
                 )
                 continue
             self.cuts[source.name] = cuts
@@ -154,10 +156,9 @@ class _Survey:
         return split_shots(source.path, data.height, data.width, data.fps, is_cut)
 
     def _usable(self, frames: int) -> int:
-        data = self._cfg.data
-        if frames < data.min_shot_frames:
+        if frames < self._least:
             return 0
-        most = min(frames, data.max_shot_frames or frames)
+        most = min(frames, self._cfg.data.max_shot_frames or frames)
         return crop_frames(most, self._cfg.codec.stride[0], self._cfg.model.patch[0])
 
     def _compare(self, source: Source, shots: int) -> None:

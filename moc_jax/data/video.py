@@ -12,6 +12,10 @@ import numpy as np
 from moc_jax.shapes import UInt8, typed
 
 _LONGEST_GAP = 10.0  # seconds without a new frame: beyond it the time stamps are damaged, not slow
+# cpu-independent: without it x264's rounding, and so the file, differs from one run to the next.
+_X264 = {"crf": "16", "preset": "medium", "x264-params": "cpu-independent=1"}
+# What swscale turns RGB into, by the numbers of ISO 23001-8, and limited range; untagged, players guess by size.
+_BT601 = (6, 6, 6, 1)
 _SAME_TIME = 1e-6  # seconds; time stamps are rounded to the container's clock
 
 
@@ -127,8 +131,10 @@ def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], f
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(os.fspath(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
             rate = Fraction(fps).limit_denominator(1001)
-            stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
+            stream = container.add_stream("libx264", rate=rate, options=_X264)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            context = stream.codec_context
+            context.colorspace, context.color_primaries, context.color_trc, context.color_range = _BT601
             for array in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
             container.mux(stream.encode(None))
