@@ -225,11 +225,11 @@ def key_path(path: Sequence[Any]) -> Path:
 
 
 def replicated_weights(params: Any, logical: LogicalAxes, mesh: Mesh) -> list[str]:
-    """Weights that every fsdp device holds whole, because no dimension divides; for the start-up summary."""
-    if mesh.shape["fsdp"] == 1:
-        return []
-    return [
-        f"{'/'.join(key_path(path))} {tuple(leaf.shape)}"
-        for path, leaf in jax.tree.leaves_with_path(params)
-        if all(entry is None for entry in weight_spec(logical[key_path(path)], leaf.shape, mesh))
-    ]
+    """Weights that the table would split over fsdp but whose sizes do not divide; for the start-up summary."""
+    found = []
+    for path, leaf in jax.tree.leaves_with_path(params):
+        names = logical[key_path(path)]
+        meant = mesh.shape["fsdp"] > 1 and any("fsdp" in RULES.axes(name) for name in names)
+        if meant and "fsdp" not in weight_spec(names, leaf.shape, mesh):
+            found.append(f"{'/'.join(key_path(path))} {tuple(leaf.shape)}")
+    return found

@@ -106,7 +106,13 @@ def test_optimizer_state_lies_like_its_weights():
         assert weights["w"].sharding.spec == P(None, "fsdp", None)
         assert weights["inner"]["b"].sharding.spec == P(None)
     assert placed["step"].sharding.spec == P()
-    assert replicated_weights(params, logical, mesh) == ["inner/b (6,)"]
+
+
+def test_weights_that_nothing_divides_are_listed():
+    params = {"w": jnp.ones((3, 6, 5)), "b": jnp.ones(5)}
+    logical = {("w",): ("layers", "embed", "mlp"), ("b",): ("mlp",)}
+    assert replicated_weights(params, logical, make_mesh(MeshConfig(data=2, fsdp=4))) == ["w (3, 6, 5)"]
+    assert replicated_weights(params, logical, make_mesh(MeshConfig(data=4, fsdp=2))) == []
     assert replicated_weights(params, logical, make_mesh(MeshConfig())) == []
 
 

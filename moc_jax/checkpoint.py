@@ -1,0 +1,410 @@
+"""Checkpoints: weights, optimizer, moving average, place in the data, codec and config under one step, or none of it.
+
+    workdir/checkpoints/<step>/{params, ema, optimizer, codec, meta}
+
+Orbax (imported nowhere else) writes in the background and commits a step by one rename. Beside the arrays lie digests
+of their bits, computed on the devices and independent of the mesh, so that any damage is seen on restore: the
+newest checkpoint that is whole is used, and every other is named in a warning. Restore targets are built from the
+current mesh, never from the saved one.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import importlib.metadata
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from moc_jax.config import Config, ModelConfig, TrainConfig
+from moc_jax.config_json import config_from_json, config_to_json
+from moc_jax.digest import array_digest, text_digest, tree_digests
+from moc_jax.models.mmdit import MMDiT
+from moc_jax.sharding import key_path
+
+try:  # public since orbax-checkpoint 0.13; the same API under its older name before
+    from orbax.checkpoint import v1 as ocp
+except ImportError:
+    from orbax.checkpoint.experimental import v1 as ocp
+
+__all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "Restored", "abstract_model", "load_for_sampling"]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be written or read: the message names it, the cause and what is intact."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A run as it stood after `step` batches."""
+
+    step: int
+    state: dict[str, Any]  # as the target given to `restore`, on its shardings
+    data_state: dict[str, Any]  # this process's data iterator
+    config: Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What sampling needs of a checkpoint."""
+
+    config: Config
+    params: dict[str, Any]  # nested, float32, on one device; the moving average where the run kept one
+    codec_state: dict[str, np.ndarray]
+    step: int
+
+    def model(self) -> MMDiT:
+        """The transformer with these weights."""
+        return nnx.merge(abstract_model(self.config.model)[0], self.params)
+
+
+def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model without its numbers: its graph, and the shape, type and logical axes of every weight."""
+    return nnx.split(nnx.eval_shape(lambda: MMDiT(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+# ------------------------------------------------------------------------------------------------ a run's checkpoints
+
+
+class Checkpoints:
+    """The checkpoints of one run. All processes call every method together."""
+
+    def __init__(self, directory: str, cfg: TrainConfig):
+        """`directory` is made if need be; what an interrupted save left there is named in a warning and removed."""
+        self.directory = epath.Path(directory)
+        self._cfg = cfg
+        self._pending: tuple[int, Any] | None = None
+        for name in self._remove_unfinished():
+            warnings.warn(f"checkpoint {self.directory / name} was never finished and was removed", stacklevel=2)
+
+    @functools.cached_property
+    def _checkpointer(self) -> ocp.training.Checkpointer:
+        """Built after `restore`, since it reads every step's metadata, and damaged ones must be out of its way."""
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(self._cfg.keep_last)]
+        keep += [policies.EveryNSteps(self._cfg.keep_every)] if self._cfg.keep_every else []
+        policy: Any = policies.AnyPreservationPolicy(keep)
+        return ocp.training.Checkpointer(self.directory, context=_context(), preservation_policy=policy)
+
+    @property
+    def steps(self) -> list[int]:
+        """Committed steps, oldest first."""
+        return _steps(self.directory)
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        config: Config,
+        codec_state: Mapping[str, np.ndarray],
+        data_state: Mapping[str, Any],
+    ) -> None:
+        """Starts to write a checkpoint; returns as soon as the arrays may be reused.
+
+        Args:
+            state: trees of arrays by name: `params`, `optimizer`, and `ema` where one is kept.
+            data_state: this process's data iterator, as JSON.
+
+        Raises:
+            CheckpointError: this save, or the one before it, found the disk full.
+        """
+        self.wait()
+        codec_state = {name: np.asarray(array) for name, array in codec_state.items()}
+        body = {
+            "step": step,
+            "config": config_to_json(config),
+            "data": _gather(json.dumps(data_state)),
+            "shapes": {name: _shapes(tree) for name, tree in state.items()},
+            "digests": {name: tree_digests(tree) for name, tree in state.items()},
+            "codec": {name: array_digest(array) for name, array in codec_state.items()},
+            "versions": {
+                name: importlib.metadata.version(name) for name in ("moc_jax", "jax", "flax", "orbax-checkpoint")
+            },
+        }
+        text = json.dumps(body)
+        items = {**state, "codec": codec_state, "meta": {"body": text, "sha256": text_digest(text)}}
+        try:
+            self._pending = step, self._checkpointer.save_checkpointables_async(step, items, force=True)
+        except Exception as error:
+            self._failed(step, error)
+
+    def check(self) -> None:
+        """Raises what a finished background save met, without waiting for one that still runs."""
+        if self._pending is not None and not self._checkpointer.is_saving_in_progress():
+            self.wait()
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk.
+
+        Raises:
+            CheckpointError: the disk was full; checkpoints that were committed before are intact.
+        """
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        try:
+            response.result()
+        except Exception as error:
+            self._failed(step, error)
+
+    def close(self) -> None:
+        """Waits, then releases Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+            del self._checkpointer
+
+    def restore(self, target: Mapping[str, Any], check: Callable[[Config], None]) -> Restored | None:
+        """The newest checkpoint that is whole; None where there is none at all.
+
+        A damaged one is named in a warning and moved aside as `damaged-<step>`. To be called before the first `save`.
+
+        Args:
+            target: trees of ShapeDtypeStruct with the shardings of the current mesh, by name.
+            check: raises when the saved config is not one that this run may go on from.
+
+        Raises:
+            CheckpointError: every checkpoint is damaged, or the weights are of another model.
+        """
+        found = self.steps
+        for step in reversed(found):
+            path = self.directory / str(step)
+            meta, problem = _attempt(_read_meta, path)
+            if meta is not None:
+                check(config_from_json(meta["config"], name=f"the config saved in {path}"))
+                data_state = _own_data_state(meta["data"], path)
+                saved, problem = _attempt(_read_arrays, path, meta, target)
+                if saved is not None:
+                    config = config_from_json(meta["config"], name=f"the config saved in {path}")
+                    return Restored(step, {name: saved[name] for name in target}, data_state, config)
+            self._set_aside(step, problem)
+        if found:
+            raise CheckpointError(
+                f"none of the checkpoints in {self.directory} is whole: steps {found}; see the warnings above"
+            )
+        return None
+
+    def _set_aside(self, step: int, problem: str) -> None:
+        path, aside = self.directory / str(step), self.directory / f"damaged-{step}"
+        warnings.warn(
+            f"checkpoint {path} is damaged and was moved to {aside.name} ({problem}); trying the one before",
+            stacklevel=3,
+        )
+        if jax.process_index() == 0:
+            if aside.exists():
+                aside.rmtree()
+            path.rename(aside)
+        _sync("set_aside")
+
+    def _remove_unfinished(self) -> list[str]:
+        _sync("before_removal")
+        names = sorted(name for name in _entries(self.directory) if ".orbax-checkpoint-tmp" in name)
+        _sync("removal")
+        if jax.process_index() == 0:
+            for name in names:
+                (self.directory / name).rmtree(missing_ok=True)
+        return names
+
+    def _failed(self, step: int, error: Exception) -> None:
+        if not _disk_full(error):
+            raise error
+        self._remove_unfinished()  # half a checkpoint is worth nothing, and the disk needs the room
+        intact = f"the checkpoints of steps {self.steps} are intact" if self.steps else "there is no earlier checkpoint"
+        raise CheckpointError(
+            f"the disk is full: checkpoint {self.directory / str(step)} could not be written; {intact}. Make room "
+            "(train.keep_last and train.keep_every say what is kept) and run the same command again"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def load_for_sampling(directory: str, step: int | None = None) -> Checkpoint:
+    """Config, weights and codec of one checkpoint, on one device.
+
+    Args:
+        directory: a run's workdir, its `checkpoints` folder, or the folder of one step.
+        step: which one; None takes the newest that is whole.
+
+    Raises:
+        CheckpointError: no such checkpoint, a damaged one, or one whose weights do not fit its model's config.
+    """
+    given = epath.Path(directory)
+    root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+    if root.name.isdigit() and (root / "meta").exists():
+        root, step = root.parent, int(root.name)
+    steps = _steps(root)
+    if not steps:
+        raise CheckpointError(
+            f"no checkpoint in {directory}; give a run's workdir, its checkpoints folder, or one step's folder"
+        )
+    if step is not None and step not in steps:
+        raise CheckpointError(f"no checkpoint of step {step} in {root}; there are steps {steps}")
+    for candidate in [step] if step is not None else reversed(steps):
+        try:
+            return _load_sampling(root / str(candidate))
+        except CheckpointError:
+            raise
+        except Exception as error:
+            problem = f"checkpoint {root / str(candidate)} is damaged ({_cause(error)})"
+            if step is not None:
+                raise CheckpointError(f"{problem}; there are steps {steps}") from error
+            warnings.warn(f"{problem}; trying the one before", stacklevel=2)
+    raise CheckpointError(f"none of the checkpoints in {root} is whole: steps {steps}; see the warnings above")
+
+
+def _load_sampling(path: epath.Path) -> Checkpoint:
+    meta = _read_meta(path)
+    config = config_from_json(meta["config"], name=f"the config saved in {path}")
+    name = "ema" if "ema" in meta["digests"] else "params"
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    weights = nnx.to_pure_dict(abstract_model(config.model)[1])
+    target = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), weights)}
+    saved = _read_arrays(path, meta, target)
+    return Checkpoint(config, saved[name], saved["codec"], meta["step"])
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _context() -> ocp.Context:
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    return context
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """While reading what may be damaged: one error is told, not also that of every array which asyncio gave up on."""
+    logger = logging.getLogger("asyncio")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _read_meta(path: epath.Path) -> dict[str, Any]:
+    with _context(), _quiet():
+        meta = ocp.load_checkpointables(path, {"meta": None})["meta"]
+    if text_digest(meta["body"]) != meta["sha256"]:
+        raise ValueError("meta: the digest does not match")
+    return json.loads(meta["body"])
+
+
+def _read_arrays(path: epath.Path, meta: dict[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
+    """The trees of `target` and the codec's state; ValueError when a digest does not match, whatever Orbax raises."""
+    for name, tree in target.items():
+        _check_shapes(path, name, meta["shapes"].get(name, {}), _shapes(tree))
+    with _context(), _quiet():
+        saved = ocp.load_checkpointables(path, {**target, "codec": None})
+    saved["codec"] = {name: np.asarray(array) for name, array in saved["codec"].items()}
+    for name in target:
+        wrong = [key for key, digest in tree_digests(saved[name]).items() if digest != meta["digests"][name][key]]
+        if wrong:
+            raise ValueError(f"{name}: the digest of {', '.join(wrong)} does not match")
+    if meta["codec"] != {name: array_digest(array) for name, array in saved["codec"].items()}:
+        raise ValueError("codec: the digest does not match")
+    return saved
+
+
+def _shapes(tree: Any) -> dict[str, list[int]]:
+    return {"/".join(key_path(path)): list(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def _check_shapes(path: epath.Path, name: str, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    """Raises CheckpointError naming the first array that only one side has, or that differs."""
+    for key in sorted({*saved, *wanted}):
+        if saved.get(key) != wanted.get(key):
+            raise CheckpointError(
+                f"checkpoint {path} is of another model: {name}/{key} is {saved.get(key, 'missing')} there and "
+                f"{wanted.get(key, 'missing')} in this one; use the config and the version that it was trained with"
+            )
+
+
+def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
+    """(result, "") when every process could read, else (None, why)."""
+    try:
+        result, problem = read(*arguments), ""
+    except CheckpointError:
+        raise
+    except Exception as error:
+        result, problem = None, _cause(error)
+    if jax.process_count() > 1:
+        ok = multihost_utils.process_allgather(np.array(result is not None))
+        if not ok.all():
+            return None, problem or "another process could not read it"
+    return result, problem
+
+
+def _own_data_state(states: list[str], path: epath.Path) -> dict[str, Any]:
+    if len(states) == jax.process_count():
+        return json.loads(states[jax.process_index()])
+    if len(set(states)) == 1:  # every process stands at the same place of the same stream
+        return json.loads(states[0])
+    raise CheckpointError(
+        f"checkpoint {path} was written by {len(states)} processes, each with its own place in the data, and cannot "
+        f"go on with {jax.process_count()}; start {len(states)} processes"
+    )
+
+
+def _entries(root: epath.Path) -> set[str]:
+    return {path.name for path in root.iterdir()} if root.is_dir() else set()
+
+
+def _steps(root: epath.Path) -> list[int]:
+    return sorted(int(name) for name in _entries(root) if name.isdigit())
+
+
+# ------------------------------------------------------------------------------------------------ processes and errors
+
+
+def _gather(text: str) -> list[str]:
+    """Every process's text, in order of process."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(data.size))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]
+
+
+def _sync(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"moc_jax:{name}")
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether ENOSPC (or a quota) is the cause, however often the error was wrapped on its way here."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(word in str(error) for word in ("No space left on device", "ENOSPC", "Disk quota exceeded")):
+            return True
+        if isinstance(error, BaseExceptionGroup):
+            return any(_disk_full(inner) for inner in error.exceptions)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost error: Orbax reports whatever fails on reading as a missing handler."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]

@@ -1,0 +1,391 @@
+"""Checkpoints: everything or nothing, on any mesh, and never a wrong number."""
+
+import dataclasses
+import errno
+import functools
+import gc
+import pathlib
+import shutil
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from moc_jax.checkpoint import CheckpointError, Checkpoints, abstract_model, load_for_sampling
+from moc_jax.config import CodecConfig, Config, ConfigError, MeshConfig, ModelConfig, TextConfig, TrainConfig
+from moc_jax.digest import tree_digests
+from moc_jax.sharding import logical_axes, make_mesh, tree_shardings
+
+CONFIG = Config(
+    model=ModelConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8),
+    codec=CodecConfig(channels=4),
+    text=TextConfig(dim=8),
+)
+CODEC = {"basis": np.arange(12, dtype=np.float32).reshape(3, 4), "mean": np.ones(4)}
+OPTIMIZER = optax.MultiSteps(optax.adamw(1e-3), 2)
+
+
+SMALL = {("w",): ("layers", "embed", "mlp"), ("inner", "b"): ("mlp",)}
+SMALL_SHAPES = {"w": (2, 8, 4), "inner": {"b": (4,)}}
+
+
+@functools.cache
+def numbers(seed, model):
+    random = np.random.default_rng(seed)
+    shapes = (
+        SMALL_SHAPES if model is None else jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(abstract_model(model)[1]))
+    )
+    params = jax.tree.map(
+        lambda shape: random.normal(size=shape).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    optimizer = jax.device_get(OPTIMIZER.init(params))
+    return {"params": params, "ema": jax.tree.map(lambda x: x + 1, params), "optimizer": optimizer}
+
+
+def state_on(mesh, seed=0, model=None):
+    """A training state of its own numbers, laid out over `mesh`, and the target to restore it to."""
+    tree = numbers(seed, model)
+    shardings = tree_shardings(tree, SMALL if model is None else logical_axes(abstract_model(model)[1]), mesh)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+    return jax.device_put(tree, shardings), target
+
+
+def mesh_of(count, **sizes):
+    return make_mesh(MeshConfig(**sizes), jax.devices()[:count])
+
+
+def save(checkpoints, step, state, data=None):
+    checkpoints.save(step, state, config=CONFIG, codec_state=CODEC, data_state=data or {"position": step})
+
+
+def accept(config):
+    assert config == CONFIG
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "run" / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def saved_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    checkpoints = Checkpoints(str(folder), TrainConfig())
+    for step in (3, 5):
+        save(checkpoints, step, state_on(mesh_of(1), seed=step)[0])
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def two(saved_two, folder):
+    """Two checkpoints, at steps 3 and 5, of states 3 and 5."""
+    return pathlib.Path(shutil.copytree(saved_two, folder))
+
+
+# ------------------------------------------------------------------------------------------------ round trips
+
+
+def test_a_run_comes_back_as_it_was(folder):
+    mesh = mesh_of(1)
+    state, target = state_on(mesh)
+    checkpoints = Checkpoints(str(folder), TrainConfig())
+    assert checkpoints.restore(target, accept) is None
+    save(checkpoints, 7, state, {"position": 41, "rng": [1, 2]})
+    checkpoints.wait()
+    restored = checkpoints.restore(target, accept)
+    checkpoints.close()
+    assert (restored.step, restored.data_state, restored.config) == (7, {"position": 41, "rng": [1, 2]}, CONFIG)
+    assert jax.tree.structure(restored.state) == jax.tree.structure(state)
+    assert_same(restored.state, state)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, {}), (4, {"data": 2, "fsdp": 2}), (4, {"fsdp": -1, "data": 1}), (8, {"data": 8})]
+)
+def test_saved_on_eight_devices_restored_on_another_mesh(folder, count, sizes):
+    state, _ = state_on(mesh_of(8, data=2, fsdp=4))
+    checkpoints = Checkpoints(str(folder), TrainConfig())
+    save(checkpoints, 1, state)
+    checkpoints.wait()
+    _, target = state_on(mesh_of(count, **sizes))
+    restored = checkpoints.restore(target, accept).state
+    checkpoints.close()
+    assert_same(restored, state)
+    assert jax.tree.all(jax.tree.map(lambda x, t: x.sharding == t.sharding, restored, target))
+
+
+def test_arrays_may_be_reused_as_soon_as_save_returns(folder):
+    state, target = state_on(mesh_of(1))
+    expected = jax.device_get(jax.tree.map(jnp.copy, state))
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 7, tree), donate_argnums=0)
+    checkpoints = Checkpoints(str(folder), TrainConfig())
+    save(checkpoints, 1, state)
+    for _ in range(3):
+        state = overwrite(state)
+    checkpoints.wait()
+    assert_same(checkpoints.restore(target, accept).state, expected)
+    checkpoints.close()
+
+
+def test_the_newest_and_every_nth_are_kept(folder):
+    state, _ = state_on(mesh_of(1))
+    checkpoints = Checkpoints(str(folder), TrainConfig(keep_last=2, keep_every=10))
+    for step in (5, 10, 15, 20, 25, 30, 35):
+        save(checkpoints, step, state)
+    checkpoints.close()
+    assert checkpoints.steps == [10, 20, 30, 35]
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # tensorstore's reads of the other arrays
+@pytest.mark.parametrize("damage", [cut, flip, pathlib.Path.unlink])
+def test_whatever_file_is_damaged_the_numbers_are_right(two, tmp_path, damage):
+    """Each file of the newest checkpoint in turn: either it still reads exactly, or the one before is used."""
+    (state_3, target), (state_5, _) = (state_on(mesh_of(1), seed=seed) for seed in (3, 5))
+    fell_back = []
+    for file in files_of(two / "5"):
+        copy = tmp_path / "copy"
+        shutil.copytree(two, copy)
+        damage(copy / file.relative_to(two))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            checkpoints = Checkpoints(str(copy), TrainConfig())
+            restored = checkpoints.restore(target, accept)
+            checkpoints.close()
+        assert_same(restored.state, state_5 if restored.step == 5 else state_3)
+        assert restored.data_state == {"position": restored.step}
+        named = [str(w.message) for w in caught if "is damaged" in str(w.message) and str(copy / "5") in str(w.message)]
+        assert bool(named) == (restored.step == 3)
+        assert (copy / "damaged-5").exists() == (restored.step == 3)
+        fell_back += [str(file.relative_to(two / "5"))] if named else []
+        shutil.rmtree(copy)
+    gc.collect()  # what Orbax left of its failed reads must be told in this test, where it is expected
+    data = [f for f in fell_back if "/d/" in f]
+    assert "meta/data.json" in fell_back
+    assert len(fell_back) < len(files_of(two / "5"))  # some files nobody reads
+    assert any(f.startswith("params") for f in data)
+    assert any(f.startswith("codec") for f in data)
+
+
+def test_training_goes_on_over_a_damaged_step(two):
+    state, target = state_on(mesh_of(1), seed=9)
+    flip(two / "5" / "meta" / "data.json")
+    checkpoints = Checkpoints(str(two), TrainConfig())
+    with pytest.warns(UserWarning, match=r"checkpoints/5 is damaged and was moved to damaged-5"):
+        assert checkpoints.restore(target, accept).step == 3
+    save(checkpoints, 5, state)
+    checkpoints.wait()
+    restored = checkpoints.restore(target, accept)
+    checkpoints.close()
+    assert restored.step == 5
+    assert_same(restored.state, state)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, zero])
+def test_an_older_checkpoint_that_is_damaged_does_not_stop_a_save(two, damage):
+    state, target = state_on(mesh_of(1))
+    damage(two / "3" / "_CHECKPOINT_METADATA")
+    checkpoints = Checkpoints(str(two), TrainConfig(keep_last=3))
+    assert checkpoints.restore(target, accept).step == 5
+    save(checkpoints, 6, state)
+    checkpoints.close()
+    assert checkpoints.steps == [3, 5, 6]
+
+
+def test_all_damaged_is_an_error(two):
+    for step in ("3", "5"):
+        flip(two / step / "meta" / "data.json")
+    checkpoints = Checkpoints(str(two), TrainConfig())
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(CheckpointError, match=r"none of .*\[3, 5\]"):
+        checkpoints.restore(state_on(mesh_of(1))[1], accept)
+    checkpoints.close()
+
+
+def test_a_half_written_checkpoint_is_named_and_removed(two):
+    half = two / "7.orbax-checkpoint-tmp"
+    shutil.copytree(two / "5", half)
+    (half / "commit_success.txt").unlink()
+    with pytest.warns(UserWarning, match=r"7\.orbax-checkpoint-tmp was never finished"):
+        checkpoints = Checkpoints(str(two), TrainConfig())
+    assert checkpoints.restore(state_on(mesh_of(1))[1], accept).step == 5
+    checkpoints.close()
+    assert not half.exists()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_named_and_the_checkpoint_before_is_intact(two, monkeypatch, background):
+    state, target = state_on(mesh_of(1))
+    checkpoints = Checkpoints(str(two), TrainConfig())
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    class Response:
+        def result(self):
+            raise RuntimeError("background save failed") from full
+
+    def no_room(step, items, force):
+        (two / f"{step}.orbax-checkpoint-tmp").mkdir()
+        if background:
+            return Response()
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._checkpointer, "save_checkpointables_async", no_room)
+        with pytest.raises(CheckpointError, match=r"disk is full: .*checkpoints/8 .*steps \[3, 5\] are intact"):  # noqa: PT012
+            save(checkpoints, 8, state)
+            checkpoints.check()
+    assert not (two / "8.orbax-checkpoint-tmp").exists()
+    assert checkpoints.restore(target, accept).step == 5
+    save(checkpoints, 8, state)  # there is room again
+    checkpoints.close()
+    assert checkpoints.steps == [5, 8]
+
+
+def test_other_errors_of_a_save_keep_their_traceback(two, monkeypatch):
+    def broken(step, items, force):
+        raise KeyError("a bug")
+
+    checkpoints = Checkpoints(str(two), TrainConfig())
+    monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables_async", broken)
+    with pytest.raises(KeyError, match="a bug"):
+        save(checkpoints, 8, state_on(mesh_of(1))[0])
+    checkpoints.close()
+
+
+# ------------------------------------------------------------------------------------------------ another model
+
+
+def test_the_saved_config_is_checked_before_arrays_are_read(two):
+    def refuse(config):
+        raise ConfigError("model.dim differs")
+
+    checkpoints = Checkpoints(str(two), TrainConfig())
+    with pytest.raises(ConfigError, match=r"model\.dim differs"):
+        checkpoints.restore(state_on(mesh_of(1))[1], refuse)
+    checkpoints.close()
+    assert checkpoints.steps == [3, 5]
+
+
+def test_weights_of_another_shape_are_named(two):
+    target = state_on(mesh_of(1))[1]
+    target["optimizer"].acc_grads["w"] = jax.ShapeDtypeStruct((2, 4), np.float32)
+    checkpoints = Checkpoints(str(two), TrainConfig())
+    with pytest.raises(CheckpointError, match=r"optimizer/acc_grads/w is \[2, 8, 4\] there and \[2, 4\] in this one"):
+        checkpoints.restore(target, accept)
+    checkpoints.close()
+    assert checkpoints.steps == [3, 5]
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory):
+    """A whole model's checkpoints at steps 3 and 5, written on two devices."""
+    folder = tmp_path_factory.mktemp("model") / "run" / "checkpoints"
+    checkpoints = Checkpoints(str(folder), TrainConfig())
+    for step in (3, 5):
+        save(checkpoints, step, state_on(mesh_of(2, data=1, fsdp=2), step, CONFIG.model)[0])
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def run(saved_model, tmp_path):
+    return pathlib.Path(shutil.copytree(saved_model.parent, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/5"])
+def test_sampling_reads_average_codec_and_config(saved_model, where):
+    loaded = load_for_sampling(str(saved_model.parent / where))
+    assert (loaded.step, loaded.config) == (5, CONFIG)
+    assert_same(loaded.params, numbers(5, CONFIG.model)["ema"])
+    assert all(len(x.devices()) == 1 for x in jax.tree.leaves(loaded.params))
+    assert loaded.codec_state.keys() == CODEC.keys()
+    for name, array in loaded.codec_state.items():
+        assert array.dtype == CODEC[name].dtype
+        np.testing.assert_array_equal(array, CODEC[name])
+    assert_same(nnx.to_pure_dict(nnx.state(loaded.model(), nnx.Param)), loaded.params)
+
+
+def test_sampling_without_an_average_reads_the_weights(folder):
+    state, _ = state_on(mesh_of(1), 1, CONFIG.model)
+    checkpoints = Checkpoints(str(folder), TrainConfig())
+    save(checkpoints, 2, {"params": state["params"]})
+    checkpoints.close()
+    assert_same(load_for_sampling(str(folder.parent)).params, state["params"])
+
+
+def test_sampling_weights_that_do_not_fit_their_config_are_named(folder):
+    state, _ = state_on(mesh_of(1), 1, dataclasses.replace(CONFIG.model, mlp_ratio=2.0))
+    checkpoints = Checkpoints(str(folder), TrainConfig())
+    save(checkpoints, 2, {"params": state["params"]})
+    checkpoints.close()
+    with pytest.raises(
+        CheckpointError, match=r"params/blocks/text/mlp/down/kernel is \[2, 32, 16\] there and \[2, 64, 16\]"
+    ):
+        load_for_sampling(str(folder))
+
+
+def test_sampling_by_step(run):
+    assert load_for_sampling(str(run), step=3).step == 3
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 4 .* there are steps \[3, 5\]"):
+        load_for_sampling(str(run), step=4)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        load_for_sampling(str(run / "nowhere"))
+
+
+def test_sampling_passes_over_a_damaged_checkpoint(run):
+    flip(run / "checkpoints" / "5" / "meta" / "data.json")
+    with pytest.warns(UserWarning, match=r"checkpoints/5 is damaged .* trying the one before"):
+        assert load_for_sampling(str(run)).step == 3
+    with pytest.raises(CheckpointError, match=r"checkpoints/5 is damaged .*; there are steps \[3, 5\]"):
+        load_for_sampling(str(run), step=5)
+
+
+# ------------------------------------------------------------------------------------------------ digests
+
+
+def test_digests_see_every_bit_and_every_place_but_not_the_mesh():
+    x = np.arange(64, dtype=np.float32).reshape(8, 8)
+    split = jax.device_put(x, jax.NamedSharding(mesh_of(8), jax.P("data")))
+    base = tree_digests({"x": jnp.asarray(x)})
+    assert tree_digests({"x": split}) == base
+    seen = {base["x"]}
+    for index in np.ndindex(x.shape):
+        other = x.view(np.uint32).copy()
+        other[index] ^= 1
+        seen.add(tree_digests({"x": jnp.asarray(other.view(np.float32))})["x"])
+    for swapped in (x.T, x[::-1], x[:, ::-1]):
+        seen.add(tree_digests({"x": jnp.asarray(swapped)})["x"])
+    assert len(seen) == 1 + 64 + 3
