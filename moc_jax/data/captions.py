@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,6 @@ def _shot(file: Path, where: str, entry: Any) -> str:
 
 def _cuts(file: Path, value: Any) -> tuple[float, ...]:
     numbers = isinstance(value, list) and all(type(cut) in (int, float) for cut in value)
-    if not numbers or any(cut <= 0 for cut in value) or any(b <= a for a, b in itertools.pairwise(value)):
+    if not (numbers and all(a < b < math.inf for a, b in itertools.pairwise([0, *value]))):
         raise CaptionError(f"{file}: cuts is {value!r}; it must be a list of rising times in seconds, all above 0")
     return tuple(float(cut) for cut in value)

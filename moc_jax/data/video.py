@@ -60,7 +60,7 @@ def decode(path: str | os.PathLike, height: int, width: int) -> Iterator[tuple[f
                         raise VideoError(path, f"its time stamps jump from {shown[0]:.2f} s to {start:.2f} s")
                     yield shown[0], start, shown[1]
                 shown = start, _fit(frame, aspect, height, width)
-                lasts = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else usual
+                lasts = max(usual, float((frame.duration or 0) * (frame.time_base or 0)))
             if shown is None:
                 raise VideoError(path, "it has no frames")
             yield shown[0], shown[0] + lasts, shown[1]
@@ -103,7 +103,7 @@ def resample(frames: Iterable[tuple[float, float, np.ndarray]], fps: float) -> I
 
 
 @typed
-def read_video(path: str | os.PathLike, height: int, width: int, fps: float) -> UInt8[np.ndarray, "F Y X 3"]:
+def read_video(path: str | os.PathLike, height: int, width: int, fps: float | int) -> UInt8[np.ndarray, "F Y X 3"]:
     """The whole file as frames of one size at one rate.
 
     Raises:
@@ -113,7 +113,7 @@ def read_video(path: str | os.PathLike, height: int, width: int, fps: float) -> 
 
 
 @typed
-def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], fps: float) -> None:
+def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], fps: float | int) -> None:
     """Writes an H.264 MP4 that any player shows. It appears under its name only when it is complete.
 
     Raises:

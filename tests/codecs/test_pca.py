@@ -124,7 +124,7 @@ def test_impossible_frame_counts_name_the_nearest(clips, frames, nearest):
 
 def test_impossible_sizes_name_the_nearest(clips):
     codec = fit_codec(CFG, clips)
-    with pytest.raises(ValueError, match="20 columns.*multiple of 8.*16 and 24"):
+    with pytest.raises(ValueError, match=r"20 columns.*multiple of 8.*16 and 24"):
         codec.encode(np.zeros((5, 16, 20, 3), np.float32))
     with pytest.raises(ValueError, match="11 channels, but the codec has 12"):
         codec.decode(np.zeros((2, 4, 4, 11), np.float32))
@@ -133,11 +133,11 @@ def test_impossible_sizes_name_the_nearest(clips):
 def test_fit_errors(clips):
     with pytest.raises(ValueError, match="no clip"):
         fit_codec(CFG, [])
-    with pytest.raises(ValueError, match="5 frames or more.*single frames only"):
+    with pytest.raises(ValueError, match=r"5 frames or more.*single frames only"):
         fit_codec(CFG, [clips[0][:1]])
     broken = clips[1].copy()
     broken[2, 3, 4, 1] = np.nan
-    with pytest.raises(ValueError, match="clip 1 .*NaN"):
+    with pytest.raises(ValueError, match=r"clip 1 .*NaN"):
         fit_codec(CFG, [clips[0], broken])
 
 

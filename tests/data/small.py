@@ -1,0 +1,34 @@
+"""A configuration for synthetic clips of 16x24 pixels: latents of 2x3, four channels."""
+
+import dataclasses
+from pathlib import Path
+
+from moc_jax.config import CodecConfig, Config, DataConfig, ModelConfig, TextConfig, TrainConfig
+from tests.data.clips import make_clip
+
+SIZE = (16, 24)
+
+
+def small_config(folder: Path, *, batch_size: int = 2, patch: int = 1, **data) -> Config:
+    """Videos in `folder`/videos, cache in `folder`/cache; `data` overrides fields of DataConfig."""
+    defaults = {"source": (str(folder / "videos"),), "cache": str(folder / "cache"), "height": 16, "width": 24}
+    return Config(
+        model=ModelConfig(dim=24, heads=2, depth=1, patch=(patch, 1, 1), latent_channels=4, text_dim=16),
+        codec=CodecConfig(channels=4),
+        text=TextConfig(dim=16),
+        data=DataConfig(**defaults | data),
+        train=TrainConfig(batch_size=batch_size),
+    )
+
+
+def with_data(cfg: Config, **changes) -> Config:
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
+
+
+def make_videos(folder: Path, **clips) -> Path:
+    """One clip per keyword: name = frames per shot."""
+    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    for seed, (name, lengths) in enumerate(clips.items()):
+        path = folder / "videos" / f"{name}.mp4"
+        make_clip(path, shots=len(lengths), frames_per_shot=tuple(lengths), size=SIZE, seed=seed)
+    return folder / "videos"
