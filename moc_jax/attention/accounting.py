@@ -160,17 +160,20 @@ def published_settings() -> dict[str, tuple[ChunkTable, MoCConfig]]:
     """The settings whose figures are published: the single-shot ablation, multi-shot, the FLOPs headline, Wan 2.1."""
     settings = {}
 
-    def add(name, shots, tokens, size, top_k, *, self_anchor, causal, remainder="tail", unit="tokens", frame=1):
-        chunk = ChunkConfig(unit=unit, size=size, remainder=remainder)
-        cfg = MoCConfig(chunk=chunk, top_k=top_k, self_anchor=self_anchor, causal_routing=causal)
-        settings[name] = (uniform_shots(shots, tokens, chunk, frame=frame), cfg)
+    def add(name, cfg: MoCConfig, shots, tokens, *, frame=1):
+        settings[f"{name}, k {cfg.top_k}"] = (uniform_shots(shots, tokens, cfg.chunk, frame=frame), cfg)
 
     for size, k in [(64, 3), (128, 3), (256, 3), (512, 3), (1024, 3), (256, 1), (256, 2), (256, 4), (256, 5), (256, 6)]:
-        add(f"single-shot, chunk {size}, k {k}", 1, 6300, size, k, self_anchor="chunk", causal=False)
+        chunk = ChunkConfig(size=size, remainder="tail")
+        cfg = MoCConfig(chunk=chunk, top_k=k, self_anchor="chunk", causal_routing=False)
+        add(f"single-shot, chunk {size}", cfg, 1, 6300)
     for size in (10240, 5120, 2560, 1280):
-        add(f"multi-shot, chunk {size}, k 5", 8, 22500, size, 5, self_anchor="shot", causal=True, remainder="even")
-    add("headline, chunk 1024, k 5", 9, 20000, 1024, 5, self_anchor="shot", causal=False)
-    add("Wan 2.1, 1 frame, k 3", 1, 32760, 1, 3, self_anchor="chunk", causal=False, unit="frames", frame=1560)
+        add(f"multi-shot, chunk {size}", MoCConfig(chunk=ChunkConfig(size=size), top_k=5), 8, 22500)
+    chunk = ChunkConfig(size=1024, remainder="tail")
+    add("headline, chunk 1024", MoCConfig(chunk=chunk, top_k=5, causal_routing=False), 9, 20000)
+    chunk = ChunkConfig(unit="frames", size=1)
+    cfg = MoCConfig(chunk=chunk, top_k=3, self_anchor="chunk", causal_routing=False)
+    add("Wan 2.1, chunk 1 frame", cfg, 1, 32760, frame=1560)
     return settings
 
 

@@ -4,23 +4,14 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from scenes import BATCH, CHUNKS, HEADS, PAIR, TOKENS, VIDEO_TOKENS, cut, qkv, table_of
 
 from moc_jax.attention.accounting import account, print_settings, uniform_shots
 from moc_jax.config import ChunkConfig, MoCConfig
 from moc_jax.scene import VIDEO
-
-CONFIGS = [
-    MoCConfig(top_k=1 + i % 4, window=i % 3, self_anchor=own, text_anchor=text, causal_routing=causal, visibility=seen)
-    for i, (own, text, causal, seen) in enumerate(
-        itertools.product(
-            ("shot", "chunk", "window", "none"), ("all", "own+global", "none"), (True, False), ("scene", "past")
-        )
-    )
-] + [MoCConfig(mode="dense", visibility=seen) for seen in ("scene", "past")]
-
+from tests.attention import oracle
+from tests.attention.configs import EVERY, name
+from tests.attention.scenes import BATCH, CHUNKS, HEADS, PAIR, TOKENS, VIDEO_TOKENS, cut, qkv, table_of
 
 # ------------------------------------------------------------------------------------------------ published figures
 
@@ -74,7 +65,7 @@ def test_table_is_printed(capsys):
 # ------------------------------------------------------------------------------------------------ against the mask
 
 
-@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda c: f"{c.mode}-{c.self_anchor}-{c.text_anchor}-{c.visibility}")
+@pytest.mark.parametrize("cfg", EVERY, ids=name)
 def test_counts_the_mask(cfg):
     q, k, v = qkv(0, PAIR)
     result = oracle.moc(q, k, v, PAIR, cfg)
@@ -94,7 +85,7 @@ def test_counts_the_mask(cfg):
     assert counted.flops_route == routed * sum(2 * sum(n) * len(n) for n in video) * 16
 
 
-@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda c: f"{c.mode}-{c.self_anchor}-{c.text_anchor}-{c.visibility}")
+@pytest.mark.parametrize("cfg", EVERY, ids=name)
 def test_worst_and_expected_picks(cfg):
     """Without routes: the most and the mean over every possible choice of candidates, by brute force."""
     worst = expected = 0

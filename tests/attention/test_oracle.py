@@ -3,13 +3,13 @@
 import dataclasses
 
 import numpy as np
-import oracle
 import pytest
-from oracle import Chunk
-from scenes import cut, qkv
 
 from moc_jax.config import MoCConfig
 from moc_jax.scene import GLOBAL, TEXT, VIDEO
+from tests.attention import oracle
+from tests.attention.oracle import Chunk
+from tests.attention.scenes import cut, qkv
 
 # chunks:            0       1  2  3  4       5  (empty caption) 6  7       8  9
 SCENE = cut(1, (1, [2, 2, 3]), (0, [4, 1]), (2, [3]))

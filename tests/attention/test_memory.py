@@ -1,0 +1,63 @@
+"""Memory of the `xla` backend grows linearly with the tokens: no tokens x tokens array, nor tokens x chunks."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moc_jax.attention.api import moc_attention
+from moc_jax.config import MoCConfig
+from tests.attention.configs import MULTI_SHOT, SINGLE_SHOT, name
+from tests.attention.scenes import cut, table_of
+
+HEADS, DIM, CHUNK, SHOT = 2, 16, 32, 256
+DENSE = MoCConfig(mode="dense")
+
+
+def program(tokens, cfg, backend):
+    """Output and gradients over shots of 256 tokens in chunks of 32, as a traced program, not run."""
+    scene = cut(0, *[(0, [CHUNK] * (SHOT // CHUNK))] * (tokens // SHOT), text_tokens=0)
+    table = table_of([scene], text_tokens=0, tokens=tokens, chunks=len(scene), max_chunk=CHUNK)
+    cfg = MoCConfig(mode=cfg.mode, top_k=3, self_anchor=cfg.self_anchor, causal_routing=False, backend=backend)
+
+    @jax.jit
+    def run(q, k, v, table):
+        out, vjp = jax.vjp(lambda *x: moc_attention(*x, table, cfg), q, k, v)
+        return out, vjp(out)
+
+    x = jax.ShapeDtypeStruct((1, tokens, HEADS, DIM), jnp.float32)
+    return run.trace(x, x, x, table)
+
+
+def largest_array(jaxpr) -> int:
+    """Elements of the largest intermediate, loop bodies and kernels included."""
+    sizes = [0]
+    for eqn in jaxpr.eqns:
+        sizes += [v.aval.size for v in eqn.outvars if hasattr(v.aval, "size")]
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                sizes.append(largest_array(inner))
+    return max(sizes)
+
+
+@pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, DENSE], ids=name)
+def test_no_array_is_quadratic(cfg):
+    sizes = {tokens: largest_array(program(tokens, cfg, "xla").jaxpr) for tokens in (4096, 8192, 16384)}
+    assert sizes[16384] < 16384**2 / 64
+    assert sizes[16384] <= 2.1 * sizes[8192] <= 2.1 * 2.1 * sizes[4096]
+
+
+@pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, DENSE], ids=name)
+def test_peak_memory_is_linear(cfg):
+    """Forward and backward, as the compiler lays it out."""
+    small, large = (
+        program(tokens, cfg, "xla").lower().compile().memory_analysis().temp_size_in_bytes for tokens in (4096, 16384)
+    )
+    assert large <= 4.4 * small
+    assert large < 16384**2  # bytes: a quarter of one float32 tokens x tokens array
+
+
+def test_the_measure_sees_quadratic_arrays():
+    traced = program(2048, MULTI_SHOT, "reference")
+    assert largest_array(traced.jaxpr) >= 2048**2
+    assert traced.lower().compile().memory_analysis().temp_size_in_bytes >= 2048**2

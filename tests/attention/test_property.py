@@ -1,0 +1,52 @@
+"""Every backend against the numpy oracle: routes, outputs and gradients, over random scenes and all kinds of config."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.attention import oracle
+from tests.attention.compiled import BACKENDS, attention_and_gradients, routing, with_backend
+from tests.attention.configs import COVERING, EVERY, name
+from tests.attention.scenes import HUGE, KINDS_OF_DATA, PAIR, qkv, random_scenes, table_of
+from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
+
+
+def check(cfg, scenes, kind, seed):
+    """Routes up to proven near-ties; outputs and dq, dk, dv for those routes."""
+    q, k, v = qkv(seed, scenes, kind)
+    dout = np.random.default_rng(seed + 1).standard_normal(v.shape).astype(np.float32)
+    table = table_of(scenes)
+    for backend in BACKENDS:
+        backend_cfg = with_backend(cfg, backend)
+        routes = np.asarray(routing(q, k, table, backend_cfg))
+        assert routes.shape[-1] == (cfg.top_k if cfg.mode == "moc" else 0)
+        ties = [
+            oracle.near_ties(routes[b], q[b], k[b], scene, cfg) for b, scene in enumerate(scenes) if cfg.mode == "moc"
+        ]
+        assert kind != "normal" or sum(ties) <= 1, f"{sum(ties)} near-ties are more than chance gives"
+        want = oracle.moc(q, k, v, scenes, cfg, routes)
+        out, grads = attention_and_gradients(q, k, v, table, backend_cfg, dout)
+        scale = HUGE if kind == "huge queries" else 1
+        assert_close(out, want.out, f"{backend} output", table=OUTPUT, scale=scale)
+        assert not np.asarray(out)[np.asarray(table.chunk_of) < 0].any(), "padding queries must output 0"
+        want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
+        for grad, want_grad, which in zip(grads, want_grads, ("dq", "dk", "dv")):
+            assert_close(grad, want_grad, f"{backend} {which}", table=GRADIENT, scale=scale)
+
+
+@pytest.mark.parametrize("cfg", COVERING, ids=name)
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@example(scenes=PAIR, kind="normal", seed=0)
+@given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))
+def test_random_scenes(cfg, scenes, kind, seed):
+    check(cfg, scenes, kind, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cfg", EVERY, ids=name)
+@hypothesis.settings(max_examples=50, deadline=None)
+@given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))
+def test_random_scenes_under_every_config(cfg, scenes, kind, seed):
+    check(cfg, scenes, kind, seed)

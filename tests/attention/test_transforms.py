@@ -1,0 +1,117 @@
+"""Under jit, grad, vmap, remat and scan, in bfloat16, and twice: compiled as users compile it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moc_jax.attention.api import moc_attention, route
+from tests.attention import oracle
+from tests.attention.compiled import BACKENDS, with_backend
+from tests.attention.configs import DENSE, MULTI_SHOT, SINGLE_SHOT, name
+from tests.attention.scenes import HEAD_DIM, PAIR, cut, qkv, table_of
+from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+OTHERS = [cut(1, (2, [6, 6, 6]), (1, [9, 2, 5])), cut(0, (1, [3, 3, 3, 3]), (0, [17, 8]))]
+
+
+def test_eager_is_jit(backend):
+    cfg = with_backend(MULTI_SHOT, backend)
+    q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
+    eager = moc_attention(q, k, v, table_of(PAIR), cfg)
+    jitted = jax.jit(moc_attention, static_argnames="cfg")(q, k, v, table_of(PAIR), cfg)
+    assert_close(eager, jitted, "output")
+    assert_close(eager, oracle.moc(*map(np.asarray, (q, k, v)), PAIR, cfg).out, "output")
+    np.testing.assert_array_equal(
+        route(q, k, table_of(PAIR), cfg), jax.jit(route, static_argnames="cfg")(q, k, table_of(PAIR), cfg)
+    )
+
+
+@pytest.mark.parametrize("cfg", [SINGLE_SHOT, DENSE[0]], ids=name)
+def test_a_second_run_is_bitwise_equal(backend, cfg):
+    cfg = with_backend(cfg, backend)
+
+    @jax.jit
+    def run(q, k, v, table, dout):
+        out, vjp = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg), q, k, v)
+        return out, vjp(dout), route(q, k, table, cfg)
+
+    first, second = (run(*qkv(0, PAIR), table_of(PAIR), qkv(1, PAIR)[2]) for _ in range(2))
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_vmap(backend):
+    """Over batches of scenes, each with its own table."""
+    cfg = with_backend(MULTI_SHOT, backend)
+    batches = (PAIR, OTHERS)
+    q, k, v = (np.stack(x) for x in zip(*(qkv(i, scenes) for i, scenes in enumerate(batches))))
+    tables = jax.tree.map(lambda *x: jnp.stack(x), *map(table_of, batches))
+
+    def run(q, k, v, table):
+        out, vjp = jax.vjp(lambda *x: moc_attention(*x, table, cfg), q, k, v)
+        return out, vjp(jnp.ones_like(out)), route(q, k, table, cfg)
+
+    outs, grads, routes = jax.jit(jax.vmap(run))(q, k, v, tables)
+    for i, scenes in enumerate(batches):
+        want = oracle.moc(q[i], k[i], v[i], scenes, cfg)
+        np.testing.assert_array_equal(routes[i], want.routes)
+        assert_close(outs[i], want.out, "output")
+        want_grads = oracle.moc_gradients(q[i], k[i], v[i], want.mask, np.ones_like(v[i]))
+        for got, expected, which in zip(grads, want_grads, ("dq", "dk", "dv")):
+            assert_close(got[i], expected, which, table=GRADIENT)
+
+
+def test_layers_under_scan_and_remat(backend):
+    """Three layers as a model runs them, and the same three in a Python loop through the other backend."""
+    layers, table = 3, table_of(PAIR)
+    x = qkv(0, PAIR)[0]
+    weights = np.random.default_rng(2).standard_normal((layers, 3, HEAD_DIM, HEAD_DIM)).astype(np.float32) / 4
+
+    def layer(x, w, cfg):
+        q, k, v = jnp.einsum("bnhd,ide->ibnhe", x, w, precision="highest")
+        return x + moc_attention(q, k, v, table, cfg)
+
+    def scanned(x, weights, cfg):
+        def body(x, w):
+            return layer(x, w, cfg), None
+
+        return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(body), x, weights)[0]))
+
+    def looped(x, weights, cfg):
+        for w in weights:
+            x = layer(x, w, cfg)
+        return jnp.sum(jnp.square(x))
+
+    cfg, other = with_backend(SINGLE_SHOT, backend), with_backend(SINGLE_SHOT, "reference")
+    got, grads = jax.jit(jax.value_and_grad(scanned, (0, 1)), static_argnums=2)(x, weights, cfg)
+    want, want_grads = jax.jit(jax.value_and_grad(looped, (0, 1)), static_argnums=2)(x, weights, other)
+    assert_close(got, want, "loss")
+    assert_close(grads[0], want_grads[0], "dx", table=GRADIENT)
+    assert_close(grads[1], want_grads[1], "dw", table=GRADIENT)
+
+
+@pytest.mark.parametrize("cfg", [MULTI_SHOT, DENSE[0]], ids=name)
+def test_bfloat16(backend, cfg):
+    """Scores and softmax stay float32: routes are exactly those of the same numbers in float32."""
+    cfg = with_backend(cfg, backend)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (*qkv(0, PAIR), qkv(1, PAIR)[2])]
+    q, k, v, dout = (np.asarray(x, np.float32) for x in low)
+    table = table_of(PAIR)
+    routes = jax.jit(route, static_argnames="cfg")(*low[:2], table, cfg)
+    np.testing.assert_array_equal(routes, jax.jit(route, static_argnames="cfg")(q, k, table, cfg))
+
+    @jax.jit
+    def run(q, k, v, dout):
+        out, vjp = jax.vjp(lambda *x: moc_attention(*x, table, cfg), q, k, v)
+        return out, vjp(dout)
+
+    out, grads = run(*low)
+    want = oracle.moc(q, k, v, PAIR, cfg, np.asarray(routes))
+    assert out.dtype == jnp.bfloat16
+    assert_close(out, want.out, "output", table=OUTPUT, dtype="bfloat16")
+    want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
+    for got, expected, which in zip(grads, want_grads, ("dq", "dk", "dv")):
+        assert got.dtype == jnp.bfloat16
+        assert_close(got, expected, which, table=GRADIENT, dtype="bfloat16")
