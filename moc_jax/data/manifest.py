@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -157,15 +158,15 @@ def codec_of(manifest: Manifest) -> Codec:
         DataError: its file is missing or damaged.
     """
     path = manifest.folder / CODEC
-    fields = {f.name for f in dataclasses.fields(CodecConfig)}
-    settings = {
-        key.removeprefix("codec."): value for key, value in manifest.settings.items() if key.startswith("codec.")
+    settings: dict[str, Any] = {
+        key.removeprefix("codec."): tuple(value) if isinstance(value, list) else value
+        for key, value in manifest.settings.items()
+        if key.startswith("codec.")
     }
-    cfg = CodecConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k in fields})
     try:
-        with np.load(path) as arrays:
-            codec = load_codec(cfg, dict(arrays))
-    except (OSError, ValueError, KeyError) as error:
+        with path.open("rb") as file, np.load(file) as arrays:
+            codec = load_codec(CodecConfig(**settings), dict(arrays))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} cannot be read ({error}); delete {manifest.folder} and prepare the data anew"
         ) from error

@@ -1,7 +1,9 @@
 """Shots and captions -> one scene of static shape, as the model reads it."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from moc_jax.config import BucketConfig
@@ -37,12 +39,20 @@ def pack_scene(
     problem = misfit(bucket, len(shots), sum(shot_frames), sum(text_lengths))
     if problem:
         raise ValueError(f"{name} does not fit its bucket: {problem}")
-    scene = blank_scene(bucket, shots[0].shape[1:], texts[0].shape[1])
-    np.concatenate(shots, out=scene.video[: sum(shot_frames)])
-    np.concatenate(texts, out=scene.text[: sum(text_lengths)])
-    scene.lengths.shot_frames[: len(shots)] = shot_frames
-    scene.lengths.text_lengths[: len(texts)] = text_lengths
-    return scene
+    return Scene(
+        video=_padded(shots, bucket.frames),
+        text=_padded(texts, bucket.text_tokens),
+        lengths=SceneLengths(
+            shot_frames=_padded([np.array(shot_frames, np.int32)], bucket.shots),
+            text_lengths=_padded([np.array(text_lengths, np.int32)], bucket.shots + 1),
+        ),
+    )
+
+
+def _padded(parts: Sequence[np.ndarray], length: int) -> Any:
+    """The parts one after another, then zeros up to `length`."""
+    joined = np.concatenate(parts)
+    return np.pad(joined, [(0, length - len(joined))] + [(0, 0)] * (joined.ndim - 1))
 
 
 def misfit(bucket: BucketConfig, shots: int, frames: int, text_tokens: int) -> str:
@@ -63,23 +73,16 @@ def blank_scene(bucket: BucketConfig, latent_shape: tuple[int, int, int], text_d
         latent_shape: rows, columns and channels of a latent frame.
         text_dim: width of a text embedding.
     """
+    nothing = np.zeros(0, np.int32)
     return Scene(
-        video=np.zeros((bucket.frames, *latent_shape), np.float32),
-        text=np.zeros((bucket.text_tokens, text_dim), np.float32),
+        video=_padded([np.zeros((0, *latent_shape), np.float32)], bucket.frames),
+        text=_padded([np.zeros((0, text_dim), np.float32)], bucket.text_tokens),
         lengths=SceneLengths(
-            shot_frames=np.zeros(bucket.shots, np.int32),
-            text_lengths=np.zeros(bucket.shots + 1, np.int32),
+            shot_frames=_padded([nothing], bucket.shots), text_lengths=_padded([nothing], bucket.shots + 1)
         ),
     )
 
 
 def stack_scenes(scenes: Sequence[Scene]) -> Scene:
     """Scenes of one bucket -> a batch."""
-    return Scene(
-        video=np.stack([s.video for s in scenes]),
-        text=np.stack([s.text for s in scenes]),
-        lengths=SceneLengths(
-            shot_frames=np.stack([s.lengths.shot_frames for s in scenes]),
-            text_lengths=np.stack([s.lengths.text_lengths for s in scenes]),
-        ),
-    )
+    return jax.tree.map(lambda *rows: np.stack(rows), *scenes)

@@ -58,12 +58,13 @@ def make_pipeline(
 class SceneIterator(grain.DatasetIterator):
     """Iterates over batches. Its whole state is the number of the next one, so resuming is exact with any workers."""
 
+    _reading: grain.DatasetIterator | None = None  # on the class: Grain closes iterators that were never built, too
+
     def __init__(self, batches: grain.MapDataset, buckets: Buckets, workers: int, identity: dict[str, Any]):
         super().__init__()
         self.buckets = buckets
         self._batches, self._workers, self._identity = batches, workers, identity
         self._step = 0
-        self._reading: grain.DatasetIterator | None = None
 
     def __next__(self) -> Scene:
         if self._reading is None:
@@ -102,7 +103,7 @@ class SceneIterator(grain.DatasetIterator):
 
     def close(self) -> None:
         """Stops reading ahead; the next batch starts it again."""
-        if getattr(self, "_reading", None) is not None:
+        if self._reading is not None:
             self._reading.close()
             self._reading = None
 

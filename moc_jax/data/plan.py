@@ -39,8 +39,8 @@ class TrainPlan:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, step: int) -> Batch:
-        cycle, place = divmod(step, sum(self._per_cycle))
+    def __getitem__(self, index: int) -> Batch:
+        cycle, place = divmod(index, sum(self._per_cycle))
         order = _cycle_order(self._seed, self._per_cycle, cycle)
         bucket = int(order[place])
         number = cycle * self._per_cycle[bucket] + int(np.count_nonzero(order[:place] == bucket))
@@ -66,8 +66,8 @@ class ValidationPlan:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, step: int) -> Batch:
-        return self._batches[step]
+    def __getitem__(self, index: int) -> Batch:
+        return self._batches[index]
 
 
 def augmentation(seed: int, bucket: int, turn: int) -> np.random.Generator:

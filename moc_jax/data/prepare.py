@@ -18,6 +18,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -185,8 +186,9 @@ def _build(cfg: Config, sources: list[Source], fingerprint: str, folder: Path) -
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in survey.skipped.items())
         raise DataError(f"no codec can be fitted on the training videos: {error}{reasons}") from error
     collections.deque(clips, maxlen=0)  # a codec that needs no fitting has read nothing yet
+    state: dict[str, Any] = codec.state()
     with (folder / CODEC).open("wb") as file:
-        np.savez(file, **codec.state())
+        np.savez(file, **state)
     writer = ShardWriter(folder)
     scenes: list[SceneEntry] = []
     for source in tqdm([s for s in sources if s.name in survey.cuts], desc="encoding", unit="file", disable=None):

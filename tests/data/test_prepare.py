@@ -311,8 +311,7 @@ class TestDamage:
         with pytest.raises(DataError, match=rf"{shard.name} is damaged"):
             verify(manifest)
         with pytest.raises(DataError, match=rf"{shard.name} is damaged at record 0 \(scene a.mp4#0\)"):
-            for scene in manifest.scenes:
-                ShardReader(manifest).read(scene)
+            ShardReader(manifest).read(manifest.scenes[0])
 
     def test_manifest(self, manifest):
         path = manifest.folder / "manifest.json"
@@ -331,9 +330,10 @@ class TestDamage:
         np.savez(path, **state | {"rest_mean": state["rest_mean"] + 1})
         with pytest.raises(DataError, match=r"codec.npz is not the codec"):
             codec_of(manifest)
-        path.write_bytes(b"PK")
-        with pytest.raises(DataError, match=r"codec.npz cannot be read"):
-            codec_of(manifest)
+        for content in (path.read_bytes()[:2000], b""):
+            path.write_bytes(content)
+            with pytest.raises(DataError, match=r"codec.npz cannot be read"):
+                codec_of(manifest)
 
     def test_another_shape_than_the_manifest_says(self, manifest):
         other = dataclasses.replace(manifest, latent_shape=(2, 3, 5))

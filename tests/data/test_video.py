@@ -191,7 +191,7 @@ def test_decoding_is_one_frame_at_a_time(tmp_path):
 
 
 def test_impossible_output_is_named(tmp_path):
-    with pytest.raises(ValueError, match="33x48.*even"):
+    with pytest.raises(ValueError, match=r"33x48.*even"):
         write_video(tmp_path / "a.mp4", np.zeros((2, 33, 48, 3), np.uint8), 12)
     with pytest.raises(ValueError, match="no frames"):
         write_video(tmp_path / "a.mp4", np.zeros((0, 32, 48, 3), np.uint8), 12)
