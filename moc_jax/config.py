@@ -69,7 +69,9 @@ class MoCConfig:
         _check(self.window >= 0, f"moc.window is {self.window}; it counts chunks, so it must be 0 or more")
         _check(0 <= self.drop_off_max <= 1, f"moc.drop_off_max is {self.drop_off_max}; it is a fraction in [0, 1]")
         _check(self.drop_in_rate >= 0, f"moc.drop_in_rate is {self.drop_in_rate}; a Poisson rate is 0 or more")
-        _check(self.max_drop_in >= 0, f"moc.max_drop_in is {self.max_drop_in}; it counts slots, so it must be 0 or more")
+        _check(
+            self.max_drop_in >= 0, f"moc.max_drop_in is {self.max_drop_in}; it counts slots, so it must be 0 or more"
+        )
         anchored = self.self_anchor != "none" or self.text_anchor != "none" or self.top_k > 0
         _check(
             anchored or self.mode == "dense",
@@ -109,7 +111,10 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("dim", "depth", "heads", "latent_channels", "text_dim"):
             _check(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        _check(len(self.patch) == 3 and min(self.patch) >= 1, f"model.patch is {self.patch}; give three sizes >= 1 (t, h, w)")
+        _check(
+            len(self.patch) == 3 and min(self.patch) >= 1,
+            f"model.patch is {self.patch}; give three sizes >= 1 (t, h, w)",
+        )
         _check(
             self.dim % self.heads == 0,
             f"model.dim = {self.dim} is no multiple of model.heads = {self.heads}; try dim {self.heads * math.ceil(self.dim / self.heads)}",
@@ -233,7 +238,10 @@ class DataConfig:
     """Processes that read ahead; 0: read in the training process."""
 
     def __post_init__(self):
-        _check(self.height >= 1 and self.width >= 1, f"data.height x width is {self.height}x{self.width}; both must be at least 1")
+        _check(
+            self.height >= 1 and self.width >= 1,
+            f"data.height x width is {self.height}x{self.width}; both must be at least 1",
+        )
         _check(self.fps > 0, f"data.fps is {self.fps}; it must be positive")
         for name in ("caption_dropout", "image_conditioning", "validation_fraction"):
             _check(0 <= getattr(self, name) <= 1, f"data.{name} is {getattr(self, name)}; it must lie in [0, 1]")
@@ -262,7 +270,10 @@ class DiffusionConfig:
     def __post_init__(self):
         _check(self.t_std > 0, f"diffusion.t_std is {self.t_std}; it must be positive")
         _check(self.t_shift > 0, f"diffusion.t_shift is {self.t_shift}; it must be positive")
-        _check(0 <= self.joint_probability <= 1, f"diffusion.joint_probability is {self.joint_probability}; it must lie in [0, 1]")
+        _check(
+            0 <= self.joint_probability <= 1,
+            f"diffusion.joint_probability is {self.joint_probability}; it must lie in [0, 1]",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,9 +340,13 @@ class OptimizerConfig:
         _check(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         _check(self.accumulate >= 1, f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
         _check(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
-        _check(0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it must lie in [0, 1]")
+        _check(
+            0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it must lie in [0, 1]"
+        )
         _check(self.clip_norm >= 0, f"optimizer.clip_norm is {self.clip_norm}; 0 means no clipping")
-        _check(0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optimizer.b1, b2 are {self.b1}, {self.b2}; both must lie in [0, 1)")
+        _check(
+            0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optimizer.b1, b2 are {self.b1}, {self.b2}; both must lie in [0, 1)"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -381,10 +396,15 @@ class TrainConfig:
             _check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("validate_every", "preview_every", "keep_every"):
             _check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; 0 means never")
-        _check(self.keep_last >= 1, f"train.keep_last is {self.keep_last}; it must be at least 1, or nothing could be resumed")
+        _check(
+            self.keep_last >= 1,
+            f"train.keep_last is {self.keep_last}; it must be at least 1, or nothing could be resumed",
+        )
         steps = [stage.step for stage in self.chunk_schedule]
         _check(
-            steps == sorted(set(steps)) and all(s >= 0 for s in steps) and all(c.size >= 1 for c in self.chunk_schedule),
+            steps == sorted(set(steps))
+            and all(s >= 0 for s in steps)
+            and all(c.size >= 1 for c in self.chunk_schedule),
             f"train.chunk_schedule has steps {steps}; steps must rise from 0 or more and sizes be at least 1",
         )
 
@@ -412,7 +432,10 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.context, self.tensor)
-        _check(all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1, f"mesh sizes are {sizes}; each is at least 1, and one may be -1")
+        _check(
+            all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
+            f"mesh sizes are {sizes}; each is at least 1, and one may be -1",
+        )
         _check(
             self.context == 1 and self.tensor == 1,
             f"mesh.context = {self.context} and mesh.tensor = {self.tensor}; these axes are named but not built yet: leave them at 1",

@@ -1,6 +1,6 @@
 """The oracle: a dense boolean mask and one float32 softmax. Obviously right, never fast.
 
-    out_i = softmax_j( q_i . k_j / sqrt(D)  where j in context(i) ) v_j            (MoC, equation 4)
+out_i = softmax_j( q_i . k_j / sqrt(D)  where j in context(i) ) v_j            (MoC, equation 4)
 """
 
 import math

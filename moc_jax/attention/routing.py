@@ -90,7 +90,9 @@ def descriptors(
 
     def add(total, i):
         rows = lax.dynamic_slice_in_dim(k, i * block, block, axis=1).astype(jnp.float32)
-        member = lax.dynamic_slice_in_dim(chunk_of, i * block, block, axis=1)[:, :, None] == jnp.arange(chunks)[None, None]
+        member = (
+            lax.dynamic_slice_in_dim(chunk_of, i * block, block, axis=1)[:, :, None] == jnp.arange(chunks)[None, None]
+        )
         part = jnp.einsum("bnc,bnhd->bhcd", member.astype(jnp.float32), rows, precision="highest")
         return total + part, None
 

@@ -84,13 +84,9 @@ class Modulation(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, count: int, *, rngs: nnx.Rngs):
         self.count = count
-        self.linear = dense(
-            cfg.dim, count * cfg.dim, ("embed", "modulation"), dtype=jnp.float32, rngs=rngs, zero=True
-        )
+        self.linear = dense(cfg.dim, count * cfg.dim, ("embed", "modulation"), dtype=jnp.float32, rngs=rngs, zero=True)
 
-    def __call__(
-        self, time: Float32[Array, "B P M"], slot: Float32[Array, "B N P"]
-    ) -> list[Float32[Array, "B N M"]]:
+    def __call__(self, time: Float32[Array, "B P M"], slot: Float32[Array, "B N P"]) -> list[Float32[Array, "B N M"]]:
         """`slot` is one-hot: a token's shot picks its modulation. A product, since its transpose is one too."""
         per_shot = jnp.split(self.linear(nnx.silu(time)), self.count, axis=-1)
         return [jnp.einsum("bnp,bpm->bnm", slot, x) for x in per_shot]

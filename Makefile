@@ -1,0 +1,40 @@
+# `make demo` and `make test` set everything up by themselves; nothing else is needed.
+# The environment is rebuilt only when the pins or the package's description change.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CLIP := cache/demo/bikes.mp4
+
+.PHONY: demo test test-slow lint types setup clean
+setup: $(VENV)/ready
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python {v[0]}.{v[1]} is too old: jax needs 3.12 or newer; name one with  make PYTHON=python3.12 $(MAKECMDGOALS)" if v < (3, 12) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+$(CLIP): $(VENV)/ready
+	$(BIN)/python -m moc_jax.data.demo_clip $(dir $@)
+
+demo: $(CLIP)
+	$(BIN)/python train.py --config configs/demo.py
+	$(BIN)/python sample.py --config configs/demo.py
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/pyrefly check
+
+clean:
+	rm -rf $(VENV) out cache
