@@ -1,0 +1,174 @@
+"""Storyboards -> one batch of scenes to sample: captions embedded, given pictures and videos encoded, seeds set."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from moc_jax.codecs import Codec, crop_frames, pixels_to_unit
+from moc_jax.config import BucketConfig, Config
+from moc_jax.data.pack import pack_scene, stack_scenes
+from moc_jax.data.video import VideoError, decode, resample
+from moc_jax.diffusion.conditioning import Known
+from moc_jax.sampling.storyboard import Shot, Storyboard, StoryboardError, frames_of
+from moc_jax.scene import Scene, SceneLengths
+from moc_jax.shapes import Array, Float, Float32, Shaped, UInt8
+from moc_jax.text import TextEncoder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A batch of scenes to sample, in one bucket."""
+
+    text: Float[Array, "B L E"]
+    lengths: SceneLengths
+    negative_text: Float[Array, "B L E"]
+    negative_lengths: SceneLengths
+    known: Known
+    keys: Shaped[Array, "B S 2"]  # uint32: the data of each shot's random key
+
+
+def make_request(
+    storyboards: Sequence[Storyboard],
+    config: Config,
+    codec: Codec,
+    encoder: TextEncoder,
+    bucket: BucketConfig | None = None,
+) -> Request:
+    """Encodes storyboards into one batch, whose leaves are numpy arrays.
+
+    Args:
+        storyboards: at least one.
+        config: sizes, frame rate, and the defaults for seed and negative prompt.
+        codec, encoder: of the model's training.
+        bucket: the static shape; None takes the smallest that holds all.
+
+    Raises:
+        StoryboardError: a caption that is too long, a duration without a frame, a picture or video that cannot be
+            read or is too short, or a scene that does not fit `bucket`; names the storyboard and the place in it.
+    """
+    shots = [_shot_latents(board, config, codec) for board in storyboards]
+    texts = [_captions(board, encoder) for board in storyboards]
+    negatives = [_negative(board, config, encoder) for board in storyboards]
+    if bucket is None:
+        captions = itertools.chain(texts, negatives)
+        bucket = BucketConfig(
+            shots=max(map(len, shots)),
+            frames=max(sum(map(len, scene)) for scene in shots),
+            text_tokens=max(sum(map(len, scene)) for scene in captions),
+        )
+
+    def pack(captions: list[list[np.ndarray]]) -> Scene:
+        try:
+            packed = [pack_scene(*parts, bucket, name=b.name) for b, *parts in zip(storyboards, shots, captions)]
+        except ValueError as error:
+            raise StoryboardError(str(error)) from error
+        return stack_scenes(packed)
+
+    def of_shots(rows: list[list], shape: tuple[int, ...] = (), dtype: type = bool) -> np.ndarray:
+        out = np.zeros((len(rows), bucket.shots, *shape), dtype)
+        for b, row in enumerate(rows):
+            out[b, : len(row)] = row
+        return out
+
+    scene, negative = pack(texts), pack(negatives)
+    boards = [board.shots for board in storyboards]
+    return Request(
+        text=scene.text,
+        lengths=scene.lengths,
+        negative_text=negative.text,
+        negative_lengths=negative.lengths,
+        known=Known(
+            video=scene.video,
+            shots=of_shots([[shot.is_given for shot in row] for row in boards]),
+            first_frames=of_shots([[shot.image is not None and not shot.is_given for shot in row] for row in boards]),
+        ),
+        keys=of_shots([_keys(board, config.sample.seed) for board in storyboards], (2,), np.uint32),
+    )
+
+
+def _keys(board: Storyboard, seed: int) -> list[np.ndarray]:
+    """A shot's own seed, or the scene's folded with the shot's place: changing one shot's seed changes no other's."""
+    scene = jax.random.key(seed if board.seed is None else board.seed)
+    keys = [
+        jax.random.fold_in(scene, s) if h.seed is None else jax.random.key(h.seed) for s, h in enumerate(board.shots)
+    ]
+    return [np.asarray(jax.random.key_data(key)) for key in keys]
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def _captions(board: Storyboard, encoder: TextEncoder) -> list[np.ndarray]:
+    named = [("caption", board.caption)]
+    named += [(f"shots[{s}].caption", shot.caption) for s, shot in enumerate(board.shots)]
+    return [_embed(board, where, caption, encoder) for where, caption in named]
+
+
+def _negative(board: Storyboard, config: Config, encoder: TextEncoder) -> list[np.ndarray]:
+    """The negative prompt in the place of every caption; when it is empty, that is training's caption dropout."""
+    prompt = config.sample.negative_prompt if board.negative_prompt is None else board.negative_prompt
+    return [_embed(board, "negative_prompt", prompt, encoder)] * (1 + len(board.shots))
+
+
+def _embed(board: Storyboard, where: str, caption: str, encoder: TextEncoder) -> np.ndarray:
+    try:
+        return encoder(caption)
+    except ValueError as error:
+        raise StoryboardError(f"{board.name}: {where}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ latents
+
+
+def _shot_latents(board: Storyboard, config: Config, codec: Codec) -> list[Float32[np.ndarray, "_ Y X Z"]]:
+    """The latents of each shot: zeros where they are to be sampled."""
+    latents = []
+    for s, shot in enumerate(board.shots):
+        try:
+            latents.append(_latents(shot, config, codec))
+        except (VideoError, StoryboardError) as error:
+            raise StoryboardError(f"{board.name}: shots[{s}]: {error}") from error
+    return latents
+
+
+def _latents(shot: Shot, config: Config, codec: Codec) -> Float32[np.ndarray, "_ Y X Z"]:
+    patch, fps = config.model.patch[0], config.data.fps
+    frames = None
+    if shot.seconds is not None:
+        frames = frames_of(shot.seconds, fps, codec.stride[0], patch)
+        if not frames:
+            raise StoryboardError(
+                f"seconds = {shot.seconds:g} is no frame at {fps:g} frames per second; the shortest shot is "
+                f"{0.5 / fps:.3g} seconds"
+            )
+    if shot.video is not None:
+        return codec.encode(pixels_to_unit(_given_video(shot, frames, config, codec)))
+    if shot.image is None:
+        if frames is None:
+            raise StoryboardError("seconds is missing")
+        return np.zeros((codec.latent_frames(frames), *config.latent_size, codec.channels), np.float32)
+    _, _, image = next(decode(shot.image, config.data.height, config.data.width))
+    if frames is None:
+        still = codec.stride[0] * (patch - 1) + 1
+        return codec.encode(pixels_to_unit(np.repeat(image[None], still, axis=0)))
+    first = codec.encode(pixels_to_unit(image[None]))
+    return np.pad(first, [(0, codec.latent_frames(frames) - 1), (0, 0), (0, 0), (0, 0)])
+
+
+def _given_video(shot: Shot, frames: int | None, config: Config, codec: Codec) -> UInt8[np.ndarray, "F Y X 3"]:
+    data = config.data
+    shown = resample(decode(shot.video, data.height, data.width), data.fps)
+    video = list(itertools.islice((frame for _, frame, times in shown for _ in range(times)), frames))
+    if frames is not None and len(video) < frames:
+        raise StoryboardError(
+            f"{shot.video} has {len(video)} frames at {data.fps:g} frames per second, but seconds = {shot.seconds:g} "
+            f"asks for {frames}; leave `seconds` out to take all of it"
+        )
+    used = crop_frames(len(video), codec.stride[0], config.model.patch[0])
+    if not used:
+        raise StoryboardError(f"{shot.video} has too few frames ({len(video)} at {data.fps:g} frames per second)")
+    return np.stack(video[:used])
