@@ -6,8 +6,8 @@ Inputs are unit normal unless a test says otherwise, so outputs and gradients ar
 import numpy as np
 
 # Largest error of an output and of a gradient, as a fraction of the largest value compared with (and at least of 1).
-OUTPUT = {"float32": 1e-5, "bfloat16": 2e-2}
-GRADIENT = {"float32": 2e-5, "bfloat16": 3e-2}
+OUTPUT = {"float32": 2e-6, "bfloat16": 6e-3}
+GRADIENT = {"float32": 4e-6, "bfloat16": 1.6e-2}
 
 
 def assert_close(got, want, name: str, *, table=OUTPUT, dtype="float32", scale=1):
