@@ -1,4 +1,4 @@
-"""A configuration for synthetic clips of 16x24 pixels: latents of 2x3, four channels."""
+"""A configuration for synthetic clips of 8x12 pixels: latents of 2x3, four channels."""
 
 import dataclasses
 from pathlib import Path
@@ -6,15 +6,20 @@ from pathlib import Path
 from moc_jax.config import CodecConfig, Config, DataConfig, ModelConfig, TextConfig, TrainConfig
 from tests.data.clips import make_clip
 
-SIZE = (16, 24)
+SIZE = (8, 12)
 
 
 def small_config(folder: Path, *, batch_size: int = 2, patch: int = 1, **data) -> Config:
     """Videos in `folder`/videos, cache in `folder`/cache; `data` overrides fields of DataConfig."""
-    defaults = {"source": (str(folder / "videos"),), "cache": str(folder / "cache"), "height": 16, "width": 24}
+    defaults = {
+        "source": (str(folder / "videos"),),
+        "cache": str(folder / "cache"),
+        "height": SIZE[0],
+        "width": SIZE[1],
+    }
     return Config(
         model=ModelConfig(dim=24, heads=2, depth=1, patch=(patch, 1, 1), latent_channels=4, text_dim=16),
-        codec=CodecConfig(channels=4),
+        codec=CodecConfig(stride=(4, 4, 4), channels=4),
         text=TextConfig(dim=16),
         data=DataConfig(**defaults | data),
         train=TrainConfig(batch_size=batch_size),
