@@ -1,0 +1,205 @@
+"""The transformer as a whole: who influences whom, padding, depth, precision, and one program for all lengths."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moc_jax.config import ChunkConfig, ConfigError, MoCConfig, ModelConfig
+from moc_jax.models.mmdit import MMDiT
+from moc_jax.models.presets import PRESETS, matrix_flops, parameter_count
+from moc_jax.scene import SceneLengths
+
+CFG = ModelConfig(dim=48, depth=2, heads=3, latent_channels=4, text_dim=8, dtype="float32", remat="none")
+MOC = MoCConfig(top_k=2, chunk=ChunkConfig(unit="frames", size=1))
+SHOTS = 3
+
+
+def _model(cfg=CFG):
+    """Random weights everywhere: the zeros that training starts from would hide errors."""
+    graph, state = nnx.split(MMDiT(cfg, rngs=nnx.Rngs(0)))
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return graph, jax.tree.unflatten(tree, noisy)
+
+
+GRAPH, WEIGHTS = _model()
+
+
+@jax.jit(static_argnames=("moc", "with_routes"))
+def _run(video, text, t, lengths, moc=MOC, key=None, with_routes=False):
+    return nnx.merge(GRAPH, WEIGHTS)(video, text, t, lengths, moc, key=key, with_routes=with_routes)
+
+
+def _inputs(batch=1, frames=10, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    video = jax.random.normal(keys[0], (batch, frames, 4, 6, 4))
+    text = jax.random.normal(keys[1], (batch, 12, 8))
+    return video, text, jax.random.uniform(keys[2], (batch, SHOTS))
+
+
+def _lengths(shots=(4, 3, 2), captions=(2, 3, 2, 1)):
+    return SceneLengths(jnp.array([shots]), jnp.array([captions]))
+
+
+def test_padding_changes_nothing():
+    video, text, t = _inputs()
+    lengths = _lengths()
+    out = _run(video, text, t, lengths)
+    other = _run(video.at[:, 9:].set(7.0), text.at[:, 8:].set(-3.0), t, lengths)
+    np.testing.assert_array_equal(out[:, :9], other[:, :9])
+
+
+def test_more_room_changes_nothing():
+    video, text, t = _inputs()
+    out = _run(video, text, t, _lengths())
+    roomy = _run(jnp.pad(video, ((0, 0), (0, 6)) + ((0, 0),) * 3), text, t, _lengths())
+    np.testing.assert_allclose(out[:, :9], roomy[:, :9], atol=2e-5)
+
+
+def test_scenes_of_a_batch_do_not_meet():
+    video, text, t = _inputs(batch=2)
+    lengths = SceneLengths(jnp.array([[4, 3, 2], [1, 0, 6]]), jnp.array([[2, 3, 2, 1], [0, 1, 4, 2]]))
+    both = _run(video, text, t, lengths)
+    for b, used in enumerate((9, 7)):
+        one = _run(*(x[b : b + 1] for x in (video, text, t)), jax.tree.map(lambda x, b=b: x[b : b + 1], lengths))
+        np.testing.assert_allclose(both[b, :used], one[0, :used], atol=2e-5)
+
+
+def test_one_program_for_all_lengths():
+    video, text, t = _inputs()
+    before = _run._cache_size()
+    _run(video, text, t, _lengths((1, 1, 1)))
+    after_first = _run._cache_size()
+    for shots in [(4, 3, 2), (0, 5, 5), (10, 0, 0)]:
+        _run(video, text, t, _lengths(shots))
+    assert _run._cache_size() == after_first <= before + 1
+
+
+def test_a_shots_timestep_reaches_only_who_can_see_it():
+    video, text, t = _inputs()
+    past = dataclasses.replace(MOC, visibility="past")
+    base = _run(video, text, t, _lengths(), past)
+    later = _run(video, text, t.at[:, 2].set(0.9), _lengths(), past)
+    np.testing.assert_array_equal(base[:, :7], later[:, :7])
+    assert float(jnp.abs(base[:, 7:9] - later[:, 7:9]).max()) > 1e-3
+    first = _run(video, text, t.at[:, 0].set(0.9), _lengths(), past)
+    assert float(jnp.abs(base[:, :4] - first[:, :4]).max()) > 1e-3
+
+
+def test_past_visibility_hides_later_shots_and_scene_visibility_does_not():
+    video, text, t = _inputs()
+    changed = video.at[:, 7:9].add(1.0), text.at[:, 7:8].add(1.0), t
+    past = dataclasses.replace(MOC, visibility="past")
+    np.testing.assert_array_equal(
+        _run(video, text, t, _lengths(), past)[:, :7], _run(*changed, _lengths(), past)[:, :7]
+    )
+    seen = _run(video, text, t, _lengths())[:, :7] - _run(*changed, _lengths())[:, :7]
+    assert float(jnp.abs(seen).max()) > 1e-4
+
+
+def test_dense_attention_is_a_switch_on_the_same_weights():
+    video, text, t = _inputs()
+    dense = _run(video, text, t, _lengths(), dataclasses.replace(MOC, mode="dense"))
+    sparse = _run(video, text, t, _lengths())
+    assert dense.shape == sparse.shape
+    assert float(jnp.abs(dense - sparse)[:, :9].max()) > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["moc", "dense"])
+def test_the_backends_agree_through_the_whole_model(mode):
+    video, text, t = _inputs()
+    out = [_run(video, text, t, _lengths(), dataclasses.replace(MOC, mode=mode, backend=b)) for b in ("xla", "reference")]
+    np.testing.assert_allclose(out[0][:, :9], out[1][:, :9], atol=5e-5)
+
+
+def test_routes_are_those_of_video_queries_and_follow_the_rules():
+    video, text, t = _inputs()
+    out, routes, table = _run(video, text, t, _lengths(), with_routes=True)
+    np.testing.assert_array_equal(out, _run(video, text, t, _lengths()))
+    assert routes.shape == (CFG.depth, 1, CFG.heads, 60, MOC.top_k)
+    routes, chunk_of = np.asarray(routes), np.asarray(table.chunk_of)[0, 12:]
+    assert (routes[:, :, :, :24] == -1).all()  # the first shot has nothing before it
+    assert (routes[:, :, :, 24:54] >= 0).any()
+    picked_shot = np.where(routes >= 0, np.asarray(table.shot)[0][routes], -1)
+    own_shot = np.asarray(table.shot)[0][chunk_of]
+    assert (picked_shot[:, :, :, :54] < own_shot[:54, None]).all()
+
+
+def test_drop_off_and_drop_in_change_training_only():
+    video, text, t = _inputs()
+    plain = _run(video, text, t, _lengths())
+    dropped = _run(video, text, t, _lengths(), key=jax.random.key(0))
+    again = _run(video, text, t, _lengths(), key=jax.random.key(0))
+    np.testing.assert_array_equal(dropped, again)
+    assert float(jnp.abs(plain - dropped)[:, 4:9].max()) > 1e-5
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(remat):
+    video, text, t = _inputs()
+
+    def gradient(cfg):
+        graph, _ = nnx.split(nnx.eval_shape(lambda: MMDiT(cfg, rngs=nnx.Rngs(0))))
+
+        def loss(weights):
+            return jnp.mean(nnx.merge(graph, weights)(video, text, t, _lengths(), MOC)[:, :9] ** 2)
+
+        return jax.jit(jax.grad(loss))(WEIGHTS)
+
+    plain, recomputed = gradient(CFG), gradient(dataclasses.replace(CFG, remat=remat))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert float(jnp.abs(a).max()) > 0
+
+
+def test_bfloat16_computes_near_float32():
+    video, text, t = _inputs()
+    graph, _ = nnx.split(nnx.eval_shape(lambda: MMDiT(dataclasses.replace(CFG, dtype="bfloat16"), rngs=nnx.Rngs(0))))
+    low = nnx.merge(graph, WEIGHTS)(video, text, t, _lengths(), MOC)
+    high = _run(video, text, t, _lengths())
+    assert low.dtype == jnp.float32
+    error = jnp.linalg.norm((low - high)[:, :9]) / jnp.linalg.norm(high[:, :9])
+    assert 1e-4 < float(error) < 0.05
+
+
+def test_a_fresh_model_predicts_zero_and_depth_does_not_grow_the_program():
+    sizes = []
+    for depth in (2, 6):
+        cfg = dataclasses.replace(CFG, depth=depth)
+        graph, state = nnx.split(MMDiT(cfg, rngs=nnx.Rngs(0)))
+        run = jax.jit(lambda state, *args, graph=graph: nnx.merge(graph, state)(*args, MOC))
+        args = (*_inputs(), _lengths())
+        assert float(jnp.abs(run(state, *args)).max()) == 0
+        sizes.append(len(run.lower(state, *args).as_text()))
+    assert sizes[1] < 1.05 * sizes[0]
+
+
+def test_patches_across_frames_and_sizes_that_do_not_divide():
+    cfg = dataclasses.replace(CFG, patch=(2, 2, 2))
+    model = MMDiT(cfg, rngs=nnx.Rngs(0))
+    video, text, t = _inputs()
+    assert model(video, text, t, _lengths((4, 2, 2)), MOC).shape == video.shape
+    with pytest.raises(ConfigError, match=r"9 frames.*pieces of 2; use 8 or 10"):
+        model(video[:, :9], text, t, _lengths(), MOC)
+
+
+def test_presets_reach_from_the_demo_to_three_billion_parameters():
+    counts = {name: parameter_count(cfg) for name, cfg in PRESETS.items()}
+    assert counts["demo"] < 5e6
+    assert 2.9e9 < counts["3b"] < 3.1e9
+    assert list(counts.values()) == sorted(counts.values())
+
+
+def test_matrix_flops_are_what_the_compiler_counts():
+    """Two FLOPs per weight and token, against XLA's own count of one block's matrices."""
+    cfg = dataclasses.replace(CFG, depth=1)
+    x = jnp.zeros((100, cfg.dim))
+    w = [jnp.zeros((cfg.dim, n * cfg.dim)) for n in (3, 1, 4, 4)]
+    counted = sum(jax.jit(jnp.dot).lower(x, m).compile().cost_analysis()["flops"] for m in w)
+    ends = 2 * 2 * cfg.dim * 16 * 100
+    assert matrix_flops(cfg, 0, 100) == pytest.approx(counted + ends, rel=1e-6)
