@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ class Sampler:
             SamplingError: NaN or infinity in the latents.
         """
         request = make_request(storyboards, self.config, self.codec, self._encoder, bucket)
+        _warn(storyboards, request, self.config)
         latents = self._run(params, request)
         samples = []
         for board, video, frames in zip(storyboards, latents, request.lengths.shot_frames):
@@ -193,6 +195,24 @@ def _noises(request: Request) -> tuple[Array, Array]:
 
     start, history = jax.lax.map(stream, jnp.arange(2))  # a loop, so that the generator is compiled once
     return start, history
+
+
+def _warn(storyboards: Sequence[Storyboard], request: Request, config: Config) -> None:
+    """Warns of what will work, but not as hoped."""
+    trained = config.data.buckets
+    for board, frames in zip(storyboards, request.lengths.shot_frames):
+        for what, count, most in (
+            ("latent frames", int(frames.sum()), max((b.frames for b in trained), default=0)),
+            ("shots", len(board.shots), max((b.shots for b in trained), default=0)),
+        ):
+            if trained and count > most:
+                warnings.warn(
+                    f"{board.name} has {count} {what}, more than the {most} of the longest training scene; expect it "
+                    "to drift or to repeat itself",
+                    stacklevel=3,
+                )
+        if board.negative_prompt and config.sample.guidance == 1:
+            warnings.warn(f"{board.name}: negative_prompt has no effect at guidance 1; raise it", stacklevel=3)
 
 
 def _check_finite(board: Storyboard, shots: Sequence[np.ndarray], params: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from moc_jax.codecs import Codec, crop_frames, pixels_to_unit
 from moc_jax.config import BucketConfig, Config
+from moc_jax.data.manifest import SceneEntry
 from moc_jax.data.pack import pack_scene, stack_scenes
 from moc_jax.data.video import VideoError, decode, resample
 from moc_jax.diffusion.conditioning import Known
@@ -29,6 +30,13 @@ class Request:
     negative_lengths: SceneLengths
     known: Known
     keys: Shaped[Array, "B S 2"]  # uint32: the data of each shot's random key
+
+
+def scene_storyboard(scene: SceneEntry, config: Config) -> Storyboard:
+    """The storyboard that asks for a scene of the training data: its captions and its durations."""
+    stride, fps = config.codec.stride[0], config.data.fps
+    shots = [Shot(caption=s.caption, seconds=(stride * (s.frames - 1) + 1) / fps) for s in scene.shots]
+    return Storyboard(caption=scene.caption, shots=tuple(shots), name=scene.name)
 
 
 def make_request(

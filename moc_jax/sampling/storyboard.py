@@ -102,9 +102,12 @@ def parse_storyboard(content: Any, *, name: str = "storyboard", folder: Path = P
     caption, shots = scene.text("caption"), scene.required("shots")
     if not isinstance(shots, list) or not shots:
         scene.fail("shots", "it must be a list of at least one shot, each starting with `- caption:`")
+    parsed = tuple(_shot(name, folder, f"shots[{k}]", shot) for k, shot in enumerate(shots))
+    if all(shot.is_reference for shot in parsed):
+        raise StoryboardError(f"{name}: shots holds pictures to go by only; give at least one shot its `seconds`")
     return Storyboard(
         caption=caption,
-        shots=tuple(_shot(name, folder, f"shots[{k}]", shot) for k, shot in enumerate(shots)),
+        shots=parsed,
         negative_prompt=scene.text("negative_prompt") if "negative_prompt" in scene.content else None,
         seed=scene.seed(),
         name=name,

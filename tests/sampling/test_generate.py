@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from moc_jax.codecs import pixels_from_unit, pixels_to_unit
-from moc_jax.config import CodecConfig, ConfigError, MeshConfig
+from moc_jax.config import BucketConfig, CodecConfig, ConfigError, MeshConfig
+from moc_jax.data.manifest import SceneEntry, ShotEntry
 from moc_jax.data.video import write_video
 from moc_jax.sampling.generate import Sampler, SamplingError, generate, routing_shares
-from moc_jax.sampling.scenes import make_request
+from moc_jax.sampling.scenes import make_request, scene_storyboard
 from moc_jax.sampling.storyboard import StoryboardError
 from moc_jax.scene import GLOBAL, TEXT, VIDEO, table_from_runs
 from moc_jax.sharding import make_mesh
@@ -112,7 +113,9 @@ def test_settings_reach_the_model():
         assert distance(run(THREE, config=config)[0].latents[2], base) > 1e-4
     negative = dataclasses.replace(THREE, negative_prompt="sun")
     assert distance(run(negative)[0].latents[2], base) > 1e-4
-    np.testing.assert_array_equal(run(negative, config=unguided)[0].video, run(THREE, config=unguided)[0].video)
+    with pytest.warns(UserWarning, match="no effect"):
+        (ignored,) = run(negative, config=unguided)
+    np.testing.assert_array_equal(ignored.video, run(THREE, config=unguided)[0].video)
 
 
 def test_negative_prompt_stands_in_for_every_caption():
@@ -123,6 +126,27 @@ def test_negative_prompt_stands_in_for_every_caption():
         np.testing.assert_array_equal(request.negative_text[b, : len(rows)], rows)
         assert (request.negative_text[b, len(rows) :] == 0).all()
         np.testing.assert_array_equal(request.negative_lengths.text_lengths[b, :captions], len(encoder(prompt)))
+
+
+def test_warnings_of_what_will_not_work_as_hoped():
+    data = dataclasses.replace(CONFIG.data, buckets=(BucketConfig(shots=2, frames=5, text_tokens=64),))
+    config = dataclasses.replace(with_sample(guidance=1.0), data=data)
+    with pytest.warns(UserWarning) as caught:
+        run(THREE, config=config)
+    messages = "\n".join(str(warning.message) for warning in caught)
+    assert "storyboard has 6 latent frames, more than the 5 of the longest training scene" in messages
+    assert "storyboard has 3 shots, more than the 2 of the longest training scene" in messages
+    with pytest.warns(UserWarning, match="storyboard: negative_prompt has no effect at guidance 1"):
+        run(TWO, config=config)
+
+
+def test_the_storyboard_of_a_training_scene_has_its_durations():
+    shots = tuple(ShotEntry(caption=f"shot {n}", frames=n) for n in (1, 7, 3))
+    entry = SceneEntry(name="a#0", source="a", split="train", caption="all", shots=shots, shard=0, record=0)
+    board = scene_storyboard(entry, CONFIG)
+    request = make_request([board], CONFIG, make_codec(), build_text_encoder(CONFIG.text))
+    np.testing.assert_array_equal(request.lengths.shot_frames, [[1, 7, 3]])
+    assert (board.caption, [shot.caption for shot in board.shots]) == ("all", ["shot 1", "shot 7", "shot 3"])
 
 
 def test_later_shots_change_no_earlier_one_when_the_model_sees_the_past():

@@ -111,6 +111,7 @@ SHOTS = "shots:\n  - caption: a\n    seconds: 1\n  - caption: b\n    seconds: 1\
             ["shots[2].image", "remove one of them"],
         ),
         ("caption: a\nshots:\n  - caption: b\n    seconds: 1\n    caption: c", ["'caption' appears twice", "line 5"]),
+        ("caption: a\nshots: [{caption: b, image: pictures/rider.png}]", ["pictures to go by only", "`seconds`"]),
         ("caption: [", ["cannot be read"]),
         ("", ["the file is None"]),
         ("- a", ["the file is ['a']"]),

@@ -1,0 +1,140 @@
+"""Storyboards -> videos, with the weights and the codec of a checkpoint.
+
+    python sample.py --checkpoint out/run --storyboard scene.yaml --out scene.mp4
+
+A storyboard is a YAML file with a caption and shots (moc_jax/sampling/storyboard.py shows one). Several storyboards
+are sampled as one batch; --out and the pictures are then folders, with one file per storyboard. The same seed gives
+the same bytes. Settings that are not given here are those of the checkpoint.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from moc_jax.checkpoint import CheckpointError, load_for_sampling
+from moc_jax.cli import clean_exit, parse
+from moc_jax.codecs import CodecMismatch, load_codec
+from moc_jax.config import Config, ConfigError, MeshConfig
+from moc_jax.data.video import VideoError, write_video
+from moc_jax.sampling.generate import Sampler, SamplingError
+from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
+from moc_jax.sampling.storyboard import Storyboard, load_storyboard
+from moc_jax.sharding import make_mesh, replicated
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    checkpoint: str
+    """A run's folder, its checkpoints folder, or one checkpoint's."""
+    storyboard: tuple[Path, ...]
+    """YAML files."""
+    out: Path
+    """The MP4 to write; with several storyboards, a folder."""
+    step: int | None = None
+    """Which checkpoint; none given: the newest."""
+    dense: bool = False
+    """Every token sees every other: Mixture of Contexts off, same weights."""
+    top_k: int | None = None
+    """Chunks that each query picks."""
+    chunk: int | None = None
+    """The most frames (or tokens, as in training) per chunk."""
+    solver: Literal["euler", "heun", "unipc", "dpm++"] | None = None
+    """Order 1, 2, 2 and 2; heun evaluates the model twice per step."""
+    steps: int | None = None
+    """Steps from noise to video."""
+    guidance: float | None = None
+    """How far to steer from the negative prompt to the captions; 1 is off."""
+    shift: float | None = None
+    """Larger spends more steps at high noise."""
+    order: Literal["joint", "shots"] | None = None
+    """All shots together, or one after another."""
+    history_noise: float | None = None
+    """Noise level at which given and earlier shots are shown to the model."""
+    negative_prompt: str | None = None
+    """What to steer away from; comes before a storyboard's own."""
+    seed: int | None = None
+    """Comes before a storyboard's own; a shot's own seed comes before both."""
+    contact_sheet: Path | None = None
+    """Also write a PNG with a few frames of each shot."""
+    routing_picture: Path | None = None
+    """Also write a PNG of which shots each shot reads from, per layer."""
+    overwrite: bool = False
+    """Replace files that exist."""
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse(Arguments, argv, description=__doc__)
+    boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]
+    videos = _targets(args, args.out, ".mp4")
+    sheets = _targets(args, args.contact_sheet, ".png")
+    routings = _targets(args, args.routing_picture, ".png")
+
+    checkpoint = load_for_sampling(args.checkpoint, args.step)
+    config = configure(checkpoint.config, args)
+    if routings and config.moc.mode == "dense":
+        raise ConfigError("--routing-picture: dense attention routes nothing; leave it or --dense out")
+    sampler = Sampler(config, load_codec(config.codec, checkpoint.codec_state), progress=True)
+
+    mesh = make_mesh(MeshConfig())
+    with jax.set_mesh(mesh):
+        params = jax.device_put(checkpoint.params, replicated(mesh))
+        start = time.perf_counter()
+        samples = sampler(params, boards)
+        print(f"sampled {len(samples)} of step {checkpoint.step} in {time.perf_counter() - start:.1f} s")
+        for sample, path in zip(samples, videos):
+            write_video(path, sample.video, config.data.fps)
+            print(f"{path}: {len(sample.shots)} shots, {len(sample.video)} frames at {config.data.fps:g} fps")
+        for sample, path in zip(samples, sheets):
+            board = sample.storyboard
+            captions = [shot.caption for shot in board.shots]
+            rows = [("sample", sample.shots)]
+            save_picture(contact_sheet(rows, captions, title=board.caption, fps=config.data.fps), path)
+        for sample, path in zip(samples, routings):
+            save_picture(routing_picture(sampler.routing(params, sample)), path)
+
+
+def configure(config: Config, args: Arguments) -> Config:
+    """The checkpoint's settings with those of the command line in their place."""
+    names = ("solver", "steps", "guidance", "shift", "order", "history_noise")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    moc = config.moc
+    if args.dense:
+        moc = dataclasses.replace(moc, mode="dense")
+    if args.top_k is not None:
+        moc = dataclasses.replace(moc, top_k=args.top_k)
+    if args.chunk is not None:
+        moc = dataclasses.replace(moc, chunk=dataclasses.replace(moc.chunk, size=args.chunk))
+    return dataclasses.replace(config, moc=moc, sample=dataclasses.replace(config.sample, **given))
+
+
+def _overridden(board: Storyboard, args: Arguments) -> Storyboard:
+    given = {name: getattr(args, name) for name in ("seed", "negative_prompt") if getattr(args, name) is not None}
+    return dataclasses.replace(board, **given)
+
+
+def _targets(args: Arguments, path: Path | None, suffix: str) -> list[Path]:
+    """The file to write for each storyboard; those that can't be written are errors before anything is computed."""
+    if path is None:
+        return []
+    if len(args.storyboard) == 1 and not path.is_dir():
+        targets = [path]
+        if path.suffix != suffix:
+            raise ConfigError(f"{path} must end in {suffix}")
+    else:
+        targets = [path / f"{board.stem}{suffix}" for board in args.storyboard]
+    for target in targets:
+        if targets.count(target) > 1:
+            raise ConfigError(f"two storyboards would both be written to {target}; give them different names")
+        if target.exists() and not args.overwrite:
+            raise ConfigError(f"{target} exists; give another name, or --overwrite")
+    return targets
+
+
+if __name__ == "__main__":
+    with clean_exit(CheckpointError, CodecMismatch, SamplingError, VideoError):
+        main(sys.argv[1:])

@@ -1,0 +1,198 @@
+"""sample.py as a user calls it, in this process, on a checkpoint of a tiny model."""
+
+import dataclasses
+import re
+
+import av
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from moc_jax.checkpoint import Checkpoints
+from moc_jax.cli import clean_exit
+from moc_jax.config import CodecConfig, ConfigError
+from moc_jax.sampling.generate import Sampler
+from moc_jax.sampling.storyboard import StoryboardError
+from tests.sampling.worlds import CONFIG, make_codec, make_params
+
+BOARD = "caption: a street\nshots:\n  - {caption: a van, seconds: 0.4}\n  - {caption: night, seconds: 0.7}\n"
+
+
+def save_checkpoint(folder, *, config=CONFIG, params=None, codec=None, step=3):
+    checkpoints = Checkpoints(str(folder / "checkpoints"), config.train)
+    checkpoints.save(
+        step,
+        {"params": jax.tree.map(jax.numpy.asarray, make_params() if params is None else params)},
+        config=config,
+        codec_state=(codec or make_codec()).state(),
+        data_state={},
+    )
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def boards(tmp_path):
+    (tmp_path / "one.yaml").write_text(BOARD)
+    (tmp_path / "two.yaml").write_text(BOARD.replace("night", "day").replace("0.7", "0.1"))
+    return tmp_path
+
+
+@pytest.fixture
+def no_sampling(monkeypatch):
+    """For mistakes that must be found before anything is computed."""
+    monkeypatch.setattr(Sampler, "__call__", lambda *args, **kwargs: pytest.fail("it began to sample"))
+
+
+def call(run_folder, *words):
+    sample.main(["--checkpoint", str(run_folder), *map(str, words)])
+
+
+def read(path):
+    with av.open(str(path)) as file:
+        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+        return np.stack(frames), float(file.streams.video[0].average_rate)
+
+
+def test_from_checkpoint_and_storyboard_to_video_and_pictures(run_folder, boards, capsys):
+    words = ["--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", "--seed", 3]
+    pictures = ["--contact-sheet", boards / "sheet.png", "--routing-picture", boards / "routes.png"]
+    call(run_folder, *words, *pictures)
+    video, fps = read(boards / "a.mp4")
+    assert video.shape == (14, 16, 32, 3)  # 5 and 9 frames
+    assert fps == 12
+    assert f"{boards / 'a.mp4'}: 2 shots, 14 frames at 12 fps" in capsys.readouterr().out
+    for name in ("sheet.png", "routes.png"):
+        with Image.open(boards / name) as image:
+            assert min(image.size) > 100
+
+    before = (boards / "a.mp4").read_bytes()
+    call(run_folder, *words, "--overwrite")
+    assert (boards / "a.mp4").read_bytes() == before  # same seed, same bytes
+
+
+def test_several_storyboards_make_a_folder(run_folder, boards):
+    out = boards / "videos"
+    call(
+        run_folder,
+        "--storyboard",
+        boards / "one.yaml",
+        boards / "two.yaml",
+        "--out",
+        out,
+        "--contact-sheet",
+        out,
+        "--dense",
+    )
+    assert sorted(p.name for p in out.iterdir()) == ["one.mp4", "one.png", "two.mp4", "two.png"]
+    assert len(read(out / "two.mp4")[0]) == 6
+
+
+def test_every_setting_takes_its_place():
+    args = sample.Arguments(
+        checkpoint="run",
+        storyboard=(),
+        out="x.mp4",
+        dense=True,
+        top_k=2,
+        chunk=3,
+        solver="dpm++",
+        steps=7,
+        guidance=3.0,
+        shift=2.0,
+        order="shots",
+        history_noise=0.1,
+    )
+    config = sample.configure(CONFIG, args)
+    assert (config.moc.mode, config.moc.top_k, config.moc.chunk.size, config.moc.chunk.unit) == (
+        "dense",
+        2,
+        3,
+        "frames",
+    )
+    assert config.sample == dataclasses.replace(
+        CONFIG.sample, solver="dpm++", steps=7, guidance=3.0, shift=2.0, order="shots", history_noise=0.1
+    )
+    plain = sample.Arguments(checkpoint="run", storyboard=(), out="x.mp4")
+    assert sample.configure(CONFIG, plain) == CONFIG
+
+
+def test_help_explains_each_setting(capsys):
+    with pytest.raises(SystemExit) as caught:
+        sample.main(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(re.sub(r"[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
+    for field in dataclasses.fields(sample.Arguments):
+        assert f"--{field.name.replace('_', '-')}" in text
+    for phrase in ("Chunks that each query picks", "Replace files that exist", "Which checkpoint"):
+        assert phrase in text
+
+
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top-k", "-1"], "moc.top_k is -1"),
+        (["--chunk", "0"], "moc.chunk.size is 0"),
+        (["--steps", "0"], "sample.steps is 0"),
+        (["--history-noise", "1.5"], "sample.history_noise is 1.5"),
+        (["--out", "video.avi"], "video.avi must end in .mp4"),
+        (["--contact-sheet", "sheet.jpg"], "sheet.jpg must end in .png"),
+        (["--dense", "--routing-picture", "r.png"], "dense attention routes nothing"),
+    ],
+)
+def test_impossible_settings(run_folder, boards, words, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        call(run_folder, "--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", *words)
+
+
+@pytest.mark.usefixtures("no_sampling")
+def test_nothing_is_overwritten_unasked(run_folder, boards):
+    (boards / "a.mp4").write_bytes(b"precious")
+    with pytest.raises(ConfigError, match=r"a\.mp4 exists; give another name, or --overwrite"):
+        call(run_folder, "--storyboard", boards / "one.yaml", "--out", boards / "a.mp4")
+    assert (boards / "a.mp4").read_bytes() == b"precious"
+    (boards / "sub").mkdir()
+    (boards / "sub" / "one.yaml").write_text(BOARD)
+    with pytest.raises(ConfigError, match=r"two storyboards would both be written to .*one\.mp4"):
+        call(run_folder, "--storyboard", boards / "one.yaml", boards / "sub" / "one.yaml", "--out", boards / "videos")
+
+
+@pytest.mark.usefixtures("no_sampling")
+def test_a_bad_storyboard_is_named_before_the_checkpoint_is_opened(boards):
+    (boards / "one.yaml").write_text(BOARD.replace("seconds", "secs"))
+    with pytest.raises(StoryboardError, match=r"one\.yaml: unknown field shots\[0\]\.secs"):
+        call(boards / "no-run", "--storyboard", boards / "one.yaml", "--out", boards / "a.mp4")
+
+
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize("kind", ["codec", "model"])
+def test_checkpoint_of_another_codec_or_model(tmp_path, boards, kind):
+    other = {
+        "codec": {"codec": make_codec(CodecConfig(channels=4, whiten=0.25))},
+        "model": {"config": dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dim=48))},
+    }[kind]
+    folder = save_checkpoint(tmp_path / "run", **other)
+    parts = {"codec": ["0.25", "0.5"], "model": ["of another model", "[2, 16] there and [2, 24] in this one"]}[kind]
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        call(folder, "--storyboard", boards / "one.yaml", "--out", boards / "a.mp4")
+    for part in parts:
+        assert part in str(caught.value)
+    assert not (boards / "a.mp4").exists()
+
+
+def test_a_broken_checkpoint_writes_no_video(tmp_path, boards, capsys):
+    params = jax.tree.map(lambda w: np.full_like(w, np.nan), make_params())
+    folder = save_checkpoint(tmp_path / "run", params=params)
+    with pytest.raises(SystemExit) as caught, clean_exit(sample.SamplingError):
+        call(folder, "--storyboard", boards / "one.yaml", "--out", boards / "a.mp4")
+    assert caught.value.code == 1
+    assert re.search(r"error: .*one\.yaml: the sample holds NaN", capsys.readouterr().err)
+    assert not (boards / "a.mp4").exists()
