@@ -68,7 +68,8 @@ class Sampler:
         self.config, self.codec = config, codec
         self._encoder = build_text_encoder(config.text) if encoder is None else encoder
         self._graph = abstract_model(config.model)[0]
-        self._progress, self._bar = progress, None
+        self._progress = progress
+        self._bar: tqdm | None = None
         self._sample = jax.jit(self._sample_latents)
         self._route = jax.jit(self._routing)
 
@@ -109,7 +110,7 @@ class Sampler:
         if self.config.moc.mode == "dense":
             raise ConfigError("moc.mode is dense: nothing is routed, so there is no routing to picture")
         request = make_request([sample.storyboard], self.config, self.codec, self._encoder)
-        whole = np.concatenate(sample.latents)[None]
+        whole: Any = np.concatenate(sample.latents)[None]
         request = dataclasses.replace(request, known=dataclasses.replace(request.known, video=whole))
         return np.asarray(self._route(params, *_placed((request, np.float32(t)))))[:, 0]
 

@@ -4,12 +4,13 @@ import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,11 +22,7 @@ _MARGIN, _GAP, _FRAME_GAP = 28, 22, 4
 _BLUES = LinearSegmentedColormap.from_list("reads", ["#f3f6fb", "#a9c8ea", "#3f83c4", "#12406f"])
 
 
-class _Savable(Protocol):
-    def save(self, path: str, format: str) -> None: ...
-
-
-def save_picture(picture: _Savable, path: str | os.PathLike) -> None:
+def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
     """Writes a PNG, which appears under its name only when it is complete."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,14 +101,18 @@ def contact_sheet(
     return sheet
 
 
-def _paste_strip(sheet: Image.Image, shot: np.ndarray, corner: tuple[int, int], shown: tuple[int, int], count: int):
+def _paste_strip(
+    sheet: Image.Image, shot: np.ndarray, corner: tuple[int, int], shown: tuple[int, int], count: int
+) -> None:
     picks = np.linspace(0, len(shot) - 1, count).round().astype(int)
     for n, pick in enumerate(picks[: len(shot)]):  # a shot of one frame shows it once
         image = Image.fromarray(shot[pick]).resize(shown, Image.Resampling.BICUBIC)
         sheet.paste(image, (corner[0], corner[1] + n * (shown[1] + _FRAME_GAP)))
 
 
-def _draw_upright(sheet: Image.Image, text: str, corner: tuple[int, int], length: int, font: ImageFont.FreeTypeFont):
+def _draw_upright(
+    sheet: Image.Image, text: str, corner: tuple[int, int], length: int, font: ImageFont.FreeTypeFont
+) -> None:
     strip = Image.new("RGB", (length, 24), PAPER)
     ImageDraw.Draw(strip).text((length / 2, 12), _shortened(text, font, length), INK, font, anchor="mm")
     sheet.paste(strip.rotate(90, expand=True), corner)
@@ -155,17 +156,17 @@ def routing_picture(shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5) -
     def write(x: float, y: float, text: str, size: float, colour: str = INK, **style):
         figure.text(x / width, 1 - y / height, text, size=size, color=colour, va="center", **style)
 
-    image = None
     for layer in range(depth):
         row, column = divmod(layer, columns)
         axes = place(left + column * (side + gap_x), top + row * (side + gap_y), side, side)
-        image = _heat_map(axes, shares[layer], f"layer {layer + 1}", most)
+        _heat_map(axes, shares[layer], f"layer {layer + 1}", most)
     write(left, 0.38, "Which shots each shot reads from", 14, weight="bold")
     write(left, 0.68, f"share of the picks in %, at t = {t:g} over all heads; captions are always read", 9, FAINT)
     write(left + (columns * (side + gap_x) - gap_x) / 2, height - 0.32, "shot that is read", 10, ha="center")
     write(0.32, top + (height - top - bottom) / 2, "shot that reads", 10, rotation=90, ha="center")
     bar_at = left + columns * (side + gap_x) - gap_x + 0.3
-    bar = figure.colorbar(image, cax=place(bar_at, top, 0.14, min(side, 2.5)), ticks=[0, most])
+    scale = ScalarMappable(Normalize(0, most), _BLUES)
+    bar = figure.colorbar(scale, cax=place(bar_at, top, 0.14, min(side, 2.5)), ticks=[0, most])
     bar.ax.set_yticklabels(["0 %", f"{100 * most:.0f} %"], size=8, color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0)
@@ -173,13 +174,13 @@ def routing_picture(shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5) -
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def _heat_map(axes, shares: np.ndarray, title: str, most: float):
+def _heat_map(axes: Axes, shares: np.ndarray, title: str, most: float) -> None:
     shots = len(shares)
     shown = np.where(shares.sum(axis=1, keepdims=True) > 0, shares, np.nan)
     own = np.diag(shares) == 0
     shown[own, own] = np.nan
     axes.set_facecolor("#e6e6e3")  # the own shot, which is an anchor and no pick; and shots that pick nothing
-    image = axes.imshow(shown, cmap=_BLUES, vmin=0, vmax=most, aspect="equal")
+    axes.imshow(shown, cmap=_BLUES, vmin=0, vmax=most, aspect="equal")
     axes.set_title(title, size=10, color=INK, loc="left", pad=4)
     ticks = range(0, shots, 1 if shots <= 12 else -(-shots // 8))
     axes.set_xticks(ticks, [str(s + 1) for s in ticks], size=8, color=FAINT)
@@ -194,6 +195,5 @@ def _heat_map(axes, shares: np.ndarray, title: str, most: float):
         for s, r in zip(*np.nonzero(np.nan_to_num(shown) >= 0.005)):
             colour = PAPER if shown[s, r] > 0.45 * most else INK
             axes.text(r, s, f"{100 * shown[s, r]:.0f}", ha="center", va="center", size=8, color=colour)
-        for s in np.flatnonzero(own):
+        for s in np.flatnonzero(own).tolist():
             axes.text(s, s, "own", ha="center", va="center", size=7, color=FAINT)
-    return image

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -76,7 +78,7 @@ def make_request(
             raise StoryboardError(str(error)) from error
         return stack_scenes(packed)
 
-    def of_shots(rows: list[list], shape: tuple[int, ...] = (), dtype: type = bool) -> np.ndarray:
+    def of_shots(rows: list[list], shape: tuple[int, ...] = (), dtype: type = bool) -> Any:
         out = np.zeros((len(rows), bucket.shots, *shape), dtype)
         for b, row in enumerate(rows):
             out[b, : len(row)] = row
@@ -154,7 +156,7 @@ def _latents(shot: Shot, config: Config, codec: Codec) -> Float32[np.ndarray, "_
                 f"{0.5 / fps:.3g} seconds"
             )
     if shot.video is not None:
-        return codec.encode(pixels_to_unit(_given_video(shot, frames, config, codec)))
+        return codec.encode(pixels_to_unit(_given_video(shot.video, shot.seconds, frames, config, codec)))
     if shot.image is None:
         if frames is None:
             raise StoryboardError("seconds is missing")
@@ -167,16 +169,18 @@ def _latents(shot: Shot, config: Config, codec: Codec) -> Float32[np.ndarray, "_
     return np.pad(first, [(0, codec.latent_frames(frames) - 1), (0, 0), (0, 0), (0, 0)])
 
 
-def _given_video(shot: Shot, frames: int | None, config: Config, codec: Codec) -> UInt8[np.ndarray, "F Y X 3"]:
+def _given_video(
+    path: Path, seconds: float | None, frames: int | None, config: Config, codec: Codec
+) -> UInt8[np.ndarray, "F Y X 3"]:
     data = config.data
-    shown = resample(decode(shot.video, data.height, data.width), data.fps)
+    shown = resample(decode(path, data.height, data.width), data.fps)
     video = list(itertools.islice((frame for _, frame, times in shown for _ in range(times)), frames))
     if frames is not None and len(video) < frames:
         raise StoryboardError(
-            f"{shot.video} has {len(video)} frames at {data.fps:g} frames per second, but seconds = {shot.seconds:g} "
-            f"asks for {frames}; leave `seconds` out to take all of it"
+            f"{path} has {len(video)} frames at {data.fps:g} frames per second, but seconds = {seconds:g} asks for "
+            f"{frames}; leave `seconds` out to take all of it"
         )
     used = crop_frames(len(video), codec.stride[0], config.model.patch[0])
     if not used:
-        raise StoryboardError(f"{shot.video} has too few frames ({len(video)} at {data.fps:g} frames per second)")
+        raise StoryboardError(f"{path} has too few frames ({len(video)} at {data.fps:g} frames per second)")
     return np.stack(video[:used])

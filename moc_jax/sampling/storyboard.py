@@ -22,7 +22,7 @@ import dataclasses
 import difflib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -166,7 +166,7 @@ class _Fields:
     def _path(self, field: Any) -> str:
         return f"{self.where}.{field}" if self.where else str(field)
 
-    def fail(self, field: str, problem: str) -> None:
+    def fail(self, field: str, problem: str) -> NoReturn:
         value = self.content.get(field)
         raise StoryboardError(f"{self.name}: {self._path(field)} is {value!r} ({type(value).__name__}); {problem}")
 

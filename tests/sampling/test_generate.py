@@ -131,7 +131,7 @@ def test_negative_prompt_stands_in_for_every_caption():
 def test_warnings_of_what_will_not_work_as_hoped():
     data = dataclasses.replace(CONFIG.data, buckets=(BucketConfig(shots=2, frames=5, text_tokens=64),))
     config = dataclasses.replace(with_sample(guidance=1.0), data=data)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="more than the") as caught:
         run(THREE, config=config)
     messages = "\n".join(str(warning.message) for warning in caught)
     assert "storyboard has 6 latent frames, more than the 5 of the longest training scene" in messages
