@@ -8,6 +8,8 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.video import VideoStream
 
 from moc_jax.shapes import UInt8, typed
 
@@ -45,12 +47,12 @@ def decode(path: str | os.PathLike, height: int, width: int) -> Iterator[tuple[f
                 raise VideoError(path, "it has no video stream")
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
+            # By default FFmpeg paints over damage, and with several threads it forgets some of it.
+            stream.codec_context.options = {"err_detect": "explode"}
             usual = 1 / float(stream.average_rate or stream.guessed_rate or 25)
             aspect = float(stream.sample_aspect_ratio or 1)
             origin, shown, lasts = None, None, usual
-            for number, frame in enumerate(container.decode(stream)):
-                if frame.is_corrupt:
-                    raise VideoError(path, f"frame {number} is damaged")
+            for number, frame in enumerate(_frames(path, container, stream)):
                 stamp = number * usual if frame.time is None else frame.time
                 origin = stamp if origin is None else origin
                 start = stamp - origin
@@ -66,6 +68,18 @@ def decode(path: str | os.PathLike, height: int, width: int) -> Iterator[tuple[f
             yield shown[0], shown[0] + lasts, shown[1]
     except (av.FFmpegError, OSError) as error:
         raise VideoError(path, f"it cannot be decoded ({error.strerror or error})") from error
+
+
+def _frames(path: str | os.PathLike, container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+    count = 0
+    for packet in container.demux(stream):
+        if packet.is_corrupt:  # the file ends in its middle
+            raise VideoError(path, f"it is cut off or damaged after frame {count}")
+        for frame in packet.decode():
+            if frame.is_corrupt:
+                raise VideoError(path, f"frame {count} is damaged")
+            yield frame
+            count += 1
 
 
 def _fit(frame: av.VideoFrame, aspect: float, height: int, width: int) -> UInt8[np.ndarray, "Y X 3"]:

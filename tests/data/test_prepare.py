@@ -170,6 +170,16 @@ class TestSplit:
         assert {s.source for s in again.split("validation")} - {"another.mp4"} == held
         assert not {s.source for s in again.split("train")} & held
 
+    def test_given_files_are_held_out_instead_of_a_fraction(self, tmp_path):
+        make_videos(tmp_path, a=(13,), b=(13,))
+        held = make_videos(tmp_path / "held", c=(13,))
+        manifest = prepare(small_config(tmp_path, validation_source=(str(held),), validation_fraction=1.0))
+        assert {s.source: s.split for s in manifest.scenes} == {
+            "a.mp4": "train",
+            "b.mp4": "train",
+            "c.mp4": "validation",
+        }
+
     def test_a_file_cannot_be_in_both(self, tmp_path):
         videos = make_videos(tmp_path, a=(13,), b=(13,))
         cfg = small_config(tmp_path, validation_source=(str(videos / "a.mp4"),))
