@@ -203,11 +203,11 @@ class DataConfig:
     source: tuple[str, ...] = ()
     """Video files or folders; a caption file `clip.yaml` or `clip.json` may lie beside `clip.mp4`."""
     validation_source: tuple[str, ...] = ()
-    """Held-out video files or folders; empty: `validation_fraction` of the scenes is held out instead."""
+    """Held-out video files or folders; empty: `validation_fraction` of the files is held out instead."""
     validation_fraction: float = 0.0
-    """Share of scenes held out for validation, chosen by a hash of the file's name."""
+    """Share of files held out for validation, chosen by a hash of the file's name."""
     cache: str = "cache"
-    """Folder for the encoded shards and their manifest."""
+    """Folder of prepared folders (encoded shards and manifest), one per settings and sources; or itself one of them."""
     height: int = 64
     """Rows of a frame after resize and centre-crop, in pixels."""
     width: int = 160
