@@ -9,7 +9,7 @@ import pytest
 from moc_jax.config import MoCConfig
 from moc_jax.scene import VIDEO
 from tests.attention import oracle
-from tests.attention.compiled import BACKENDS, attention, attention_and_gradients, routing, with_backend
+from tests.attention.compiled import BACKENDS, attention_and_gradients, routing, with_backend
 from tests.attention.configs import EVERY, MULTI_SHOT, SINGLE_SHOT, name
 from tests.attention.scenes import HEADS, PAIR, TOKENS, cut, qkv, table_of
 from tests.attention.tolerances import GRADIENT, assert_close
@@ -46,7 +46,7 @@ def test_without_a_key_nothing_is_dropped(backend):
         assert routes[0].shape[-1] == cfg.top_k
 
 
-@pytest.mark.parametrize("cfg", [c for c in EVERY if c.mode == "moc"][::5], ids=name)
+@pytest.mark.parametrize("cfg", [c for c in EVERY if c.mode == "moc"][::13], ids=name)
 def test_rules_of_candidates_are_kept(cfg):
     """Whatever is dropped or added: only candidates, none twice, and the same on each backend."""
     cfg = dataclasses.replace(cfg, top_k=3, drop_off_max=0.9, drop_in_rate=1.5)
@@ -69,10 +69,9 @@ def test_rules_of_candidates_are_kept(cfg):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT], ids=name)
-def test_attention_follows_the_drawn_routes(backend, cfg):
+def test_attention_follows_the_drawn_routes(backend):
     """Outputs and gradients are those of the anchors, all of them, and of the drawn picks, no others."""
-    cfg, key = dataclasses.replace(cfg, top_k=4, drop_off_max=0.9, backend=backend), jax.random.key(5)
+    cfg, key = dataclasses.replace(SINGLE_SHOT, top_k=4, drop_off_max=0.9, backend=backend), jax.random.key(5)
     q, k, v = qkv(0, PAIR)
     table = table_of(PAIR)
     routes = np.asarray(routing(q, k, table, cfg, key=key))
@@ -84,7 +83,7 @@ def test_attention_follows_the_drawn_routes(backend, cfg):
         grads, oracle.moc_gradients(q, k, v, want.mask, np.ones_like(v)), ("dq", "dk", "dv")
     ):
         assert_close(got, expected, which, table=GRADIENT)
-    assert np.abs(attention(q, k, v, table, cfg) - np.asarray(out)).max() > 1e-3
+    assert np.abs(oracle.moc(q, k, v, PAIR, cfg).out - out).max() > 1e-3
 
 
 def test_drop_off_removes_floor_p_k():

@@ -47,14 +47,14 @@ def test_no_array_is_quadratic(cfg):
     assert sizes[16384] <= 2.1 * sizes[8192] <= 2.1 * 2.1 * sizes[4096]
 
 
-@pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, DENSE], ids=name)
+@pytest.mark.parametrize("cfg", [SINGLE_SHOT, DENSE], ids=name)
 def test_peak_memory_is_linear(cfg):
     """Forward and backward, as the compiler lays it out."""
     small, large = (
         program(tokens, cfg, "xla").lower().compile().memory_analysis().temp_size_in_bytes for tokens in (4096, 16384)
     )
     assert large <= 4.4 * small
-    assert large < 16384**2  # bytes: a quarter of one float32 tokens x tokens array
+    assert large < 16384**2 / 2  # bytes: an eighth of one float32 tokens x tokens array
 
 
 def test_the_measure_sees_quadratic_arrays():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from moc_jax.scene import VIDEO
 from tests.attention import oracle
 from tests.attention.compiled import BACKENDS, attention_and_gradients, routing, with_backend
 from tests.attention.configs import COVERING, EVERY, name
@@ -17,31 +18,42 @@ def check(cfg, scenes, kind, seed):
     """Routes up to proven near-ties; outputs and dq, dk, dv for those routes."""
     q, k, v = qkv(seed, scenes, kind)
     dout = np.random.default_rng(seed + 1).standard_normal(v.shape).astype(np.float32)
-    table = table_of(scenes)
+    table, routes = table_of(scenes), None
     for backend in BACKENDS:
         backend_cfg = with_backend(cfg, backend)
-        routes = np.asarray(routing(q, k, table, backend_cfg))
+        before, routes = routes, np.asarray(routing(q, k, table, backend_cfg))
         assert routes.shape[-1] == (cfg.top_k if cfg.mode == "moc" else 0)
         ties = [
             oracle.near_ties(routes[b], q[b], k[b], scene, cfg) for b, scene in enumerate(scenes) if cfg.mode == "moc"
         ]
         assert kind != "normal" or sum(ties) <= 1, f"{sum(ties)} near-ties are more than chance gives"
-        want = oracle.moc(q, k, v, scenes, cfg, routes)
+        if not np.array_equal(before, routes):
+            want = oracle.moc(q, k, v, scenes, cfg, routes)
+            want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
         out, grads = attention_and_gradients(q, k, v, table, backend_cfg, dout)
         scale = HUGE if kind == "huge queries" else 1
         assert_close(out, want.out, f"{backend} output", table=OUTPUT, scale=scale)
         assert not np.asarray(out)[np.asarray(table.chunk_of) < 0].any(), "padding queries must output 0"
-        want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
         for grad, want_grad, which in zip(grads, want_grads, ("dq", "dk", "dv")):
             assert_close(grad, want_grad, f"{backend} {which}", table=GRADIENT, scale=scale)
 
 
 @pytest.mark.parametrize("cfg", COVERING, ids=name)
-@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @example(scenes=PAIR, kind="normal", seed=0)
 @given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))
 def test_random_scenes(cfg, scenes, kind, seed):
     check(cfg, scenes, kind, seed)
+
+
+@pytest.mark.parametrize("cfg", [cfg for cfg in EVERY if cfg.mode == "moc"], ids=name)
+def test_routes_under_every_config(cfg):
+    q, k, _ = qkv(5, PAIR)
+    table = table_of(PAIR)
+    routes = np.asarray(routing(q, k, table, with_backend(cfg, "xla")))
+    np.testing.assert_array_equal(routes, [oracle.route(q[b], k[b], scene, cfg) for b, scene in enumerate(PAIR)])
+    text_or_padding = np.asarray(table.token_kind) != VIDEO
+    assert (routes.swapaxes(1, 2)[text_or_padding] == -1).all()
 
 
 @pytest.mark.slow
