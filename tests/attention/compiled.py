@@ -1,27 +1,36 @@
 """The public functions under jit, shared by all test files so that each config compiles once.
 
-Compiled without LLVM's optimisation, which takes half of the tests' time; test_transforms.py compiles as users do.
+Compiled without LLVM's optimisation, which takes half of the tests' time, and with the `xla` backend walking in steps
+of 8 tokens, so that small scenes cross the borders of tiles and blocks. test_transforms.py and `test_large_scenes`
+compile as users do.
 """
 
 import dataclasses
+from unittest import mock
 
 import jax
 import numpy as np
 
+from moc_jax.attention import xla
 from moc_jax.attention.api import moc_attention, route
 
 BACKENDS = ("reference", "xla")
-
 _FAST = {"xla_backend_optimization_level": 0}
+_SMALL = xla.Tiling(tile=8, anchor_block=8, routed_block=8)
 
 routing = jax.jit(route, static_argnames="cfg", compiler_options=_FAST)
 
 
-@jax.jit(static_argnames="cfg", compiler_options=_FAST)
-def attention_and_gradients(q, k, v, table, cfg, dout, key=None):
+def outputs_and_gradients(q, k, v, table, cfg, dout, key=None):
     """The output, and (dq, dk, dv) for the gradient `dout` of it."""
     out, vjp = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg, key=key), q, k, v)
     return out, vjp(dout)
+
+
+@jax.jit(static_argnames="cfg", compiler_options=_FAST)
+def attention_and_gradients(q, k, v, table, cfg, dout, key=None):
+    with mock.patch.object(xla, "default_tiling", return_value=_SMALL):
+        return outputs_and_gradients(q, k, v, table, cfg, dout, key)
 
 
 def attention(q, k, v, table, cfg, *, key=None):

@@ -1,6 +1,7 @@
 """Every backend against the numpy oracle: routes, outputs and gradients, over random scenes and all kinds of config."""
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -8,9 +9,9 @@ from hypothesis import strategies as st
 
 from moc_jax.scene import VIDEO
 from tests.attention import oracle
-from tests.attention.compiled import BACKENDS, attention_and_gradients, routing, with_backend
-from tests.attention.configs import COVERING, EVERY, name
-from tests.attention.scenes import HUGE, KINDS_OF_DATA, PAIR, qkv, random_scenes, table_of
+from tests.attention.compiled import BACKENDS, attention_and_gradients, outputs_and_gradients, routing, with_backend
+from tests.attention.configs import COVERING, DENSE, EVERY, MULTI_SHOT, PAST, SINGLE_SHOT, name
+from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, PAIR, cut, qkv, random_scenes, table_of
 from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
 
 
@@ -54,6 +55,32 @@ def test_routes_under_every_config(cfg):
     np.testing.assert_array_equal(routes, [oracle.route(q[b], k[b], scene, cfg) for b, scene in enumerate(PAIR)])
     text_or_padding = np.asarray(table.token_kind) != VIDEO
     assert (routes.swapaxes(1, 2)[text_or_padding] == -1).all()
+
+
+# Longer than any tile or block, and one token around their borders; captions too.
+LARGE = [
+    cut(130, (3, [1, 127, 128, 129]), (40, [300, 7]), text_tokens=180),
+    cut(0, (180, [257, 64, 63]), (0, []), (0, [256, 100, 2]), text_tokens=180),
+]
+
+
+@pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, PAST[0], DENSE[1]], ids=name)
+def test_large_scenes(cfg):
+    """Tiles and blocks of the sizes that users run, against the oracle."""
+    tokens = 180 + 742
+    table = table_of(LARGE, text_tokens=180, tokens=tokens, max_chunk=300)
+    q, k, v = qkv(0, LARGE, shape=(tokens, 1, HEAD_DIM))
+    dout = qkv(1, LARGE, shape=(tokens, 1, HEAD_DIM))[0]
+    cfg = with_backend(cfg, "xla")
+    routes = np.asarray(routing(q, k, table, cfg))
+    if cfg.mode == "moc":
+        assert sum(oracle.near_ties(routes[b], q[b], k[b], scene, cfg) for b, scene in enumerate(LARGE)) <= 1
+    want = oracle.moc(q, k, v, LARGE, cfg, routes)
+    out, grads = jax.jit(outputs_and_gradients, static_argnames="cfg")(q, k, v, table, cfg, dout)
+    assert_close(out, want.out, "output", table=OUTPUT)
+    want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
+    for grad, want_grad, which in zip(grads, want_grads, ("dq", "dk", "dv")):
+        assert_close(grad, want_grad, which, table=GRADIENT)
 
 
 @pytest.mark.slow
