@@ -60,11 +60,7 @@ def contact_sheet(
         ValueError: rows or notes that do not have one entry per caption.
     """
     columns = len(captions)
-    for name, shots in rows:
-        if len(shots) != columns:
-            raise ValueError(f"the row {name!r} has {len(shots)} shots, but there are {columns} captions")
-    if notes and len(notes) != columns:
-        raise ValueError(f"there are {len(notes)} notes for {columns} shots")
+    _check_columns(rows, columns, notes)
     height, width = rows[0][1][0].shape[1:3]
     cell = max(140, min(300, 1900 // columns))
     shown = (cell, max(1, round(cell * height / width)))
@@ -99,6 +95,14 @@ def contact_sheet(
     for r, (name, _) in enumerate(rows):
         _draw_upright(sheet, name, (_MARGIN, head + r * (strip + _GAP)), strip, normal)
     return sheet
+
+
+def _check_columns(rows: Sequence[tuple[str, Sequence]], columns: int, notes: Sequence[str]) -> None:
+    for name, shots in rows:
+        if len(shots) != columns:
+            raise ValueError(f"the row {name!r} has {len(shots)} shots, but there are {columns} captions")
+    if notes and len(notes) != columns:
+        raise ValueError(f"there are {len(notes)} notes for {columns} shots")
 
 
 def _paste_strip(
