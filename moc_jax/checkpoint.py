@@ -162,8 +162,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
-            del self._checkpointer
+            if "_checkpointer" in vars(self):
+                vars(self).pop("_checkpointer").close()
 
     def restore(self, target: Mapping[str, Any], check: Callable[[Config], None]) -> Restored | None:
         """The newest checkpoint that is whole; None where there is none at all.
@@ -208,9 +208,7 @@ class Checkpoints:
         _sync("set_aside")
 
     def _remove_unfinished(self) -> list[str]:
-        _sync("before_removal")
         names = sorted(name for name in _entries(self.directory) if ".orbax-checkpoint-tmp" in name)
-        _sync("removal")
         if jax.process_index() == 0:
             for name in names:
                 (self.directory / name).rmtree(missing_ok=True)

@@ -39,16 +39,33 @@ def load_config(argv: Sequence[str]) -> Config:
             raise ConfigError(
                 "no --config given: name an experiment, such as --config configs/demo.py (--help lists every field)"
             )
-        return parse(Config, rest, default=Config(), description=usage)
+        return parse(Config, rest, default=Config(), description=usage, flags=False)
     config, about = read_config_file(known.config)
-    return parse(Config, rest, default=config, description=f"{about}\n\n{usage}" if about else usage)
+    return parse(Config, rest, default=config, description=f"{about}\n\n{usage}" if about else usage, flags=False)
 
 
-def parse[T](kind: type[T], argv: Sequence[str], *, default: T | None = None, description: str | None = None) -> T:
-    """`kind`, a dataclass, from the command line; fields that are not given keep `default`'s values."""
+def parse[T](
+    kind: type[T],
+    argv: Sequence[str],
+    *,
+    default: T | None = None,
+    description: str | None = None,
+    flags: bool = True,
+) -> T:
+    """`kind`, a dataclass, from the command line; fields that are not given keep `default`'s values.
+
+    Bools are flags (`--dense`), or with `flags=False` options like all others (`--mesh.distributed True`).
+    """
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_records_rule)
-    return tyro.cli(kind, args=list(argv), default=default, description=description, registry=registry)
+    return tyro.cli(
+        kind,
+        args=list(argv),
+        default=default,
+        description=description,
+        registry=registry,
+        config=() if flags else (tyro.conf.FlagConversionOff,),
+    )
 
 
 @contextlib.contextmanager

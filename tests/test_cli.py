@@ -43,7 +43,8 @@ def test_overrides_reach_nested_fields_and_keep_the_rest(file):
             "--data.source",
             "a",
             "b",
-            "--moc.no-causal-routing",
+            "--moc.causal-routing",
+            "False",
         ]
     )
     assert config.train.steps == 7

@@ -1,0 +1,80 @@
+"""The training state: everything that a step reads and writes, on the mesh from the first moment."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from moc_jax.checkpoint import abstract_model
+from moc_jax.config import Config
+from moc_jax.models.mmdit import MMDiT
+from moc_jax.shapes import Array, Int32
+from moc_jax.sharding import LogicalAxes, logical_axes, tree_shardings
+from moc_jax.training.optimizer import make_optimizer
+
+Params = dict[str, Any]  # nested; float32 arrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """A run after `step` batches."""
+
+    step: Int32[Array, ""]
+    params: Params
+    optimizer: Any  # as Optax made it
+    ema: Params | None  # moving average of the weights; None where none is kept
+
+    @property
+    def sampling_params(self) -> Params:
+        """The weights to validate and sample with."""
+        return self.params if self.ema is None else self.ema
+
+    def items(self) -> dict[str, Any]:
+        """The parts of a checkpoint, by name."""
+        ema = {} if self.ema is None else {"ema": self.ema}
+        return {"params": self.params, **ema, "optimizer": {"chain": self.optimizer, "step": self.step}}
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
+        """What `items` took apart."""
+        optimizer = items["optimizer"]
+        return cls(optimizer["step"], items["params"], optimizer["chain"], items.get("ema"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """What is fixed for a run: the model's graph, the optimizer, and where every part of the state lies."""
+
+    graph: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    logical: LogicalAxes
+    shardings: TrainState  # a NamedSharding in the place of every array
+    abstract: TrainState  # a ShapeDtypeStruct, with its sharding, in the place of every array
+
+
+def make_blueprint(cfg: Config, mesh: Mesh) -> Blueprint:
+    """Works out the state's shapes and shardings without making it."""
+    graph, weights = abstract_model(cfg.model)
+    logical = logical_axes(weights)
+    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, logical)
+    shapes = jax.eval_shape(lambda: _initial(cfg, optimizer))
+    shardings = tree_shardings(shapes, logical, mesh)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return Blueprint(graph, optimizer, logical, shardings, abstract)
+
+
+def create_state(cfg: Config, blueprint: Blueprint) -> TrainState:
+    """The state before the first batch; the numbers depend on `train.seed` and not on the mesh."""
+    return jax.jit(lambda: _initial(cfg, blueprint.optimizer), out_shardings=blueprint.shardings)()
+
+
+def _initial(cfg: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    params = nnx.to_pure_dict(nnx.state(MMDiT(cfg.model, rngs=nnx.Rngs(cfg.train.seed)), nnx.Param))
+    ema = jax.tree.map(jnp.copy, params) if cfg.train.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)

@@ -1,0 +1,132 @@
+"""One training step and one validation: pure functions of the state and a batch, compiled with their shardings.
+
+Everything random in step n comes from fold_in(key(seed), n), so a step is the same on any mesh and after any restart.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from moc_jax.config import Config, MoCConfig
+from moc_jax.diffusion.process import VelocityFn, flow_loss
+from moc_jax.scene import Scene
+from moc_jax.shapes import Array, Float, Float32, Int32, Key
+from moc_jax.sharding import batch_sharding, replicated
+from moc_jax.training.optimizer import learning_rate
+from moc_jax.training.state import Blueprint, Params, TrainState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What a step tells; the same on every device."""
+
+    loss: Float32[Array, ""]
+    grad_norm: Float32[Array, ""]  # before clipping
+    param_norm: Float32[Array, ""]  # of the updated weights
+    learning_rate: Float32[Array, ""]
+    scene_loss: Float32[Array, "B"]  # mean over each scene's shots
+
+
+def chunked(cfg: Config, step: int) -> MoCConfig:
+    """The attention config of batch `step` (from 0), by the chunk-size schedule."""
+    sizes = [stage.size for stage in cfg.train.chunk_schedule if stage.step <= step]
+    if not sizes:
+        return cfg.moc
+    return dataclasses.replace(cfg.moc, chunk=dataclasses.replace(cfg.moc.chunk, size=sizes[-1]))
+
+
+def make_train_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Wrapped:
+    """(state, batch, attention config) -> (state, metrics). Donates the state; compiles once per bucket and config.
+
+    To be called with the mesh in context (`jax.set_mesh`).
+    """
+    rate = learning_rate(cfg.optimizer, cfg.train.steps)
+
+    def train_step(state: TrainState, scene: Scene, moc: MoCConfig) -> tuple[TrainState, StepMetrics]:
+        noise_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.train.seed), state.step))
+
+        def loss_of(params):
+            velocity_fn = _velocity(blueprint, params, scene, moc, key=drop_key)
+            return flow_loss(velocity_fn, scene, noise_key, cfg.diffusion)
+
+        (loss, shot_loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, optimizer = blueprint.optimizer.update(gradients, state.optimizer, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        update = state.step // cfg.optimizer.accumulate
+        metrics = StepMetrics(
+            loss=loss,
+            grad_norm=optax.tree.norm(gradients),
+            param_norm=optax.tree.norm(params),
+            learning_rate=rate(update),
+            scene_loss=shot_loss.sum(axis=1) / jnp.maximum((scene.lengths.shot_frames > 0).sum(axis=1), 1),
+        )
+        ema = _averaged(state.ema, params, state.step, cfg)
+        return TrainState(state.step + 1, params, optimizer, ema), metrics
+
+    return jax.jit(
+        train_step,
+        static_argnums=2,
+        donate_argnums=0,
+        in_shardings=(blueprint.shardings, batch_sharding(mesh)),
+        out_shardings=(blueprint.shardings, replicated(mesh)),
+    )
+
+
+def make_validation_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Wrapped:
+    """(weights, batch, its number, attention config) -> (sum of the shots' losses at each fixed t, number of shots).
+
+    t stands at the centres of `train.validation_buckets` equal parts of (0, 1); the noise depends on the batch's number
+    alone. Nothing is dropped off or in.
+    """
+    levels = validation_levels(cfg)
+
+    def validation_step(params: Params, scene: Scene, number: Int32[Array, ""], moc: MoCConfig):
+        key = jax.random.fold_in(jax.random.key(cfg.train.seed), number)
+        velocity_fn = _velocity(blueprint, params, scene, moc, key=None)
+        shots = scene.lengths.shot_frames
+
+        def loss_at(level: Float[Array, ""]):
+            t = jnp.full(shots.shape, level)
+            return flow_loss(velocity_fn, scene, key, cfg.diffusion, t=t)[1].sum()
+
+        return jax.lax.map(loss_at, levels), (shots > 0).sum()
+
+    return jax.jit(
+        validation_step,
+        static_argnums=3,
+        in_shardings=(blueprint.shardings.params, batch_sharding(mesh), replicated(mesh)),
+        out_shardings=replicated(mesh),
+    )
+
+
+def validation_levels(cfg: Config) -> Float32[Array, "T"]:
+    """The fixed noise levels of validation."""
+    count = cfg.train.validation_buckets
+    return (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
+
+
+def _velocity(
+    blueprint: Blueprint, params: Params, scene: Scene, moc: MoCConfig, *, key: Key[Array, ""] | None
+) -> VelocityFn:
+    model = nnx.merge(blueprint.graph, params)
+    return lambda z, t: model(z, scene.text, t, scene.lengths, moc, key=key)
+
+
+def _averaged(ema: Params | None, params: Params, step: Int32[Array, ""], cfg: Config) -> Params | None:
+    """The weights' moving average after batch `step`; it moves only when they do.
+
+    After update n:  average <- d average + (1 - d) weights,  d = min(ema_decay, (1 + n) / (10 + n))
+    """
+    if ema is None:
+        return None
+    accumulate = cfg.optimizer.accumulate
+    n = step // accumulate
+    decay = jnp.minimum(cfg.train.ema_decay, (1 + n) / (10 + n))
+    decay = jnp.where((step + 1) % accumulate == 0, decay, 1.0)
+    return jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, ema, params)

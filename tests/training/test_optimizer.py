@@ -1,0 +1,70 @@
+"""The schedule's numbers, and what decays."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moc_jax.config import OptimizerConfig
+from moc_jax.training.optimizer import learning_rate, make_optimizer
+
+LOGICAL = {("kernel",): ("layers", "embed", "mlp"), ("bias",): ("layers", "mlp"), ("out",): ("embed", "patch")}
+PARAMS = {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4)), "out": jnp.ones((3, 5))}
+
+
+def rates(cfg, steps, count):
+    rate = learning_rate(cfg, steps)
+    return np.array([rate(n) for n in range(count)])
+
+
+def test_warm_up_then_constant():
+    cfg = OptimizerConfig(learning_rate=2.0, warmup_steps=4)
+    np.testing.assert_allclose(rates(cfg, 100, 6), [0.5, 1, 1.5, 2, 2, 2])
+
+
+def test_warm_up_then_cosine_to_the_last_update():
+    cfg = OptimizerConfig(learning_rate=2.0, warmup_steps=2, schedule="cosine", final_fraction=0.1)
+    got = rates(cfg, 10, 12)
+    np.testing.assert_allclose(got[:2], [1, 2])
+    np.testing.assert_allclose(got[5], 2 * (0.1 + 0.9 * 0.5))  # half way
+    np.testing.assert_allclose(got[9:], [0.2, 0.2, 0.2], rtol=1e-6)
+    assert (np.diff(got[1:10]) < 0).all()
+
+
+def test_accumulation_stretches_the_schedule():
+    cfg = OptimizerConfig(learning_rate=1.0, warmup_steps=0, schedule="cosine", accumulate=5)
+    assert rates(cfg, 50, 10)[9] == pytest.approx(0, abs=1e-7)
+    assert rates(cfg, 50, 10)[4] == pytest.approx(0.5)
+
+
+def test_only_matrices_decay():
+    cfg = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    optimizer = make_optimizer(cfg, 10, LOGICAL)
+    nothing = jax.tree.map(jnp.zeros_like, PARAMS)
+    updates, _ = optimizer.update(nothing, optimizer.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
+    np.testing.assert_allclose(updates["out"], -0.05, rtol=1e-6)
+    np.testing.assert_array_equal(updates["bias"], 0)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 2.0])
+def test_gradients_are_clipped_by_their_global_norm(clip_norm):
+    cfg = OptimizerConfig(clip_norm=clip_norm, weight_decay=0.0)
+    optimizer = make_optimizer(cfg, 10, LOGICAL)
+    gradients = jax.tree.map(lambda x: 3 * x, PARAMS)
+    _, state = optimizer.update(gradients, optimizer.init(PARAMS), PARAMS)
+    norm = np.sqrt(sum(x.size * 9 for x in PARAMS.values()))
+    factor = clip_norm / norm if clip_norm else 1
+    np.testing.assert_allclose(state[1][0].mu["out"], 0.1 * 3 * factor, rtol=1e-5)
+
+
+def test_the_state_has_one_structure_with_and_without_clipping():
+    structures = set()
+    for clip_norm in (0.0, 1.0):
+        cfg = OptimizerConfig(clip_norm=clip_norm)
+        structures.add(jax.tree.structure(make_optimizer(cfg, 10, LOGICAL).init(PARAMS)))
+    assert len(structures) == 1
+    accumulated = make_optimizer(dataclasses.replace(cfg, accumulate=2), 10, LOGICAL).init(PARAMS)
+    assert jax.tree.structure(accumulated) not in structures

@@ -1,0 +1,223 @@
+"""The step: pure, the same on any mesh, one compilation per bucket and stage."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moc_jax.config import ChunkStage
+from moc_jax.sharding import shard_batch, weight_spec
+from moc_jax.training import step as step_module
+from moc_jax.training.state import TrainState, create_state, make_blueprint
+from moc_jax.training.step import chunked, make_train_step, make_validation_step, validation_levels
+from tests.training.small import CONFIG, changed, make_scene, mesh_of, random_state
+
+MESHES = {"1": (1, {}), "8x1": (8, {"data": 8}), "2x4": (8, {"data": 2, "fsdp": 4}), "1x8": (8, {"data": 1, "fsdp": 8})}
+
+
+@functools.cache
+def program(name="1", config=CONFIG):
+    """Mesh, blueprint and compiled-once step; compiling is what these tests spend their time on."""
+    count, sizes = MESHES[name]
+    mesh = mesh_of(count, **sizes)
+    blueprint = make_blueprint(config, mesh)
+    return mesh, blueprint, make_train_step(config, blueprint, mesh)
+
+
+def run(*scenes, name="1", config=CONFIG, start=0):
+    """Random weights, then a step on each scene: the state and every step's metrics."""
+    state = dataclasses.replace(random_state(config, program(name, config)[1]), step=np.int32(start))
+    told = []
+    for scene in scenes:
+        state, metrics = advance(state, scene, name, config)
+        told.append(jax.device_get(metrics))
+    return state, told
+
+
+def advance(state, scene, name="1", config=CONFIG):
+    mesh, _, step = program(name, config)
+    with jax.set_mesh(mesh):
+        return step(state, shard_batch(scene, mesh), config.moc)
+
+
+@functools.cache
+def two_steps(name):
+    return run(make_scene(1), make_scene(2), name=name)
+
+
+@pytest.mark.parametrize("name", ["8x1", "2x4", "1x8"])
+def test_any_mesh_gives_the_losses_and_gradients_of_one_device(name):
+    (one, told_one), (many, told_many) = two_steps("1"), two_steps(name)
+    for a, b in zip(told_one, told_many):
+        np.testing.assert_allclose(b.loss, a.loss, rtol=1e-5)
+        np.testing.assert_allclose(b.grad_norm, a.grad_norm, rtol=1e-4)
+        np.testing.assert_allclose(b.scene_loss, a.scene_loss, rtol=1e-5)
+    # Adam's first moment is linear in the gradients, so this compares the gradients themselves.
+    means = [jax.device_get(state.optimizer[1][0].mu) for state in (one, many)]
+    scale = max(np.abs(x).max() for x in jax.tree.leaves(means[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5 * scale), *means)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, a, atol=2e-5), *(jax.device_get(s.ema) for s in (one, many))
+    )
+
+
+@pytest.mark.parametrize("name", ["8x1", "2x4", "1x8"])
+def test_the_state_stays_where_the_table_puts_it(name):
+    (state, _), (mesh, blueprint, _) = two_steps(name), program(name)
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, blueprint.shardings))
+    kernel = ("blocks", "video", "mlp", "up", "kernel")
+    spec = weight_spec(blueprint.logical[kernel], (2, 16, 64), mesh)
+    assert spec == jax.P(None, "fsdp" if mesh.shape["fsdp"] > 1 else None, None)
+    for tree in (state.params, state.ema, state.optimizer[1][0].mu, state.optimizer[1][0].nu):
+        for key in kernel:
+            tree = tree[key]
+        assert tree.sharding.spec == spec
+        assert tree.addressable_shards[0].data.shape == (2, 16 // mesh.shape["fsdp"], 64)
+
+
+def test_the_first_weights_do_not_depend_on_the_mesh():
+    states = [jax.device_get(create_state(CONFIG, program(name)[1])) for name in ("1", "2x4")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_a_step_is_a_pure_function_of_the_state():
+    first, second = (jax.device_get(run(make_scene(3))) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert first[0].step == 1
+
+
+def test_noise_and_drop_off_change_from_step_to_step():
+    losses = [run(make_scene(3), start=start)[1][0].loss for start in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+def test_padding_does_not_reach_the_loss():
+    told = []
+    for fill in (0.0, 1e3):
+        scene = make_scene(4)
+        used = np.arange(scene.video.shape[1])[None] < scene.lengths.shot_frames.sum(axis=1)[:, None]
+        scene.video[~used] = fill
+        told.append(run(scene)[1][0])
+    assert np.isfinite(told[0].grad_norm)
+    jax.tree.map(np.testing.assert_array_equal, *told)
+
+
+def test_scene_losses_average_to_the_loss_over_shots():
+    told = two_steps("1")[1][0]
+    shots = (make_scene(1).lengths.shot_frames > 0).sum(axis=1)
+    np.testing.assert_allclose((told.scene_loss * shots).sum() / shots.sum(), told.loss, rtol=1e-5)
+    assert told.scene_loss[-1] == 0  # the blank scene
+
+
+# ------------------------------------------------------------------------------------------------ compilations
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Counts how often the loss is traced."""
+    count = []
+
+    def counted(*args, flow_loss=step_module.flow_loss, **kwargs):
+        count.append(1)
+        return flow_loss(*args, **kwargs)
+
+    monkeypatch.setattr(step_module, "flow_loss", counted)
+    return count
+
+
+def test_one_compilation_per_bucket_and_chunk_size(traces):
+    config = changed(CONFIG, train={"chunk_schedule": (ChunkStage(step=2, size=2), ChunkStage(step=4, size=1))})
+    assert [chunked(config, step).chunk.size for step in range(6)] == [1, 1, 2, 2, 1, 1]
+    mesh = mesh_of(1)
+    blueprint = make_blueprint(config, mesh)
+    step, validate = make_train_step(config, blueprint, mesh), make_validation_step(config, blueprint, mesh)
+    state, number = blueprint.abstract, jax.ShapeDtypeStruct((), jnp.int32)
+    for batch, traced in enumerate([1, 1, 2, 2, 2, 2]):  # going back to a size of before traces nothing
+        step.eval_shape(state, make_scene(batch), chunked(config, batch))
+        assert len(traces) == traced
+    step.eval_shape(state, make_scene(9, frames=9), chunked(config, 5))
+    assert len(traces) == 3  # another bucket
+    for batch in range(3):
+        validate.eval_shape(state.sampling_params, make_scene(batch), number, config.moc)
+        step.eval_shape(state, make_scene(batch), config.moc)
+    assert len(traces) == 4  # validation once; training not again
+
+
+# ------------------------------------------------------------------------------------------------ optimizer and average
+
+
+def test_accumulation_averages_gradients_and_moves_nothing_in_between():
+    config = changed(CONFIG, optimizer={"accumulate": 2})
+    state = random_state(config, program("1", config)[1])
+    before = jax.device_get(state)
+    for seed in (1, 2):
+        state, _ = advance(state, make_scene(seed), config=config)
+        if seed == 1:
+            jax.tree.map(
+                np.testing.assert_array_equal, (before.params, before.ema), jax.device_get((state.params, state.ema))
+            )
+            first = jax.device_get(state.optimizer.acc_grads)
+    mean = jax.device_get(state.optimizer.inner_opt_state[1][0].mu)
+    # The second batch's gradients alone, from the same weights and the same step's noise.
+    single = run(make_scene(2), start=1)[0].optimizer[1][0].mu
+    second = jax.tree.map(lambda m: m / 0.1, jax.device_get(single))
+    jax.tree.map(
+        lambda m, a, b: np.testing.assert_allclose(m, 0.1 * (a + b) / 2, rtol=1e-4, atol=1e-6), mean, first, second
+    )
+    assert not np.array_equal(before.params["final"]["kernel"], state.params["final"]["kernel"])
+
+
+def test_the_average_follows_its_formula():
+    state = random_state(CONFIG, program()[1])
+    average = np.asarray(state.ema["final"]["kernel"])
+    for n in range(3):
+        state, _ = advance(state, make_scene(n))
+        decay = min(CONFIG.train.ema_decay, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * np.asarray(state.params["final"]["kernel"])
+        np.testing.assert_allclose(state.ema["final"]["kernel"], average, rtol=1e-5, atol=1e-7)
+
+
+def test_without_an_average_the_weights_are_sampled():
+    state = make_blueprint(changed(CONFIG, train={"ema_decay": 0.0}), mesh_of(1)).abstract
+    assert state.ema is None
+    assert state.sampling_params is state.params
+    assert set(state.items()) == {"params", "optimizer"}
+
+
+def test_items_take_a_state_apart_and_put_it_together():
+    state = program()[1].abstract
+    assert set(state.items()) == {"params", "ema", "optimizer"}
+    assert TrainState.from_items(state.items()) == state
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+
+def test_validation_is_fixed_and_counts_shots():
+    results = []
+    for name in ("1", "2x4"):
+        mesh, blueprint, _ = program(name)
+        params = random_state(CONFIG, blueprint).params
+        validate = make_validation_step(CONFIG, blueprint, mesh)
+        with jax.set_mesh(mesh):
+            scene = shard_batch(make_scene(5), mesh)
+            sums, shots = validate(params, scene, jnp.int32(0), CONFIG.moc)
+            again, _ = validate(params, scene, jnp.int32(0), CONFIG.moc)
+            other, _ = validate(params, scene, jnp.int32(1), CONFIG.moc)
+        assert sums.sharding.is_fully_replicated
+        np.testing.assert_array_equal(sums, again)
+        assert not np.allclose(sums, other)
+        assert shots == (make_scene(5).lengths.shot_frames > 0).sum()
+        results.append(np.asarray(sums))
+    assert results[0].shape == (CONFIG.train.validation_buckets,)
+    assert (results[0] > 0).all()
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
+
+
+def test_validation_stands_at_the_centres():
+    np.testing.assert_array_equal(
+        validation_levels(changed(CONFIG, train={"validation_buckets": 4})), [0.125, 0.375, 0.625, 0.875]
+    )
