@@ -21,7 +21,8 @@ $(CLIP): $(VENV)/ready
 
 demo: $(CLIP)
 	$(BIN)/python train.py --config configs/demo.py
-	$(BIN)/python sample.py --config configs/demo.py
+	$(BIN)/python sample.py --checkpoint out/demo --training-scene 0 --overwrite --out out/demo/sample.mp4 \
+		--contact-sheet out/demo/contact_sheet.png --routing-picture out/demo/routing.png
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2

@@ -9,10 +9,9 @@ the same bytes. Settings that are not given here are those of the checkpoint.
 
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -21,6 +20,7 @@ from moc_jax.cli import clean_exit, parse
 from moc_jax.codecs import CodecMismatch, load_codec
 from moc_jax.config import Config, ConfigError, MeshConfig
 from moc_jax.data.video import VideoError, write_video
+from moc_jax.sampling.compare import comparison, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
@@ -31,8 +31,10 @@ from moc_jax.sharding import make_mesh, replicated
 class Arguments:
     checkpoint: str
     """A run's folder, its checkpoints folder, or one checkpoint's."""
-    storyboard: tuple[Path, ...]
+    storyboard: tuple[Path, ...] = ()
     """YAML files."""
+    training_scene: int | None = None
+    """Instead of a storyboard: the training scene of this number, by its captions, compared with the original."""
     out: Path
     """The MP4 to write; with several storyboards, a folder."""
     step: int | None = None
@@ -69,6 +71,8 @@ class Arguments:
 
 def main(argv: Sequence[str]) -> None:
     args = parse(Arguments, argv, description=__doc__)
+    if bool(args.storyboard) == (args.training_scene is not None):
+        raise ConfigError("give --storyboard or --training-scene: one of them, not both")
     boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]
     videos = _targets(args, args.out, ".mp4")
     sheets = _targets(args, args.contact_sheet, ".png")
@@ -78,55 +82,60 @@ def main(argv: Sequence[str]) -> None:
     config = configure(checkpoint.config, args)
     if routings and config.moc.mode == "dense":
         raise ConfigError("--routing-picture: dense attention routes nothing; leave it or --dense out")
-    sampler = Sampler(config, load_codec(config.codec, checkpoint.codec_state), progress=True)
+    codec, original = load_codec(config.codec, checkpoint.codec_state), None
+    if args.training_scene is not None:
+        board, original = training_scene(config, codec, args.training_scene)
+        boards = [_overridden(board, args)]
+    sampler = Sampler(config, codec, progress=True)
 
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
         params = jax.device_put(checkpoint.params, replicated(mesh))
-        start = time.perf_counter()
         samples = sampler(params, boards)
-        print(f"sampled {len(samples)} of step {checkpoint.step} in {time.perf_counter() - start:.1f} s")
         for sample, path in zip(samples, videos):
             write_video(path, sample.video, config.data.fps)
             print(f"{path}: {len(sample.shots)} shots, {len(sample.video)} frames at {config.data.fps:g} fps")
         for sample, path in zip(samples, sheets):
             board = sample.storyboard
+            rows = [*([("training scene", original)] if original else []), ("sample", sample.shots)]
             captions = [shot.caption for shot in board.shots]
-            rows = [("sample", sample.shots)]
             save_picture(contact_sheet(rows, captions, title=board.caption, fps=config.data.fps), path)
         for sample, path in zip(samples, routings):
             save_picture(routing_picture(sampler.routing(params, sample)), path)
+        if original:
+            print(comparison(samples[0].shots, original))
 
 
 def configure(config: Config, args: Arguments) -> Config:
     """The checkpoint's settings with those of the command line in their place."""
     names = ("solver", "steps", "guidance", "shift", "order", "history_noise")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    moc = config.moc
+    moc = dataclasses.replace(config.moc, **_given(args, "top_k"))
     if args.dense:
         moc = dataclasses.replace(moc, mode="dense")
-    if args.top_k is not None:
-        moc = dataclasses.replace(moc, top_k=args.top_k)
     if args.chunk is not None:
         moc = dataclasses.replace(moc, chunk=dataclasses.replace(moc.chunk, size=args.chunk))
-    return dataclasses.replace(config, moc=moc, sample=dataclasses.replace(config.sample, **given))
+    return dataclasses.replace(config, moc=moc, sample=dataclasses.replace(config.sample, **_given(args, *names)))
 
 
 def _overridden(board: Storyboard, args: Arguments) -> Storyboard:
-    given = {name: getattr(args, name) for name in ("seed", "negative_prompt") if getattr(args, name) is not None}
-    return dataclasses.replace(board, **given)
+    return dataclasses.replace(board, **_given(args, "seed", "negative_prompt"))
+
+
+def _given(args: Arguments, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _targets(args: Arguments, path: Path | None, suffix: str) -> list[Path]:
     """The file to write for each storyboard; those that can't be written are errors before anything is computed."""
     if path is None:
         return []
-    if len(args.storyboard) == 1 and not path.is_dir():
+    if len(args.storyboard) < 2 and not path.is_dir():
         targets = [path]
         if path.suffix != suffix:
             raise ConfigError(f"{path} must end in {suffix}")
     else:
-        targets = [path / f"{board.stem}{suffix}" for board in args.storyboard]
+        stems = [board.stem for board in args.storyboard] or [f"scene-{args.training_scene}"]
+        targets = [path / f"{stem}{suffix}" for stem in stems]
     for target in targets:
         if targets.count(target) > 1:
             raise ConfigError(f"two storyboards would both be written to {target}; give them different names")

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from moc_jax.codecs import Codec, pixels_from_unit
-from moc_jax.scene import Scene
+from moc_jax.config import Config, ConfigError
+from moc_jax.data.manifest import codec_of
+from moc_jax.data.prepare import prepare
+from moc_jax.data.shards import ShardReader
+from moc_jax.sampling.scenes import scene_storyboard
+from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.shapes import Shaped, UInt8, typed
 
 
@@ -42,8 +47,34 @@ def mean_psnr(sample: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> 
     return float(np.mean(per_shot)), per_shot
 
 
-def reconstruct_scene(scene: Scene, codec: Codec, index: int = 0) -> list[UInt8[np.ndarray, "_ Y X 3"]]:
-    """The frames of each shot of scene `index` of a batch: the best that a model of these latents can show."""
-    frames = np.asarray(scene.lengths.shot_frames)[index]
-    shots = np.split(np.asarray(scene.video)[index], np.cumsum(frames))
-    return [pixels_from_unit(codec.decode(shot)) for shot, count in zip(shots, frames) if count]
+def comparison(sample: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> str:
+    """`mean_psnr` in a line of words."""
+    mean, per_shot = mean_psnr(sample, reference)
+    shown = ", ".join(f"{value:.1f}" for value in per_shot)
+    return f"PSNR against the codec's own reconstruction: {mean:.2f} dB (by shot: {shown})"
+
+
+def training_scene(config: Config, codec: Codec, number: int) -> tuple[Storyboard, list[UInt8[np.ndarray, "_ Y X 3"]]]:
+    """A scene of the training data: the storyboard that asks for it, and its shots as the codec reconstructs them.
+
+    The reconstruction is the best that a model of these latents can show.
+
+    Args:
+        config: of the training run; its prepared data is read, or prepared again if it is gone.
+        codec: the checkpoint's.
+        number: which scene, from 0.
+
+    Raises:
+        ConfigError: there is no such scene, or the data was encoded with another codec.
+    """
+    manifest = prepare(config)
+    if codec_of(manifest).fingerprint != codec.fingerprint:
+        raise ConfigError(
+            f"the data in {manifest.folder} was encoded with codec {codec_of(manifest).fingerprint}, but the checkpoint "
+            f"holds codec {codec.fingerprint}; its latents cannot be compared with this model's"
+        )
+    if not 0 <= number < len(manifest.scenes):
+        raise ConfigError(f"there is no training scene {number}; the data has {len(manifest.scenes)}, counted from 0")
+    entry = manifest.scenes[number]
+    shots, _ = ShardReader(manifest).read(entry)
+    return scene_storyboard(entry, config), [pixels_from_unit(codec.decode(shot)) for shot in shots]

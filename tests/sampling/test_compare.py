@@ -1,13 +1,17 @@
-"""PSNR, and a scene's own reconstruction."""
+"""PSNR, and a training scene's own reconstruction."""
 
 import numpy as np
 import pytest
 
-from moc_jax.codecs import pixels_from_unit
-from moc_jax.config import BucketConfig
-from moc_jax.data.pack import pack_scene, stack_scenes
-from moc_jax.sampling.compare import mean_psnr, psnr, reconstruct_scene
-from tests.sampling.worlds import make_codec
+from moc_jax.codecs import fit_codec, pixels_from_unit, pixels_to_unit
+from moc_jax.config import ConfigError
+from moc_jax.data.manifest import codec_of
+from moc_jax.data.prepare import prepare
+from moc_jax.data.video import read_video
+from moc_jax.sampling.compare import mean_psnr, psnr, training_scene
+from moc_jax.sampling.scenes import make_request
+from moc_jax.text import build_text_encoder
+from tests.data.small import SIZE, make_videos, small_config
 
 
 def test_psnr_of_bytes_and_of_floats():
@@ -32,14 +36,22 @@ def test_mean_psnr_weighs_shots_alike():
         mean_psnr(a, a[:1])
 
 
-def test_reconstruction_is_shot_by_shot():
-    codec, random = make_codec(), np.random.default_rng(1)
-    shots = [[random.normal(size=(n, 2, 4, 4)).astype(np.float32) for n in row] for row in ([3], [2, 1])]
-    texts = [[np.zeros((1, 8), np.float32)] * (len(row) + 1) for row in shots]
-    bucket = BucketConfig(shots=3, frames=5, text_tokens=8)
-    batch = stack_scenes([pack_scene(s, t, bucket) for s, t in zip(shots, texts)])
-    for index, row in enumerate(shots):
-        got = reconstruct_scene(batch, codec, index)
-        assert len(got) == len(row)
-        for ours, latents in zip(got, row):
-            np.testing.assert_array_equal(ours, pixels_from_unit(codec.decode(latents)))
+def test_a_training_scene_comes_with_its_storyboard_and_its_reconstruction(tmp_path):
+    make_videos(tmp_path, film=(9, 14))
+    config = small_config(tmp_path, default_shot_caption="part {shot}")
+    manifest = prepare(config)
+    codec = codec_of(manifest)
+    board, shots = training_scene(config, codec, 0)
+    assert [shot.caption for shot in board.shots] == ["part 1", "part 2"]
+    assert [len(frames) for frames in shots] == [9, 13]
+    clip = read_video(tmp_path / "videos" / "film.mp4", *SIZE, config.data.fps)
+    # Stored in half precision, or it would be the same to the bit.
+    assert psnr(shots[0], pixels_from_unit(codec.decode(codec.encode(pixels_to_unit(clip[:9]))))) > 50
+    request = make_request([board], config, codec, build_text_encoder(config.text))
+    np.testing.assert_array_equal(request.lengths.shot_frames, [[3, 4]])
+
+    with pytest.raises(ConfigError, match="no training scene 1; the data has 1"):
+        training_scene(config, codec, 1)
+    other = fit_codec(config.codec, [np.random.default_rng(0).uniform(-1, 1, (9, *SIZE, 3)).astype(np.float32)])
+    with pytest.raises(ConfigError, match=other.fingerprint):
+        training_scene(config, other, 0)
