@@ -21,7 +21,8 @@ ALLOWED = {
     "diffusion": set(),
     "data": {"codecs", "text"},
     "cli": {"config_json"},
-    "checkpoint": {"codecs", "config_json", "models", "sharding"},
+    "digest": {"sharding"},
+    "checkpoint": {"codecs", "config_json", "digest", "models", "sharding"},
     "training": {
         "attention",
         "checkpoint",

@@ -1,0 +1,80 @@
+"""Every setting of the project, as frozen, keyword-only values that are checked when they are built.
+
+No arrays and no jax here: a config is made, read, overridden and written before any device is touched. `train.py`
+and `sample.py` expose each field on the command line (`--moc.top-k 3`), with the comment below the field as its help.
+"""
+
+import dataclasses
+
+from moc_jax.config.base import ConfigError, check
+from moc_jax.config.network import ChunkConfig, CodecConfig, MoCConfig, ModelConfig, TextConfig
+from moc_jax.config.run import (
+    BucketConfig,
+    ChunkStage,
+    DataConfig,
+    DiffusionConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "BucketConfig",
+    "ChunkConfig",
+    "ChunkStage",
+    "CodecConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DiffusionConfig",
+    "MeshConfig",
+    "MoCConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "SampleConfig",
+    "TextConfig",
+    "TrainConfig",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment."""
+
+    workdir: str = "out/run"
+    """Checkpoints, logs, previews and the resolved config go here."""
+    moc: MoCConfig = MoCConfig()
+    model: ModelConfig = ModelConfig()
+    codec: CodecConfig = CodecConfig()
+    text: TextConfig = TextConfig()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    sample: SampleConfig = SampleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        check(
+            self.model.latent_channels == self.codec.channels,
+            f"model.latent_channels = {self.model.latent_channels}, but codec.channels = {self.codec.channels}; "
+            "set both to the same",
+        )
+        check(
+            self.model.text_dim == self.text.dim,
+            f"model.text_dim = {self.model.text_dim}, but text.dim = {self.text.dim}; set both to the same",
+        )
+        for name, axis in (("height", 1), ("width", 2)):
+            size, unit = getattr(self.data, name), self.codec.stride[axis] * self.model.patch[axis]
+            low = max(unit, size // unit * unit)
+            check(
+                size % unit == 0,
+                f"data.{name} = {size} does not divide by {unit} (codec.stride {self.codec.stride[axis]} x "
+                f"model.patch {self.model.patch[axis]}); the nearest that do are {low} and {low + unit}",
+            )
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Rows and columns of a latent frame."""
+        return self.data.height // self.codec.stride[1], self.data.width // self.codec.stride[2]
