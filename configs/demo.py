@@ -30,9 +30,7 @@ from moc_jax.config import (
 config = Config(
     workdir="out/demo",
     moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=2), top_k=3),
-    model=ModelConfig(
-        dim=128, depth=4, heads=4, latent_channels=32, text_dim=128, dtype="float32", remat="none"
-    ),
+    model=ModelConfig(dim=128, depth=4, heads=4, latent_channels=32, text_dim=128, dtype="float32", remat="none"),
     codec=CodecConfig(channels=32),
     text=TextConfig(dim=128),
     data=DataConfig(

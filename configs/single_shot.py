@@ -1,4 +1,4 @@
-"""Single shots, 8 seconds at 320x192 and 12 frames/s: the published single-shot setting, and the first stage of training.
+"""Single shots, 8 seconds at 320x192 and 12 frames/s: the published single-shot setting, the first stage of training.
 
 25 latent frames of 240 tokens; each query reads its own chunk of 256 tokens, all captions and 3 more chunks, chosen
 from the whole shot: 84 % of the pairs are skipped (`python -m moc_jax.attention.accounting`).

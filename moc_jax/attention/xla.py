@@ -110,7 +110,7 @@ def _attend(q, k, v, runs, routes, chunk_start, chunk_length, static):
 
 
 def _forward(q, k, v, runs, routes, chunk_start, chunk_length, static):
-    """[B, H, N, D] -> output and its log-sum-exp [B, H, N]; one scene at a time, so that walks are as long as its own."""
+    """[B, H, N, D] -> output, log-sum-exp [B, H, N]; one scene at a time, so that walks are as long as its own."""
     text, tiling = static
 
     def one(args):

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from moc_jax.attention.api import moc_attention, route, scene_keys
-from moc_jax.config import ConfigError, ModelConfig, MoCConfig
+from moc_jax.config import ConfigError, MoCConfig, ModelConfig
 from moc_jax.models.layers import HeadNorm, Mlp, Modulation, TimeEmbedding, dense, layer_norm
 from moc_jax.models.rope import rope_angles, rotate
 from moc_jax.scene import ChunkTable, SceneLengths, SceneShape, chunk_table, positions

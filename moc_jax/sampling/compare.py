@@ -70,7 +70,7 @@ def training_scene(config: Config, codec: Codec, number: int) -> tuple[Storyboar
     manifest = prepare(config)
     if codec_of(manifest).fingerprint != codec.fingerprint:
         raise ConfigError(
-            f"the data in {manifest.folder} was encoded with codec {codec_of(manifest).fingerprint}, but the checkpoint "
+            f"{manifest.folder} was encoded with codec {codec_of(manifest).fingerprint}, but the checkpoint "
             f"holds codec {codec.fingerprint}; its latents cannot be compared with this model's"
         )
     if not 0 <= number < len(manifest.scenes):

@@ -113,7 +113,9 @@ def test_dense_attention_is_a_switch_on_the_same_weights():
 @pytest.mark.parametrize("mode", ["moc", "dense"])
 def test_the_backends_agree_through_the_whole_model(mode):
     video, text, t = _inputs()
-    out = [_run(video, text, t, _lengths(), dataclasses.replace(MOC, mode=mode, backend=b)) for b in ("xla", "reference")]
+    out = [
+        _run(video, text, t, _lengths(), dataclasses.replace(MOC, mode=mode, backend=b)) for b in ("xla", "reference")
+    ]
     np.testing.assert_allclose(out[0][:, :9], out[1][:, :9], atol=5e-5)
 
 
