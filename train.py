@@ -31,9 +31,11 @@ def main(argv: Sequence[str]) -> None:
     failures = (CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, TrainingError, VideoError)
     with clean_exit(*failures):
         if config.mesh.distributed:
-            mesh = config.mesh
-            given = (mesh.coordinator, mesh.num_processes, mesh.process_id) if mesh.coordinator else ()
-            jax.distributed.initialize(*given)
+            cluster = config.mesh
+            if cluster.coordinator:
+                jax.distributed.initialize(cluster.coordinator, cluster.num_processes, cluster.process_id)
+            else:
+                jax.distributed.initialize()
         mesh = make_mesh(config.mesh)
         manifest = prepared(config)
         train(config, manifest, mesh, preview=make_preview(config, manifest) if config.train.preview_every else None)
@@ -44,13 +46,13 @@ def prepared(config: Config):
     import jax
     from jax.experimental import multihost_utils
 
-    from moc_jax.data import load_manifest, prepare
+    from moc_jax.data import prepare
 
-    if jax.process_index() == 0:
-        manifest = prepare(config)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("data is prepared")
-    return manifest if jax.process_index() == 0 else load_manifest(config.data.cache)
+    if jax.process_count() == 1:
+        return prepare(config)
+    manifest = prepare(config) if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("data is prepared")
+    return manifest or prepare(config)  # which finds what the main process made
 
 
 def make_preview(config: Config, manifest):

@@ -1,11 +1,12 @@
 """The run: start or go on, step after step, until the last one, a signal, or a number that is no number."""
 
 import collections
+import contextlib
 import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
@@ -26,7 +27,7 @@ from moc_jax.sharding import check_batch, shard_batch
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, utilisation
 from moc_jax.training.state import Params, TrainState, create_state, make_blueprint
 from moc_jax.training.step import StepMetrics, chunked, make_train_step, make_validation_step, validation_levels
-from moc_jax.training.summary import stage_costs, summary
+from moc_jax.training.summary import si, stage_costs, summary
 
 Preview = Callable[[Params, int], None]  # (weights, step): writes previews; all processes call it together
 
@@ -121,11 +122,11 @@ class _Run:
         for batch in range(self._start_step, cfg.steps):
             self._one(batch)
             step = batch + 1
-            stopping = stop.asked(step)
             if cfg.validate_every and step % cfg.validate_every == 0:
                 self._between(self._validate, step)
             if cfg.preview_every and step % cfg.preview_every == 0:
                 self._between(self._show_preview, step)
+            stopping = stop.asked(step)
             if stopping or step == cfg.steps or step % cfg.checkpoint_every == 0:
                 self._between(self._save, step)
             self._checkpoints.check()
@@ -148,19 +149,20 @@ class _Run:
         """The step, compiled for this bucket and stage."""
         key = (moc, scene.video.shape, scene.text.shape, scene.lengths.shot_frames.shape)
         if key not in self._programs:
-            self._clock.pause()
-            begin = time.perf_counter()
-            compiled = self._step.lower(self._blueprint.abstract, scene, moc).compile()
-            memory: Any = compiled.memory_analysis()  # None where the backend can't tell
-            held = (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30 if memory else 0
-            needs = f"; each device needs {held:.3g} GiB" if memory else ""
-            self._metrics.say(
-                f"compiled the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit} "
-                f"in {time.perf_counter() - begin:.0f} s{needs}"
-            )
-            self._programs[key] = compiled
-            self._clock.go()
+            with self._paused():
+                self._programs[key] = self._compiled(scene, moc)
         return self._programs[key]
+
+    def _compiled(self, scene: Scene, moc: MoCConfig) -> jax.stages.Compiled:
+        begin = time.perf_counter()
+        compiled = self._step.lower(self._blueprint.abstract, scene, moc).compile()
+        memory: Any = compiled.memory_analysis()  # None where the backend can't tell
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
+        self._metrics.say(
+            f"compiled the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit} in "
+            f"{time.perf_counter() - begin:.0f} s" + (f"; each device needs {si(held)}B" if memory else "")
+        )
+        return compiled
 
     # -------------------------------------------------------------------------------------------- telling
 
@@ -215,9 +217,16 @@ class _Run:
         """Does what is not a step once all steps before it are known to be good; its time counts for no speed."""
         while self._pending:
             self._report()
-        self._clock.pause()
-        action(step)
-        self._clock.go()
+        with self._paused():
+            action(step)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
+        self._clock.leave_out(seconds)
+        self._metrics.leave_out(seconds)
 
     def _validate(self, step: int) -> None:
         assert self._held_out is not None
@@ -229,7 +238,7 @@ class _Run:
         ]
         sums, shots = (np.sum(x, axis=0) for x in zip(*jax.device_get(results)))
         losses = sums.astype(np.float64) / max(shots, 1)
-        values = {f"t={t:.3f}": float(loss) for t, loss in zip(np.asarray(validation_levels(self._cfg)), losses)}
+        values = {f"t_{t:.3f}": float(loss) for t, loss in zip(np.asarray(validation_levels(self._cfg)), losses)}
         self._metrics.write(step, {"validation": {"mean": float(losses.mean()), **values}})
         self._metrics.say(f"step {step}: validation loss {losses.mean():.4f}")
 

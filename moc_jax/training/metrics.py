@@ -76,6 +76,12 @@ class Metrics:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
 
+    def leave_out(self, seconds: float) -> None:
+        """Seconds that just passed and were no step: the bar's rate and time left do not count them."""
+        if self._bar is not None:
+            self._bar.start_t += seconds
+            self._bar.last_print_t += seconds
+
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self._enabled:
@@ -92,7 +98,7 @@ class Clock:
     """Work done per second, leaving out pauses (compilation, validation, previews, checkpoints)."""
 
     def __init__(self):
-        self._since, self._busy = time.perf_counter(), 0.0
+        self._since = time.perf_counter()
         self._done: dict[str, float] = {}
 
     def add(self, **amounts: float) -> None:
@@ -100,20 +106,16 @@ class Clock:
         for name, amount in amounts.items():
             self._done[name] = self._done.get(name, 0.0) + amount
 
-    def pause(self) -> None:
-        """What follows until `go` is not counted."""
-        self._busy += time.perf_counter() - self._since
-
-    def go(self) -> None:
-        self._since = time.perf_counter()
+    def leave_out(self, seconds: float) -> None:
+        """Seconds that just passed and were no work."""
+        self._since += seconds
 
     def rates(self) -> dict[str, float]:
         """Work per second since the last call, by name."""
-        self.pause()
-        busy, done = max(self._busy, 1e-9), self._done
-        self._busy, self._done = 0.0, {}
-        self.go()
-        return {name: amount / busy for name, amount in done.items()}
+        now = time.perf_counter()
+        seconds, done = max(now - self._since, 1e-9), self._done
+        self._since, self._done = now, {}
+        return {name: amount / seconds for name, amount in done.items()}
 
 
 def utilisation(flops_per_second: float, device_kind: str, devices: int) -> float | None:
@@ -160,6 +162,8 @@ def draw_loss_curve(path: epath.PathLike, out: epath.PathLike) -> bool:
     if validation:
         axes.plot(*zip(*validation), "o-", color="#d1495b", markersize=4, linewidth=1, label="validation")
     axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log", xlim=(min(steps[0], 1), steps[-1] + 1))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     with epath.Path(out).open("wb") as file:

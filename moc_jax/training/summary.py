@@ -95,8 +95,8 @@ def summary(
             if cost is not None:
                 lines.append(
                     f"attention ({how}; bucket of {shape.frames} frames) skips {cost.sparsity:.1%} of all pairs; "
-                    f"{cost.tokens:,.0f} tokens and {_si(cost.flops)}FLOP per scene, "
-                    f"{_si(cost.flops * cfg.train.batch_size)}FLOP per step, {cost.attention_share:.0%} in attention"
+                    f"{cost.tokens:,.0f} tokens and {si(cost.flops)}FLOP per scene, "
+                    f"{si(cost.flops * cfg.train.batch_size)}FLOP per step, {cost.attention_share:.0%} in attention"
                 )
     return "\n".join(lines)
 
@@ -111,9 +111,9 @@ def _memory(blueprint: Blueprint, mesh: Mesh) -> list[str]:
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
     weights = per_device(state.params)
     lines = [
-        f"model: {parameters:,} parameters; each device holds {_si(per_device(state))}B of state (weights "
-        f"{_si(weights)}B, optimizer {_si(per_device(state.optimizer))}B, average {_si(per_device(state.ema))}B) "
-        f"and {_si(weights)}B of gradients"
+        f"model: {parameters:,} parameters; each device holds {si(per_device(state))}B of state (weights "
+        f"{si(weights)}B, optimizer {si(per_device(state.optimizer))}B, average {si(per_device(state.ema))}B) "
+        f"and {si(weights)}B of gradients"
     ]
     if mesh.size > 1 and mesh.shape["fsdp"] == 1:
         lines.append("  every device holds the whole state; mesh.fsdp > 1 splits it")
@@ -123,8 +123,8 @@ def _memory(blueprint: Blueprint, mesh: Mesh) -> list[str]:
     return lines
 
 
-def _si(x: float) -> str:
-    """Three digits and a decimal prefix, ready for a unit: 1.23 G."""
+def si(x: float) -> str:
+    """Three digits and a decimal prefix, ready for a unit: `1.23 G`."""
     for exponent, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if x >= 10**exponent:
             return f"{x / 10**exponent:.3g} {prefix}"

@@ -10,6 +10,7 @@ from moc_jax.config import (
     ChunkConfig,
     CodecConfig,
     Config,
+    DataConfig,
     MeshConfig,
     MoCConfig,
     ModelConfig,
@@ -28,6 +29,13 @@ CONFIG = Config(
     moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=1), top_k=2, drop_off_max=1.0, drop_in_rate=1.0),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip_norm=0.0),
     train=TrainConfig(steps=100),
+)
+
+# The same, to be run on videos.
+DATA = dataclasses.replace(
+    CONFIG,
+    data=DataConfig(height=32, width=48, fps=12.0, caption_dropout=0.3, image_conditioning=0.3),
+    train=TrainConfig(steps=6, batch_size=2, checkpoint_every=3, log_every=2),
 )
 
 

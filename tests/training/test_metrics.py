@@ -1,0 +1,112 @@
+"""The log: exact numbers, nothing twice, and a curve that can be looked at."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from moc_jax.training.metrics import PEAK_FLOPS, Clock, Metrics, draw_loss_curve, read_metrics, utilisation
+
+
+def test_numbers_come_back_exactly(tmp_path):
+    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
+    losses = [float(np.float32(x)) for x in (0.1, 1 / 3, 2e-20)]
+    for step, loss in enumerate(losses, 1):
+        metrics.write(step, {"loss": loss})
+        metrics.progress(step, loss="x")
+    metrics.close()
+    assert [row["loss"] for row in read_metrics(tmp_path / "metrics.jsonl")] == losses
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_going_on_drops_what_lies_beyond_the_checkpoint_and_what_was_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = "".join(json.dumps({"step": step, "loss": step / 3}) + "\n" for step in range(1, 8))
+    path.write_text(whole + '{"step": 8, "lo')
+    Metrics(str(tmp_path), start=5, steps=9, enabled=True).close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
+    assert whole.startswith(path.read_text())
+    Metrics(str(tmp_path), start=0, steps=9, enabled=True).close()  # starting anew starts the log anew
+    assert read_metrics(path) == []
+
+
+def test_only_the_main_process_writes(tmp_path):
+    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=False)
+    metrics.write(1, {"loss": 1.0})
+    metrics.board(1, {"x": 1.0})
+    metrics.progress(1)
+    metrics.leave_out(1.0)
+    metrics.say("nothing")
+    metrics.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def _points(folder):
+    """name -> [(step, value)] of a TensorBoard file: records of length, checksum, event, checksum."""
+    (file,) = folder.iterdir()
+    data, found = file.read_bytes(), {}
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + size])
+        for value in event.summary.value:
+            found.setdefault(value.tag, []).append((event.step, value.simple_value))
+        data = data[16 + size :]
+    return found
+
+
+def test_tensorboard_gets_every_number_by_name(tmp_path):
+    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
+    metrics.write(1, {"loss": 1.0}, board=False)
+    metrics.write(2, {"loss": 2.0, "validation": {"mean": 0.5, "t_0.500": 0.25}})
+    metrics.board(2, {"speed/steps_per_second": 4.0})
+    metrics.close()
+    assert _points(tmp_path / "tensorboard") == {
+        "loss": [(2, 2.0)],
+        "validation/mean": [(2, 0.5)],
+        "validation/t_0.500": [(2, 0.25)],
+        "speed/steps_per_second": [(2, 4.0)],
+    }
+
+
+def test_rates_leave_pauses_out(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = Clock()
+    now[0] += 2
+    clock.add(steps=1, tokens=10)
+    now[0] += 50
+    clock.leave_out(50)
+    now[0] += 2
+    clock.add(steps=1, tokens=30)
+    assert clock.rates() == {"steps": 0.5, "tokens": 10}
+    now[0] += 1
+    clock.add(steps=3)
+    assert clock.rates() == {"steps": 3}
+
+
+def test_the_bar_leaves_pauses_out(tmp_path):
+    metrics = Metrics(str(tmp_path), start=0, steps=10, enabled=True)
+    before = metrics._bar.format_dict["elapsed"]
+    metrics.leave_out(-100.0)
+    assert metrics._bar.format_dict["elapsed"] == pytest.approx(before + 100, abs=5)
+    metrics.close()
+
+
+def test_utilisation_is_told_for_known_devices_only():
+    assert utilisation(2 * 0.4 * PEAK_FLOPS["TPU v5p"], "TPU v5p", 2) == pytest.approx(0.4)
+    assert utilisation(1e12, "cpu", 1) is None
+
+
+def test_the_loss_curve_is_a_picture(tmp_path):
+    path, out = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    assert not draw_loss_curve(path, out)
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, 60)] + [{"step": 30, "validation": {"mean": 0.5}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert draw_loss_curve(path, out)
+    with Image.open(out) as picture:
+        assert picture.size == (800, 450)
+        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for line in ((31, 78, 156), (209, 73, 91)):  # running mean, validation
+        assert (np.abs(colours.astype(int) - line).sum(axis=1) < 12).sum() > 20
