@@ -30,7 +30,9 @@ from moc_jax.config import (
 config = Config(
     workdir="out/demo",
     moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=2), top_k=3),
-    model=ModelConfig(dim=128, depth=4, heads=4, latent_channels=32, text_dim=128, dtype="float32", remat="none"),
+    model=ModelConfig(
+        dim=128, depth=4, heads=2, latent_channels=32, text_dim=128, rope_theta=100.0, dtype="float32", remat="none"
+    ),
     codec=CodecConfig(channels=32),
     text=TextConfig(dim=128),
     data=DataConfig(
@@ -42,8 +44,8 @@ config = Config(
         caption_dropout=0.0,  # one scene: nothing to steer away from
         image_conditioning=0.0,
     ),
-    diffusion=DiffusionConfig(),
+    diffusion=DiffusionConfig(t_mean=0.7),  # where a scene is told apart from others: at high noise
     sample=SampleConfig(steps=20, shift=1.0),
-    optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine", warmup_steps=50),
-    train=TrainConfig(steps=1000, ema_decay=0.99, checkpoint_every=250),
+    optimizer=OptimizerConfig(learning_rate=8e-3, schedule="cosine", warmup_steps=50),
+    train=TrainConfig(steps=700, ema_decay=0.99, checkpoint_every=350),
 )

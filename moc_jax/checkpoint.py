@@ -10,11 +10,11 @@ current mesh, never from the saved one.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import importlib.metadata
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,10 +25,11 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from moc_jax.config import Config, ModelConfig, TrainConfig
+from moc_jax.config import Config, TrainConfig
 from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.digest import array_digest, text_digest, tree_digests
-from moc_jax.models.mmdit import MMDiT
+from moc_jax.errors import disk_full, root_cause
+from moc_jax.models.mmdit import MMDiT, abstract_model
 from moc_jax.sharding import key_path
 
 try:  # public since orbax-checkpoint 0.13; the same API under its older name before
@@ -36,7 +37,7 @@ try:  # public since orbax-checkpoint 0.13; the same API under its older name be
 except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
-__all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "Restored", "abstract_model", "load_for_sampling"]
+__all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "Restored", "load_for_sampling"]
 
 
 class CheckpointError(RuntimeError):
@@ -67,11 +68,6 @@ class Checkpoint:
         return nnx.merge(abstract_model(self.config.model)[0], self.params)
 
 
-def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model without its numbers: its graph, and the shape, type and logical axes of every weight."""
-    return nnx.split(nnx.eval_shape(lambda: MMDiT(cfg, rngs=nnx.Rngs(0))), nnx.Param)
-
-
 # ------------------------------------------------------------------------------------------------ a run's checkpoints
 
 
@@ -80,7 +76,7 @@ class Checkpoints:
 
     def __init__(self, directory: str, cfg: TrainConfig):
         """`directory` is made if need be; what an interrupted save left there is named in a warning and removed."""
-        self.directory = epath.Path(directory)
+        self.directory = _absolute(directory)
         self._cfg = cfg
         self._pending: tuple[int, Any] | None = None
         for name in self._remove_unfinished():
@@ -215,7 +211,7 @@ class Checkpoints:
         return names
 
     def _failed(self, step: int, error: Exception) -> None:
-        if not _disk_full(error):
+        if not disk_full(error):
             raise error
         self._remove_unfinished()  # half a checkpoint is worth nothing, and the disk needs the room
         intact = f"the checkpoints of steps {self.steps} are intact" if self.steps else "there is no earlier checkpoint"
@@ -238,7 +234,7 @@ def load_for_sampling(directory: str, step: int | None = None) -> Checkpoint:
     Raises:
         CheckpointError: no such checkpoint, a damaged one, or one whose weights do not fit its model's config.
     """
-    given = epath.Path(directory)
+    given = _absolute(directory)
     root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
     if root.name.isdigit() and (root / "meta").exists():
         root, step = root.parent, int(root.name)
@@ -255,7 +251,7 @@ def load_for_sampling(directory: str, step: int | None = None) -> Checkpoint:
         except CheckpointError:
             raise
         except Exception as error:
-            problem = f"checkpoint {root / str(candidate)} is damaged ({_cause(error)})"
+            problem = f"checkpoint {root / str(candidate)} is damaged ({root_cause(error)})"
             if step is not None:
                 raise CheckpointError(f"{problem}; there are steps {steps}") from error
             warnings.warn(f"{problem}; trying the one before", stacklevel=2)
@@ -341,7 +337,7 @@ def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
     except CheckpointError:
         raise
     except Exception as error:
-        result, problem = None, _cause(error)
+        result, problem = None, root_cause(error)
     if jax.process_count() > 1:
         ok = multihost_utils.process_allgather(np.array(result is not None))
         if not ok.all():
@@ -360,6 +356,11 @@ def _own_data_state(states: list[str], path: epath.Path) -> dict[str, Any]:
     )
 
 
+def _absolute(directory: str) -> epath.Path:
+    """Orbax takes no relative paths; a bucket's address is none."""
+    return epath.Path(directory if "://" in directory else os.path.abspath(directory))
+
+
 def _entries(root: epath.Path) -> set[str]:
     return {path.name for path in root.iterdir()} if root.is_dir() else set()
 
@@ -368,7 +369,7 @@ def _steps(root: epath.Path) -> list[int]:
     return sorted(int(name) for name in _entries(root) if name.isdigit())
 
 
-# ------------------------------------------------------------------------------------------------ processes and errors
+# ------------------------------------------------------------------------------------------------ processes
 
 
 def _gather(text: str) -> list[str]:
@@ -386,23 +387,3 @@ def _gather(text: str) -> list[str]:
 def _sync(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"moc_jax:{name}")
-
-
-def _disk_full(error: BaseException | None) -> bool:
-    """Whether ENOSPC (or a quota) is the cause, however often the error was wrapped on its way here."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(word in str(error) for word in ("No space left on device", "ENOSPC", "Disk quota exceeded")):
-            return True
-        if isinstance(error, BaseExceptionGroup):
-            return any(_disk_full(inner) for inner in error.exceptions)
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost error: Orbax reports whatever fails on reading as a missing handler."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]

@@ -15,9 +15,10 @@ import optax
 import pytest
 from flax import nnx
 
-from moc_jax.checkpoint import CheckpointError, Checkpoints, abstract_model, load_for_sampling
+from moc_jax.checkpoint import CheckpointError, Checkpoints, load_for_sampling
 from moc_jax.config import CodecConfig, Config, ConfigError, MeshConfig, ModelConfig, TextConfig, TrainConfig
 from moc_jax.digest import tree_digests
+from moc_jax.models.mmdit import abstract_model
 from moc_jax.sharding import logical_axes, make_mesh, tree_shardings
 
 CONFIG = Config(
@@ -389,3 +390,11 @@ def test_digests_see_every_bit_and_every_place_but_not_the_mesh():
     for swapped in (x.T, x[::-1], x[:, ::-1]):
         seen.add(tree_digests({"x": jnp.asarray(swapped)})["x"])
     assert len(seen) == 1 + 64 + 3
+
+
+def test_a_relative_folder_is_as_good_as_an_absolute_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("run/checkpoints", CONFIG.train)
+    assert checkpoints.directory == tmp_path / "run" / "checkpoints"
+    with pytest.raises(CheckpointError, match="no checkpoint in run"):
+        load_for_sampling("run")

@@ -21,8 +21,9 @@ ALLOWED = {
     "diffusion": set(),
     "data": {"codecs", "text"},
     "cli": {"config_json"},
+    "errors": set(),
     "digest": {"sharding"},
-    "checkpoint": {"codecs", "config_json", "digest", "models", "sharding"},
+    "checkpoint": {"codecs", "config_json", "digest", "errors", "models", "sharding"},
     "training": {
         "attention",
         "checkpoint",

@@ -146,6 +146,11 @@ class MMDiT(nnx.Module):
         return text, video, routes
 
 
+def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model without its numbers: its graph, and the shape, type and logical axes of every weight."""
+    return nnx.split(nnx.eval_shape(lambda: MMDiT(cfg, rngs=nnx.Rngs(0))), nnx.Param)
+
+
 def _stacked_blocks(cfg: ModelConfig, rngs: nnx.Rngs) -> Block:
     """`depth` blocks as one, each weight with a leading `layers` axis: compile time does not grow with depth."""
 

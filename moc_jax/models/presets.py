@@ -3,11 +3,10 @@
 import math
 
 import jax
-from flax import nnx
 
 from moc_jax.attention.accounting import account, published_settings
 from moc_jax.config import ModelConfig
-from moc_jax.models.mmdit import MMDiT
+from moc_jax.models.mmdit import abstract_model
 
 PRESETS = {
     "demo": ModelConfig(dim=128, depth=4, heads=4, dtype="float32", remat="none"),
@@ -19,14 +18,9 @@ PRESETS = {
 }
 
 
-def parameter_shapes(cfg: ModelConfig) -> nnx.State:
-    """The model's parameters as shapes; nothing is allocated."""
-    return nnx.state(nnx.eval_shape(lambda: MMDiT(cfg, rngs=nnx.Rngs(0))), nnx.Param)
-
-
 def parameter_count(cfg: ModelConfig) -> int:
     """Numbers that training changes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameter_shapes(cfg)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(cfg)[1]))
 
 
 def matrix_flops(cfg: ModelConfig, text_tokens: int, video_tokens: int) -> int:

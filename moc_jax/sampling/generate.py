@@ -12,12 +12,12 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from moc_jax.checkpoint import abstract_model
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import sample_scene, shot_noise, turns
 from moc_jax.diffusion.guidance import guided_velocity
 from moc_jax.diffusion.process import VelocityFn, add_noise
+from moc_jax.models.mmdit import abstract_model
 from moc_jax.sampling.scenes import Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.scene import ChunkTable

@@ -10,9 +10,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from moc_jax.checkpoint import abstract_model
 from moc_jax.config import Config
-from moc_jax.models.mmdit import MMDiT
+from moc_jax.models.mmdit import MMDiT, abstract_model
 from moc_jax.shapes import Array, Int32
 from moc_jax.sharding import LogicalAxes, logical_axes, tree_shardings
 from moc_jax.training.optimizer import make_optimizer

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moc_jax.checkpoint import abstract_model
 from moc_jax.codecs import fit_codec
 from moc_jax.config import (
     BucketConfig,
@@ -20,6 +19,7 @@ from moc_jax.config import (
     SampleConfig,
     TextConfig,
 )
+from moc_jax.models.mmdit import abstract_model
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.storyboard import parse_storyboard
 
