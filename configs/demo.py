@@ -47,5 +47,5 @@ config = Config(
     diffusion=DiffusionConfig(t_mean=0.7),  # where a scene is told apart from others: at high noise
     sample=SampleConfig(steps=20, shift=1.0),
     optimizer=OptimizerConfig(learning_rate=8e-3, schedule="cosine", warmup_steps=50),
-    train=TrainConfig(steps=700, ema_decay=0.99, checkpoint_every=350),
+    train=TrainConfig(steps=900, ema_decay=0.99, checkpoint_every=300),
 )
