@@ -15,8 +15,9 @@ import importlib.metadata
 import json
 import logging
 import os
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -38,6 +39,15 @@ except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
 __all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "Restored", "load_for_sampling"]
+
+
+def _not_told_twice(record: logging.LogRecord) -> bool:
+    """Orbax logs every error of its threads with a traceback, and raises it as well: we tell it once, in words."""
+    return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_not_told_twice)
 
 
 class CheckpointError(RuntimeError):
@@ -213,7 +223,12 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> None:
         if not disk_full(error):
             raise error
-        self._remove_unfinished()  # half a checkpoint is worth nothing, and the disk needs the room
+        with contextlib.suppress(Exception):  # it raises the same again
+            vars(self).pop("_checkpointer").close()
+        for _ in range(20):  # Orbax may still write; half a checkpoint is worth nothing, and the disk needs the room
+            if not self._remove_unfinished():
+                break
+            time.sleep(0.1)
         intact = f"the checkpoints of steps {self.steps} are intact" if self.steps else "there is no earlier checkpoint"
         raise CheckpointError(
             f"the disk is full: checkpoint {self.directory / str(step)} could not be written; {intact}. Make room "
@@ -280,20 +295,8 @@ def _context() -> ocp.Context:
     return context
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """While reading what may be damaged: one error is told, not also that of every array which asyncio gave up on."""
-    logger = logging.getLogger("asyncio")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _read_meta(path: epath.Path) -> dict[str, Any]:
-    with _context(), _quiet():
+    with _context():
         meta = ocp.load_checkpointables(path, {"meta": None})["meta"]
     if text_digest(meta["body"]) != meta["sha256"]:
         raise ValueError("meta: the digest does not match")
@@ -304,7 +307,7 @@ def _read_arrays(path: epath.Path, meta: dict[str, Any], target: Mapping[str, An
     """The trees of `target` and the codec's state; ValueError when a digest does not match, whatever Orbax raises."""
     for name, tree in target.items():
         _check_shapes(path, name, meta["shapes"].get(name, {}), _shapes(tree))
-    with _context(), _quiet():
+    with _context():
         saved = ocp.load_checkpointables(path, {**target, "codec": None})
     saved["codec"] = {name: np.asarray(array) for name, array in saved["codec"].items()}
     for name in target:

@@ -22,6 +22,7 @@ from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import Manifest, SceneEntry, codec_of
 from moc_jax.data.pipeline import make_pipeline
 from moc_jax.data.plan import TrainPlan
+from moc_jax.errors import disk_full
 from moc_jax.scene import Scene
 from moc_jax.sharding import check_batch, shard_batch
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, utilisation
@@ -57,11 +58,16 @@ def train(cfg: Config, manifest: Manifest, mesh: Mesh, *, preview: Preview | Non
     if cfg.train.preview_every and preview is None:
         raise ConfigError(f"train.preview_every = {cfg.train.preview_every}, but this run has no preview function")
     with jax.set_mesh(mesh), _Stop() as stop:
-        run = _Run(cfg, manifest, mesh, preview)
         try:
-            run.to_the_end(stop)
-        finally:
-            run.close()
+            with contextlib.closing(_Run(cfg, manifest, mesh, preview)) as run:
+                run.to_the_end(stop)
+        except OSError as error:
+            if not disk_full(error):
+                raise
+            raise TrainingError(
+                f"the disk is full: {error.filename or cfg.workdir} could not be written. Checkpoints are intact: make "
+                "room and run the same command again"
+            ) from error
 
 
 @dataclasses.dataclass

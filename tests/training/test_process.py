@@ -43,6 +43,7 @@ def command(prepared_config, compilation_cache, tmp_path_factory):
             text=True,
         )
 
+    start.environment = environment
     return start
 
 
@@ -121,6 +122,44 @@ def test_killed_while_saving_the_checkpoint_before_is_used(command, uninterrupte
     assert f"going on from step {before[-1]} " in out
     assert log(tmp_path) == log(uninterrupted)
     assert half_written(tmp_path) == []
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=3m tmpfs {disk} || exit 77
+{command} --train.checkpoint-every 2 --train.keep-every 1
+echo "code $?"
+ls {disk}/run/checkpoints
+rm -r {disk}/run/checkpoints/2 {disk}/run/checkpoints/4 {disk}/run/checkpoints/6
+{command} --train.checkpoint-every 100 --train.steps 16
+"""
+
+
+def test_a_full_disk_is_told_in_words_and_costs_no_checkpoint(command, uninterrupted, tmp_path):
+    """On a real file system of 3 MB; needs the right to mount one in a namespace of its own."""
+    process = command(tmp_path / "run")
+    kill(process)
+    line = " ".join([*process.args, "--train.steps", "40"])
+    script = FULL_DISK.format(disk=tmp_path, command=line)
+    try:
+        done = subprocess.run(
+            ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
+            cwd=ROOT,
+            env=command.environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip("no right to mount")
+    steps = [2, 4, 6, 8, 10]
+    assert f"checkpoints/12 could not be written; the checkpoints of steps {steps} are intact" in done.stderr
+    assert "code 1\n" in done.stdout
+    assert sorted(int(name) for name in done.stdout.split("code 1\n")[1].split("\n")[:5]) == steps
+    assert "going on from step 10 " in done.stdout
+    assert "done after step 16" in done.stdout
+    assert done.returncode == 0
 
 
 def test_sigterm_saves_and_ends_well(command, uninterrupted, tmp_path):
