@@ -59,7 +59,7 @@ def route(
 ) -> Int[Array, "B H N K"]:
     """The chunks that each query picks, best first; -1 where a slot holds none (text and padding: all of them).
 
-    K is `top_k`; with a key, `top_k + max_drop_in`; 0 in dense mode. No gradient flows through it.
+    K is `top_k`; with a key, `top_k + max_drop_in`; 0 in dense mode and for top_k = 0. No gradient flows through it.
     """
     _check_sizes(q, table)
     if cfg.mode == "dense" or cfg.top_k == 0:

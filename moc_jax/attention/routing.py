@@ -144,9 +144,9 @@ def route(
 
 def _select(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
     chunks = scores.shape[-1]
-    # A NaN score never wins; lax.top_k puts the lowest index first among equals.
-    ranked = jnp.where(mask & ~jnp.isnan(scores), scores, -jnp.inf)
-    _, picks = lax.top_k(ranked, min(top_k, chunks))
+    mask = mask & ~jnp.isnan(scores)  # a NaN score is never picked
+    # lax.top_k puts the lowest index first among equals.
+    _, picks = lax.top_k(jnp.where(mask, scores, -jnp.inf), min(top_k, chunks))
     picks = jnp.where(jnp.take_along_axis(mask, picks, axis=-1), picks, _NOTHING)
     return jnp.pad(picks, ((0, 0),) * 3 + ((0, top_k - picks.shape[-1]),), constant_values=_NOTHING)
 
