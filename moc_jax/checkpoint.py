@@ -225,9 +225,8 @@ class Checkpoints:
             raise error
         with contextlib.suppress(Exception):  # it raises the same again
             vars(self).pop("_checkpointer").close()
-        for _ in range(20):  # Orbax may still write; half a checkpoint is worth nothing, and the disk needs the room
-            if not self._remove_unfinished():
-                break
+        for _ in range(10):  # half a checkpoint is worth nothing, but Orbax's other threads may still be making it
+            self._remove_unfinished()
             time.sleep(0.1)
         intact = f"the checkpoints of steps {self.steps} are intact" if self.steps else "there is no earlier checkpoint"
         raise CheckpointError(
