@@ -30,6 +30,7 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import GLOBAL, TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Float, Int, typed
 
+_LARGE = 8192  # tokens from which a scene is large
 _MASKED = -1e30  # finite, so that a row with nothing to see yields zeros and not NaN
 
 
@@ -51,9 +52,13 @@ class Tiling:
         return max(self.anchor_block, self.routed_block)
 
 
-def default_tiling(max_chunk: int) -> Tiling:
-    """Blocks of 128 keys, less where chunks are shorter: a multiple of 16 that holds one."""
-    return Tiling(routed_block=min(128, -(-max_chunk // 16) * 16))
+def default_tiling(tokens: int, max_chunk: int) -> Tiling:
+    """Small steps for small scenes, whose chunks they fit; large ones for large scenes, since on an accelerator a step
+    costs some kernel launches, whatever its size. A chunk is walked in equal blocks."""
+    size = 128 if tokens < _LARGE else 1024
+    steps = -(-max_chunk // size)
+    routed_block = -(-max_chunk // (16 * steps)) * 16
+    return Tiling(tile=size, anchor_block=size, routed_block=routed_block)
 
 
 class _Static(NamedTuple):
@@ -81,7 +86,7 @@ def attend(
     runs = _anchor_runs(table, cfg)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     with jax.named_scope("moc_attention"):
-        static = _Static(table.text_tokens, default_tiling(table.max_chunk))
+        static = _Static(table.text_tokens, default_tiling(q.shape[2], table.max_chunk))
         out = _attend(q, k, v, runs, routes, table.start, table.length, static)
     return jnp.swapaxes(out, 1, 2)
 

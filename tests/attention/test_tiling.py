@@ -1,0 +1,52 @@
+"""The XLA backend gives the same whatever the sizes of its steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moc_jax.attention import xla
+from moc_jax.attention.api import moc_attention
+from moc_jax.config import ChunkConfig, MoCConfig
+from moc_jax.scene import SceneLengths, SceneShape, chunk_table
+
+SHAPE = SceneShape(shots=3, frames=12, rows=4, columns=5, text_tokens=20)
+LENGTHS = SceneLengths(jnp.array([[5, 1, 4]]), jnp.array([[3, 4, 0, 5]]))
+
+
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        xla.Tiling(tile=512, anchor_block=1024, routed_block=640),  # each larger than the scene
+        xla.Tiling(tile=16, anchor_block=48, routed_block=16),
+        xla.Tiling(tile=7, anchor_block=5, routed_block=33),
+    ],
+)
+def test_output_and_gradients_do_not_depend_on_the_tiling(tiling, monkeypatch):
+    cfg = MoCConfig(chunk=ChunkConfig(size=33), top_k=2, causal_routing=False)
+    q, k, v, d_out = jax.random.normal(jax.random.key(0), (4, 1, SHAPE.tokens, 2, 16))
+    table = chunk_table(LENGTHS, SHAPE, cfg.chunk)
+
+    def run(cfg):
+        out, back = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg), q, k, v)
+        return {"out": out, **dict(zip(("dq", "dk", "dv"), back(d_out), strict=True))}
+
+    expected = run(dataclasses.replace(cfg, backend="reference"))
+    monkeypatch.setattr(xla, "default_tiling", lambda *_: tiling)
+    for name, value in run(dataclasses.replace(cfg, backend="xla")).items():
+        np.testing.assert_allclose(value, expected[name], atol=3e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("tokens", "chunk", "block"), [(2_000, 80, 80), (2_000, 300, 112), (180_512, 1_280, 640)])
+def test_chunks_are_walked_in_equal_blocks(tokens, chunk, block):
+    tiling = xla.default_tiling(tokens, chunk)
+    assert tiling.routed_block == block
+    waste = -(-chunk // block) * block - chunk
+    assert 0 <= waste < 16 * -(-chunk // block)
+
+
+def test_a_tiling_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        xla.Tiling(tile=0)
