@@ -4,13 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from moc_jax.attention import xla
 from moc_jax.attention.api import moc_attention
 from moc_jax.config import ChunkConfig, MoCConfig
 from moc_jax.scene import SceneLengths, SceneShape, chunk_table
+from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
 
 SHAPE = SceneShape(shots=3, frames=12, rows=4, columns=5, text_tokens=20)
 LENGTHS = SceneLengths(jnp.array([[5, 1, 4]]), jnp.array([[3, 4, 0, 5]]))
@@ -36,7 +36,7 @@ def test_output_and_gradients_do_not_depend_on_the_tiling(tiling, monkeypatch):
     expected = run(dataclasses.replace(cfg, backend="reference"))
     monkeypatch.setattr(xla, "default_tiling", lambda *_: tiling)
     for name, value in run(dataclasses.replace(cfg, backend="xla")).items():
-        np.testing.assert_allclose(value, expected[name], atol=3e-6, err_msg=name)
+        assert_close(value, expected[name], name, table=OUTPUT if name == "out" else GRADIENT)
 
 
 @pytest.mark.parametrize(("tokens", "chunk", "block"), [(2_000, 80, 80), (2_000, 300, 112), (180_512, 1_280, 640)])
