@@ -62,7 +62,7 @@ def training_scene(config: Config, codec: Codec, number: int) -> tuple[Storyboar
     Args:
         config: of the training run; its prepared data is read, or prepared again if it is gone.
         codec: the checkpoint's.
-        number: which scene, from 0.
+        number: which scene of the training split, from 0.
 
     Raises:
         ConfigError: there is no such scene, or the data was encoded with another codec.
@@ -73,8 +73,9 @@ def training_scene(config: Config, codec: Codec, number: int) -> tuple[Storyboar
             f"{manifest.folder} was encoded with codec {codec_of(manifest).fingerprint}, but the checkpoint "
             f"holds codec {codec.fingerprint}; its latents cannot be compared with this model's"
         )
-    if not 0 <= number < len(manifest.scenes):
-        raise ConfigError(f"there is no training scene {number}; the data has {len(manifest.scenes)}, counted from 0")
-    entry = manifest.scenes[number]
+    scenes = manifest.split("train")
+    if not 0 <= number < len(scenes):
+        raise ConfigError(f"there is no training scene {number}; the data has {len(scenes)}, counted from 0")
+    entry = scenes[number]
     shots, _ = ShardReader(manifest).read(entry)
     return scene_storyboard(entry, config), [pixels_from_unit(codec.decode(shot)) for shot in shots]

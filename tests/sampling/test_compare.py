@@ -11,7 +11,7 @@ from moc_jax.data.video import read_video
 from moc_jax.sampling.compare import mean_psnr, psnr, training_scene
 from moc_jax.sampling.scenes import make_request
 from moc_jax.text import build_text_encoder
-from tests.data.small import SIZE, make_videos, small_config
+from tests.data.small import SIZE, make_videos, small_config, with_data
 
 
 def test_psnr_of_bytes_and_of_floats():
@@ -50,6 +50,11 @@ def test_a_training_scene_comes_with_its_storyboard_and_its_reconstruction(tmp_p
     request = make_request([board], config, codec, build_text_encoder(config.text))
     np.testing.assert_array_equal(request.lengths.shot_frames, [[3, 4]])
 
+    with pytest.raises(ConfigError, match="no training scene 1; the data has 1"):
+        training_scene(config, codec, 1)
+    held_out = make_videos(tmp_path / "held", another=(9,))
+    config = with_data(config, validation_source=(str(held_out),))
+    assert len(prepare(config).scenes) == 2
     with pytest.raises(ConfigError, match="no training scene 1; the data has 1"):
         training_scene(config, codec, 1)
     other = fit_codec(config.codec, [np.random.default_rng(0).uniform(-1, 1, (9, *SIZE, 3)).astype(np.float32)])
