@@ -69,6 +69,11 @@ class Storyboard:
     name: str = "storyboard"
     """Who is named when something is wrong: the file's path."""
 
+    def __post_init__(self):
+        for where, part in (("", self), *((f"shots[{s}].", shot) for s, shot in enumerate(self.shots))):
+            if part.seed is not None and not 0 <= part.seed < SEED_LIMIT:
+                raise StoryboardError(f"{self.name}: {where}seed is {part.seed}; it must lie in 0..{SEED_LIMIT - 1}")
+
 
 _SCENE_FIELDS = ("caption", "negative_prompt", "seed", "shots")
 _SHOT_FIELDS = ("caption", "seconds", "seed", "image", "video")
@@ -193,7 +198,7 @@ class _Fields:
         value = self.content.get("seed")
         if "seed" not in self.content:
             return None
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < SEED_LIMIT:
+        if not isinstance(value, int) or isinstance(value, bool):
             self.fail("seed", f"it must be a whole number in 0..{SEED_LIMIT - 1}")
         return value
 

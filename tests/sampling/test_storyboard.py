@@ -83,7 +83,7 @@ SHOTS = "shots:\n  - caption: a\n    seconds: 1\n  - caption: b\n    seconds: 1\
         ("caption: no\n" + SHOTS, ["caption is False (bool)"]),
         ("captions: a\n" + SHOTS, ["unknown field captions", "did you mean caption?"]),
         ("caption: a\nzzz: 1\n" + SHOTS, ["unknown field zzz", "known fields: caption, negative_prompt, seed, shots"]),
-        ("caption: a\nseed: -1\n" + SHOTS, ["seed is -1 (int)", "0..4294967295"]),
+        ("caption: a\nseed: -1\n" + SHOTS, ["seed is -1; it must lie in 0..4294967295"]),
         ("caption: a\nseed: true\n" + SHOTS, ["seed is True (bool)"]),
         ("caption: a\nnegative_prompt: [x]\n" + SHOTS, ["negative_prompt is ['x'] (list)"]),
         ("caption: a\nshots: b", ["shots is 'b' (str)", "must be a list"]),
@@ -100,6 +100,7 @@ SHOTS = "shots:\n  - caption: a\n    seconds: 1\n  - caption: b\n    seconds: 1\
             ["unknown field shots[2].secnds", "shots[2].seconds?"],
         ),
         ("caption: a\n" + SHOTS + "  - {caption: c, seconds: 1, seed: 1.5}", ["shots[2].seed is 1.5 (float)"]),
+        ("caption: a\n" + SHOTS + f"  - {{caption: c, seconds: 1, seed: {2**32}}}", ["shots[2].seed is 4294967296;"]),
         ("caption: a\n" + SHOTS + "  - {caption: c, seconds: 1, image: 5}", ["shots[2].image is 5 (int)"]),
         (
             "caption: a\n" + SHOTS + "  - {caption: c, seconds: 1, image: pictures/ridr.png}",
