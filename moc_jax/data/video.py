@@ -1,5 +1,6 @@
 """Video files <-> arrays of frames, through PyAV (FFmpeg)."""
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -131,19 +132,17 @@ def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], f
     """Writes an H.264 MP4 that any player shows. It appears under its name only when it is complete.
 
     Raises:
-        ValueError: no frames, or a size that H.264 cannot hold.
-        VideoError: the file cannot be written, for instance because the disk is full.
+        VideoError: no frames, a size that H.264 cannot hold, or a file that cannot be written, for instance because
+            the disk is full.
     """
-    path = Path(path)
     count, height, width, _ = frames.shape
     if not count:
-        raise ValueError(f"{path} would have no frames")
+        raise VideoError(path, "it would have no frames")
     if height % 2 or width % 2:
-        raise ValueError(f"{path}: frames are {height}x{width}; H.264 in yuv420p needs even rows and columns")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        raise VideoError(path, f"frames of {height}x{width} cannot be written; H.264 needs even rows and columns")
+    options = {"movflags": "faststart"}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(os.fspath(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+        with whole_file(path) as partial, av.open(os.fspath(partial), "w", format="mp4", options=options) as container:
             rate = Fraction(fps).limit_denominator(1001)
             stream = container.add_stream("libx264", rate=rate, options=_X264)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -152,8 +151,22 @@ def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], f
             for array in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
             container.mux(stream.encode(None))
-        os.replace(partial, path)
     except (av.FFmpegError, OSError) as error:
         raise VideoError(path, f"it cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Where to write what shall lie under `path`: it appears there when the block ends well, else nothing is left.
+
+    Raises:
+        OSError: the folder or the file cannot be made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield partial
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from moc_jax.data.video import whole_file
+from moc_jax.sampling.generate import SamplingError
 from moc_jax.shapes import Float, UInt8, typed
 
 PAPER, INK, FAINT = "#fcfcfa", "#1d2330", "#7d8493"
@@ -22,16 +24,23 @@ _MARGIN, _GAP, _FRAME_GAP = 28, 22, 4
 _BLUES = LinearSegmentedColormap.from_list("reads", ["#f3f6fb", "#a9c8ea", "#3f83c4", "#12406f"])
 
 
+class PictureError(SamplingError):
+    """A picture that cannot be written: says which, and why."""
+
+
 def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
-    """Writes a PNG, which appears under its name only when it is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Writes a PNG, which appears under its name only when it is complete.
+
+    Raises:
+        PictureError: the file cannot be written, for instance because the disk is full.
+    """
     try:
-        picture.save(os.fspath(partial), "png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with whole_file(path) as partial:
+            picture.save(os.fspath(partial), "png")
+    except OSError as error:
+        raise PictureError(
+            f"{os.fspath(path)} cannot be written ({error.strerror or error}); make room, or write elsewhere"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------ contact sheet

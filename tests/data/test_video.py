@@ -206,10 +206,13 @@ def test_decoding_is_one_frame_at_a_time(tmp_path):
 
 
 def test_impossible_output_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"33x48.*even"):
+    with pytest.raises(VideoError, match=r"a\.mp4: frames of 33x48 .*even"):
         write_video(tmp_path / "a.mp4", np.zeros((2, 33, 48, 3), np.uint8), 12)
-    with pytest.raises(ValueError, match="no frames"):
+    with pytest.raises(VideoError, match="no frames"):
         write_video(tmp_path / "a.mp4", np.zeros((0, 32, 48, 3), np.uint8), 12)
+    (tmp_path / "file").touch()
+    with pytest.raises(VideoError, match=r"a\.mp4: it cannot be written"):
+        write_video(tmp_path / "file" / "a.mp4", np.zeros((2, 32, 48, 3), np.uint8), 12)
 
 
 def test_full_disk_leaves_the_old_file(tmp_path):

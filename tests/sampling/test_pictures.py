@@ -1,9 +1,12 @@
 """Pictures: everything in its column and row, and nothing half-written."""
 
+import errno
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from moc_jax.sampling.generate import SamplingError
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
 
 COLOURS = np.array([[(200, 0, 0), (0, 200, 0), (0, 0, 200)], [(200, 200, 0), (0, 200, 200), (200, 0, 200)]], np.uint8)
@@ -98,10 +101,12 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path):
         def save(self, path, format):
             with open(path, "wb") as file:
                 file.write(b"half")
-            raise OSError("no space")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(SamplingError, match=r"a.png cannot be written \(No space left on device\); make room"):
         save_picture(Broken(), tmp_path / "new" / "a.png")
+    with pytest.raises(SamplingError, match=r"below.png cannot be written"):
+        save_picture(Image.new("RGB", (4, 4)), tmp_path / "new" / "a.png" / "below.png")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
     with Image.open(tmp_path / "new" / "a.png") as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
