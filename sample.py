@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     routings = _targets(args, args.routing_picture, ".png")
 
     checkpoint = load_for_sampling(args.checkpoint, args.step)
-    config = configure(checkpoint.config, args)
+    config = configure(checkpoint.config, checkpoint.step, args)
     if routings and config.moc.mode == "dense":
         raise ConfigError("--routing-picture: dense attention routes nothing; leave it or --dense out")
     codec, original = load_codec(config.codec, checkpoint.codec_state), None
@@ -106,10 +106,10 @@ def main(argv: Sequence[str]) -> None:
             print(comparison(samples[0].shots, original))
 
 
-def configure(config: Config, args: Arguments) -> Config:
-    """The checkpoint's settings with those of the command line in their place."""
+def configure(config: Config, step: int, args: Arguments) -> Config:
+    """The checkpoint's settings, as they were at its step, with those of the command line in their place."""
     names = ("solver", "steps", "guidance", "shift", "order", "history_noise")
-    moc = dataclasses.replace(config.moc, **_given(args, "top_k"))
+    moc = dataclasses.replace(config.moc_at(step - 1), **_given(args, "top_k"))
     if args.dense:
         moc = dataclasses.replace(moc, mode="dense")
     if args.chunk is not None:

@@ -6,6 +6,7 @@ Several hosts: the same command on each, with --mesh.distributed True (and --mes
 --mesh.process-id where the cluster does not tell them by itself). Folders must be on storage that all hosts share.
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,40 +20,21 @@ def main(argv: Sequence[str]) -> None:
     with clean_exit():
         config = load_config(argv)
 
-    import jax  # only now: a wrong setting is told before any device is touched
-
+    # Only now: a wrong setting is told before any device is touched.
     from moc_jax.checkpoint import CheckpointError
     from moc_jax.codecs import CodecMismatch
-    from moc_jax.data import CaptionError, DataError, VideoError
+    from moc_jax.data import CaptionError, DataError, VideoError, prepare
+    from moc_jax.processes import ProcessError, join, main_process_first
     from moc_jax.sampling.generate import SamplingError
     from moc_jax.sharding import make_mesh
     from moc_jax.training.loop import TrainingError, train
 
-    failures = (CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, TrainingError, VideoError)
-    with clean_exit(*failures):
-        if config.mesh.distributed:
-            cluster = config.mesh
-            if cluster.coordinator:
-                jax.distributed.initialize(cluster.coordinator, cluster.num_processes, cluster.process_id)
-            else:
-                jax.distributed.initialize()
+    data = CaptionError, DataError, VideoError
+    with clean_exit(*data, CheckpointError, CodecMismatch, ProcessError, SamplingError, TrainingError):
+        join(config.mesh)
         mesh = make_mesh(config.mesh)
-        manifest = prepared(config)
+        manifest = main_process_first("prepare the data", lambda: prepare(config))
         train(config, manifest, mesh, preview=make_preview(config, manifest) if config.train.preview_every else None)
-
-
-def prepared(config: Config):
-    """The encoded data: made by the main process, if need be, while the others wait."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    from moc_jax.data import prepare
-
-    if jax.process_count() == 1:
-        return prepare(config)
-    manifest = prepare(config) if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("data is prepared")
-    return manifest or prepare(config)  # which finds what the main process made
 
 
 def make_preview(config: Config, manifest):
@@ -67,10 +49,13 @@ def make_preview(config: Config, manifest):
 
     given = config.train.preview_storyboard
     board = load_storyboard(given) if given else scene_storyboard(manifest.split("train")[0], config)
-    sampler = Sampler(config, codec_of(manifest))
+    samplers = {}  # one per chunk size of the schedule
 
     def preview(params, step: int) -> None:
-        (sample,) = sampler(params, [board])
+        moc = config.moc_at(step - 1)
+        if moc not in samplers:
+            samplers[moc] = Sampler(dataclasses.replace(config, moc=moc), codec_of(manifest))
+        (sample,) = samplers[moc](params, [board])
         if jax.process_index() == 0:
             folder = Path(config.workdir) / "previews"
             folder.mkdir(parents=True, exist_ok=True)

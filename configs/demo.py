@@ -13,6 +13,8 @@ or, once the clip is there (`python -m moc_jax.data.demo_clip cache/demo`),
 One network on one scene: it shows that the whole path works, not that the model generalises.
 """
 
+import dataclasses
+
 from moc_jax.config import (
     ChunkConfig,
     CodecConfig,
@@ -20,19 +22,17 @@ from moc_jax.config import (
     DataConfig,
     DiffusionConfig,
     MoCConfig,
-    ModelConfig,
     OptimizerConfig,
     SampleConfig,
     TextConfig,
     TrainConfig,
 )
+from moc_jax.models.presets import PRESETS
 
 config = Config(
     workdir="out/demo",
     moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=2), top_k=3),
-    model=ModelConfig(
-        dim=128, depth=4, heads=2, latent_channels=32, text_dim=128, rope_theta=100.0, dtype="float32", remat="none"
-    ),
+    model=dataclasses.replace(PRESETS["demo"], latent_channels=32, text_dim=128),
     codec=CodecConfig(channels=32),
     text=TextConfig(dim=128),
     data=DataConfig(

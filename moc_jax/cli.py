@@ -11,12 +11,14 @@ import difflib
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 import typing
 from collections.abc import Iterator, Sequence
 
 import tyro
 
+from moc_jax import config as config_module
 from moc_jax.config import Config, ConfigError
 from moc_jax.config_json import config_from_json, config_to_json
 
@@ -100,6 +102,11 @@ def read_config_file(file: str) -> tuple[Config, str]:
     sys.path.insert(0, os.getcwd())  # a config may start from another one: from configs.demo import config as base
     try:
         spec.loader.exec_module(module)
+    except TypeError as error:
+        problem = _unknown_field(str(error))
+        if problem is None:
+            raise
+        raise ConfigError(f"--config {file}: {problem}") from error
     finally:
         sys.path.pop(0)
     config = getattr(module, "config", None)
@@ -108,6 +115,18 @@ def read_config_file(file: str) -> tuple[Config, str]:
             f"--config {file}: it must define `config`, a moc_jax.config.Config; found {type(config).__name__}"
         )
     return config, (module.__doc__ or "").strip()
+
+
+def _unknown_field(message: str) -> str | None:
+    """What is wrong with MoCConfig(topk=3), by the TypeError's message; None if that was something else."""
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
+    kind = getattr(config_module, found[1], None) if found else None
+    if not (found and dataclasses.is_dataclass(kind)):
+        return None
+    names = [field.name for field in dataclasses.fields(kind)]
+    near = difflib.get_close_matches(found[2], names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
+    return f"{found[1]} has no setting {found[2]!r}; {hint}"
 
 
 def _records_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:

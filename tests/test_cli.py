@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import inspect
 import json
 import pathlib
 import subprocess
@@ -102,14 +101,34 @@ def test_help_shows_every_field_with_its_comment(file, capsys, monkeypatch):
     check(Config, "")
 
 
+# Settings that say all by their names, and records that the fields holding them explain.
+PLAIN = {"heads", "seed", "learning_rate", "warmup_steps", "final_fraction", "b1", "b2", "eps", "steps", "log_every"}
+PLAIN |= {"num_processes", "process_id", "checkpoint_every"}
+
+
 def test_every_setting_has_a_comment():
-    for node in ast.parse(inspect.getsource(config_module)).body:
-        if isinstance(node, ast.ClassDef):
-            for field, after in zip(node.body, [*node.body[1:], None]):
-                if isinstance(field, ast.AnnAssign):
-                    nested = isinstance(field.annotation, ast.Name) and field.annotation.id.endswith("Config")
-                    record = node.name == "ChunkStage"  # explained by the fields that hold it
-                    assert nested or record or isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(field.target)}"
+    files = sorted(pathlib.Path(config_module.__file__).parent.glob("*.py"))
+    seen = 0
+    for node in (node for file in files for node in ast.parse(file.read_text()).body):
+        if not isinstance(node, ast.ClassDef) or node.name == "ChunkStage":
+            continue
+        for field, after in zip(node.body, [*node.body[1:], None]):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                nested = isinstance(field.annotation, ast.Name) and field.annotation.id.endswith("Config")
+                told = nested or field.target.id in PLAIN or isinstance(after, ast.Expr)
+                assert told, f"{node.name}.{field.target.id}"
+                seen += 1
+    assert seen > 90
+
+
+def test_an_unknown_setting_in_a_config_file_is_named_with_the_near_one(tmp_path):
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text("from moc_jax.config import Config, MoCConfig\nconfig = Config(moc=MoCConfig(topk=3))\n")
+    with pytest.raises(ConfigError, match=r"wrong\.py: MoCConfig has no setting 'topk'; did you mean 'top_k'"):
+        load_config(["--config", str(wrong)])
+    wrong.write_text("config = len(1)\n")
+    with pytest.raises(TypeError, match="has no len"):
+        load_config(["--config", str(wrong)])
 
 
 def test_the_file_must_exist_and_define_a_config(file, tmp_path):

@@ -65,6 +65,10 @@ class Config:
             self.model.text_dim == self.text.dim,
             f"model.text_dim = {self.model.text_dim}, but text.dim = {self.text.dim}; set both to the same",
         )
+        check(
+            self.data.height % 2 == 0 and self.data.width % 2 == 0,
+            f"data.height x width is {self.data.height}x{self.data.width}; videos are written with even sizes only",
+        )
         for name, axis in (("height", 1), ("width", 2)):
             size, unit = getattr(self.data, name), self.codec.stride[axis] * self.model.patch[axis]
             low = max(unit, size // unit * unit)
@@ -78,3 +82,10 @@ class Config:
     def latent_size(self) -> tuple[int, int]:
         """Rows and columns of a latent frame."""
         return self.data.height // self.codec.stride[1], self.data.width // self.codec.stride[2]
+
+    def moc_at(self, step: int) -> MoCConfig:
+        """The attention of batch `step` (from 0): `moc`, with the chunk size of the schedule's stage."""
+        sizes = [stage.size for stage in self.train.chunk_schedule if stage.step <= step]
+        if not sizes:
+            return self.moc
+        return dataclasses.replace(self.moc, chunk=dataclasses.replace(self.moc.chunk, size=sizes[-1]))

@@ -96,6 +96,8 @@ class ModelConfig:
             len(self.patch) == 3 and min(self.patch) >= 1,
             f"model.patch is {self.patch}; give three sizes >= 1 (t, h, w)",
         )
+        check(self.mlp_dim >= 1, f"model.mlp_ratio is {self.mlp_ratio}; mlp_ratio x dim must be at least 1")
+        check(self.rope_theta > 1, f"model.rope_theta is {self.rope_theta}; the base of the frequencies is above 1")
         check(
             self.dim % self.heads == 0,
             f"model.dim = {self.dim} is no multiple of model.heads = {self.heads}; "

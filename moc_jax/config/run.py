@@ -1,6 +1,7 @@
 """Settings of a run: data, diffusion, sampling, optimizer, training, mesh."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from moc_jax.config.base import check
@@ -68,7 +69,8 @@ class DataConfig:
             self.height >= 1 and self.width >= 1,
             f"data.height x width is {self.height}x{self.width}; both must be at least 1",
         )
-        check(self.fps > 0, f"data.fps is {self.fps}; it must be positive")
+        check(0 < self.fps < math.inf, f"data.fps is {self.fps}; it must be positive and finite")
+        check(self.shot_threshold > 0, f"data.shot_threshold is {self.shot_threshold}; it must be positive")
         for name in ("caption_dropout", "image_conditioning", "validation_fraction"):
             check(0 <= getattr(self, name) <= 1, f"data.{name} is {getattr(self, name)}; it must lie in [0, 1]")
         check(self.shots_per_scene >= 1, f"data.shots_per_scene is {self.shots_per_scene}; it must be at least 1")
@@ -157,6 +159,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
+        check(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive")
         check(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         check(self.accumulate >= 1, f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
         check(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
@@ -260,4 +263,16 @@ class MeshConfig:
             self.context == 1 and self.tensor == 1,
             f"mesh.context = {self.context} and mesh.tensor = {self.tensor}; these axes are named but "
             "not built yet: leave them at 1",
+        )
+        check(self.num_processes >= 0, f"mesh.num_processes is {self.num_processes}; 0 leaves it to the cluster")
+        check(self.process_id >= -1, f"mesh.process_id is {self.process_id}; -1 leaves it to the cluster")
+        check(
+            not self.num_processes or self.process_id < self.num_processes,
+            f"mesh.process_id is {self.process_id}, but with mesh.num_processes {self.num_processes} it must lie in "
+            f"0..{self.num_processes - 1}",
+        )
+        check(
+            self.distributed or not (self.coordinator or self.num_processes or self.process_id != -1),
+            "mesh.coordinator, num_processes and process_id say how processes find each other, but mesh.distributed is "
+            "False; add --mesh.distributed True, or leave them out",
         )

@@ -9,7 +9,7 @@ from moc_jax.config import ModelConfig
 from moc_jax.models.mmdit import abstract_model
 
 PRESETS = {
-    "demo": ModelConfig(dim=128, depth=4, heads=4, dtype="float32", remat="none"),
+    "demo": ModelConfig(dim=128, depth=4, heads=2, rope_theta=100.0, dtype="float32", remat="none"),
     "small": ModelConfig(dim=512, depth=12, heads=8),
     "base": ModelConfig(dim=1024, depth=20, heads=8),
     "large": ModelConfig(dim=1280, depth=24, heads=10),

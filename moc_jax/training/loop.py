@@ -27,7 +27,7 @@ from moc_jax.scene import Scene
 from moc_jax.sharding import check_batch, shard_batch
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, utilisation
 from moc_jax.training.state import Params, TrainState, create_state, make_blueprint
-from moc_jax.training.step import StepMetrics, chunked, make_train_step, make_validation_step, validation_levels
+from moc_jax.training.step import StepMetrics, make_train_step, make_validation_step, validation_levels
 from moc_jax.training.summary import si, stage_costs, summary
 
 Preview = Callable[[Params, int], None]  # (weights, step): writes previews; all processes call it together
@@ -142,7 +142,7 @@ class _Run:
         self._finish(stopping)
 
     def _one(self, batch: int) -> None:
-        moc = chunked(self._cfg, batch)
+        moc = self._cfg.moc_at(batch)
         mine = next(self._data)
         scene = shard_batch(mine, self._mesh)
         program = self._program(scene, moc)
@@ -237,7 +237,7 @@ class _Run:
     def _validate(self, step: int) -> None:
         assert self._held_out is not None
         self._held_out.set_state({**self._held_out.get_state(), "step": 0})
-        moc, params = chunked(self._cfg, step - 1), self._state.sampling_params
+        moc, params = self._cfg.moc_at(step - 1), self._state.sampling_params
         results = [
             self._validation_step(params, shard_batch(scene, self._mesh), np.int32(number), moc)
             for number, scene in enumerate(self._held_out)

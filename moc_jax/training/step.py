@@ -33,14 +33,6 @@ class StepMetrics:
     scene_loss: Float32[Array, "B"]  # mean over each scene's shots
 
 
-def chunked(cfg: Config, step: int) -> MoCConfig:
-    """The attention config of batch `step` (from 0), by the chunk-size schedule."""
-    sizes = [stage.size for stage in cfg.train.chunk_schedule if stage.step <= step]
-    if not sizes:
-        return cfg.moc
-    return dataclasses.replace(cfg.moc, chunk=dataclasses.replace(cfg.moc.chunk, size=sizes[-1]))
-
-
 def make_train_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Wrapped:
     """(state, batch, attention config) -> (state, metrics). Donates the state; compiles once per bucket and config.
 

@@ -19,7 +19,6 @@ from moc_jax.scene import SceneLengths, chunk_table
 from moc_jax.sharding import AXES, replicated_weights
 from moc_jax.text import build_text_encoder
 from moc_jax.training.state import Blueprint
-from moc_jax.training.step import chunked
 
 _SCENES = 16  # per bucket, to take the means over
 
@@ -73,7 +72,7 @@ Costs = dict[MoCConfig, list[SceneCost | None]]  # by stage of the chunk-size sc
 def stage_costs(cfg: Config, buckets: Buckets) -> Costs:
     """`scene_costs` for every attention config of the run."""
     steps = sorted({0, *(stage.step for stage in cfg.train.chunk_schedule)})
-    return {moc: scene_costs(cfg, moc, buckets) for moc in (chunked(cfg, step) for step in steps)}
+    return {moc: scene_costs(cfg, moc, buckets) for moc in (cfg.moc_at(step) for step in steps)}
 
 
 def summary(

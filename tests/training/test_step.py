@@ -12,7 +12,7 @@ from moc_jax.config import ChunkStage
 from moc_jax.sharding import shard_batch, weight_spec
 from moc_jax.training import step as step_module
 from moc_jax.training.state import TrainState, create_state, make_blueprint
-from moc_jax.training.step import chunked, make_train_step, make_validation_step, validation_levels
+from moc_jax.training.step import make_train_step, make_validation_step, validation_levels
 from tests.training.small import CONFIG, changed, make_scene, mesh_of, random_state
 
 MESHES = {"1": (1, {}), "8x1": (8, {"data": 8}), "2x4": (8, {"data": 2, "fsdp": 4}), "1x8": (8, {"data": 1, "fsdp": 8})}
@@ -130,15 +130,15 @@ def traces(monkeypatch):
 
 def test_one_compilation_per_bucket_and_chunk_size(traces):
     config = changed(CONFIG, train={"chunk_schedule": (ChunkStage(step=2, size=2), ChunkStage(step=4, size=1))})
-    assert [chunked(config, step).chunk.size for step in range(6)] == [1, 1, 2, 2, 1, 1]
+    assert [config.moc_at(step).chunk.size for step in range(6)] == [1, 1, 2, 2, 1, 1]
     mesh = mesh_of(1)
     blueprint = make_blueprint(config, mesh)
     step, validate = make_train_step(config, blueprint, mesh), make_validation_step(config, blueprint, mesh)
     state, number = blueprint.abstract, jax.ShapeDtypeStruct((), jnp.int32)
     for batch, traced in enumerate([1, 1, 2, 2, 2, 2]):  # going back to a size of before traces nothing
-        step.eval_shape(state, make_scene(batch), chunked(config, batch))
+        step.eval_shape(state, make_scene(batch), config.moc_at(batch))
         assert len(traces) == traced
-    step.eval_shape(state, make_scene(9, frames=9), chunked(config, 5))
+    step.eval_shape(state, make_scene(9, frames=9), config.moc_at(5))
     assert len(traces) == 3  # another bucket
     for batch in range(3):
         validate.eval_shape(state.sampling_params, make_scene(batch), number, config.moc)
