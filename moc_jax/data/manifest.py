@@ -5,10 +5,12 @@ import dataclasses
 import hashlib
 import json
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from moc_jax.codecs import Codec, load_codec
 from moc_jax.config import CodecConfig, Config, DataConfig
@@ -140,15 +142,24 @@ def load_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def verify(manifest: Manifest) -> None:
-    """Reads every shard and compares its checksum.
+def verify(manifest: Manifest, shards: Iterable[int]) -> None:
+    """Reads the shards of these numbers and compares their checksums.
 
     Raises:
-        DataError: a shard's content has changed; names it.
+        DataError: a shard cannot be read, or its content has changed; names it.
     """
-    for shard in manifest.shards:
-        if sha256(manifest.folder / shard.file) != shard.sha256:
-            raise DataError(f"the shard {manifest.folder / shard.file} is damaged: its checksum is not the manifest's")
+    for number in tqdm(list(shards), desc="checking shards", unit="file", disable=None, leave=False):
+        shard = manifest.shards[number]
+        path = manifest.folder / shard.file
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise DataError(f"the shard {path} cannot be read ({error})") from error
+        if found != shard.sha256:
+            raise DataError(
+                f"the shard {path} is damaged: its SHA-256 is {found[:12]}… instead of {shard.sha256[:12]}…; "
+                f"delete {manifest.folder} and prepare the data anew"
+            )
 
 
 def codec_of(manifest: Manifest) -> Codec:

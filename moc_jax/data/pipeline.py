@@ -10,7 +10,7 @@ from absl import flags
 
 from moc_jax.config import Config, ConfigError
 from moc_jax.data.buckets import Buckets, assign_buckets
-from moc_jax.data.manifest import DataError, Manifest, SceneEntry
+from moc_jax.data.manifest import DataError, Manifest, SceneEntry, verify
 from moc_jax.data.pack import blank_scene, pack_scene, stack_scenes
 from moc_jax.data.plan import Batch, TrainPlan, ValidationPlan, augmentation
 from moc_jax.data.shards import ShardReader
@@ -34,7 +34,7 @@ def make_pipeline(
 
     Raises:
         ConfigError: the batch does not divide by the processes, or a bucket or caption does not fit.
-        DataError: no scene is left in the split.
+        DataError: no scene is left in the split, or a shard of it is damaged.
     """
     rows, rest = divmod(cfg.train.batch_size, process_count)
     if rest:
@@ -43,6 +43,8 @@ def make_pipeline(
             f"the nearest that do are {max(1, rows) * process_count} and {(rows + 1) * process_count}"
         )
     buckets = assign_buckets(cfg, manifest, split)
+    used = sorted({scene.shard for scenes in buckets.scenes for scene in scenes})
+    verify(manifest, used[process_index::process_count])  # each process a part, since together they read all
     sizes = tuple(map(len, buckets.scenes))
     training = split == "train"
     if training:

@@ -282,7 +282,7 @@ class TestReuse:
         (partial / "manifest.json").unlink()
         assert prepare(cfg).folder == folder
         assert not partial.exists()
-        verify(load_manifest(folder))
+        verify(load_manifest(folder), [0])
 
     def test_two_processes_at_once(self, tmp_path):
         """Both get the same folder; only one did the work."""
@@ -291,7 +291,7 @@ class TestReuse:
         with multiprocessing.get_context("spawn").Pool(2) as pool:
             manifests = pool.map(prepare, [cfg, cfg])
         assert manifests[0] == manifests[1]
-        verify(manifests[0])
+        verify(manifests[0], [0])
 
 
 class TestDamage:
@@ -318,8 +318,8 @@ class TestDamage:
         content[start : start + 64] = bytes(64)
         shard.write_bytes(content)
         manifest = load_manifest(manifest.folder)
-        with pytest.raises(DataError, match=rf"{shard.name} is damaged"):
-            verify(manifest)
+        with pytest.raises(DataError, match=rf"{shard.name} is damaged: its SHA-256 is"):
+            verify(manifest, [0])
         with pytest.raises(DataError, match=rf"{shard.name} is damaged at record 0 \(scene a.mp4#0\)"):
             ShardReader(manifest).read(manifest.scenes[0])
 
