@@ -1,6 +1,6 @@
 """Video files -> encoded scenes on disk (`prepare`) -> batches (`make_pipeline`)."""
 
-from moc_jax.data.buckets import Buckets, assign_buckets
+from moc_jax.data.buckets import Buckets, assign_buckets, resolved
 from moc_jax.data.captions import CaptionError, Captions, load_captions
 from moc_jax.data.manifest import DataError, Manifest, SceneEntry, codec_of, load_manifest, verify
 from moc_jax.data.pack import blank_scene, misfit, pack_scene, stack_scenes
@@ -29,6 +29,7 @@ __all__ = [
     "pack_scene",
     "prepare",
     "read_video",
+    "resolved",
     "stack_scenes",
     "verify",
     "write_video",

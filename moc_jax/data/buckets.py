@@ -21,13 +21,31 @@ class Buckets:
     """Scenes that fit no shape, with the reason."""
 
     def summary(self) -> str:
-        """Kept scenes per shape, and the dropped ones with their reasons."""
-        lines = [
-            f"{self.split}: {len(scenes)} scenes in the bucket of {shape.shots} shots, {shape.frames} latent frames, "
-            f"{shape.text_tokens} text tokens"
-            for shape, scenes in zip(self.shapes, self.scenes)
-        ]
+        """Kept scenes and padding per shape, and the dropped scenes with their reasons."""
+        lines = []
+        for shape, scenes in zip(self.shapes, self.scenes):
+            padding = 1 - sum(scene.frames for scene in scenes) / (shape.frames * len(scenes)) if scenes else 0
+            lines.append(
+                f"{self.split}: {len(scenes)} scenes in the bucket of {shape.shots} shots, {shape.frames} latent "
+                f"frames, {shape.text_tokens} text tokens; {padding:.0%} of the frames are padding"
+            )
+            if padding > 0.5:
+                lines.append(
+                    "  warning: most of what is computed there is padding; add smaller data.buckets, or cut off long "
+                    "shots with data.max_shot_frames"
+                )
         return "\n".join(lines + [f"  dropped {name}: {reason}" for name, reason in self.dropped.items()])
+
+
+def resolved(cfg: Config, manifest: Manifest) -> Config:
+    """`cfg` with the shapes of the run in `data.buckets`, so that it tells without the data what was trained.
+
+    Preparing, training and resuming do the same with either, and resolving again changes nothing.
+
+    Raises:
+        ConfigError: see `assign_buckets`.
+    """
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, buckets=_shapes(cfg, _sizes(cfg, manifest))))
 
 
 def assign_buckets(cfg: Config, manifest: Manifest, split: Split) -> Buckets:
@@ -38,12 +56,7 @@ def assign_buckets(cfg: Config, manifest: Manifest, split: Split) -> Buckets:
         DataError: no scene of the split is left; says why.
     """
     sizes = _sizes(cfg, manifest)
-    shapes = sorted(cfg.data.buckets, key=lambda b: (b.frames, b.text_tokens, b.shots)) or [_smallest(sizes)]
-    for shape in shapes:
-        if shape.frames % cfg.model.patch[0]:
-            raise ConfigError(
-                f"data.buckets: frames {shape.frames} does not divide by model.patch[0] = {cfg.model.patch[0]}"
-            )
+    shapes = _shapes(cfg, sizes)
     scenes: list[list[SceneEntry]] = [[] for _ in shapes]
     dropped = {}
     for scene in manifest.split(split):
@@ -56,7 +69,7 @@ def assign_buckets(cfg: Config, manifest: Manifest, split: Split) -> Buckets:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in dropped.items())
         fix = "widen data.buckets" if dropped else "set data.validation_source or data.validation_fraction"
         raise DataError(f"no {split} scene is left; {fix}{reasons}")
-    return Buckets(split=split, shapes=tuple(shapes), scenes=tuple(map(tuple, scenes)), dropped=dropped)
+    return Buckets(split=split, shapes=shapes, scenes=tuple(map(tuple, scenes)), dropped=dropped)
 
 
 def _sizes(cfg: Config, manifest: Manifest) -> dict[str, tuple[int, int, int]]:
@@ -72,6 +85,14 @@ def _sizes(cfg: Config, manifest: Manifest) -> dict[str, tuple[int, int, int]]:
     return {scene.name: (len(scene.shots), scene.frames, tokens(scene)) for scene in manifest.scenes}
 
 
-def _smallest(sizes: dict[str, tuple[int, int, int]]) -> BucketConfig:
-    shots, frames, text_tokens = (max(column) for column in zip(*sizes.values()))
-    return BucketConfig(shots=shots, frames=frames, text_tokens=text_tokens)
+def _shapes(cfg: Config, sizes: dict[str, tuple[int, int, int]]) -> tuple[BucketConfig, ...]:
+    """The configured buckets from small to large, or the one that holds all scenes."""
+    if not cfg.data.buckets:
+        shots, frames, text_tokens = (max(column) for column in zip(*sizes.values()))
+        return (BucketConfig(shots=shots, frames=frames, text_tokens=text_tokens),)
+    for shape in cfg.data.buckets:
+        if shape.frames % cfg.model.patch[0]:
+            raise ConfigError(
+                f"data.buckets: frames {shape.frames} does not divide by model.patch[0] = {cfg.model.patch[0]}"
+            )
+    return tuple(sorted(cfg.data.buckets, key=lambda b: (b.frames, b.text_tokens, b.shots)))

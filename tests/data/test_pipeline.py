@@ -17,6 +17,7 @@ from moc_jax.data import (
     make_pipeline,
     pack_scene,
     prepare,
+    resolved,
 )
 from moc_jax.text import build_text_encoder
 from tests.data.small import make_videos, small_config, with_data
@@ -216,6 +217,35 @@ class TestBuckets:
         assert "train: 4 scenes in the bucket of 2 shots, 5 latent frames, 40 text tokens" in buckets.summary()
         assert not buckets.dropped
 
+    def test_padding_is_told_and_much_of_it_is_warned_of(self, prepared):
+        cfg, manifest = prepared
+        small = with_data(cfg, buckets=TWO_BUCKETS)
+        told = assign_buckets(small, manifest, "train").summary()
+        assert "2 shots, 5 latent frames, 40 text tokens; 10% of the frames are padding" in told  # 5, 4, 5, 4 of 5
+        assert "3 shots, 8 latent frames, 40 text tokens; 0% of the frames are padding" in told
+        assert "warning" not in told
+        large = with_data(cfg, buckets=(BucketConfig(shots=9, frames=90, text_tokens=90),))
+        told = assign_buckets(large, manifest, "train").summary()
+        assert "; 94% of the frames are padding\n  warning: " in told  # 26 of 450
+        assert "data.buckets" in told
+        assert "data.max_shot_frames" in told
+
+    @pytest.mark.parametrize("buckets", [(), TWO_BUCKETS[::-1]])
+    def test_a_resolved_config_is_the_same_run(self, prepared, buckets):
+        cfg, manifest = prepared
+        cfg = with_data(cfg, buckets=buckets)
+        filled = resolved(cfg, manifest)
+        assert filled.data.buckets == (TWO_BUCKETS if buckets else (BucketConfig(shots=3, frames=8, text_tokens=13),))
+        assert with_data(filled, buckets=buckets) == cfg  # nothing else has changed
+        assert resolved(filled, manifest) == filled
+        assert prepare(filled) == manifest
+        first = make_pipeline(cfg, manifest, split="train")
+        again = make_pipeline(filled, manifest, split="train")
+        assert again.buckets == first.buckets
+        next(first)
+        again.set_state(first.get_state())
+        _assert_same(_take(again, 3), _take(first, 3))
+
     def test_what_fits_nowhere_is_counted_with_its_reason(self, prepared):
         cfg, manifest = prepared
         buckets = assign_buckets(with_data(cfg, buckets=TWO_BUCKETS[:1]), manifest, "train")
@@ -282,19 +312,40 @@ def test_batch_must_divide_by_processes(prepared):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damaged_shard_is_named(tmp_path, workers):
+def test_a_shard_that_is_damaged_while_training_is_named(tmp_path, workers):
     make_videos(tmp_path, a=(13,), b=(13,))
     cfg = small_config(tmp_path, workers=workers)
     manifest = prepare(cfg)
+    iterator = make_pipeline(cfg, manifest, split="train")
     shard = manifest.folder / manifest.shards[0].file
     content = bytearray(shard.read_bytes())
     for at in (content.index(b"video.npy"), content.rindex(b"video.npy") - 2000):
         content[at : at + 64] = bytes(64)
     shard.write_bytes(content)
-    iterator = make_pipeline(cfg, manifest, split="train")
     with pytest.raises(Exception, match=rf"{shard.name} is damaged at record"):
         next(iterator)
     iterator.close()
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_checksums_are_compared_before_the_first_batch(tmp_path, monkeypatch, damaged):
+    """Even of bytes that reading would take as they are; each process answers for its part of the shards."""
+    monkeypatch.setattr("moc_jax.data.shards._SHARD_BYTES", 1)
+    make_videos(tmp_path, a=(5,), b=(9,))
+    cfg = small_config(tmp_path)
+    manifest = prepare(cfg)
+    shard = manifest.folder / manifest.shards[damaged].file
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged: its SHA-256 .*prepare the data anew"):
+        make_pipeline(cfg, manifest, split="train")
+    make_pipeline(cfg, manifest, split="train", process_index=1 - damaged, process_count=2)
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged"):
+        make_pipeline(cfg, manifest, split="train", process_index=damaged, process_count=2)
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"{shard.name} cannot be read"):
+        make_pipeline(cfg, manifest, split="train")
 
 
 def test_nan_in_a_shard_names_it(tmp_path, monkeypatch):
