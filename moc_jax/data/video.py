@@ -1,6 +1,7 @@
 """Video files <-> arrays of frames, through PyAV (FFmpeg)."""
 
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -118,13 +119,16 @@ def resample(frames: Iterable[tuple[float, float, np.ndarray]], fps: float) -> I
 
 
 @typed
-def read_video(path: str | os.PathLike, height: int, width: int, fps: float | int) -> UInt8[np.ndarray, "F Y X 3"]:
-    """The whole file as frames of one size at one rate.
+def read_video(
+    path: str | os.PathLike, height: int, width: int, fps: float | int, most: int | None = None
+) -> UInt8[np.ndarray, "F Y X 3"]:
+    """The file as frames of one size at one rate; `most` reads no more than that many.
 
     Raises:
         VideoError: see `decode`.
     """
-    return np.stack([frame for _, frame, times in resample(decode(path, height, width), fps) for _ in range(times)])
+    shown = resample(decode(path, height, width), fps)
+    return np.stack(list(itertools.islice((frame for _, frame, times in shown for _ in range(times)), most)))
 
 
 @typed

@@ -161,14 +161,6 @@ class Sampler:
         return _everywhere(routing_shares(routes, table, levels.shape[1]))
 
 
-def generate(
-    params: Any, config: Config, codec: Codec, storyboards: Sequence[Storyboard], **options: Any
-) -> list[Sample]:
-    """`Sampler` for a single use; `options` are its `encoder`, `progress` and `bucket`."""
-    bucket = options.pop("bucket", None)
-    return Sampler(config, codec, **options)(params, storyboards, bucket=bucket)
-
-
 @typed
 def routing_shares(
     routes: Int[Array, "depth B H V K"], table: ChunkTable, shots: int

@@ -13,7 +13,7 @@ from moc_jax.codecs import Codec, crop_frames, pixels_to_unit
 from moc_jax.config import BucketConfig, Config
 from moc_jax.data.manifest import SceneEntry
 from moc_jax.data.pack import pack_scene, stack_scenes
-from moc_jax.data.video import VideoError, decode, resample
+from moc_jax.data.video import VideoError, decode, read_video
 from moc_jax.diffusion.conditioning import Known
 from moc_jax.sampling.storyboard import Shot, Storyboard, StoryboardError, frames_of
 from moc_jax.scene import Scene, SceneLengths
@@ -173,8 +173,7 @@ def _given_video(
     path: Path, seconds: float | None, frames: int | None, config: Config, codec: Codec
 ) -> UInt8[np.ndarray, "F Y X 3"]:
     data = config.data
-    shown = resample(decode(path, data.height, data.width), data.fps)
-    video = list(itertools.islice((frame for _, frame, times in shown for _ in range(times)), frames))
+    video = read_video(path, data.height, data.width, data.fps, frames)
     if frames is not None and len(video) < frames:
         raise StoryboardError(
             f"{path} has {len(video)} frames at {data.fps:g} frames per second, but seconds = {seconds:g} asks for "
@@ -183,4 +182,4 @@ def _given_video(
     used = crop_frames(len(video), codec.stride[0], config.model.patch[0])
     if not used:
         raise StoryboardError(f"{path} has too few frames ({len(video)} at {data.fps:g} frames per second)")
-    return np.stack(video[:used])
+    return video[:used]

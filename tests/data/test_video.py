@@ -78,6 +78,7 @@ def test_uneven_time_stamps_and_late_start(tmp_path):
     """Frames at 0, 0.1, 0.5 and 0.6 s after a start at 2 s."""
     _gray_clip(tmp_path / "a.mp4", [0, 20, 40, 60], [2000, 2100, 2500, 2600])
     shown = _levels(read_video(tmp_path / "a.mp4", 32, 32, 10.0))
+    assert _levels(read_video(tmp_path / "a.mp4", 32, 32, 10.0, 3)) == shown[:3]
     assert shown[:7] == [0, 1, 1, 1, 1, 2, 3]
 
 

@@ -12,7 +12,7 @@ from moc_jax.codecs import pixels_from_unit, pixels_to_unit
 from moc_jax.config import BucketConfig, CodecConfig, ConfigError, MeshConfig
 from moc_jax.data.manifest import SceneEntry, ShotEntry
 from moc_jax.data.video import write_video
-from moc_jax.sampling.generate import Sampler, SamplingError, generate, routing_shares
+from moc_jax.sampling.generate import Sampler, SamplingError, routing_shares
 from moc_jax.sampling.scenes import make_request, scene_storyboard
 from moc_jax.sampling.storyboard import StoryboardError
 from moc_jax.scene import GLOBAL, TEXT, VIDEO, table_from_runs
@@ -101,7 +101,7 @@ def test_one_compilation_for_all_lengths_in_a_bucket():
 
 
 def test_padding_changes_nothing():
-    (exact,) = generate(make_params(), CONFIG, make_codec(), [THREE])
+    (exact,) = Sampler(CONFIG, make_codec())(make_params(), [THREE])
     (padded,) = run(THREE)
     assert distance(np.concatenate(exact.latents), np.concatenate(padded.latents)) < 2e-4
 
