@@ -165,7 +165,6 @@ def chunk_table(lengths: SceneLengths, shape: SceneShape, chunk: ChunkConfig) ->
         )
 
     kind, shot, start, length = jax.vmap(one)(lengths.shot_frames, lengths.text_lengths)
-    most = shape.frames * shape.rows * shape.columns
     return ChunkTable(
         kind=kind,
         shot=shot,
@@ -173,7 +172,7 @@ def chunk_table(lengths: SceneLengths, shape: SceneShape, chunk: ChunkConfig) ->
         length=length,
         chunk_of=_chunk_of(start, length, shape.tokens),
         text_tokens=shape.text_tokens,
-        max_chunk=min(chunk.size * unit, most),
+        max_chunk=min(chunk.size * unit, shape.video_tokens),
     )
 
 
@@ -212,7 +211,8 @@ def table_from_runs(runs: list[list[tuple[int, int, int]]], *, text_tokens: int,
             used[of_kind] += size
         if used[TEXT] > text_tokens or used[VIDEO] > video_tokens:
             raise ValueError(
-                f"scene {b} has {used[TEXT]} text and {used[VIDEO]} video tokens; the table has room for {text_tokens} and {video_tokens}"
+                f"scene {b} has {used[TEXT]} text and {used[VIDEO]} video tokens; the table has room for "
+                f"{text_tokens} and {video_tokens}"
             )
     start, length = jnp.asarray(start), jnp.asarray(length)
     return ChunkTable(

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moc_jax.attention.routing import anchor_chunks, candidate_chunks
 from moc_jax.config import ChunkConfig, MoCConfig
-from moc_jax.scene import GLOBAL, TEXT, VIDEO, ChunkTable, SceneLengths, SceneShape, chunk_table
+from moc_jax.scene import VIDEO, ChunkTable, SceneLengths, SceneShape, chunk_table
 from moc_jax.shapes import Array, Int, typed
 
 
@@ -75,8 +76,9 @@ def account(
     Raises:
         ValueError: `routes` are not for the scenes and tokens of `table`.
     """
-    kind, shot, length, chunk_of = (np.asarray(x) for x in (table.kind, table.shot, table.length, table.chunk_of))
-    length = length.astype(np.int64)
+    kind, chunk_of, length = np.asarray(table.kind), table.chunk_of, np.asarray(table.length, np.int64)
+    anchors, candidates = np.asarray(anchor_chunks(table, cfg)), np.asarray(candidate_chunks(table, cfg))
+    routed = cfg.mode == "moc" and cfg.top_k > 0
     if routes is not None and (routes.shape[0], routes.shape[2]) != chunk_of.shape:
         raise ValueError(
             f"routes are for {routes.shape[0]} scenes of {routes.shape[2]} tokens, but the chunk table has "
@@ -87,14 +89,16 @@ def account(
     for b in range(len(kind)):
         is_video = (kind[b] == VIDEO) & (length[b] > 0)
         scene_tokens, video_tokens = int(length[b].sum()), int(length[b][is_video].sum())
-        scene_worst, scene_expected = _scene_pairs(kind[b], shot[b], length[b], cfg, count_picks=routes is None)
+        scene_worst, scene_expected = _scene_pairs(
+            length[b], anchors[b], candidates[b], cfg.top_k if routed and routes is None else 0
+        )
         if routes is not None:
             picks = np.asarray(routes[b])
             scene_worst += np.where(picks >= 0, length[b][picks], 0).sum() / picks.shape[0]
             scene_expected = scene_worst
         worst, expected = worst + scene_worst, expected + scene_expected
         tokens, dense = tokens + scene_tokens, dense + scene_tokens**2
-        if cfg.mode == "moc" and cfg.top_k > 0:
+        if routed:
             pool += video_tokens * head_dim
             route += 2 * video_tokens * int(is_video.sum()) * head_dim
     return Accounting(
@@ -111,37 +115,20 @@ def account(
     )
 
 
-def _scene_pairs(kind, shot, length, cfg: MoCConfig, *, count_picks: bool) -> tuple[float, float]:
-    """Attended pairs of one scene: the worst case, and the mean over random picks; of anchors only if not counted."""
+def _scene_pairs(length, anchors, candidates, top_k: int) -> tuple[float, float]:
+    """Attended pairs of one scene with `top_k` picks per query: the worst case, and the mean over random picks.
+
+    `anchors` and `candidates` [C, C] are those of routing.py: row = the query's chunk.
+    """
     worst = expected = 0.0
     for c in np.flatnonzero(length):
-        anchors, candidates = _rules(kind, shot, length, cfg, c)
-        always = length[anchors].sum()
-        candidates = length[candidates]
-        k = min(cfg.top_k, len(candidates)) if count_picks else 0
-        picked = np.sort(candidates)[len(candidates) - k :].sum()
+        always = length[anchors[c]].sum()
+        choice = length[candidates[c]]
+        k = min(top_k, len(choice))
+        picked = np.sort(choice)[len(choice) - k :].sum()
         worst += length[c] * (always + picked)
-        expected += length[c] * (always + (k * candidates.mean() if k else 0))
+        expected += length[c] * (always + (k * choice.mean() if k else 0))
     return float(worst), float(expected)
-
-
-def _rules(kind, shot, length, cfg: MoCConfig, c) -> tuple[np.ndarray, np.ndarray]:
-    """Which chunks the queries of chunk c always attend to, and which they may pick: two masks over chunks."""
-    chunk = np.arange(len(kind))
-    visible = length > 0
-    if cfg.visibility == "past":
-        visible = visible & (shot <= shot[c])  # the global caption's shot precedes all others
-    is_text, is_video, own = visible & (kind == TEXT), visible & (kind == VIDEO), shot == shot[c]
-    nothing = np.zeros_like(visible)
-    if cfg.mode == "dense":
-        return visible, nothing
-    if kind[c] == TEXT:
-        return is_text | (is_video & own), nothing
-    text = {"all": is_text, "own+global": is_text & (own | (shot == GLOBAL)), "none": nothing}[cfg.text_anchor]
-    near = {"shot": chunk >= 0, "chunk": chunk == c, "window": abs(chunk - c) <= cfg.window, "none": nothing}
-    itself = is_video & own & near[cfg.self_anchor]
-    before = chunk < c if cfg.causal_routing else chunk >= 0
-    return text | itself, is_video & ~itself & before
 
 
 # ------------------------------------------------------------------------------------------------ published settings

@@ -1,8 +1,5 @@
 """Mixture of Contexts attention: one function, whatever the device."""
 
-import functools
-import logging
-
 import jax
 
 from moc_jax.attention import reference, routing, xla
@@ -10,7 +7,6 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, Key, typed
 
-_log = logging.getLogger(__name__)
 _ROUTE_BLOCK = 256  # queries scored at a time
 
 
@@ -44,7 +40,7 @@ def moc_attention(
     _check_sizes(q, table)
     if routes is None:
         routes = route(q, k, table, cfg, key=key)
-    backend = {"reference": reference.attend, "xla": xla.attend}[_backend(cfg)]
+    backend = {"reference": reference.attend, "xla": xla.attend}[backend_name(cfg)]
     return backend(q, k, v, routes, table, cfg)
 
 
@@ -66,7 +62,7 @@ def route(
         return jax.numpy.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jax.numpy.int32)
     if key is not None and key.ndim == 0:
         key = scene_keys(key, q.shape[0], q.shape[2])
-    block = None if _backend(cfg) == "reference" else _ROUTE_BLOCK
+    block = None if backend_name(cfg) == "reference" else _ROUTE_BLOCK
     return routing.route(q, k, table, cfg, keys=key, block=block)
 
 
@@ -83,11 +79,6 @@ def _check_sizes(q: Array, table: ChunkTable) -> None:
         )
 
 
-def _backend(cfg: MoCConfig) -> str:
-    return _auto() if cfg.backend == "auto" else cfg.backend
-
-
-@functools.cache
-def _auto() -> str:
-    _log.info("attention backend: xla (the only fast one built so far, on any device)")
-    return "xla"
+def backend_name(cfg: MoCConfig) -> str:
+    """The backend that `cfg` runs on; `auto` takes `xla`, the only fast one built so far, on any device."""
+    return "xla" if cfg.backend == "auto" else cfg.backend

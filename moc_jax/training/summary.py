@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moc_jax.attention.accounting import account
+from moc_jax.attention.api import backend_name
 from moc_jax.config import BucketConfig, Config, MoCConfig
 from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import Manifest, SceneEntry
@@ -93,7 +94,8 @@ def summary(
         for shape, cost in zip(buckets[0].shapes, of_buckets):
             if cost is not None:
                 lines.append(
-                    f"attention ({how}; bucket of {shape.frames} frames) skips {cost.sparsity:.1%} of all pairs; "
+                    f"attention by {backend_name(moc)} ({how}; bucket of {shape.frames} frames) skips "
+                    f"{cost.sparsity:.1%} of all pairs; "
                     f"{cost.tokens:,.0f} tokens and {si(cost.flops)}FLOP per scene, "
                     f"{si(cost.flops * cfg.train.batch_size)}FLOP per step, {cost.attention_share:.0%} in attention"
                 )
