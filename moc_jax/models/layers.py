@@ -18,7 +18,7 @@ def dense(
     outputs: int,
     axes: tuple[str, str],
     *,
-    dtype: jnp.dtype,
+    dtype: jax.typing.DTypeLike,
     rngs: nnx.Rngs,
     zero: bool = False,
 ) -> nnx.Linear:
