@@ -25,7 +25,7 @@ demo: $(CLIP)
 		--contact-sheet out/demo/contact_sheet.png --routing-picture out/demo/routing.png
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
