@@ -31,6 +31,7 @@ from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.digest import array_digest, text_digest, tree_digests
 from moc_jax.errors import disk_full, root_cause
 from moc_jax.models.mmdit import MMDiT, abstract_model
+from moc_jax.processes import gather, sync
 from moc_jax.sharding import key_path
 
 try:  # public since orbax-checkpoint 0.13; the same API under its older name before
@@ -129,7 +130,7 @@ class Checkpoints:
         body = {
             "step": step,
             "config": config_to_json(config),
-            "data": _gather(json.dumps(data_state)),
+            "data": gather(json.dumps(data_state)),
             "shapes": {name: _shapes(tree) for name, tree in state.items()},
             "digests": {name: tree_digests(tree) for name, tree in state.items()},
             "codec": {name: array_digest(array) for name, array in codec_state.items()},
@@ -211,7 +212,7 @@ class Checkpoints:
             if aside.exists():
                 aside.rmtree()
             path.rename(aside)
-        _sync("set_aside")
+        sync("set_aside")
 
     def _remove_unfinished(self) -> list[str]:
         names = sorted(name for name in _entries(self.directory) if ".orbax-checkpoint-tmp" in name)
@@ -369,23 +370,3 @@ def _entries(root: epath.Path) -> set[str]:
 
 def _steps(root: epath.Path) -> list[int]:
     return sorted(int(name) for name in _entries(root) if name.isdigit())
-
-
-# ------------------------------------------------------------------------------------------------ processes
-
-
-def _gather(text: str) -> list[str]:
-    """Every process's text, in order of process."""
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array(data.size))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]
-
-
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"moc_jax:{name}")

@@ -3,7 +3,9 @@
 import jax
 import pytest
 
+from moc_jax.cli import config_to_json
 from tests.data.clips import make_clip
+from tests.training.processes import STEPS, environment, start_python
 from tests.training.small import DATA, changed
 
 
@@ -34,3 +36,23 @@ def prepared_config(clips, tmp_path_factory):
         "cache": str(tmp_path_factory.mktemp("cache")),
     }
     return changed(DATA, data=data)
+
+
+@pytest.fixture(scope="session")
+def config_file(prepared_config, tmp_path_factory):
+    """The small config for a real process."""
+    config = changed(prepared_config, train={"steps": STEPS, "checkpoint_every": 4, "validate_every": 6})
+    file = tmp_path_factory.mktemp("config") / "config.json"
+    file.write_text(config_to_json(config))
+    return file
+
+
+@pytest.fixture(scope="session")
+def command(config_file, compilation_cache):
+    """command(workdir, *arguments) -> what starts train.py; programs are compiled once for all of them."""
+
+    def start(workdir, *arguments):
+        return start_python(["train.py", "--config", config_file, "--workdir", workdir, *arguments], start.environment)
+
+    start.environment = environment(compilation_cache)
+    return start

@@ -1,64 +1,25 @@
 """Real processes through train.py: killed at any moment, stopped, and several together, all give one loss curve."""
 
-import os
-import pathlib
 import re
 import signal
-import socket
 import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
-from moc_jax.cli import config_to_json
 from moc_jax.training.metrics import read_metrics
-from tests.training.small import changed
-
-ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 24
-TIMEOUT = 300
-
-
-@pytest.fixture(scope="session")
-def command(prepared_config, compilation_cache, tmp_path_factory):
-    """command(workdir, *arguments) -> what starts train.py; programs are compiled once for all of them."""
-    config = changed(prepared_config, train={"steps": STEPS, "checkpoint_every": 4, "validate_every": 6})
-    file = tmp_path_factory.mktemp("config") / "config.json"
-    file.write_text(config_to_json(config))
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(compilation_cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-
-    def start(workdir, *arguments):
-        return subprocess.Popen(
-            [sys.executable, "train.py", "--config", str(file), "--workdir", str(workdir), *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    start.environment = environment
-    return start
-
-
-def finish(process):
-    try:
-        out, _ = process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-    return process.returncode, out
-
-
-def kill(process):
-    process.kill()
-    process.communicate()
+from tests.training.processes import (
+    ROOT,
+    STEPS,
+    TIMEOUT,
+    finish,
+    finish_both,
+    kill,
+    log,
+    steps_logged,
+    two,
+    wait_until,
+)
 
 
 @pytest.fixture(scope="session")
@@ -68,22 +29,6 @@ def uninterrupted(command, tmp_path_factory):
     code, out = finish(command(workdir))
     assert code == 0, out
     return workdir
-
-
-def log(workdir):
-    return (workdir / "metrics.jsonl").read_bytes()
-
-
-def steps_logged(workdir):
-    return sum("loss" in row for row in read_metrics(workdir / "metrics.jsonl"))
-
-
-def wait_until(condition, process, pause=0.002):
-    deadline = time.monotonic() + TIMEOUT
-    while not condition():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(pause)
 
 
 def checkpoints(workdir):
@@ -184,20 +129,6 @@ def test_sigterm_saves_and_ends_well(command, uninterrupted, tmp_path):
     assert code == 0, out
     assert f"going on from step {stopped} " in out
     assert log(tmp_path) == log(uninterrupted)
-
-
-def two(command, workdir, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cluster = ["--mesh.distributed", "True", "--mesh.coordinator", f"127.0.0.1:{port}", "--mesh.num-processes", "2"]
-    return [command(workdir, *arguments, *cluster, "--mesh.process-id", str(i)) for i in range(2)]
-
-
-def finish_both(processes):
-    results = [finish(process) for process in processes]
-    assert [code for code, _ in results] == [0, 0], "\n".join(out for _, out in results)
-    return [out for _, out in results]
 
 
 def test_two_processes_train_like_one(command, uninterrupted, tmp_path):

@@ -1,0 +1,104 @@
+"""Several processes as one run: how they join, take turns, and tell one another what each alone can know.
+
+Collectives over the devices give up when a process comes half a minute late (Gloo's timeout). What takes longer, or may
+fail on one process alone, is waited for through the key-value store of jax's coordination service instead.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax._src import distributed  # the store has no public name
+from jax.experimental import multihost_utils
+
+from moc_jax.config import ConfigError, MeshConfig
+
+_PATIENCE = 1000  # ms per request: between two, a signal is heard
+
+
+class ProcessError(RuntimeError):
+    """Another process failed: says which one, at what, and why."""
+
+
+def join(cfg: MeshConfig) -> None:
+    """Makes this process one of the run's, before any device is touched; what `cfg` leaves open the cluster tells.
+
+    Raises:
+        ConfigError: neither of them tells all that is needed.
+    """
+    if not cfg.distributed:
+        return
+    try:
+        jax.distributed.initialize(
+            cfg.coordinator or None,
+            cfg.num_processes or None,
+            None if cfg.process_id == -1 else cfg.process_id,
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"mesh.distributed: {error} Nothing around this process tells it, so give --mesh.coordinator host:port, "
+            "--mesh.num-processes and --mesh.process-id"
+        ) from error
+
+
+def main_process_first[T](what: str, action: Callable[[], T]) -> T:
+    """`action()` on process 0, then on all others; each returns its own result, once all have succeeded.
+
+    Args:
+        what: completes "process 0 could not ..."; used once in a run. All processes call this together.
+
+    Raises:
+        ProcessError: another process failed. Whatever this process's own `action` raises is raised as it is.
+    """
+    if jax.process_count() == 1:
+        return action()
+    mine, others = jax.process_index(), set(range(jax.process_count())) - {jax.process_index()}
+    if mine != 0:
+        _expect(what, 0)
+    outcome = "interrupted"
+    try:
+        result = action()
+        outcome = ""
+    except Exception as error:
+        outcome = f"{error}" or type(error).__name__
+        raise
+    finally:
+        distributed.global_state.client.key_value_set(_key(what, mine), outcome)
+    for other in sorted(others):
+        _expect(what, other)
+    return result
+
+
+def _expect(what: str, process: int) -> None:
+    """Waits, for hours if need be, until `process` tells how its turn went."""
+    while True:
+        try:
+            outcome = distributed.global_state.client.blocking_key_value_get(_key(what, process), _PATIENCE)
+            break
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise ProcessError(f"process {process} is gone; it was to {what}: {error}") from error
+    if outcome:
+        raise ProcessError(f"process {process} could not {what}: {outcome}")
+
+
+def _key(what: str, process: int) -> str:
+    return f"moc_jax/{what}/{process}"
+
+
+def gather(text: str) -> list[str]:
+    """Every process's text, in order of process; all call this together."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(data.size))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]
+
+
+def sync(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"moc_jax:{name}")

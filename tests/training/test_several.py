@@ -1,0 +1,110 @@
+"""Several real processes: what one of them alone knows or meets, all of them hear of, and soon."""
+
+import time
+
+import pytest
+
+from moc_jax.config import ConfigError, MeshConfig
+from moc_jax.processes import join
+from tests.data.clips import make_clip
+from tests.training.processes import TIMEOUT, finish, finish_both, start_python, two
+
+
+def patched(config_file, environment, patch):
+    """Like `command`, with `patch` (Python, which knows `process`) run before train.py's main."""
+    script = (
+        "import sys, train\nprocess = int(sys.argv[sys.argv.index('--mesh.process-id') + 1])\n"
+        f"{patch}\nif __name__ == '__main__':\n    train.main(sys.argv[1:])"
+    )
+
+    def start(workdir, *arguments):
+        return start_python(["-c", script, "--config", config_file, "--workdir", workdir, *arguments], environment)
+
+    return start
+
+
+def test_what_is_wrong_with_the_data_ends_all_processes_with_the_reason(command, tmp_path):
+    make_clip(tmp_path / "clip.mp4", shots=2)
+    (tmp_path / "clip.yaml").write_text("captoin: a square\n")
+    begin = time.monotonic()
+    data = ["--data.source", str(tmp_path / "clip.mp4"), "--data.cache", str(tmp_path / "cache")]
+    (code, first), (other_code, second) = (finish(p) for p in two(command, tmp_path / "run", *data))
+    assert (code, other_code) == (1, 1)
+    assert "clip.yaml" in first
+    assert "error: process 0 could not prepare the data: " in second
+    assert "clip.yaml" in second
+    assert "Traceback" not in first + second
+    assert time.monotonic() - begin < TIMEOUT / 5
+
+
+def test_an_empty_cache_is_filled_by_the_first_process(command, tmp_path):
+    cache = ["--data.cache", str(tmp_path / "cache"), "--train.steps", "1", "--train.validate-every", "0"]
+    first, _ = finish_both(two(command, tmp_path / "run", *cache))
+    assert "starting in" in first
+    assert "done after step 1" in first
+
+
+@pytest.mark.slow
+def test_preparing_may_take_longer_than_any_collective_waits(config_file, command, tmp_path):
+    """Gloo gives up after 30 s."""
+    patch = """
+import time, moc_jax.data as data
+def slow(*arguments, prepare=data.prepare):
+    time.sleep(40 if process == 0 else 0)
+    return prepare(*arguments)
+data.prepare = slow
+"""
+    start = patched(config_file, command.environment, patch)
+    finish_both(two(start, tmp_path, "--train.steps", "1", "--train.validate-every", "0"))
+
+
+# ------------------------------------------------------------------------------------------------ joining
+
+
+@pytest.fixture
+def initialised(monkeypatch):
+    """What jax.distributed.initialize is called with."""
+    calls = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("given", "passed"),
+    [
+        ({}, (None, None, None)),
+        ({"coordinator": "host:1"}, ("host:1", None, None)),
+        ({"num_processes": 2, "process_id": 1}, (None, 2, 1)),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 0}, ("host:1", 2, 0)),
+    ],
+)
+def test_what_is_not_given_is_left_to_the_cluster(initialised, given, passed):
+    join(MeshConfig(distributed=True, **given))
+    assert initialised == [passed]
+
+
+def test_one_process_joins_nothing(initialised):
+    join(MeshConfig())
+    assert initialised == []
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"distributed": True, "num_processes": 2, "process_id": 2}, r"process_id is 2, .* must lie in 0\.\.1"),
+        ({"distributed": True, "num_processes": -1}, "num_processes is -1"),
+        ({"distributed": True, "process_id": -2}, "process_id is -2"),
+        ({"coordinator": "host:1"}, r"mesh\.distributed is False"),
+        ({"process_id": 0}, r"mesh\.distributed is False"),
+    ],
+)
+def test_processes_that_cannot_find_each_other_are_refused(given, problem):
+    with pytest.raises(ConfigError, match=problem):
+        MeshConfig(**given)
+
+
+def test_a_coordinator_alone_outside_of_a_cluster_is_told_in_words(command, tmp_path):
+    code, out = finish(command(tmp_path, "--mesh.distributed", "True", "--mesh.coordinator", "127.0.0.1:1"))
+    assert code == 2
+    assert "give --mesh.coordinator host:port, --mesh.num-processes and --mesh.process-id" in out
+    assert "Traceback" not in out
