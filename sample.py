@@ -19,11 +19,12 @@ from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import clean_exit, parse
 from moc_jax.codecs import CodecMismatch, load_codec
 from moc_jax.config import Config, ConfigError, MeshConfig
-from moc_jax.data.video import VideoError, write_video
-from moc_jax.sampling.compare import comparison, training_scene
+from moc_jax.data import CaptionError, DataError, VideoError, write_video
+from moc_jax.sampling.compare import comparison, mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
+from moc_jax.sampling.targets import target_files
 from moc_jax.sharding import make_mesh, replicated
 
 
@@ -74,9 +75,10 @@ def main(argv: Sequence[str]) -> None:
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
     boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]
-    videos = _targets(args, args.out, ".mp4")
-    sheets = _targets(args, args.contact_sheet, ".png")
-    routings = _targets(args, args.routing_picture, ".png")
+    names = [path.stem for path in args.storyboard] or [f"scene-{args.training_scene}"]
+    videos = target_files(args.out, names, ".mp4", overwrite=args.overwrite)
+    sheets = target_files(args.contact_sheet, names, ".png", overwrite=args.overwrite)
+    routings = target_files(args.routing_picture, names, ".png", overwrite=args.overwrite)
 
     checkpoint = load_for_sampling(args.checkpoint, args.step)
     config = configure(checkpoint.config, checkpoint.step, args)
@@ -99,7 +101,9 @@ def main(argv: Sequence[str]) -> None:
             board = sample.storyboard
             rows = [*([("training scene", original)] if original else []), ("sample", sample.shots)]
             captions = [shot.caption for shot in board.shots]
-            save_picture(contact_sheet(rows, captions, title=board.caption, fps=config.data.fps), path)
+            scores = mean_psnr(sample.shots, original)[1] if original else []
+            notes = [f"PSNR {score:.1f} dB" for score in scores]
+            save_picture(contact_sheet(rows, captions, title=board.caption, notes=notes, fps=config.data.fps), path)
         for sample, path in zip(samples, routings):
             save_picture(routing_picture(sampler.routing(params, sample)), path)
         if original:
@@ -125,25 +129,6 @@ def _given(args: Arguments, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _targets(args: Arguments, path: Path | None, suffix: str) -> list[Path]:
-    """The file to write for each storyboard; those that can't be written are errors before anything is computed."""
-    if path is None:
-        return []
-    if len(args.storyboard) < 2 and not path.is_dir():
-        targets = [path]
-        if path.suffix != suffix:
-            raise ConfigError(f"{path} must end in {suffix}")
-    else:
-        stems = [board.stem for board in args.storyboard] or [f"scene-{args.training_scene}"]
-        targets = [path / f"{stem}{suffix}" for stem in stems]
-    for target in targets:
-        if targets.count(target) > 1:
-            raise ConfigError(f"two storyboards would both be written to {target}; give them different names")
-        if target.exists() and not args.overwrite:
-            raise ConfigError(f"{target} exists; give another name, or --overwrite")
-    return targets
-
-
 if __name__ == "__main__":
-    with clean_exit(CheckpointError, CodecMismatch, SamplingError, VideoError):
+    with clean_exit(CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError):
         main(sys.argv[1:])

@@ -13,8 +13,10 @@ import sample
 from moc_jax.checkpoint import Checkpoints
 from moc_jax.cli import clean_exit
 from moc_jax.config import CodecConfig, ConfigError
+from moc_jax.data import codec_of, prepare
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.storyboard import StoryboardError
+from tests.data.small import make_videos, small_config
 from tests.sampling.worlds import CONFIG, make_codec, make_params
 
 BOARD = "caption: a street\nshots:\n  - {caption: a van, seconds: 0.4}\n  - {caption: night, seconds: 0.7}\n"
@@ -110,7 +112,7 @@ def test_every_setting_takes_its_place():
         order="shots",
         history_noise=0.1,
     )
-    config = sample.configure(CONFIG, args)
+    config = sample.configure(CONFIG, 1, args)
     assert (config.moc.mode, config.moc.top_k, config.moc.chunk.size, config.moc.chunk.unit) == (
         "dense",
         2,
@@ -121,7 +123,7 @@ def test_every_setting_takes_its_place():
         CONFIG.sample, solver="dpm++", steps=7, guidance=3.0, shift=2.0, order="shots", history_noise=0.1
     )
     plain = sample.Arguments(checkpoint="run", storyboard=(), out="x.mp4")
-    assert sample.configure(CONFIG, plain) == CONFIG
+    assert sample.configure(CONFIG, 1, plain) == CONFIG
 
 
 def test_help_explains_each_setting(capsys):
@@ -143,6 +145,7 @@ def test_help_explains_each_setting(capsys):
         (["--chunk", "0"], "moc.chunk.size is 0"),
         (["--steps", "0"], "sample.steps is 0"),
         (["--history-noise", "1.5"], "sample.history_noise is 1.5"),
+        (["--seed", "5000000000"], "seed is 5000000000; it must lie in 0..4294967295"),
         (["--out", "video.avi"], "video.avi must end in .mp4"),
         (["--contact-sheet", "sheet.jpg"], "sheet.jpg must end in .png"),
         (["--dense", "--routing-picture", "r.png"], "dense attention routes nothing"),
@@ -163,6 +166,39 @@ def test_nothing_is_overwritten_unasked(run_folder, boards):
     (boards / "sub" / "one.yaml").write_text(BOARD)
     with pytest.raises(ConfigError, match=r"two storyboards would both be written to .*one\.mp4"):
         call(run_folder, "--storyboard", boards / "one.yaml", boards / "sub" / "one.yaml", "--out", boards / "videos")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "x.mp4"], "x.mp4 is one file, but there are 2 storyboards; give a folder"),
+        (["--out", "videos", "--contact-sheet", "x.png"], "x.png is one file, but there are 2 storyboards"),
+        (["--out", "one.yaml"], "one.yaml is a file; give another name"),
+        (["--out", "one.yaml/below/videos"], "one.yaml is a file; give another name"),
+    ],
+)
+def test_places_that_cannot_be_written_are_named_before_the_checkpoint_is_opened(boards, monkeypatch, words, message):
+    monkeypatch.chdir(boards)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        call("no-run", "--storyboard", "one.yaml", "two.yaml", *words)
+    assert sorted(p.name for p in boards.iterdir()) == ["one.yaml", "two.yaml"]
+
+
+def test_a_training_scene_is_shown_with_its_scores(tmp_path, capsys, monkeypatch):
+    make_videos(tmp_path, film=(9, 14))
+    data = small_config(tmp_path).data
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(data, height=16, width=32))
+    folder = save_checkpoint(tmp_path / "run", config=config, codec=codec_of(prepare(config)))
+    shown = {}
+    drawn = sample.contact_sheet
+    monkeypatch.setattr(sample, "contact_sheet", lambda *args, **kwargs: shown.update(kwargs) or drawn(*args, **kwargs))
+    words = ["--training-scene", 0, "--out", tmp_path, "--contact-sheet", tmp_path / "sheet.png"]
+    call(folder, *words)
+    scores = re.search(r"by shot: (\S+), (\S+)\)", capsys.readouterr().out).groups()
+    assert shown["notes"] == [f"PSNR {score} dB" for score in scores]
+    assert len(read(tmp_path / "scene-0.mp4")[0]) == 22  # 9 and 13 frames
+    with pytest.raises(ConfigError, match=r"scene-0\.mp4 exists"):
+        call(folder, *words)
 
 
 @pytest.mark.usefixtures("no_sampling")
