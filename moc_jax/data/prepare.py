@@ -150,6 +150,10 @@ class _Survey:
                 continue
             self.cuts[source.name] = cuts
             self._compare(source, len(cuts))
+        bare = [s.name for s in self._sources if s.name in self.cuts and s.captions.file is None]
+        if bare:  # perhaps on purpose, perhaps for a caption file of another name
+            named = ", ".join(bare[:3]) + ", ..." * (len(bare) > 3)
+            self.notes.append(f"{len(bare)} of {len(self.cuts)} files have no caption file but the defaults: {named}")
 
     def _shots(self, source: Source) -> Iterator[UInt8[np.ndarray, "F Y X 3"]]:
         data, cuts = self._cfg.data, source.captions.cuts

@@ -67,7 +67,7 @@ def test_bad_files_are_named_and_the_run_goes_on(tmp_path):
     videos = make_videos(tmp_path, good=(13, 13), short=(7,), also_good=(9,))
     (videos / "broken.mp4").write_bytes(b"not a video" * 50)
     (videos / "empty.avi").touch()
-    (videos / "notes.txt").write_text("not looked at")
+    (videos / "also_good.yaml").write_text("caption: nine frames")
     manifest = prepare(small_config(tmp_path, min_shot_frames=9))
     assert {scene.source for scene in manifest.scenes} == {"good.mp4", "also_good.mp4"}
     assert set(manifest.skipped) == {"broken.mp4", "empty.avi", "short.mp4"}
@@ -75,6 +75,7 @@ def test_bad_files_are_named_and_the_run_goes_on(tmp_path):
     summary = manifest.summary()
     assert "left out: 3 files, 0 short shots, 0 of 35 frames" in summary
     assert "skipped broken.mp4: it cannot be decoded (Invalid data" in summary
+    assert "note: 1 of 2 files have no caption file but the defaults: good.mp4" in summary
 
 
 def test_short_shots_are_left_out_and_captions_stay_with_their_shots(tmp_path):
