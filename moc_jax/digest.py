@@ -14,8 +14,8 @@ from moc_jax.sharding import key_path
 
 def tree_digests(tree: Any) -> dict[str, int]:
     """A 32-bit digest of every array, by its path; computed on the devices, and the same however they share it."""
-    digests = jax.device_get(jax.tree.map(_digest, tree))
-    return {"/".join(key_path(path)): int(value) for path, value in jax.tree.leaves_with_path(digests)}
+    # One at a time: programs that sum over devices must not overtake each other (see training/loop.py).
+    return {"/".join(key_path(path)): int(_digest(x)) for path, x in jax.tree.leaves_with_path(tree)}
 
 
 @jax.jit  # by array: weights, moments and averages have few shapes between them, so little is compiled

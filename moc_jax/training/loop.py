@@ -35,6 +35,14 @@ Preview = Callable[[Params, int], None]  # (weights, step): writes previews; all
 _LAG = 2  # steps whose results are not waited for, so that the devices always have the next one at hand
 
 
+def lag(mesh: Mesh) -> int:
+    """How many steps may be under way at once.
+
+    Several CPU devices share one pool of threads, and two programs that wait for each other's share there never end.
+    """
+    return 0 if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else _LAG
+
+
 class TrainingError(RuntimeError):
     """A run that can't go on: says at which step, why, and what is intact."""
 
@@ -93,6 +101,7 @@ class _Run:
         self._programs: dict[Any, Any] = {}
         self._costs = stage_costs(cfg, self._data.buckets)
         self._pending: collections.deque[_Pending] = collections.deque()
+        self._lag = lag(mesh)
         self._saved: int | None = None
 
         buckets = [self._data.buckets, *([self._held_out.buckets] if self._held_out else [])]
@@ -148,7 +157,7 @@ class _Run:
         program = self._program(scene, moc)
         self._state, metrics = program(self._state, scene)
         self._pending.append(_Pending(batch + 1, metrics, mine, moc))
-        if len(self._pending) > _LAG:
+        if len(self._pending) > self._lag:
             self._report()
 
     def _program(self, scene: Scene, moc: MoCConfig) -> Callable[[TrainState, Scene], tuple[TrainState, StepMetrics]]:
@@ -239,10 +248,10 @@ class _Run:
         self._held_out.set_state({**self._held_out.get_state(), "step": 0})
         moc, params = self._cfg.moc_at(step - 1), self._state.sampling_params
         results = [
-            self._validation_step(params, shard_batch(scene, self._mesh), np.int32(number), moc)
+            jax.device_get(self._validation_step(params, shard_batch(scene, self._mesh), np.int32(number), moc))
             for number, scene in enumerate(self._held_out)
         ]
-        sums, shots = (np.sum(x, axis=0) for x in zip(*jax.device_get(results)))
+        sums, shots = (np.sum(x, axis=0) for x in zip(*results))
         losses = sums.astype(np.float64) / max(shots, 1)
         values = {f"t_{t:.3f}": float(loss) for t, loss in zip(np.asarray(validation_levels(self._cfg)), losses)}
         self._metrics.write(step, {"validation": {"mean": float(losses.mean()), **values}})

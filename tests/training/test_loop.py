@@ -14,7 +14,7 @@ from moc_jax.cli import config_from_json
 from moc_jax.config import ChunkStage, ConfigError
 from moc_jax.data import prepare
 from moc_jax.training import loop
-from moc_jax.training.loop import TrainingError, batch_entries, check_resumable, train
+from moc_jax.training.loop import TrainingError, batch_entries, check_resumable, lag, train
 from moc_jax.training.metrics import read_metrics
 from tests.training.small import CONFIG, changed, mesh_of
 
@@ -195,3 +195,8 @@ def test_the_log_is_plain_json(start, tmp_path):
     start(train={"steps": 1})
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert set(row) == {"step", "loss", "grad_norm", "param_norm", "learning_rate"}
+
+
+def test_steps_overlap_except_on_several_cpu_devices():
+    assert lag(mesh_of(1)) == 2
+    assert lag(mesh_of(8, data=2, fsdp=4)) == 0

@@ -204,9 +204,9 @@ def test_validation_is_fixed_and_counts_shots():
         validate = make_validation_step(CONFIG, blueprint, mesh)
         with jax.set_mesh(mesh):
             scene = shard_batch(make_scene(5), mesh)
-            sums, shots = validate(params, scene, jnp.int32(0), CONFIG.moc)
-            again, _ = validate(params, scene, jnp.int32(0), CONFIG.moc)
-            other, _ = validate(params, scene, jnp.int32(1), CONFIG.moc)
+            (sums, shots), (again, _), (other, _) = (
+                jax.block_until_ready(validate(params, scene, jnp.int32(number), CONFIG.moc)) for number in (0, 0, 1)
+            )
         assert sums.sharding.is_fully_replicated
         np.testing.assert_array_equal(sums, again)
         assert not np.allclose(sums, other)
