@@ -23,17 +23,20 @@ def main(argv: Sequence[str]) -> None:
     # Only now: a wrong setting is told before any device is touched.
     from moc_jax.checkpoint import CheckpointError
     from moc_jax.codecs import CodecMismatch
-    from moc_jax.data import CaptionError, DataError, VideoError, prepare
+    from moc_jax.data import CaptionError, DataError, VideoError, prepare, resolved
     from moc_jax.processes import ProcessError, join, main_process_first
     from moc_jax.sampling.generate import SamplingError
     from moc_jax.sharding import make_mesh
     from moc_jax.training.loop import TrainingError, train
+    from moc_jax.training.start import initial_codec
 
     data = CaptionError, DataError, VideoError
     with clean_exit(*data, CheckpointError, CodecMismatch, ProcessError, SamplingError, TrainingError):
         join(config.mesh)
         mesh = make_mesh(config.mesh)
-        manifest = main_process_first("prepare the data", lambda: prepare(config))
+        codec = initial_codec(config)
+        manifest = main_process_first("prepare the data", lambda: prepare(config, codec))
+        config = resolved(config, manifest)
         train(config, manifest, mesh, preview=make_preview(config, manifest) if config.train.preview_every else None)
 
 

@@ -24,22 +24,19 @@ import jax
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 
-from moc_jax.config import Config, TrainConfig
+from moc_jax.config import Config, ConfigError, TrainConfig
 from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.digest import array_digest, text_digest, tree_digests
-from moc_jax.errors import disk_full, root_cause
+from moc_jax.errors import disk_full
 from moc_jax.models.mmdit import MMDiT, abstract_model
-from moc_jax.processes import gather, sync
+from moc_jax.processes import attempt, gather, sync
 from moc_jax.sharding import key_path
 
 try:  # public since orbax-checkpoint 0.13; the same API under its older name before
     from orbax.checkpoint import v1 as ocp
 except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
-
-__all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "Restored", "load_for_sampling"]
 
 
 def _not_told_twice(record: logging.LogRecord) -> bool:
@@ -55,6 +52,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint that can't be written or read: the message names it, the cause and what is intact."""
 
 
+_FATAL = CheckpointError, ConfigError  # an older checkpoint would not be better
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A run as it stood after `step` batches."""
@@ -63,6 +63,7 @@ class Restored:
     state: dict[str, Any]  # as the target given to `restore`, on its shardings
     data_state: dict[str, Any]  # this process's data iterator
     config: Config
+    codec_state: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,39 +174,59 @@ class Checkpoints:
                 vars(self).pop("_checkpointer").close()
 
     def restore(self, target: Mapping[str, Any], check: Callable[[Config], None]) -> Restored | None:
-        """The newest checkpoint that is whole; None where there is none at all.
+        """The newest checkpoint that is whole; None where there has never been one.
 
-        A damaged one is named in a warning and moved aside as `damaged-<step>`. To be called before the first `save`.
+        Newer ones are then named in a warning and moved aside as `damaged-<step>`. When none can be read, which may be
+        the storage's fault, all stay as they are. To be called before the first `save`.
 
         Args:
             target: trees of ShapeDtypeStruct with the shardings of the current mesh, by name.
             check: raises when the saved config is not one that this run may go on from.
 
         Raises:
-            CheckpointError: every checkpoint is damaged, or the weights are of another model.
+            CheckpointError: there are checkpoints but none can be read, or the weights are of another model.
         """
-        found = self.steps
-        for step in reversed(found):
-            path = self.directory / str(step)
-            meta, problem = _attempt(_read_meta, path)
-            if meta is not None:
-                check(config_from_json(meta["config"], name=f"the config saved in {path}"))
-                data_state = _own_data_state(meta["data"], path)
-                saved, problem = _attempt(_read_arrays, path, meta, target)
-                if saved is not None:
-                    config = config_from_json(meta["config"], name=f"the config saved in {path}")
-                    return Restored(step, {name: saved[name] for name in target}, data_state, config)
-            self._set_aside(step, problem)
-        if found:
+        problems: dict[int, str] = {}
+        for step in reversed(self.steps):
+            restored, problems[step] = self._restore_step(step, target, check)
+            if restored is not None:
+                del problems[step]
+                for damaged, problem in problems.items():
+                    self._set_aside(damaged, problem, step)
+                return restored
+        if problems:
+            told = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
             raise CheckpointError(
-                f"none of the checkpoints in {self.directory} is whole: steps {found}; see the warnings above"
+                f"none of the checkpoints in {self.directory} can be read ({told}). All were left as they are: if the "
+                "storage is at fault, run the same command again once it works; to start anew, give another --workdir"
+            )
+        aside = sorted(name for name in _entries(self.directory) if name.startswith("damaged-"))
+        if aside:
+            raise CheckpointError(
+                f"{self.directory} holds no checkpoint but {', '.join(aside)}: rename one to its step's number to try "
+                "it again, or give another --workdir to start anew"
             )
         return None
 
-    def _set_aside(self, step: int, problem: str) -> None:
+    def _restore_step(
+        self, step: int, target: Mapping[str, Any], check: Callable[[Config], None]
+    ) -> tuple[Restored | None, str]:
+        path = self.directory / str(step)
+        meta, problem = attempt(lambda: _read_meta(path), _FATAL)
+        if meta is None:
+            return None, problem
+        config = config_from_json(meta["config"], name=f"the config saved in {path}")
+        check(config)
+        data_state = _own_data_state(meta["data"], path)
+        saved, problem = attempt(lambda: _read_arrays(path, meta, target), _FATAL)
+        if saved is None:
+            return None, problem
+        return Restored(step, {name: saved[name] for name in target}, data_state, config, saved["codec"]), ""
+
+    def _set_aside(self, step: int, problem: str, whole: int) -> None:
         path, aside = self.directory / str(step), self.directory / f"damaged-{step}"
         warnings.warn(
-            f"checkpoint {path} is damaged and was moved to {aside.name} ({problem}); trying the one before",
+            f"checkpoint {path} is damaged ({problem}) and was moved to {aside.name}; that of step {whole} is whole",
             stacklevel=3,
         )
         if jax.process_index() == 0:
@@ -236,19 +257,53 @@ class Checkpoints:
         ) from error
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# ------------------------------------------------------------------------------------------------ weights and codec
 
 
-def load_for_sampling(directory: str, step: int | None = None) -> Checkpoint:
-    """Config, weights and codec of one checkpoint, on one device.
+def has_checkpoint(directory: str) -> bool:
+    """Whether `directory`, a run's workdir, holds one."""
+    return bool(_steps(_absolute(directory) / "checkpoints"))
+
+
+def load_for_sampling(directory: str, step: int | None = None, *, shardings: Any = None) -> Checkpoint:
+    """Config, weights and codec of one checkpoint.
 
     Args:
         directory: a run's workdir, its `checkpoints` folder, or the folder of one step.
         step: which one; None takes the newest that is whole.
+        shardings: where the weights shall lie, a tree as theirs; None: on one device. All processes load together.
 
     Raises:
         CheckpointError: no such checkpoint, a damaged one, or one whose weights do not fit its model's config.
     """
+
+    def load(path: epath.Path) -> Checkpoint:
+        meta = _read_meta(path)
+        config = config_from_json(meta["config"], name=f"the config saved in {path}")
+        name = "ema" if "ema" in meta["digests"] else "params"
+        weights = nnx.to_pure_dict(abstract_model(config.model)[1])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: device, weights) if shardings is None else shardings
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, places)
+        saved = _read_arrays(path, meta, {name: target})
+        return Checkpoint(config, saved[name], saved["codec"], meta["step"])
+
+    return _newest(directory, step, load)
+
+
+def load_codec_state(directory: str) -> tuple[Config, dict[str, np.ndarray]]:
+    """Config and codec of the newest checkpoint that is whole in both; arguments and errors of `load_for_sampling`."""
+
+    def load(path: epath.Path) -> tuple[Config, dict[str, np.ndarray]]:
+        meta = _read_meta(path)
+        config = config_from_json(meta["config"], name=f"the config saved in {path}")
+        return config, _read_arrays(path, meta, {})["codec"]
+
+    return _newest(directory, None, load)
+
+
+def _newest[T](directory: str, step: int | None, load: Callable[[epath.Path], T]) -> T:
+    """`load` of the newest checkpoint where it succeeds, or of the one of `step`."""
     given = _absolute(directory)
     root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
     if root.name.isdigit() and (root / "meta").exists():
@@ -261,27 +316,14 @@ def load_for_sampling(directory: str, step: int | None = None) -> Checkpoint:
     if step is not None and step not in steps:
         raise CheckpointError(f"no checkpoint of step {step} in {root}; there are steps {steps}")
     for candidate in [step] if step is not None else reversed(steps):
-        try:
-            return _load_sampling(root / str(candidate))
-        except CheckpointError:
-            raise
-        except Exception as error:
-            problem = f"checkpoint {root / str(candidate)} is damaged ({root_cause(error)})"
-            if step is not None:
-                raise CheckpointError(f"{problem}; there are steps {steps}") from error
-            warnings.warn(f"{problem}; trying the one before", stacklevel=2)
+        loaded, problem = attempt(lambda: load(root / str(candidate)), _FATAL)  # noqa: B023
+        if loaded is not None:
+            return loaded
+        problem = f"checkpoint {root / str(candidate)} is damaged ({problem})"
+        if step is not None:
+            raise CheckpointError(f"{problem}; there are steps {steps}")
+        warnings.warn(f"{problem}; trying the one before", stacklevel=3)
     raise CheckpointError(f"none of the checkpoints in {root} is whole: steps {steps}; see the warnings above")
-
-
-def _load_sampling(path: epath.Path) -> Checkpoint:
-    meta = _read_meta(path)
-    config = config_from_json(meta["config"], name=f"the config saved in {path}")
-    name = "ema" if "ema" in meta["digests"] else "params"
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    weights = nnx.to_pure_dict(abstract_model(config.model)[1])
-    target = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), weights)}
-    saved = _read_arrays(path, meta, target)
-    return Checkpoint(config, saved[name], saved["codec"], meta["step"])
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -331,21 +373,6 @@ def _check_shapes(path: epath.Path, name: str, saved: dict[str, list[int]], want
                 f"checkpoint {path} is of another model: {name}/{key} is {saved.get(key, 'missing')} there and "
                 f"{wanted.get(key, 'missing')} in this one; use the config and the version that it was trained with"
             )
-
-
-def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
-    """(result, "") when every process could read, else (None, why)."""
-    try:
-        result, problem = read(*arguments), ""
-    except CheckpointError:
-        raise
-    except Exception as error:
-        result, problem = None, root_cause(error)
-    if jax.process_count() > 1:
-        ok = multihost_utils.process_allgather(np.array(result is not None))
-        if not ok.all():
-            return None, problem or "another process could not read it"
-    return result, problem
 
 
 def _own_data_state(states: list[str], path: epath.Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jax._src import distributed  # the store has no public name
 from jax.experimental import multihost_utils
 
 from moc_jax.config import ConfigError, MeshConfig
+from moc_jax.errors import root_cause
 
 _PATIENCE = 1000  # ms per request: between two, a signal is heard
 
@@ -84,6 +85,19 @@ def _expect(what: str, process: int) -> None:
 
 def _key(what: str, process: int) -> str:
     return f"moc_jax/{what}/{process}"
+
+
+def attempt[T](action: Callable[[], T], fatal: tuple[type[Exception], ...] = ()) -> tuple[T | None, str]:
+    """(result, "") when `action` succeeded on every process, else (None, why); `fatal` errors are raised."""
+    try:
+        result, problem = action(), ""
+    except fatal:
+        raise
+    except Exception as error:
+        result, problem = None, root_cause(error)
+    if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(result is not None)).all():
+        return None, problem or "another process could not read it"
+    return result, problem
 
 
 def gather(text: str) -> list[str]:

@@ -15,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
+from moc_jax import checkpoint
 from moc_jax.checkpoint import CheckpointError, Checkpoints, load_for_sampling
 from moc_jax.config import CodecConfig, Config, ConfigError, MeshConfig, ModelConfig, TextConfig, TrainConfig
 from moc_jax.digest import tree_digests
@@ -203,7 +204,7 @@ def test_training_goes_on_over_a_damaged_step(two):
     state, target = state_on(mesh_of(1), seed=9)
     flip(two / "5" / "meta" / "data.json")
     checkpoints = Checkpoints(str(two), TrainConfig())
-    with pytest.warns(UserWarning, match=r"checkpoints/5 is damaged and was moved to damaged-5"):
+    with pytest.warns(UserWarning, match=r"checkpoints/5 is damaged \(.*\) and was moved to damaged-5; that of step 3"):
         assert checkpoints.restore(target, accept).step == 3
     save(checkpoints, 5, state)
     checkpoints.wait()
@@ -224,13 +225,33 @@ def test_an_older_checkpoint_that_is_damaged_does_not_stop_a_save(two, damage):
     assert checkpoints.steps == [3, 5, 6]
 
 
-def test_all_damaged_is_an_error(two):
-    for step in ("3", "5"):
-        flip(two / step / "meta" / "data.json")
+def test_storage_that_fails_costs_no_checkpoint(two, monkeypatch):
+    """What can't be read today is there tomorrow, and the run goes on from it."""
+    state, target = state_on(mesh_of(1), seed=5)
+    before = files_of(two)
+
+    def fail(path, *arguments):
+        raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
     checkpoints = Checkpoints(str(two), TrainConfig())
-    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(CheckpointError, match=r"none of .*\[3, 5\]"):
-        checkpoints.restore(state_on(mesh_of(1))[1], accept)
-    checkpoints.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_read_meta", fail)
+        for _ in range(2):  # the same command again, still
+            with pytest.raises(CheckpointError, match=r"step 5: OSError: .*Stale.*step 3: .*All were left as they are"):
+                checkpoints.restore(target, accept)
+    assert files_of(two) == before
+    assert_same(checkpoints.restore(target, accept).state, state)
+
+
+def test_with_damaged_checkpoints_only_nothing_starts_anew(two):
+    shutil.rmtree(two / "3")
+    (two / "5").rename(two / "damaged-5")
+    with pytest.raises(CheckpointError, match=r"no checkpoint but damaged-5: rename .* or give another --workdir"):
+        Checkpoints(str(two), TrainConfig()).restore(state_on(mesh_of(1))[1], accept)
+
+
+def test_the_codec_comes_back_with_the_run(two):
+    assert_same(Checkpoints(str(two), TrainConfig()).restore(state_on(mesh_of(1))[1], accept).codec_state, CODEC)
 
 
 def test_a_half_written_checkpoint_is_named_and_removed(two):

@@ -24,7 +24,7 @@ ALLOWED = {
     "data": {"codecs", "text"},
     "cli": {"config_json"},
     "errors": set(),
-    "processes": set(),
+    "processes": {"errors"},
     "digest": {"sharding"},
     "checkpoint": {"codecs", "config_json", "digest", "errors", "models", "processes", "sharding"},
     "training": UNDER_THE_ENTRY_POINTS,

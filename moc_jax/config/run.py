@@ -190,6 +190,8 @@ class TrainConfig:
     """Scenes per step, over all processes and devices."""
     seed: int = 0
     """Fixes initial weights, data order, timesteps and noise."""
+    init_from: str = ""
+    """Another run's workdir or checkpoint: a new run starts from its weights (the average, if kept) and its codec."""
     ema_decay: float = 0.999
     """Weights' moving average, warmed up as min(decay, (1 + step) / (10 + step)); 0: off."""
     chunk_schedule: tuple[ChunkStage, ...] = ()

@@ -98,7 +98,7 @@ class SceneIterator(grain.DatasetIterator):
             if state.get(key) != value:
                 raise DataError(
                     f"the saved data position belongs to {key} = {state.get(key)!r}, but this run has {value!r}; "
-                    "resume with the same data and settings, or start a new run"
+                    "go on with the same data and settings, or give another --workdir"
                 )
         self.close()
         self._step = state["step"]

@@ -46,11 +46,14 @@ from moc_jax.shapes import Float32, UInt8
 from moc_jax.text import build_text_encoder
 
 
-def prepare(cfg: Config) -> Manifest:
+def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
     """The encoded scenes of `cfg.data`: found if they lie there already, else made.
 
     `data.cache` is a folder of prepared folders, one per fingerprint; or it is itself a prepared folder, which is
     then used as it is, provided that it fits the config.
+
+    Args:
+        codec: what to encode with; None fits one on the training videos.
 
     Raises:
         ConfigError, CaptionError: before any video is opened.
@@ -60,10 +63,17 @@ def prepare(cfg: Config) -> Manifest:
     if (cache / MANIFEST).is_file():
         manifest = load_manifest(cache)
         check_settings(manifest, cfg)
+        if codec is not None and manifest.codec_fingerprint != codec.fingerprint:
+            raise DataError(
+                f"the data in {cache} was encoded with codec {manifest.codec_fingerprint}, but this run's is "
+                f"{codec.fingerprint}; point data.cache elsewhere"
+            )
         return manifest
     sources = find_sources(cfg.data)
     _check_lengths(sources, cfg)
-    identity = [settings_of(cfg), sorted((s.name, s.split, s.digest) for s in sources)]
+    identity: list[Any] = [settings_of(cfg), sorted((s.name, s.split, s.digest) for s in sources)]
+    if codec is not None:
+        identity.append(codec.fingerprint)
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder, partial = cache / fingerprint, cache / f".{fingerprint}.partial"
     if (folder / MANIFEST).is_file():
@@ -76,7 +86,7 @@ def prepare(cfg: Config) -> Manifest:
                     shutil.rmtree(leftover, ignore_errors=True)
                 partial.mkdir()
                 try:
-                    _build(cfg, sources, fingerprint, partial)
+                    _build(cfg, sources, codec, fingerprint, partial)
                     partial.rename(folder)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -181,15 +191,15 @@ class _Survey:
 # ------------------------------------------------------------------------------------------------ (c) encoding
 
 
-def _build(cfg: Config, sources: list[Source], fingerprint: str, folder: Path) -> None:
+def _build(cfg: Config, sources: list[Source], codec: Codec | None, fingerprint: str, folder: Path) -> None:
     survey = _Survey(cfg, sources)
     clips = survey.clips()
     try:
-        codec = fit_codec(cfg.codec, clips)
+        codec = codec or fit_codec(cfg.codec, clips)
     except ValueError as error:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in survey.skipped.items())
         raise DataError(f"no codec can be fitted on the training videos: {error}{reasons}") from error
-    collections.deque(clips, maxlen=0)  # a codec that needs no fitting has read nothing yet
+    collections.deque(clips, maxlen=0)  # a codec that is given, or needs no fitting, has read nothing yet
     state: dict[str, Any] = codec.state()
     with (folder / CODEC).open("wb") as file:
         np.savez(file, **state)

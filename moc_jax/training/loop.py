@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from moc_jax.checkpoint import Checkpoints
 from moc_jax.config import Config, ConfigError, MoCConfig
-from moc_jax.config_json import config_to_json, differences
+from moc_jax.config_json import config_to_json
 from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import Manifest, SceneEntry, codec_of
 from moc_jax.data.pipeline import make_pipeline
@@ -26,6 +26,7 @@ from moc_jax.errors import disk_full
 from moc_jax.scene import Scene
 from moc_jax.sharding import check_batch, shard_batch
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, utilisation
+from moc_jax.training.start import check_codec, check_resumable, initial_params
 from moc_jax.training.state import Params, TrainState, create_state, make_blueprint
 from moc_jax.training.step import StepMetrics, make_train_step, make_validation_step, validation_levels
 from moc_jax.training.summary import si, stage_costs, summary
@@ -56,6 +57,7 @@ def train(cfg: Config, manifest: Manifest, mesh: Mesh, *, preview: Preview | Non
         ConfigError: settings that do not fit the mesh, the data, or the run that is to be gone on with.
         TrainingError: NaN or infinity in the loss, the gradients or the weights. Nothing of it is saved.
         CheckpointError: see `Checkpoints`.
+        CodecMismatch: the weights to go on from were trained on latents of another codec than the data's.
     """
     check_batch(cfg.train.batch_size, mesh)
     if cfg.train.validate_every and not manifest.split("validation"):
@@ -94,7 +96,7 @@ class _Run:
         part = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self._data = make_pipeline(cfg, manifest, split="train", **part)
         self._held_out = make_pipeline(cfg, manifest, split="validation", **part) if cfg.train.validate_every else None
-        self._codec_state = codec_of(manifest).state()
+        self._codec = codec_of(manifest)
         self._blueprint = make_blueprint(cfg, mesh)
         self._step = make_train_step(cfg, self._blueprint, mesh)
         self._validation_step = make_validation_step(cfg, self._blueprint, mesh)
@@ -124,12 +126,20 @@ class _Run:
             self._blueprint.abstract.items(), lambda saved: changes.update(check_resumable(saved, self._cfg))
         )
         if restored is None:
-            return create_state(self._cfg, self._blueprint), f"starting in {self._cfg.workdir}"
+            return self._begin()
         self._data.set_state(restored.data_state)
+        check_codec(restored.codec_state, self._cfg, self._codec, trained=self._cfg.workdir)
         self._saved = restored.step
         told = f"going on from step {restored.step} in {self._cfg.workdir}"
         told += "".join(f"\n  {name} was {old!r} and is {new!r}" for name, (old, new) in changes.items())
         return TrainState.from_items(restored.state), told
+
+    def _begin(self) -> tuple[TrainState, str]:
+        source, params, told = self._cfg.train.init_from, None, f"starting in {self._cfg.workdir}"
+        if source:
+            params = initial_params(self._cfg, self._codec, self._blueprint.shardings.params)
+            told += f" from the weights in {source}"
+        return create_state(self._cfg, self._blueprint, params), told
 
     def to_the_end(self, stop: "_Stop") -> None:
         cfg = self._cfg.train
@@ -266,7 +276,7 @@ class _Run:
             step,
             self._state.items(),
             config=self._cfg,
-            codec_state=self._codec_state,
+            codec_state=self._codec.state(),
             data_state=self._data.get_state(),
         )
         self._saved = step
@@ -294,29 +304,6 @@ def batch_entries(cfg: Config, buckets: Buckets, batch: int) -> list[SceneEntry]
     """The scenes that batch number `batch` (from 0) is made of, over all processes."""
     planned = TrainPlan(tuple(map(len, buckets.scenes)), cfg.train.batch_size, cfg.train.seed)[batch]
     return [buckets.scenes[planned.bucket][number] for number in planned.scenes if number is not None]
-
-
-def check_resumable(saved: Config, cfg: Config) -> dict[str, tuple[Any, Any]]:
-    """The changes since a checkpoint that a run may go on with: name -> (then, now).
-
-    Raises:
-        ConfigError: model, codec or text encoder differ, or the state has other parts; names every such field.
-    """
-    changes = differences(saved, cfg)
-    fixed = {
-        name: values
-        for name, values in changes.items()
-        if (name.split(".")[0] in ("model", "codec", "text") and name != "model.remat")
-        or name == "optimizer.accumulate"
-        or (name == "train.ema_decay" and 0 in values)
-    }
-    if fixed:
-        listed = "; ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in fixed.items())
-        raise ConfigError(
-            f"the checkpoints in {cfg.workdir} can't be gone on with: {listed}. Change that back, or give "
-            "another --workdir"
-        )
-    return changes
 
 
 class _Stop:

@@ -1,6 +1,7 @@
 """The training state: everything that a step reads and writes, on the mesh from the first moment."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,18 +63,23 @@ def make_blueprint(cfg: Config, mesh: Mesh) -> Blueprint:
     graph, weights = abstract_model(cfg.model)
     logical = logical_axes(weights)
     optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, logical)
-    shapes = jax.eval_shape(lambda: _initial(cfg, optimizer))
+    shapes = jax.eval_shape(lambda: _initial(cfg, optimizer, None))
     shardings = tree_shardings(shapes, logical, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return Blueprint(graph, optimizer, logical, shardings, abstract)
 
 
-def create_state(cfg: Config, blueprint: Blueprint) -> TrainState:
-    """The state before the first batch; the numbers depend on `train.seed` and not on the mesh."""
-    return jax.jit(lambda: _initial(cfg, blueprint.optimizer), out_shardings=blueprint.shardings)()
+def create_state(cfg: Config, blueprint: Blueprint, params: Params | None = None) -> TrainState:
+    """The state before the first batch, with these weights or fresh ones.
+
+    Fresh numbers depend on `train.seed` and not on the mesh.
+    """
+    initial = functools.partial(_initial, cfg, blueprint.optimizer)
+    return jax.jit(initial, out_shardings=blueprint.shardings)(params)
 
 
-def _initial(cfg: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    params = nnx.to_pure_dict(nnx.state(MMDiT(cfg.model, rngs=nnx.Rngs(cfg.train.seed)), nnx.Param))
+def _initial(cfg: Config, optimizer: optax.GradientTransformation, params: Params | None) -> TrainState:
+    if params is None:
+        params = nnx.to_pure_dict(nnx.state(MMDiT(cfg.model, rngs=nnx.Rngs(cfg.train.seed)), nnx.Param))
     ema = jax.tree.map(jnp.copy, params) if cfg.train.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)

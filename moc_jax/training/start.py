@@ -1,0 +1,98 @@
+"""What a run starts from: its own newest checkpoint, another run's weights (`train.init_from`), or nothing."""
+
+from typing import Any
+
+import numpy as np
+
+from moc_jax.checkpoint import has_checkpoint, load_codec_state, load_for_sampling
+from moc_jax.codecs import Codec, CodecMismatch, load_codec
+from moc_jax.config import Config, ConfigError
+from moc_jax.config_json import differences
+from moc_jax.training.state import Params
+
+Changes = dict[str, tuple[Any, Any]]  # dotted name -> (then, now)
+
+
+def initial_codec(cfg: Config) -> Codec | None:
+    """The codec to prepare the data with; None: one is to be fitted. All processes call this together.
+
+    A run that has begun has the codec in its own checkpoints, and needs the other run no more.
+
+    Raises:
+        CheckpointError: nothing can be read there.
+        ConfigError: the weights there are of another model; told before any video is opened.
+        CodecMismatch: the codec is of other settings.
+    """
+    if not cfg.train.init_from:
+        return None
+    begun = has_checkpoint(cfg.workdir)
+    saved, state = load_codec_state(cfg.workdir if begun else cfg.train.init_from)
+    if not begun:
+        check_initial(saved, cfg)
+    return load_codec(cfg.codec, state)
+
+
+def initial_params(cfg: Config, codec: Codec, shardings: Any) -> Params:
+    """The weights of `train.init_from` (their moving average, where one was kept), laid out as `shardings`.
+
+    Raises:
+        CheckpointError, ConfigError: as `initial_codec`.
+        CodecMismatch: `codec`, which the data was encoded with, is not the one that these weights know.
+    """
+    saved, state = load_codec_state(cfg.train.init_from)
+    check_initial(saved, cfg)
+    check_codec(state, cfg, codec, trained=cfg.train.init_from)
+    return load_for_sampling(cfg.train.init_from, shardings=shardings).params
+
+
+def check_codec(state: dict[str, np.ndarray], cfg: Config, codec: Codec, *, trained: str) -> None:
+    """Raises CodecMismatch unless `state`, of the checkpoints in `trained`, is the codec of the prepared data."""
+    saved = load_codec(cfg.codec, state).fingerprint
+    if saved != codec.fingerprint:
+        raise CodecMismatch(
+            f"the weights in {trained} were trained on latents of codec {saved}, but the data in {cfg.data.cache} was "
+            f"encoded with codec {codec.fingerprint}, fitted anew: put back the data that was prepared for that run, "
+            f"or start from its weights and codec with --train.init-from {trained} in another --workdir"
+        )
+
+
+def check_initial(saved: Config, cfg: Config) -> None:
+    """Raises ConfigError, naming each field, unless the weights of a run with `saved` fit `cfg`."""
+    listed = _listed(_of_the_model(differences(saved, cfg)))
+    if listed:
+        raise ConfigError(
+            f"train.init_from {cfg.train.init_from} is of another model: {listed}. Set these as they are there"
+        )
+
+
+def check_resumable(saved: Config, cfg: Config) -> Changes:
+    """The changes since a checkpoint that a run may go on with.
+
+    Raises:
+        ConfigError: model, codec or text encoder differ, or the state has other parts; names every such field.
+    """
+    changes = differences(saved, cfg)
+    fixed = _of_the_model(changes) | {
+        name: values
+        for name, values in changes.items()
+        if name == "optimizer.accumulate" or (name == "train.ema_decay" and 0 in values)
+    }
+    if fixed:
+        raise ConfigError(
+            f"the checkpoints in {cfg.workdir} can't be gone on with: {_listed(fixed)}. Change that back, or give "
+            "another --workdir"
+        )
+    return changes
+
+
+def _of_the_model(changes: Changes) -> Changes:
+    """Those that make other functions of the same weights; remat only trades memory for time."""
+    return {
+        name: values
+        for name, values in changes.items()
+        if name.split(".")[0] in ("model", "codec", "text") and name != "model.remat"
+    }
+
+
+def _listed(changes: Changes) -> str:
+    return "; ".join(f"{name} is {old!r} there and {new!r} here" for name, (old, new) in changes.items())
