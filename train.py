@@ -8,6 +8,7 @@ Several hosts: the same command on each, with --mesh.distributed True (and --mes
 
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from moc_jax.config import Config
 
 
 def main(argv: Sequence[str]) -> None:
-    """Exits with 0 when the run is complete or was stopped by SIGTERM, 2 for a wrong setting, 1 for what went wrong."""
+    """Exits with 0 when the run is done or was stopped by a signal, 2 for a wrong setting, 1 for what went wrong."""
     with clean_exit():
         config = load_config(argv)
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
 def make_preview(config: Config, manifest):
     """(weights, step) -> previews/<step>.mp4 and a contact sheet in the workdir."""
     import jax
+    from etils import epath
 
     from moc_jax.data import codec_of, write_video
     from moc_jax.sampling.generate import Sampler
@@ -60,13 +62,18 @@ def make_preview(config: Config, manifest):
             samplers[moc] = Sampler(dataclasses.replace(config, moc=moc), codec_of(manifest))
         (sample,) = samplers[moc](params, [board])
         if jax.process_index() == 0:
-            folder = Path(config.workdir) / "previews"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_video(folder / f"{step:08}.mp4", sample.video, config.data.fps)
+            video, picture = f"{step:08}.mp4", f"{step:08}.png"
             sheet = contact_sheet(
                 [(f"step {step}", sample.shots)], [shot.caption for shot in board.shots], title=board.caption
             )
-            save_picture(sheet, folder / f"{step:08}.png")
+            folder = epath.Path(config.workdir) / "previews"
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory() as made:  # a video can't be written straight into a bucket
+                write_video(Path(made) / video, sample.video, config.data.fps)
+                save_picture(sheet, Path(made) / picture)
+                for name in (video, picture):
+                    part = epath.Path(made, name).copy(folder / f".{name}.part", overwrite=True)
+                    part.replace(folder / name)
 
     return preview
 

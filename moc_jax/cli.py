@@ -72,7 +72,10 @@ def parse[T](
 
 @contextlib.contextmanager
 def clean_exit(*failures: type[Exception]) -> Iterator[None]:
-    """Prints an expected error as one message, no traceback; a wrong setting exits with code 2, `failures` with 1."""
+    """Prints an expected error as one message, no traceback; a wrong setting exits with code 2, `failures` with 1.
+
+    Ctrl-C, where nothing else is done about it, exits with 130.
+    """
     try:
         yield
     except ConfigError as error:
@@ -81,6 +84,9 @@ def clean_exit(*failures: type[Exception]) -> Iterator[None]:
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; what was complete before is kept", file=sys.stderr)
+        sys.exit(130)
 
 
 def read_config_file(file: str) -> tuple[Config, str]:

@@ -5,6 +5,7 @@ fail on one process alone, is waited for through the key-value store of jax's co
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,7 +65,7 @@ def main_process_first[T](what: str, action: Callable[[], T]) -> T:
         outcome = f"{error}" or type(error).__name__
         raise
     finally:
-        distributed.global_state.client.key_value_set(_key(what, mine), outcome)
+        _store().key_value_set(_key(what, mine), outcome)
     for other in sorted(others):
         _expect(what, other)
     return result
@@ -74,13 +75,17 @@ def _expect(what: str, process: int) -> None:
     """Waits, for hours if need be, until `process` tells how its turn went."""
     while True:
         try:
-            outcome = distributed.global_state.client.blocking_key_value_get(_key(what, process), _PATIENCE)
+            outcome = _store().blocking_key_value_get(_key(what, process), _PATIENCE)
             break
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise ProcessError(f"process {process} is gone; it was to {what}: {error}") from error
     if outcome:
         raise ProcessError(f"process {process} could not {what}: {outcome}")
+
+
+def _store() -> Any:
+    return distributed.global_state.client
 
 
 def _key(what: str, process: int) -> str:

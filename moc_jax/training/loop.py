@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import dataclasses
+import json
+import os
 import signal
 import threading
 import time
@@ -23,6 +25,7 @@ from moc_jax.data.manifest import Manifest, SceneEntry, codec_of
 from moc_jax.data.pipeline import make_pipeline
 from moc_jax.data.plan import TrainPlan
 from moc_jax.errors import disk_full
+from moc_jax.processes import gather
 from moc_jax.scene import Scene
 from moc_jax.sharding import check_batch, shard_batch
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, utilisation
@@ -219,11 +222,12 @@ class _Run:
         entries = batch_entries(self._cfg, self._data.buckets, told.step - 1)
         rows = len(told.scene.video)
         mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-        broken = [
+        found = [
             f"{entry.name} from {entry.source}"
             for entry, video, text in zip(entries[mine], told.scene.video, told.scene.text)
             if not (np.isfinite(video).all() and np.isfinite(text).all())
         ]
+        broken = [name for names in gather(json.dumps(found)) for name in json.loads(names)]
         losses = ", ".join(f"{e.name} from {e.source}: {loss:.4g}" for e, loss in zip(entries, values.scene_loss))
         cause = (
             f"the data itself holds NaN or infinity: {'; '.join(broken)}; remove that file and prepare the data anew"
@@ -314,14 +318,17 @@ class _Stop:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+        if threading.current_thread() is threading.main_thread():
+            # With several processes SIGTERM belongs to jax, which tells the others; SIGINT is made one.
+            for number in [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1):
                 self._before[number] = signal.signal(number, self._hear)
         return self
 
     def _hear(self, number: int, frame: Any) -> None:
         self._heard = number
         signal.signal(number, self._before[number])  # a second one ends the run at once
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def asked(self, step: int) -> bool:
         """Whether to stop after `step`."""

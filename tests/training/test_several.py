@@ -1,13 +1,17 @@
 """Several real processes: what one of them alone knows or meets, all of them hear of, and soon."""
 
+import re
+import signal
 import time
 
+import numpy as np
 import pytest
 
 from moc_jax.config import ConfigError, MeshConfig
 from moc_jax.processes import join
+from moc_jax.training.metrics import read_metrics
 from tests.data.clips import make_clip
-from tests.training.processes import TIMEOUT, finish, finish_both, start_python, two
+from tests.training.processes import TIMEOUT, finish, finish_both, start_python, steps_logged, two, wait_until
 
 
 def patched(config_file, environment, patch):
@@ -108,3 +112,58 @@ def test_a_coordinator_alone_outside_of_a_cluster_is_told_in_words(command, tmp_
     assert code == 2
     assert "give --mesh.coordinator host:port, --mesh.num-processes and --mesh.process-id" in out
     assert "Traceback" not in out
+
+
+# ------------------------------------------------------------------------------------------------ training together
+
+
+def test_nan_in_the_data_of_another_process_is_named(config_file, command, tmp_path):
+    patch = """
+from moc_jax.training import loop
+def poisoned(scene, mesh, shard_batch=loop.shard_batch):
+    scene.video[:, 0] = float("nan") if process == 1 else 0
+    return shard_batch(scene, mesh)
+loop.shard_batch = poisoned
+"""
+    start = patched(config_file, command.environment, patch)
+    for code, out in [finish(process) for process in two(start, tmp_path)]:
+        assert code == 1, out
+        assert re.search(r"error: step 1: loss nan.* Cause: the data itself holds NaN or infinity: \S+ from", out), out
+        assert "Nothing was saved yet" in out
+
+
+def test_ctrl_c_stops_several_processes_like_one(command, tmp_path):
+    processes = two(command, tmp_path)
+    wait_until(lambda: steps_logged(tmp_path) >= 1, processes[0])
+    for process in processes:  # as a terminal does
+        process.send_signal(signal.SIGINT)
+    first, _ = finish_both(processes)
+    assert re.search(r"stopped after step \d+: ", first)
+    assert "the same command goes on from here" in first
+
+
+def test_the_demo_trains_alike_on_one_process_and_on_two(command, tmp_path):
+    """Both have two devices with one scene each, so they compute the same.
+
+    The programs differ only in who adds up the gradients, threads or Gloo, and a sum of two does not depend on the
+    order: float32's rounding (6e-8), grown over a few steps, is all that is left.
+    """
+    make_clip(tmp_path / "clip.mp4", shots=3, frames_per_shot=9, size=(64, 160))
+    settings = ["--data.source", str(tmp_path / "clip.mp4"), "--data.cache", str(tmp_path / "cache")]
+    settings += ["--train.batch-size", "2", "--train.steps", "4"]
+    flags = f"{command.environment['XLA_FLAGS']} --xla_force_host_platform_device_count="
+
+    def start(devices):
+        environment = {**command.environment, "XLA_FLAGS": f"{flags}{devices}"}
+        line = ["train.py", "--config", "configs/demo.py", *settings, "--workdir"]
+        return lambda workdir, *cluster: start_python([*line, workdir, *cluster], environment)
+
+    code, out = finish(start(2)(tmp_path / "one"))
+    assert code == 0, out
+    assert "2 x cpu in 1 process(es)" in out
+    first, _ = finish_both(two(start(1), tmp_path / "two"))
+    assert "2 x cpu in 2 process(es)" in first
+    one, both = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [row["step"] for row in one] == [1, 2, 3, 4]
+    for name in ("loss", "grad_norm", "param_norm"):
+        np.testing.assert_allclose([row[name] for row in both], [row[name] for row in one], rtol=1e-5, err_msg=name)
