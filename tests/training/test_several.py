@@ -142,6 +142,7 @@ def test_ctrl_c_stops_several_processes_like_one(command, tmp_path):
     assert "the same command goes on from here" in first
 
 
+@pytest.mark.slow
 def test_the_demo_trains_alike_on_one_process_and_on_two(command, tmp_path):
     """Both have two devices with one scene each, so they compute the same.
 
