@@ -5,8 +5,8 @@ has 115 M parameters and wants one accelerator; on a processor, add `--model.dim
 
     python train.py --config configs/own_videos.py --data.source my_videos/ --workdir runs/mine
 
-Shots longer than 8 seconds are cut off (`--data.max-shot-frames`). Look at `runs/mine/previews` early: blur that does not
-sharpen wants more steps, noise wants a lower learning rate.
+Shots longer than 8 seconds are cut off (`--data.max-shot-frames`). Look at `runs/mine/previews` early: blur that does
+not sharpen wants more steps, noise wants a lower learning rate.
 """
 
 from moc_jax.config import ChunkConfig, CodecConfig, Config, DataConfig, MoCConfig, OptimizerConfig, TrainConfig

@@ -38,13 +38,14 @@ _MASKED = -1e30  # finite, so that a row with nothing to see yields zeros and no
 class Tiling:
     """Sizes of a walk's steps. Small chunks want small blocks: what a block holds beyond its chunk is wasted."""
 
-    tile: int = 128  # queries that walk together
+    anchor_tile: int = 128  # queries that walk their anchors together
     anchor_block: int = 128  # keys per step along an anchor run
-    routed_block: int = 128  # keys per step along a picked chunk
+    routed_tile: int = 128  # queries that walk a picked chunk together
+    routed_block: int = 128  # keys per step along it
 
     def __post_init__(self):
-        if min(self.tile, self.anchor_block, self.routed_block) < 1:
-            raise ValueError(f"{self}: tile and blocks must be at least 1")
+        if min(dataclasses.astuple(self)) < 1:
+            raise ValueError(f"{self}: tiles and blocks must be at least 1")
 
     @property
     def padding(self) -> int:
@@ -52,13 +53,18 @@ class Tiling:
         return max(self.anchor_block, self.routed_block)
 
 
-def default_tiling(tokens: int, max_chunk: int) -> Tiling:
-    """Small steps for small scenes, whose chunks they fit; large ones for large scenes, since on an accelerator a step
-    costs some kernel launches, whatever its size. A chunk is walked in equal blocks."""
+def default_tiling(tokens: int, max_chunk: int, slots: int) -> Tiling:
+    """Small steps for small scenes, large ones for large scenes: on an accelerator a step costs some kernel launches,
+    whatever its size. A chunk is walked in equal blocks, and a routed tile is at most half of the slots * max_chunk
+    queries that pick a chunk on average, since each chunk's last tile is half empty."""
     size = 128 if tokens < _LARGE else 1024
     steps = -(-max_chunk // size)
-    routed_block = -(-max_chunk // (16 * steps)) * 16
-    return Tiling(tile=size, anchor_block=size, routed_block=routed_block)
+    return Tiling(
+        anchor_tile=size,
+        anchor_block=size,
+        routed_tile=max([128, *(t for t in (256, 512, 1024) if t <= min(size, slots * max_chunk // 2))]),
+        routed_block=-(-max_chunk // (16 * steps)) * 16,
+    )
 
 
 class _Static(NamedTuple):
@@ -86,7 +92,7 @@ def attend(
     runs = _anchor_runs(table, cfg)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     with jax.named_scope("moc_attention"):
-        static = _Static(table.text_tokens, default_tiling(q.shape[2], table.max_chunk))
+        static = _Static(table.text_tokens, default_tiling(q.shape[2], table.max_chunk, routes.shape[-1]))
         out = _attend(q, k, v, runs, routes, table.start, table.length, static)
     return jnp.swapaxes(out, 1, 2)
 
@@ -123,7 +129,7 @@ def _forward(q, k, v, runs, routes, chunk_start, chunk_length, static):
         k, v = _padded(k, tiling), _padded(v, tiling)
         out, lse = _anchors_forward(q, k, v, runs, tiling)
         if routes.shape[-1]:
-            schedule = group_by_chunk(routes[:, text:], start.shape[0], tiling.tile)
+            schedule = group_by_chunk(routes[:, text:], start.shape[0], tiling.routed_tile)
             parts = _routed_forward(q, k, v, schedule, start, length, static)
             out, lse = _merge(out, lse, *parts, schedule, text)
         return out.astype(v.dtype), lse
@@ -148,7 +154,7 @@ def _attend_backward(static, residuals, d_out):
         sums = _Gradients(jnp.zeros(k_padded.shape, jnp.float32), jnp.zeros(v_padded.shape, jnp.float32))
         d_q, sums = _anchors_backward(rows, k_padded, v_padded, runs, sums, tiling)
         if routes.shape[-1]:
-            schedule = group_by_chunk(routes[:, text:], start.shape[0], tiling.tile)
+            schedule = group_by_chunk(routes[:, text:], start.shape[0], tiling.routed_tile)
             d_pairs, sums = _routed_backward(rows, k_padded, v_padded, schedule, start, length, sums, static)
             d_q = d_q.at[:, text:].add(_sum_pairs(d_pairs, schedule))
         return d_q.astype(q.dtype), sums.d_k[:, :tokens].astype(k.dtype), sums.d_v[:, :tokens].astype(v.dtype)
@@ -290,7 +296,7 @@ def _anchors_forward(q, k, v, runs, tiling):
             carry = _walk_forward(q, k, v, begin[r][None], end[r][None], carry, tokens, tiling.anchor_block)
         return _finish(carry)
 
-    out, lse = lax.map(tile, tuple(_tiles(x, tiling.tile) for x in (q, *runs)))
+    out, lse = lax.map(tile, tuple(_tiles(x, tiling.anchor_tile) for x in (q, *runs)))
     return _untile(out, tokens), _untile(lse, tokens)
 
 
@@ -305,7 +311,7 @@ def _anchors_backward(rows, k, v, runs, sums, tiling):
             d_q, sums = _walk_backward(rows, k, v, *run, d_q, sums, tokens, tiling.anchor_block)
         return sums, d_q
 
-    sums, d_q = lax.scan(tile, sums, tuple(_tiles(x, tiling.tile) for x in (*runs, *rows)))
+    sums, d_q = lax.scan(tile, sums, tuple(_tiles(x, tiling.anchor_tile) for x in (*runs, *rows)))
     return _untile(d_q, tokens), sums
 
 

@@ -16,7 +16,7 @@ from moc_jax.attention.api import moc_attention, route
 
 BACKENDS = ("reference", "xla")
 _FAST = {"xla_backend_optimization_level": 0}
-_SMALL = xla.Tiling(tile=8, anchor_block=8, routed_block=8)
+_SMALL = xla.Tiling(anchor_tile=8, anchor_block=8, routed_tile=8, routed_block=8)
 
 routing = jax.jit(route, static_argnames="cfg", compiler_options=_FAST)
 

@@ -19,9 +19,9 @@ LENGTHS = SceneLengths(jnp.array([[5, 1, 4]]), jnp.array([[3, 4, 0, 5]]))
 @pytest.mark.parametrize(
     "tiling",
     [
-        xla.Tiling(tile=512, anchor_block=1024, routed_block=640),  # each larger than the scene
-        xla.Tiling(tile=16, anchor_block=48, routed_block=16),
-        xla.Tiling(tile=7, anchor_block=5, routed_block=33),
+        xla.Tiling(anchor_tile=512, anchor_block=1024, routed_tile=256, routed_block=640),  # each larger than the scene
+        xla.Tiling(anchor_tile=16, anchor_block=48, routed_tile=32, routed_block=16),
+        xla.Tiling(anchor_tile=7, anchor_block=5, routed_tile=9, routed_block=33),
     ],
 )
 def test_output_and_gradients_do_not_depend_on_the_tiling(tiling, monkeypatch):
@@ -39,14 +39,17 @@ def test_output_and_gradients_do_not_depend_on_the_tiling(tiling, monkeypatch):
         assert_close(value, expected[name], name, table=OUTPUT if name == "out" else GRADIENT)
 
 
-@pytest.mark.parametrize(("tokens", "chunk", "block"), [(2_000, 80, 80), (2_000, 300, 112), (180_512, 1_280, 640)])
-def test_chunks_are_walked_in_equal_blocks(tokens, chunk, block):
-    tiling = xla.default_tiling(tokens, chunk)
-    assert tiling.routed_block == block
+@pytest.mark.parametrize(
+    ("tokens", "chunk", "slots", "tile", "block"),
+    [(2_000, 80, 3, 128, 80), (2_000, 300, 3, 128, 112), (180_512, 1_280, 5, 1_024, 640), (180_512, 256, 3, 256, 256)],
+)
+def test_chunks_are_walked_in_equal_blocks_by_tiles_that_fill(tokens, chunk, slots, tile, block):
+    tiling = xla.default_tiling(tokens, chunk, slots)
+    assert (tiling.routed_tile, tiling.routed_block) == (tile, block)
     waste = -(-chunk // block) * block - chunk
     assert 0 <= waste < 16 * -(-chunk // block)
 
 
 def test_a_tiling_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
-        xla.Tiling(tile=0)
+        xla.Tiling(routed_tile=0)
