@@ -151,7 +151,9 @@ def test_position_in_other_data_is_refused(prepared, change):
         cfg = with_data(cfg, buckets=TWO_BUCKETS)
     else:
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **{change: 4}))
-    with pytest.raises(DataError, match=rf"belongs to {change} = .*resume with the same data"):
+    with pytest.raises(
+        DataError, match=rf"belongs to {change} = .*go on with the same data and settings, or give another --workdir"
+    ):
         make_pipeline(cfg, manifest, split="train").set_state(state)
 
 
