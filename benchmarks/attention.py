@@ -1,87 +1,256 @@
-"""How long does one layer's attention take, Mixture of Contexts beside dense attention, on this device?
+"""How long does one layer's attention take: Mixture of Contexts beside dense attention, on this device?
 
-    python benchmarks/attention.py                                  # 8 shots of 22 500 tokens, chunks of 1 280, k = 5
-    python benchmarks/attention.py --shots 2 --frames 4 --heads 2   # small enough for a processor
+    python -m benchmarks.attention                                    # all settings, random and correlated routes
+    python -m benchmarks.attention --settings multi_shot --profile    # one of them, and each part by itself
+    python -m benchmarks.attention --settings scaling                 # forward, 1 to 64 shots of 22 500 tokens
+    python -m benchmarks.attention --shrink 64 --heads 2              # small enough for a processor
 
-Random inputs, so random routes: the worst case, since neighbouring queries agree on nothing. Median of `repeats` runs
-after one to warm up; `temporary` is what the compiler reserves beyond inputs and outputs. Dense attention is
-`jax.nn.dot_product_attention`, by cuDNN on an NVIDIA GPU.
+bfloat16, the whole operation: pooling, routing, sorting, gathers, attention, merge. `bound` is the speed-up that the
+attended pairs would allow. `routing` and `sorting` are timed by themselves and given as a share of the forward pass.
+`peak` is everything that lives during forward + backward, over the bytes of q, k, v, the output and their gradients.
+Random inputs give uniformly random routes, the worst case; correlated ones, neighbours that route alike, as in video.
 """
 
 import dataclasses
-import statistics
-import time
+import functools
+import gc
+import pathlib
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import tyro
 
+from benchmarks import results
+from benchmarks.inputs import Inputs, Kind, make_inputs, union_ratio
+from benchmarks.measure import (
+    Ceilings,
+    Effort,
+    Program,
+    Timing,
+    both_ways,
+    compile_all,
+    dense_attention,
+    dense_implementation,
+    measure_ceilings,
+)
+from benchmarks.parts import Case, profile, sort_pairs
+from benchmarks.settings import SCALING_SHOTS, SETTINGS, Setting, multi_shot
+from benchmarks.tables import attention_tables
 from moc_jax.attention.accounting import account
-from moc_jax.attention.api import moc_attention, route
-from moc_jax.config import ChunkConfig, MoCConfig
-from moc_jax.scene import SceneLengths, SceneShape, chunk_table
+from moc_jax.attention.api import backend_name, moc_attention, route
+from moc_jax.scene import ChunkTable
+
+_ROUTES_ON_HOST = 250_000  # tokens up to which pairs are counted from the routes themselves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    shots: int = 8
-    frames: int = 25
-    """Latent frames per shot, of 30 x 30 tokens."""
-    caption: int = 56
-    """Tokens per caption."""
-    moc: MoCConfig = MoCConfig(chunk=ChunkConfig(size=1280), top_k=5)
+    settings: tuple[str, ...] = (*SETTINGS, "scaling")
+    """Which settings: the names of benchmarks/settings.py, and `scaling`."""
+    inputs: tuple[Kind, ...] = ("random", "correlated")
+    backend: Literal["auto", "pallas_gpu", "xla"] = "auto"
     heads: int = 12
     head_dim: int = 128
-    repeats: int = 5
+    profile: bool = False
+    """Also time every part by itself."""
+    dense: bool = True
+    """Measure dense attention too."""
+    shrink: int = 1
+    """So many times fewer tokens per frame, caption and chunk: to try things out."""
+    scaling_shots: tuple[int, ...] = SCALING_SHOTS
+    limit_seconds: float = 4.0
+    """`scaling` leaves points out that would take longer than this."""
+    repeats: int = 7
+    """Samples per figure, which is their median; long programs get fewer."""
+    out: pathlib.Path = results.FOLDER
+
+    def __post_init__(self):
+        unknown = [name for name in self.settings if name not in {*SETTINGS, "scaling"}]
+        if unknown:
+            raise ValueError(f"--settings {' '.join(unknown)}: known are {', '.join([*SETTINGS, 'scaling'])}")
+        if self.shrink < 1:
+            raise ValueError(f"--shrink {self.shrink}: it divides sizes, so it must be at least 1")
+
+    @property
+    def effort(self) -> Effort:
+        return Effort(samples=self.repeats)
 
 
-def main(args: Arguments) -> None:
-    """Prints one row per operation."""
-    captions = args.shots + 1
-    shape = SceneShape(
-        shots=args.shots, frames=args.shots * args.frames, rows=30, columns=30, text_tokens=captions * args.caption
-    )
-    lengths = SceneLengths(jnp.full((1, args.shots), args.frames), jnp.full((1, captions), args.caption))
-    table = chunk_table(lengths, shape, args.moc.chunk)
-    cost = account(table, args.moc, args.head_dim)
-    size = (1, shape.tokens, args.heads, args.head_dim)
-    q, k, v, d_out = (jax.random.normal(key, size, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4))
-    dense_by = "cudnn" if jax.default_backend() == "gpu" else "xla"
-
-    def moc(q, k, v):
-        return moc_attention(q, k, v, table, args.moc)
-
-    def dense(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, implementation=dense_by)
-
-    def both(forward):
-        return lambda q, k, v: jax.vjp(forward, q, k, v)[1](d_out)
-
-    device = jax.devices()[0].device_kind
-    print(f"{shape.tokens} tokens, {args.heads} heads of {args.head_dim}, bfloat16, {device}, jax {jax.__version__}")
-    print(f"attended pairs bound the speed-up to {cost.flops_dense / cost.flops:.2f}x\n")
-    rows = {
-        "routing": lambda q, k, v: route(q, k, table, args.moc),
-        "MoC forward": moc,
-        "MoC forward + backward": both(moc),
-        f"dense forward ({dense_by})": dense,
-        f"dense forward + backward ({dense_by})": both(dense),
-    }
-    for name, function in rows.items():
-        milliseconds, temporary = _measure(function, (q, k, v), args.repeats)
-        print(f"{name:36}{milliseconds:10.1f} ms   temporary {temporary / 2**30:6.2f} GiB", flush=True)
+def main(args: Arguments, command: str) -> None:
+    """Measures and stores setting after setting, then prints their tables."""
+    bench, entries = Bench(args), []
+    for name in args.settings:
+        for kind in args.inputs:
+            if name == "scaling" and kind != "random":
+                continue  # the plot shows the worst case
+            entry = bench.scaling() if name == "scaling" else bench.measure(SETTINGS[name].shrunk(args.shrink), kind)
+            entry = {"setting": name, "inputs": kind, "shrink": args.shrink, **entry}
+            shrunk = f", shrunk {args.shrink}" if args.shrink > 1 else ""
+            path = results.store(args.out, "attention", f"{name}, {kind}, {entry['backend']}{shrunk}", command, entry)
+            print(f"{name}, {kind}: measured, stored in {path}", flush=True)
+            entries.append(entry)
+        bench.forget()
+    print("\n".join(["", *attention_tables(entries)]))
 
 
-def _measure(function, inputs, repeats: int) -> tuple[float, int]:
-    program = jax.jit(function).lower(*inputs).compile()
-    jax.block_until_ready(program(*inputs))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(program(*inputs))
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times), program.memory_analysis().temp_size_in_bytes
+class Bench:
+    """Measures settings; dense attention once per number of tokens, since its time depends on nothing else."""
+
+    def __init__(self, args: Arguments) -> None:
+        self._args = args
+        self._dense: dict[tuple[str, int], Timing] = {}
+        self._programs: dict[str, Program] = {}
+
+    @functools.cached_property
+    def _ceilings(self) -> Ceilings:
+        return measure_ceilings(self._args.effort)
+
+    def forget(self) -> None:
+        """Frees the programs of a setting."""
+        self._programs.clear()
+        gc.collect()
+
+    def measure(self, setting: Setting, kind: Kind) -> dict[str, Any]:
+        """One entry: all times of a setting on one kind of inputs."""
+        args, effort = self._args, self._args.effort
+        moc = dataclasses.replace(setting.moc, backend=args.backend)
+        table = setting.table()
+        inputs = make_inputs(kind, setting.shape.tokens, args.heads, args.head_dim)
+        q, k, v, d_out = inputs
+        if not self._programs:  # both kinds of inputs share them
+            self._programs.update(self._compile(inputs, table, moc))
+        programs = self._programs
+        routes = programs["routing"](q, k, table)
+
+        dense = {}
+        if args.dense:
+            dense["forward"] = self._dense_time("forward", dense_attention, (q, k, v))
+            dense["forward_backward"] = self._dense_time(
+                "forward_backward", both_ways(dense_attention), (d_out, q, k, v)
+            )
+        forward = programs["forward"].time((q, k, v, table), effort)
+        both = programs["forward_backward"].time((d_out, q, k, v, table), effort)
+        routing = programs["routing"].time((q, k, table), effort)
+        sorting = programs["sorting"].time((routes, table), effort)
+        entry = {
+            **self._describe(setting, moc, table, routes),
+            "union_ratio": union_ratio(routes, table.text_tokens),
+            "forward": _compared(forward, dense.get("forward"), setting, "forward_ms"),
+            "forward_backward": _compared(both, dense.get("forward_backward"), setting, "forward_backward_ms"),
+            "routing": dataclasses.asdict(routing),
+            "sorting": dataclasses.asdict(sorting),
+            "routing_share": (routing.median_ms + sorting.median_ms) / forward.median_ms,
+            "memory": {
+                "forward": dataclasses.asdict(programs["forward"].memory),
+                "forward_backward": dataclasses.asdict(programs["forward_backward"].memory),
+                "tensors": 8 * q.nbytes,  # q, k, v, out and a gradient of each
+                "peak_over_tensors": programs["forward_backward"].memory.peak / (8 * q.nbytes),
+            },
+        }
+        if setting.quoted:
+            entry["quoted"] = dataclasses.asdict(setting.quoted)
+        if args.profile:
+            entry["ceilings"] = dataclasses.asdict(self._ceilings)
+            case = Case(inputs=inputs, table=table, cfg=moc, routes=routes)
+            entry["parts"] = profile(case, self._ceilings, effort)
+        return entry
+
+    def scaling(self) -> dict[str, Any]:
+        """Forward time against tokens, MoC and dense; each series ends where a point would take too long."""
+        args = self._args
+        points: list[dict[str, Any]] = []
+        for shots in sorted(args.scaling_shots):
+            setting = multi_shot(shots).shrunk(args.shrink)
+            moc = dataclasses.replace(setting.moc, backend=args.backend)
+            table = setting.table()
+            q, k, v, _ = make_inputs("random", setting.shape.tokens, args.heads, args.head_dim)
+            described = self._describe(setting, moc, table, None)
+            point = {"shots": shots, "tokens": described["tokens"], "pairs": described["pairs"]}
+            if self._affordable(points, "moc", point, "attended"):
+                forward = functools.partial(moc_attention, cfg=moc)
+                program = compile_all({"forward": (forward, (q, k, v, table))})["forward"]
+                point["moc"] = dataclasses.asdict(program.time((q, k, v, table), args.effort))
+            if args.dense and self._affordable(points, "dense", point, "dense"):
+                point["dense"] = dataclasses.asdict(self._dense_time("forward", dense_attention, (q, k, v)))
+            points.append(point)
+            del q, k, v
+            gc.collect()
+        base = next((p for p in points if p["shots"] == 8 and "moc" in p), points[0])
+        for point in points:
+            if "moc" in point:
+                each = [p["moc"]["median_ms"] / p["tokens"] for p in (point, base)]
+                point["per_token_over_base"] = each[0] / each[1]
+        shared = ("backend", "heads", "head_dim", "dense_by")
+        return {**{name: described[name] for name in shared}, "base_shots": base["shots"], "points": points}
+
+    def _affordable(self, points: list[dict[str, Any]], name: str, point: dict[str, Any], pairs: str) -> bool:
+        """Whether the last point's time, grown as the pairs grow, is below the limit."""
+        if not points:
+            return True
+        last = points[-1]
+        if name not in last:
+            return False
+        grown = last[name]["median_ms"] * point["pairs"][pairs] / last["pairs"][pairs]
+        return grown <= 1e3 * self._args.limit_seconds
+
+    def _compile(self, inputs: Inputs, table: ChunkTable, moc) -> dict[str, Program]:
+        q, k, v, d_out = inputs
+        forward = functools.partial(moc_attention, cfg=moc)
+        routing = functools.partial(route, cfg=moc)
+        routes = jax.eval_shape(routing, q, k, table)
+        return compile_all(
+            {
+                # The table is an argument: lengths are data, and no program may be made for one scene.
+                "forward": (forward, (q, k, v, table)),
+                "forward_backward": (both_ways(forward), (d_out, q, k, v, table)),
+                "routing": (routing, (q, k, table)),
+                "sorting": (sort_pairs, (routes, table)),
+            }
+        )
+
+    def _dense_time(self, name: str, function: Callable[..., Any], inputs: tuple[jax.Array, ...]) -> Timing:
+        key = name, inputs[0].shape[1]
+        if key not in self._dense:
+            self._dense[key] = compile_all({name: (function, inputs)})[name].time(inputs, self._args.effort)
+        return self._dense[key]
+
+    def _describe(self, setting: Setting, moc, table: ChunkTable, routes) -> dict[str, Any]:
+        args = self._args
+        counted = routes is not None and setting.shape.tokens <= _ROUTES_ON_HOST
+        cost = account(table, moc, args.head_dim, routes if counted else None)
+        return {
+            "backend": backend_name(moc),
+            "dense_by": dense_implementation(),
+            "tokens": cost.tokens,
+            "heads": args.heads,
+            "head_dim": args.head_dim,
+            "chunk": dataclasses.asdict(moc.chunk),
+            "top_k": moc.top_k,
+            "pairs": {
+                "attended": cost.expected_pairs,
+                "dense": cost.dense_pairs,
+                "bound": cost.dense_pairs / cost.expected_pairs,
+            },
+        }
+
+
+def _compared(ours: Timing, dense: Timing | None, setting: Setting, quoted: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"moc": dataclasses.asdict(ours)}
+    if dense is not None:
+        found |= {"dense": dataclasses.asdict(dense), "ratio": dense.median_ms / ours.median_ms}
+    if setting.quoted is not None:
+        found["quoted_ratio"] = getattr(setting.quoted, quoted) / ours.median_ms
+    return found
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command line."""
+    args = tyro.cli(Arguments, args=list(argv), description=__doc__)
+    main(args, shlex.join(["python", "-m", "benchmarks.attention", *argv]))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__))
+    run(sys.argv[1:])

@@ -1,0 +1,173 @@
+"""Compiled programs, their memory and their time.
+
+Time is wall-clock time between synchronisations with the device. A sample is as many launches, back to back, as last
+`sample_seconds`, so that the host's own work is hidden behind the device's, as it is in a model.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Peak bf16 FLOP/s without sparsity and bytes/s, from the makers' data sheets.
+PEAKS = {
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA H200": (989e12, 4.8e12),
+}
+_FEW = 3  # samples of a program too long for more
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much measuring a program is worth."""
+
+    samples: int = 7
+    """Samples; the result is their median."""
+    sample_seconds: float = 0.02
+    """A sample's launches last at least this long together."""
+    budget_seconds: float = 4.0
+    """A program that would take longer than this for all samples gets fewer, at least 3."""
+    single_seconds: float = 8.0
+    """A first launch that lasts longer than this is the only sample: warming up is less than 1 % of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Milliseconds of one launch."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    samples: int
+    launches: int  # per sample
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one program, as the compiler laid it out."""
+
+    arguments: int
+    outputs: int
+    temporary: int
+    peak: int  # everything that lives during a launch; donated arguments count once
+
+
+class Program:
+    """A compiled function."""
+
+    def __init__(self, lowered: jax.stages.Lowered) -> None:
+        self._compiled = lowered.compile()
+        self.memory = _memory(self._compiled)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._compiled(*inputs)
+
+    def time(self, inputs: tuple[Any, ...], effort: Effort) -> Timing:
+        """Milliseconds per launch on these inputs."""
+        return time_launches(lambda: self._compiled(*inputs), effort)
+
+
+def compile_all(functions: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[str, Program]:
+    """Compiles name -> (function, inputs or their shapes), several at a time: compiling costs more than measuring."""
+    lowered = {name: jax.jit(function).lower(*inputs) for name, (function, inputs) in functions.items()}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        return dict(zip(lowered, pool.map(Program, lowered.values())))
+
+
+def time_launches(launch: Callable[[], Any], effort: Effort) -> Timing:
+    """Times `launch`, which starts a computation and returns what to wait for."""
+
+    def sample(launches: int) -> float:
+        start = time.perf_counter()
+        out = None
+        for _ in range(launches):
+            out = launch()
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / launches
+
+    first = sample(1)
+    if first > effort.single_seconds:
+        return _timing([first], 1)
+    launches, seconds = 1, sample(1)
+    while seconds * launches < effort.sample_seconds:
+        launches = max(2 * launches, math.ceil(effort.sample_seconds / seconds))
+        seconds = sample(launches)
+    affordable = int(effort.budget_seconds / (seconds * launches))
+    count = max(min(effort.samples, affordable), min(effort.samples, _FEW))
+    return _timing([sample(launches) for _ in range(count)], launches)
+
+
+def _timing(seconds: list[float], launches: int) -> Timing:
+    median, low, high = (1e3 * f(seconds) for f in (statistics.median, min, max))
+    return Timing(median_ms=median, low_ms=low, high_ms=high, samples=len(seconds), launches=launches)
+
+
+def _memory(compiled: jax.stages.Compiled) -> Memory:
+    stats = compiled.memory_analysis()
+    arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
+    peak = arguments + outputs + stats.temp_size_in_bytes - stats.alias_size_in_bytes
+    return Memory(arguments=arguments, outputs=outputs, temporary=stats.temp_size_in_bytes, peak=peak)
+
+
+def both_ways(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """(d_out, q, k, v, *rest) -> (out, dq, dk, dv), for forward(q, k, v, *rest)."""
+
+    def run(d_out, q, k, v, *rest):
+        out, vjp = jax.vjp(lambda *x: forward(*x, *rest), q, k, v)
+        return out, *vjp(d_out)
+
+    return run
+
+
+def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The baseline: cuDNN's flash attention on a GPU, XLA's attention elsewhere; every token sees every token."""
+    return jax.nn.dot_product_attention(q, k, v, implementation=dense_implementation())
+
+
+def dense_implementation() -> str:
+    """What `dense_attention` is computed by."""
+    return "cudnn" if jax.default_backend() == "gpu" else "xla"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What the device could do at best (None where no data sheet is known) and what it was seen to do."""
+
+    peak_flops: float | None
+    peak_bytes: float | None
+    measured_flops: float
+    measured_bytes: float
+
+    def floor_ms(self, flops: float, moved: float) -> float | None:
+        """The least time that the data sheet allows."""
+        if self.peak_flops is None or self.peak_bytes is None:
+            return None
+        return 1e3 * max(flops / self.peak_flops, moved / self.peak_bytes)
+
+    def measured_ms(self, flops: float, moved: float) -> float:
+        """The least time at the rates of `measure_ceilings`."""
+        return 1e3 * max(flops / self.measured_flops, moved / self.measured_bytes)
+
+
+def measure_ceilings(effort: Effort) -> Ceilings:
+    """A large bf16 matrix product on random numbers, and a copy of an array that no cache holds."""
+    gpu = jax.default_backend() == "gpu"
+    size, length = (8192, 1 << 30) if gpu else (256, 1 << 18)
+    a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+    x = jnp.zeros(length, jnp.float32)
+    programs = compile_all({"product": (jnp.matmul, (a, b)), "copy": (lambda x: x + 1, (x,))})
+    product = programs["product"].time((a, b), effort).median_ms
+    copy = programs["copy"].time((x,), effort).median_ms
+    flops, moved = PEAKS.get(jax.devices()[0].device_kind, (None, None))
+    return Ceilings(
+        peak_flops=flops,
+        peak_bytes=moved,
+        measured_flops=2e3 * size**3 / product,
+        measured_bytes=2e3 * x.nbytes / copy,
+    )

@@ -1,0 +1,209 @@
+"""How long do one denoising step and one training step of a whole model take, with MoC and with dense attention?
+
+    python -m benchmarks.model                                  # 30 layers, 1536 wide, 8 shots of 22 500 tokens
+    python -m benchmarks.model --model.depth 20 --steps train   # fewer layers where memory is short: time is linear
+
+Both columns are the same model, weights, scene and step functions; only the attention inside differs, and dense
+attention is cuDNN's. Denoising is one Euler step without guidance; training is loss, gradients, clipping and AdamW,
+with context drop-off and drop-in on, as `train.py` does it. Layers are recomputed in the backward pass.
+
+Memory of the training step, for P parameters, N tokens of width M and `depth` layers: 16 P bytes of weights, gradients
+and two moments; 2 N M depth bytes of layer inputs; and what one layer holds while it is differentiated. The compiler's
+own figure is checked against the device before anything is run.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import pathlib
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from flax import nnx
+
+from benchmarks import results
+from benchmarks.measure import Effort, Memory, Program, Timing, dense_attention, dense_implementation, time_launches
+from benchmarks.tables import model_tables
+from moc_jax.attention.accounting import account
+from moc_jax.attention.api import backend_name
+from moc_jax.config import ChunkConfig, Config, MeshConfig, MoCConfig, ModelConfig, TrainConfig
+from moc_jax.diffusion.samplers import euler, sigmas
+from moc_jax.models import mmdit
+from moc_jax.models.presets import matrix_flops, parameter_count
+from moc_jax.scene import Scene, SceneLengths, chunk_table
+from moc_jax.sharding import make_mesh
+from moc_jax.training.state import TrainState, create_state, make_blueprint
+from moc_jax.training.step import make_train_step
+
+# Wan 2.1 1.3B: 30 layers, 12 heads of 128, MLPs of 8960, umT5's embeddings (arXiv 2503.20314, table 2).
+WAN_1_3B = ModelConfig(dim=1536, depth=30, heads=12, mlp_ratio=8960 / 1536, text_dim=4096)
+_STEPS, _SHIFT = 50, 5.0  # the grid that the denoising step is the first of
+
+StepName = Literal["denoising", "training"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    model: ModelConfig = WAN_1_3B
+    moc: MoCConfig = MoCConfig(chunk=ChunkConfig(size=1280), top_k=5)
+    shots: int = 8
+    frames: int = 25
+    """Latent frames per shot."""
+    rows: int = 60
+    """Rows of a latent frame; with patches of 2 x 2, 30 rows of tokens."""
+    columns: int = 60
+    caption: int = 56
+    """Tokens of each caption, the global one included."""
+    steps: tuple[StepName, ...] = ("denoising", "training")
+    repeats: int = 3
+    """Samples per figure; a step that takes longer than 8 s is timed once."""
+    out: pathlib.Path = results.FOLDER
+
+
+class DoesNotFit(RuntimeError):
+    """A program needs more memory than the device has."""
+
+
+def main(args: Arguments, command: str) -> None:
+    """Measures, stores and prints the steps."""
+    entry = measure(args)
+    path = results.store(args.out, "model", f"{args.model.depth} layers, {entry['backend']}", command, entry)
+    print("\n".join(model_tables([entry])))
+    print(f"\nresults are in {path}")
+
+
+def measure(args: Arguments) -> dict[str, Any]:
+    """One entry: each step with MoC and with dense attention."""
+    config = Config(model=args.model, moc=args.moc, train=TrainConfig(steps=1000, ema_decay=0.0))
+    scene = make_scene(args)
+    effort = Effort(samples=args.repeats)
+    entry: dict[str, Any] = {**_describe(args, scene), "steps": {}}
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        state = create_state(config, make_blueprint(config, mesh))
+        for step in args.steps:
+            timings = {}
+            for name in ("moc", "dense"):
+                with attention_of(name):
+                    if step == "denoising":
+                        timing, memory = denoising(config, state, scene, effort)
+                    else:
+                        (timing, memory), state = training(config, mesh, state, scene, effort)
+                timings[name] = {**dataclasses.asdict(timing), "memory": dataclasses.asdict(memory)}
+                print(f"{step}, {name}: {timing.median_ms:.1f} ms", flush=True)
+                gc.collect()
+            ratio = timings["dense"]["median_ms"] / timings["moc"]["median_ms"]
+            entry["steps"][step] = {**timings, "ratio": ratio}
+    return entry
+
+
+@contextlib.contextmanager
+def attention_of(name: str) -> Iterator[None]:
+    """While programs are traced: the model's own attention, or `dense`, cuDNN's over the whole scene.
+
+    The scene has no padding, so that the two differ in what is attended to and in nothing else.
+    """
+
+    def dense(q, k, v, table, cfg, *, key=None, routes=None):
+        return dense_attention(q, k, v)
+
+    def no_routes(q, k, table, cfg, *, key=None):
+        return jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
+
+    if name == "moc":
+        yield
+        return
+    with mock.patch.multiple(mmdit, moc_attention=dense, route=no_routes):
+        yield
+
+
+def denoising(config: Config, state: TrainState, scene: Scene, effort: Effort) -> tuple[Timing, Memory]:
+    """One Euler step from pure noise, without guidance."""
+    graph = mmdit.abstract_model(config.model)[0]
+    levels = sigmas(_STEPS, _SHIFT, "diffusers-euler")[:2]
+
+    @jax.jit
+    def step(params, z, text, lengths):
+        def velocity(z, sigma):
+            t = jnp.full(lengths.shot_frames.shape, sigma)
+            return nnx.merge(graph, params)(z, text, t, lengths, config.moc)
+
+        return euler(velocity, z, levels)
+
+    inputs = state.params, scene.video, scene.text, scene.lengths
+    program = _fitting(step.lower(*inputs), config.model)
+    return program.time(inputs, effort), program.memory
+
+
+def training(
+    config: Config, mesh: jax.sharding.Mesh, state: TrainState, scene: Scene, effort: Effort
+) -> tuple[tuple[Timing, Memory], TrainState]:
+    """One update; every launch goes on from the state of the one before, which it overwrites."""
+    step = make_train_step(config, make_blueprint(config, mesh), mesh)
+    program = _fitting(step.lower(state, scene, config.moc), config.model)
+
+    def launch():
+        nonlocal state
+        state, metrics = program(state, scene)
+        return metrics
+
+    return (time_launches(launch, effort), program.memory), state
+
+
+def make_scene(args: Arguments) -> Scene:
+    """Noise for latents and embeddings, equal shots, and nothing padded."""
+    random = np.random.default_rng(0)
+    size = args.shots * args.frames, args.rows, args.columns, args.model.latent_channels
+    captions = args.shots + 1
+    return Scene(
+        jnp.asarray(random.standard_normal((1, *size), np.float32)),
+        jnp.asarray(random.standard_normal((1, captions * args.caption, args.model.text_dim), np.float32)),
+        SceneLengths(jnp.full((1, args.shots), args.frames), jnp.full((1, captions), args.caption)),
+    )
+
+
+def _fitting(lowered: jax.stages.Lowered, model: ModelConfig) -> Program:
+    program = Program(lowered)
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is not None and program.memory.peak > limit:
+        raise DoesNotFit(
+            f"the step of {model.depth} layers needs {program.memory.peak / 2**30:.1f} GiB and the device has "
+            f"{limit / 2**30:.1f} GiB; try --model.depth {max(1, int(model.depth * limit / program.memory.peak))}"
+        )
+    return program
+
+
+def _describe(args: Arguments, scene: Scene) -> dict[str, Any]:
+    model = args.model
+    shape, lengths = mmdit.scene_shape(model, scene.video.shape, scene.text.shape, scene.lengths)
+    cost = account(chunk_table(lengths, shape, args.moc.chunk), args.moc, model.head_dim)
+    matrices = matrix_flops(model, shape.text_tokens, shape.video_tokens)
+    heads = model.depth * model.heads
+    attended = 4 * cost.expected_pairs * model.head_dim + cost.flops_pool + cost.flops_route
+    return {
+        "backend": backend_name(args.moc),
+        "dense_by": dense_implementation(),
+        "model": dataclasses.asdict(model),
+        "parameters": parameter_count(model),
+        "tokens": cost.tokens,
+        "chunk": dataclasses.asdict(args.moc.chunk),
+        "top_k": args.moc.top_k,
+        "bound": (matrices + heads * cost.flops_dense) / (matrices + heads * attended),
+    }
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command line."""
+    args = tyro.cli(Arguments, args=list(argv), description=__doc__)
+    main(args, shlex.join(["python", "-m", "benchmarks.model", *argv]))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,157 @@
+"""Tables and plot of the committed results.
+
+python -m benchmarks.report                       # all tables
+python -m benchmarks.report --readme README.md    # also: the plot, and the block between the README's markers
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from benchmarks import results
+from benchmarks.tables import attention_tables, model_tables
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+PLOT = "scaling.png"
+_INK, _MUTED, _MOC, _DENSE = "#1b1b1f", "#6b6b76", "#2563c9", "#c2570c"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    results: pathlib.Path = results.FOLDER
+    readme: pathlib.Path | None = None
+    """Put the short tables into this file, between its markers, and draw the plot beside the results."""
+
+
+def main(args: Arguments) -> None:
+    """Prints all tables; with a README, writes its block and the plot."""
+    print(report(args.results))
+    if args.readme is None:
+        return
+    draw(args.results)
+    text = args.readme.read_text()
+    args.readme.write_text(with_block(text, readme_block(args.results)))
+
+
+def report(folder: pathlib.Path) -> str:
+    """Everything measured, in markdown, each table with its commands, date and versions."""
+    lines = []
+    for script, tables in (("attention", attention_tables), ("model", model_tables)):
+        for file in results.load(folder, script):
+            entries = list(file["entries"].values())
+            lines += [f"## {script}: {file['card']}", "", *tables(entries), "", *_provenance(entries), ""]
+    return "\n".join(lines)
+
+
+def readme_block(folder: pathlib.Path) -> str:
+    """What the README shows: the settings with random routes, the model's steps, and the plot."""
+    lines = []
+    for file in results.load(folder, "attention"):
+        entries = [_without_parts(e) for e in file["entries"].values() if e["inputs"] == "random"]
+        settings = [e for e in entries if "points" not in e]
+        if settings:
+            lines += [f"One layer's attention on one {file['card']}:", "", *attention_tables(settings), ""]
+        if len(settings) < len(entries):
+            lines += [f"![Time against tokens, MoC and dense](benchmarks/results/{PLOT})", ""]
+        lines += [*_provenance(entries), ""]
+    for file in results.load(folder, "model"):
+        entries = list(file["entries"].values())
+        lines += [f"A whole model on one {file['card']}:", "", *model_tables(entries), "", *_provenance(entries), ""]
+    return "\n".join(lines).strip()
+
+
+def with_block(text: str, block: str) -> str:
+    """`text` with `block` between its markers.
+
+    Raises:
+        ValueError: the markers are not there, once and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the file must hold {BEGIN} once and, after it, {END} once")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+
+
+def draw(folder: pathlib.Path) -> pathlib.Path | None:
+    """Time against tokens as a picture beside the results; None if scaling was not measured."""
+    found = [(file["card"], e) for file in results.load(folder, "attention") for e in file["entries"].values()]
+    series = [(card, entry) for card, entry in found if "points" in entry]
+    if not series:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.4), dpi=200, layout="constrained")
+    for card, entry in series:
+        suffix = f", {card}" if len(series) > 1 else ""
+        for name, label, colour in (("dense", f"dense ({entry['dense_by']})", _DENSE), ("moc", "MoC", _MOC)):
+            _series(axes, entry["points"], name, label + suffix, colour)
+    _axes(axes, series)
+    path = folder / PLOT
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def _series(axes: Any, points: Sequence[dict[str, Any]], name: str, label: str, colour: str) -> None:
+    """One line with its name at its end."""
+    there = [p for p in points if name in p]
+    if not there:
+        return
+    tokens, times = [p["tokens"] for p in there], [p[name]["median_ms"] for p in there]
+    axes.plot(tokens, times, "o-", color=colour, linewidth=2, markersize=5)
+    where = {"xytext": (-8, 6), "ha": "right"} if name == "dense" else {"xytext": (4, -16), "ha": "right"}
+    axes.annotate(label, (tokens[-1], times[-1]), textcoords="offset points", color=colour, weight="bold", **where)
+
+
+def _axes(axes: Any, series: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    points = series[0][1]["points"]
+    entry = series[0][1]
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks([p["tokens"] for p in points], [_short(p["tokens"]) for p in points])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda ms, _: f"{ms / 1e3:g} s" if ms >= 1e3 else f"{ms:g} ms")
+    axes.set_xlabel("tokens (shots of 22 500)", color=_MUTED)
+    axes.grid(visible=True, color="#e4e4e8", linewidth=0.8)
+    axes.tick_params(colors=_MUTED, length=0)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    card = f", {series[0][0]}" if len(series) == 1 else ""
+    title = f"One layer's attention, forward: {entry['heads']} heads of {entry['head_dim']}, bfloat16{card}"
+    axes.set_title(title, loc="left", fontsize=10, color=_INK)
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens / 1e6:.2f}M" if tokens >= 1e6 else f"{tokens / 1e3:.0f}k"
+
+
+def _without_parts(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != "parts"}
+
+
+def _provenance(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """One line per command and date."""
+    seen: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in entries:
+        seen.setdefault((entry["command"], entry["date"]), entry["versions"])
+    shown = ("jax", "driver")
+    return [
+        f"`{command}`, {date}" + "".join(f", {name} {versions[name]}" for name in shown if name in versions) + "  "
+        for (command, date), versions in seen.items()
+    ]
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command line."""
+    main(tyro.cli(Arguments, args=list(argv), description=__doc__))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,60 @@
+"""Results on disk: one JSON file per script and card, whose entries are replaced one by one.
+
+{"card": ..., "entries": {name: {"command", "date", "versions", ...what was measured}}}
+"""
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import jax
+
+FOLDER = pathlib.Path(__file__).parent / "results"
+_PACKAGES = re.compile(r"jax|jaxlib|jax-cuda\d+-pjrt|nvidia-cudnn-cu\d+|nvidia-cuda-runtime(-cu\d+)?")
+
+
+def store(folder: pathlib.Path, script: str, name: str, command: str, entry: dict[str, Any]) -> pathlib.Path:
+    """Puts `entry` into the file of this script and this machine's card, keeping the others; returns the file."""
+    card = jax.devices()[0].device_kind
+    path = folder / f"{script}-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.json"
+    entries = json.loads(path.read_text())["entries"] if path.exists() else {}
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    entries[name] = {"command": command, "date": date, "versions": versions(), **entry}
+    folder.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"card": card, "entries": dict(sorted(entries.items()))}, indent=1) + "\n")
+    os.replace(part, path)  # a run that dies here leaves the old file whole
+    return path
+
+
+def load(folder: pathlib.Path, script: str) -> list[dict[str, Any]]:
+    """All files of a script, by card."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{script}-*.json"))]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"] or ""
+        if _PACKAGES.fullmatch(name.lower()):
+            found[name.lower()] = distribution.version
+    return dict(sorted(found.items())) | _driver()
+
+
+def _driver() -> dict[str, str]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None or jax.default_backend() != "gpu":
+        return {}
+    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=60)
+    return {"driver": answer.stdout.split("\n")[0].strip()} if answer.returncode == 0 else {}

@@ -1,0 +1,155 @@
+"""Results -> markdown. Only figures of the given entries; what was not measured is left empty."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Entry = dict[str, Any]
+_EMPTY = ""
+
+
+def attention_tables(entries: Sequence[Entry]) -> list[str]:
+    """Lines of markdown: the settings, those with quoted figures again beside them, scaling, and each part's table."""
+    settings = [e for e in entries if "points" not in e]
+    lines = _settings_table(settings) if settings else []
+    quoted = [e for e in settings if "quoted" in e]
+    if quoted:
+        lines += [_EMPTY, *_quoted_table(quoted)]
+    for entry in entries:
+        if "points" in entry:
+            lines += [_EMPTY, *_scaling_table(entry)]
+    for entry in settings:
+        if "parts" in entry:
+            lines += [_EMPTY, *parts_table(entry)]
+    return lines
+
+
+def _settings_table(entries: Sequence[Entry]) -> list[str]:
+    head = [
+        "setting", "inputs", "backend", "tokens", "bound", "U/k",
+        "forward: MoC", "dense", "ratio",
+        "forward + backward: MoC", "dense", "ratio",
+        "routing", "sorting", "share", "peak / tensors",
+    ]  # fmt: skip
+    rows = [
+        [
+            setting_name(e),
+            e["inputs"],
+            e["backend"],
+            f"{e['tokens']:,}",
+            f"{e['pairs']['bound']:.2f}x",
+            number(e["union_ratio"], ".1f"),
+            *_versus(e["forward"]),
+            *_versus(e["forward_backward"]),
+            milliseconds(e["routing"]),
+            milliseconds(e["sorting"]),
+            f"{e['routing_share']:.0%}",
+            f"{e['memory']['peak_over_tensors']:.2f}x",
+        ]
+        for e in entries
+    ]
+    return markdown(head, rows)
+
+
+def _quoted_table(entries: Sequence[Entry]) -> list[str]:
+    head = [
+        "routed part alone", "inputs",
+        "forward: MoC", "quoted, not measured in this run", "ratio",
+        "forward + backward: MoC", "quoted, not measured in this run", "ratio",
+    ]  # fmt: skip
+    rows = []
+    for e in entries:
+        cells = [setting_name(e), e["inputs"]]
+        for way in ("forward", "forward_backward"):
+            theirs = f"{e['quoted'][f'{way}_ms']:g} ms ({e['quoted']['what']})"
+            cells += [milliseconds(e[way]["moc"]), theirs, f"{e[way]['quoted_ratio']:.2f}x"]
+        rows.append(cells)
+    return markdown(head, rows)
+
+
+def _scaling_table(entry: Entry) -> list[str]:
+    head = [
+        "shots",
+        "tokens",
+        "forward: MoC",
+        "dense",
+        "ratio",
+        "bound",
+        f"time per token / {entry['base_shots']} shots",
+    ]
+    rows = []
+    for p in entry["points"]:
+        both = "moc" in p and "dense" in p
+        rows.append(
+            [
+                str(p["shots"]),
+                f"{p['tokens']:,}",
+                milliseconds(p.get("moc")),
+                milliseconds(p.get("dense")),
+                f"{p['dense']['median_ms'] / p['moc']['median_ms']:.2f}x" if both else _EMPTY,
+                f"{p['pairs']['bound']:.2f}x",
+                number(p.get("per_token_over_base"), ".2f"),
+            ]
+        )
+    return markdown(head, rows)
+
+
+def parts_table(entry: Entry) -> list[str]:
+    """Each part of one entry: FLOPs, bytes, floors and time."""
+    head = [
+        f"part of {setting_name(entry)}, {entry['inputs']}", "GFLOP", "GB",
+        "floor (data sheet)", "floor (measured rates)", "time", "TFLOP/s", "GB/s",
+    ]  # fmt: skip
+    rows = []
+    for part in entry["parts"]:
+        ms = part["time"]["median_ms"]
+        floors = (number(part[name], ".3g", " ms") for name in ("floor_ms", "measured_floor_ms"))
+        rates = f"{part['gflop'] / ms:.0f}", f"{1e3 * part['gigabytes'] / ms:.0f}"
+        work = f"{part['gflop']:,.1f}", f"{part['gigabytes']:.3g}"
+        rows.append([part["part"], *work, *floors, milliseconds(part["time"]), *rates])
+    return markdown(head, rows)
+
+
+def model_tables(entries: Iterable[Entry]) -> list[str]:
+    """Lines of markdown: each step of each model."""
+    head = ["step", "layers", "width", "parameters", "tokens", "MoC", "dense", "ratio", "bound", "peak: MoC", "dense"]
+    rows = []
+    for e in entries:
+        for step, found in e["steps"].items():
+            peaks = (f"{found[name]['memory']['peak'] / 2**30:.1f} GiB" for name in ("moc", "dense"))
+            times = (_seconds(found[name]) for name in ("moc", "dense"))
+            model = str(e["model"]["depth"]), str(e["model"]["dim"]), f"{e['parameters'] / 1e9:.2f} B"
+            ratios = f"{found['ratio']:.2f}x", f"{e['bound']:.2f}x"
+            rows.append([step, *model, f"{e['tokens']:,}", *times, *ratios, *peaks])
+    return markdown(head, rows)
+
+
+def setting_name(entry: Entry) -> str:
+    """The setting, and how much it was shrunk."""
+    return entry["setting"] + (f" / {entry['shrink']}" if entry["shrink"] > 1 else "")
+
+
+def milliseconds(timing: Entry | None) -> str:
+    """The median, and half of what lies between the least and the most."""
+    if timing is None:
+        return _EMPTY
+    spread = (timing["high_ms"] - timing["low_ms"]) / 2
+    return f"{timing['median_ms']:.4g} ms" + (f" ± {spread:.2g}" if timing["samples"] > 1 else "")
+
+
+def number(value: float | None, style: str, unit: str = "") -> str:
+    """A number, or nothing where there is none."""
+    return _EMPTY if value is None else f"{value:{style}}{unit}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table whose first column is text and whose others are set to the right."""
+    rule = [":--", *["--:"] * (len(head) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
+
+
+def _versus(way: Entry) -> list[str]:
+    return [milliseconds(way["moc"]), milliseconds(way.get("dense")), number(way.get("ratio"), ".2f", "x")]
+
+
+def _seconds(timing: Entry) -> str:
+    return f"{timing['median_ms'] / 1e3:.3g} s"
