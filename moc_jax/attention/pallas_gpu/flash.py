@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moc_jax.attention.pallas_gpu.tiles import Tiles, item_of, walk
+from moc_jax.attention.pallas_gpu.tiles import Tiles, each_tile, walk
 from moc_jax.shapes import Array, Float, Float32, typed
 
 LOG2E = math.log2(math.e)
@@ -69,8 +69,9 @@ def forward(
         _kernel,
         sorted_rows=sorted_rows,
         tuning=tuning,
-        walks=dict(tiles=tiles.static, blocks=blocks, batch=batch, heads=heads, block=tuning.block, rows=tokens),
-        dim=dim,
+        tiles=tiles.static,
+        blocks=blocks,
+        sizes=(batch, heads, tokens, dim),
         interpreted=interpret is not None,
     )
     ring = plgpu.SMEM((tuning.stages, tuning.block, dim), k.dtype, transforms=SWIZZLED)
@@ -123,32 +124,32 @@ def _kernel(
     *,
     sorted_rows,
     tuning,
-    walks,
-    dim,
+    tiles,
+    blocks,
+    sizes,
     interpreted,
 ):
+    batch, heads, tokens, dim = sizes
     block, stages, slots = tuning.block, tuning.stages, tuning.slots
     warpgroup = lax.axis_index("warpgroup")
+    each = functools.partial(each_tile, table_ref, tiles=tiles, blocks=blocks, batch=batch, heads=heads)
 
     @pl.when(warpgroup < COMPUTE)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
 
-        @each_tile(table_ref, **walks)
-        def _(item, steps, used_before, steps_before):
-            slot = lax.rem(used_before, slots)
+        def one_tile(item, _, line, used, steps):
+            slot = lax.rem(used, slots)
             q_tile = q_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)]
             plgpu.barrier_wait(q_full.at[slot])
 
-            def step(s, carry):
+            def step(carry, steps, _, low, high):
                 acc, largest, total = carry
-                ring = lax.rem(steps_before + s, stages)
-                row, low, high = steps.at(s)
+                ring = lax.rem(steps, stages)
                 plgpu.barrier_wait(k_full.at[ring])
-
                 qk = product(q_tile, k_smem.at[ring].transpose((1, 0)), interpreted)
                 plgpu.barrier_arrive(k_free.at[ring])
-                qk = mask_columns(qk, low - row, high - row, -jnp.inf)
+                qk = mask_columns(qk, low, high, -jnp.inf)
                 scale = LOG2E / math.sqrt(dim)
                 new = jnp.maximum(largest, qk.max(axis=1) * scale)
                 shrink = jnp.exp2(largest - new)
@@ -157,7 +158,6 @@ def _kernel(
                 total = total * shrink + p.sum(axis=1)
                 p = p.astype(v_smem.dtype)
                 plgpu.barrier_wait(v_full.at[ring])
-
                 acc = accumulate(acc, p, v_smem.at[ring], interpreted)
                 plgpu.barrier_arrive(v_free.at[ring])
                 return acc, new, total
@@ -168,7 +168,8 @@ def _kernel(
                 plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row_layout),
                 plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout),
             )
-            acc, largest, total = lax.fori_loop(0, steps.count, step, carry)
+            carry, steps = walk(line, tiles.runs, block, tokens, step, carry, steps)
+            acc, largest, total = carry
             some = jnp.where(total > 0, total, 1.0)  # a tile without keys yields 0
             lse = jnp.where(total > 0, largest + jnp.log(some) * LOG2E, -jnp.inf)
             # The queries are spent: their place holds the output on its way out.
@@ -181,62 +182,37 @@ def _kernel(
             plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[batch_index, head, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free.at[slot])
+            return steps
 
+        each(body=one_tile)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == COMPUTE)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        @each_tile(table_ref, **walks)
-        def _(item, steps, used_before, steps_before):
+        def one_tile(item, start, line, used, steps):
             batch_index, head, _ = item
-            slot = lax.rem(used_before, slots)
-
-            @pl.when(used_before >= slots)
-            def _():
-                plgpu.barrier_wait(q_free.at[slot])
-
-            rows = pl.ds(steps.start, TILE)
+            slot = lax.rem(used, slots)
+            pl.when(used >= slots)(functools.partial(plgpu.barrier_wait, q_free.at[slot]))
+            rows = pl.ds(start, TILE)
             source = q_ref.at[batch_index, head, rows] if sorted_rows else q_ref.at[batch_index, rows, head]
             plgpu.copy_gmem_to_smem(source, q_smem.at[slot], q_full.at[slot])
 
-            @pl.loop(0, steps.count)
-            def _(s):
-                done = steps_before + s
-                ring = lax.rem(done, stages)
-                row, _, _ = steps.at(s)
+            def step(_, steps, row, *__):
+                ring = lax.rem(steps, stages)
                 keys = (batch_index, pl.ds(row, block), head)
-
-                for source, target, is_full, is_free in (
+                for source, target, full, free in (
                     (k_ref, k_smem, k_full, k_free),
                     (v_ref, v_smem, v_full, v_free),
                 ):
-                    pl.when(done >= stages)(functools.partial(plgpu.barrier_wait, is_free.at[ring]))
-                    plgpu.copy_gmem_to_smem(source.at[keys], target.at[ring], is_full.at[ring])
+                    pl.when(steps >= stages)(functools.partial(plgpu.barrier_wait, free.at[ring]))
+                    plgpu.copy_gmem_to_smem(source.at[keys], target.at[ring], full.at[ring])
 
+            _, steps = walk(line, tiles.runs, block, tokens, step, None, steps)
+            return steps
 
-def each_tile(table_ref, *, tiles, blocks, batch, heads, block, rows):
-    """Calls body(item, its walk, tiles before it, steps before it) for each used tile of this thread block, in an
-    order that all its warpgroups share."""
-    first = lax.axis_index("block")
-    mine = lax.div(batch * heads * tiles.count - first + blocks - 1, blocks)
-
-    def decorate(body):
-        def one(i, before):
-            used_before, steps_before = before
-            item = item_of(first + i * blocks, heads, tiles.count)
-            steps = walk(table_ref, item, tiles, block, rows)
-
-            @pl.when(steps.used)
-            def _():
-                body(item, steps, used_before, steps_before)
-
-            return used_before + steps.used.astype(jnp.int32), steps_before + steps.count
-
-        lax.fori_loop(0, mine, one, (jnp.int32(0), jnp.int32(0)))
-
-    return decorate
+        each(body=one_tile)
 
 
 def mask_columns(x, low, high, value):

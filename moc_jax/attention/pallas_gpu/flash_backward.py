@@ -28,11 +28,10 @@ from moc_jax.attention.pallas_gpu.flash import (
     TILE,
     Tuning,
     accumulate,
-    each_tile,
     mask_columns,
     product,
 )
-from moc_jax.attention.pallas_gpu.tiles import Tiles
+from moc_jax.attention.pallas_gpu.tiles import Tiles, each_tile, walk
 from moc_jax.shapes import Array, Float, Float32, typed
 
 
@@ -64,8 +63,9 @@ def query_gradients(
         _query_kernel,
         sorted_rows=sorted_rows,
         tuning=tuning,
-        walks=dict(tiles=tiles.static, blocks=blocks, batch=batch, heads=heads, block=tuning.block, rows=tokens),
-        dim=dim,
+        tiles=tiles.static,
+        blocks=blocks,
+        sizes=(batch, heads, tokens, dim),
         interpreted=interpret is not None,
     )
     tile = plgpu.SMEM((tuning.slots, TILE, dim), q.dtype, transforms=SWIZZLED)
@@ -111,24 +111,26 @@ def _query_kernel(
     *,
     sorted_rows,
     tuning,
-    walks,
-    dim,
+    tiles,
+    blocks,
+    sizes,
     interpreted,
 ):
+    batch, heads, walked, dim = sizes
     q_smem, d_out_smem, lse_smem, delta_smem = tile_smem
     k_smem, v_smem = ring_smem
     tile_full, tile_free = tile_barriers
     k_full, k_free, v_full, v_free = ring_barriers
     block, stages, slots = tuning.block, tuning.stages, tuning.slots
     warpgroup = lax.axis_index("warpgroup")
+    each = functools.partial(each_tile, table_ref, tiles=tiles, blocks=blocks, batch=batch, heads=heads)
 
     @pl.when(warpgroup < COMPUTE)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
 
-        @each_tile(table_ref, **walks)
-        def _(item, steps, used_before, steps_before):
-            slot = lax.rem(used_before, slots)
+        def one_tile(item, _, line, used, steps):
+            slot = lax.rem(used, slots)
             mine = pl.ds(warpgroup * ROWS, ROWS)
             q_tile, d_out_tile = q_smem.at[slot, mine], d_out_smem.at[slot, mine]
             plgpu.barrier_wait(tile_full.at[slot])
@@ -136,13 +138,12 @@ def _query_kernel(
             lse = plgpu.load(lse_smem.at[slot, mine], layout=row_layout)
             delta = plgpu.load(delta_smem.at[slot, mine], layout=row_layout)
 
-            def step(s, d_q):
-                ring = lax.rem(steps_before + s, stages)
-                row, low, high = steps.at(s)
+            def step(d_q, steps, _, low, high):
+                ring = lax.rem(steps, stages)
                 plgpu.barrier_wait(k_full.at[ring])
                 scores = product(q_tile, k_smem.at[ring].transpose((1, 0)), interpreted)
                 p = jnp.exp2(scores * (LOG2E / math.sqrt(dim)) - lax.broadcast_in_dim(lse, scores.shape, [0]))
-                p = mask_columns(p, low - row, high - row, 0.0)
+                p = mask_columns(p, low, high, 0.0)
                 plgpu.barrier_wait(v_full.at[ring])
                 d_p = product(d_out_tile, v_smem.at[ring].transpose((1, 0)), interpreted)
                 plgpu.barrier_arrive(v_free.at[ring])
@@ -152,7 +153,7 @@ def _query_kernel(
                 return d_q
 
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
-            d_q = lax.fori_loop(0, steps.count, step, zeros)
+            d_q, steps = walk(line, tiles.runs, block, walked, step, zeros, steps)
             # The queries are spent: their place holds the gradient on its way out.
             q_tile[...] = (d_q * (1 / math.sqrt(dim))).astype(d_q_ref.dtype)
             plgpu.commit_smem()
@@ -160,41 +161,41 @@ def _query_kernel(
             plgpu.copy_smem_to_gmem(q_tile, d_q_ref.at[batch_index, head, pl.ds(tile * TILE + warpgroup * ROWS, ROWS)])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(tile_free.at[slot])
+            return steps
 
+        each(body=one_tile)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == COMPUTE)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        @each_tile(table_ref, **walks)
-        def _(item, steps, used_before, steps_before):
+        def one_tile(item, start, line, used, steps):
             batch_index, head, _ = item
-            slot = lax.rem(used_before, slots)
+            slot = lax.rem(used, slots)
 
-            @pl.when(used_before >= slots)
-            def _():
-                plgpu.barrier_wait(tile_free.at[slot])
-
-            rows, full = pl.ds(steps.start, TILE), tile_full.at[slot]
+            pl.when(used >= slots)(functools.partial(plgpu.barrier_wait, tile_free.at[slot]))
+            rows, full = pl.ds(start, TILE), tile_full.at[slot]
             wide = (batch_index, head, rows) if sorted_rows else (batch_index, rows, head)
             plgpu.copy_gmem_to_smem(q_ref.at[wide], q_smem.at[slot], full)
             plgpu.copy_gmem_to_smem(d_out_ref.at[wide], d_out_smem.at[slot], full)
             plgpu.copy_gmem_to_smem(lse_ref.at[batch_index, head, rows], lse_smem.at[slot], full)
             plgpu.copy_gmem_to_smem(delta_ref.at[batch_index, head, rows], delta_smem.at[slot], full)
 
-            @pl.loop(0, steps.count)
-            def _(s):
-                done = steps_before + s
-                ring = lax.rem(done, stages)
-                row, _, _ = steps.at(s)
+            def step(_, steps, row, *__):
+                ring = lax.rem(steps, stages)
                 keys = (batch_index, pl.ds(row, block), head)
                 for source, target, is_full, is_free in (
                     (k_ref, k_smem, k_full, k_free),
                     (v_ref, v_smem, v_full, v_free),
                 ):
-                    pl.when(done >= stages)(functools.partial(plgpu.barrier_wait, is_free.at[ring]))
+                    pl.when(steps >= stages)(functools.partial(plgpu.barrier_wait, is_free.at[ring]))
                     plgpu.copy_gmem_to_smem(source.at[keys], target.at[ring], is_full.at[ring])
+
+            _, steps = walk(line, tiles.runs, block, walked, step, None, steps)
+            return steps
+
+        each(body=one_tile)
 
 
 @typed
@@ -225,8 +226,9 @@ def key_gradients(
         _key_kernel,
         sorted_rows=sorted_rows,
         tuning=tuning,
-        walks=dict(tiles=tiles.static, blocks=blocks, batch=batch, heads=heads, block=tuning.block, rows=queries),
-        dim=dim,
+        tiles=tiles.static,
+        blocks=blocks,
+        sizes=(batch, heads, queries, dim),
         interpreted=interpret is not None,
     )
     tile = plgpu.SMEM((tuning.slots, TILE, dim), k.dtype, transforms=SWIZZLED)
@@ -274,38 +276,39 @@ def _key_kernel(
     *,
     sorted_rows,
     tuning,
-    walks,
-    dim,
+    tiles,
+    blocks,
+    sizes,
     interpreted,
 ):
+    batch, heads, walked, dim = sizes
     k_smem, v_smem = tile_smem
     q_smem, d_out_smem, lse_smem, delta_smem = ring_smem
     tile_full, tile_free = tile_barriers
     q_full, q_free, d_out_full, d_out_free = ring_barriers
     block, stages, slots = tuning.block, tuning.stages, tuning.slots
     warpgroup = lax.axis_index("warpgroup")
+    each = functools.partial(each_tile, table_ref, tiles=tiles, blocks=blocks, batch=batch, heads=heads)
 
     @pl.when(warpgroup < COMPUTE)
     def _compute():
         plgpu.set_max_registers(232, action="increase")
 
-        @each_tile(table_ref, **walks)
-        def _(item, steps, used_before, steps_before):
-            slot = lax.rem(used_before, slots)
+        def one_tile(item, _, line, used, steps):
+            slot = lax.rem(used, slots)
             mine = pl.ds(warpgroup * ROWS, ROWS)
             k_tile, v_tile = k_smem.at[slot, mine], v_smem.at[slot, mine]
             plgpu.barrier_wait(tile_full.at[slot])
             column_layout = plgpu.Layout.WGMMA.reduce(0)
 
-            def step(s, carry):
+            def step(carry, steps, _, low, high):
                 d_k, d_v = carry
-                ring = lax.rem(steps_before + s, stages)
-                row, low, high = steps.at(s)
+                ring = lax.rem(steps, stages)
                 plgpu.barrier_wait(q_full.at[ring])
                 lse = plgpu.load(lse_smem.at[ring], layout=column_layout)
                 scores = product(k_tile, q_smem.at[ring].transpose((1, 0)), interpreted)
                 p = jnp.exp2(scores * (LOG2E / math.sqrt(dim)) - lax.broadcast_in_dim(lse, scores.shape, [1]))
-                p = mask_columns(p, low - row, high - row, 0.0)
+                p = mask_columns(p, low, high, 0.0)
                 plgpu.barrier_wait(d_out_full.at[ring])
                 delta = plgpu.load(delta_smem.at[ring], layout=column_layout)
                 d_v, d_p = _values_and_weights(d_v, p.astype(q_smem.dtype), v_tile, d_out_smem.at[ring], interpreted)
@@ -316,7 +319,7 @@ def _key_kernel(
                 return d_k, d_v
 
             zeros = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
-            d_k, d_v = lax.fori_loop(0, steps.count, step, (zeros, zeros))
+            (d_k, d_v), steps = walk(line, tiles.runs, block, walked, step, (zeros, zeros), steps)
             # Keys and values are spent: their places hold the gradients on their way out.
             k_tile[...] = (d_k * (1 / math.sqrt(dim))).astype(d_k_ref.dtype)
             v_tile[...] = d_v.astype(d_v_ref.dtype)
@@ -327,31 +330,26 @@ def _key_kernel(
             plgpu.copy_smem_to_gmem(v_tile, d_v_ref.at[rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(tile_free.at[slot])
+            return steps
 
+        each(body=one_tile)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == COMPUTE)
     def _copy():
         plgpu.set_max_registers(40, action="decrease")
 
-        @each_tile(table_ref, **walks)
-        def _(item, steps, used_before, steps_before):
+        def one_tile(item, start, line, used, steps):
             batch_index, head, _ = item
-            slot = lax.rem(used_before, slots)
+            slot = lax.rem(used, slots)
 
-            @pl.when(used_before >= slots)
-            def _():
-                plgpu.barrier_wait(tile_free.at[slot])
-
-            keys = (batch_index, pl.ds(steps.start, TILE), head)
+            pl.when(used >= slots)(functools.partial(plgpu.barrier_wait, tile_free.at[slot]))
+            keys = (batch_index, pl.ds(start, TILE), head)
             plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[slot], tile_full.at[slot])
             plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[slot], tile_full.at[slot])
 
-            @pl.loop(0, steps.count)
-            def _(s):
-                done = steps_before + s
-                ring = lax.rem(done, stages)
-                row, _, _ = steps.at(s)
+            def step(_, steps, row, *__):
+                ring = lax.rem(steps, stages)
                 rows = pl.ds(row, block)
                 wide = (batch_index, head, rows) if sorted_rows else (batch_index, rows, head)
                 narrow = (batch_index, head, rows)
@@ -359,9 +357,14 @@ def _key_kernel(
                     (q_ref, q_smem, lse_ref, lse_smem, q_full, q_free),
                     (d_out_ref, d_out_smem, delta_ref, delta_smem, d_out_full, d_out_free),
                 ):
-                    pl.when(done >= stages)(functools.partial(plgpu.barrier_wait, is_free.at[ring]))
+                    pl.when(steps >= stages)(functools.partial(plgpu.barrier_wait, is_free.at[ring]))
                     plgpu.copy_gmem_to_smem(source.at[wide], target.at[ring], is_full.at[ring])
                     plgpu.copy_gmem_to_smem(vector.at[narrow], vectors.at[ring], is_full.at[ring])
+
+            _, steps = walk(line, tiles.runs, block, walked, step, None, steps)
+            return steps
+
+        each(body=one_tile)
 
 
 def _values_and_weights(d_v, p, v_tile, d_out, interpreted):

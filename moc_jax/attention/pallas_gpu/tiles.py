@@ -41,46 +41,50 @@ class Layout(NamedTuple):
     per_head: bool
 
 
-class Walk(NamedTuple):
-    """A tile's way through its runs, as scalars of a kernel."""
+def each_tile(table_ref, *, tiles: Layout, blocks: int, batch: int, heads: int, body):
+    """Calls body(item, its line of the table, tiles before it, steps before it) -> steps after it, for each used tile
+    of this thread block, in an order that all its warpgroups share. An item is (scene, head, tile): neighbours share
+    keys, which then come from the cache."""
+    first = lax.axis_index("block")
+    mine = lax.div(batch * heads * tiles.count - first + blocks - 1, blocks)
 
-    used: Array  # whether there is a tile at all
-    start: Array  # its first row
-    count: Array  # blocks to read
-    legs: list  # per run: (steps before it, first row read, begin, end)
-    block: int
-    rows: int
+    def one(i, before):
+        used, steps = before
+        index = first + i * blocks
+        row = lax.div(index, tiles.count)
+        item = lax.div(row, heads), lax.rem(row, heads), lax.rem(index, tiles.count)
+        line = table_ref.at[item[0], item[1] if tiles.per_head else 0, item[2]]
+        start = line[0]
+        return lax.cond(
+            start >= 0,
+            lambda: (used + 1, body(item, pl.multiple_of(start, ALIGN), line, used, steps)),
+            lambda: (used, steps),
+        )
 
-    def at(self, s):
-        """(first row of block s, begin and end of what counts there). Blocks stay inside the array: the last one
-        may start earlier than its turn, and what it repeats does not count."""
-        before, first, begin, end = self.legs[0]
-        for leg in self.legs[1:]:
-            there = s >= leg[0]
-            before, first, begin, end = (
-                jnp.where(there, new, old) for new, old in zip(leg, (before, first, begin, end), strict=True)
-            )
-        row = first + (s - before) * self.block
-        inside = pl.multiple_of(jnp.minimum(row, self.rows - self.block), ALIGN)
-        return inside, jnp.maximum(begin, row), end
+    lax.fori_loop(0, mine, one, (jnp.int32(0), jnp.int32(0)))
 
 
-def walk(table_ref, item, tiles: Layout, block: int, rows: int) -> Walk:
-    """Reads a tile's line of the table; `rows` is the length of the array whose runs are walked."""
-    batch, head, tile = item
-    line = table_ref.at[batch, head if tiles.per_head else 0, tile]
-    start = line[0]
-    legs, count = [], jnp.int32(0)
-    for r in range(tiles.runs):
+def walk(line, runs: int, block: int, rows: int, step, carry, steps):
+    """Folds step(carry, steps so far, row, low, high) over a tile's runs, block after block.
+
+    A block's rows are [row, row + block); those of the run are [row + low, row + high). Blocks start at multiples of
+    8 and stay inside the array of `rows`: the last one may start earlier than its turn, and what it repeats is
+    masked. Returns (carry, steps so far).
+    """
+
+    def one_run(r, state):
         begin, end = line[1 + 2 * r], line[2 + 2 * r]
         first = begin - lax.rem(begin, ALIGN)
-        legs.append((count, first, begin, end))
-        count += jnp.where(begin < end, lax.div(end - first + block - 1, block), 0)
-    used = start >= 0
-    return Walk(used, pl.multiple_of(jnp.maximum(start, 0), ALIGN), jnp.where(used, count, 0), legs, block, rows)
+        count = jnp.where(begin < end, lax.div(end - first + block - 1, block), 0)
+        carry, steps = state
 
+        def one_block(s, carry):
+            turn = first + s * block
+            row = pl.multiple_of(jnp.minimum(turn, rows - block), ALIGN)
+            return step(carry, steps + s, row, jnp.maximum(begin, turn) - row, end - row)
 
-def item_of(index, heads: int, tiles: int):
-    """(scene, head, tile): neighbouring indices share keys, which then come from the cache."""
-    row = lax.div(index, tiles)
-    return lax.div(row, heads), lax.rem(row, heads), lax.rem(index, tiles)
+        return lax.fori_loop(0, count, one_block, carry), steps + count
+
+    if runs == 1:
+        return one_run(0, (carry, steps))
+    return lax.fori_loop(0, runs, one_run, (carry, steps))
