@@ -75,30 +75,32 @@ def _self_anchor(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
 
 
 @typed
-def descriptors(
-    k: Float[Array, "B N H D"], table: ChunkTable, *, block: int | None = None
-) -> Float32[Array, "B H C D"]:
-    """Equation (1): the mean key of each chunk, accumulated in float32, `block` tokens at a time; 0 for empty chunks.
+def descriptors(k: Float[Array, "B N H D"], table: ChunkTable) -> Float32[Array, "B H C D"]:
+    """Equation (1): the mean key of each chunk, accumulated in float32; 0 for empty chunks.
 
-    A product with one-hot rows, not a scatter-add: the order of the sum, hence every bit, is the same on each run.
+    Aligned blocks of tokens are summed first, which reads k once. A chunk is then some whole blocks, less than a
+    block before them and less than a block after. Gathers and sums in a fixed order, so every bit is the same on
+    each run.
     """
-    tokens, chunks = k.shape[1], table.kind.shape[1]
-    block = min(block or tokens, tokens)
-    padding = -tokens % block
-    k = jnp.pad(k, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    chunk_of = jnp.pad(table.chunk_of, ((0, 0), (0, padding)), constant_values=_NOTHING)
+    tokens = k.shape[1]
+    block = min(64, max(8, table.max_chunk // 16))  # what chunks read twice stays near a tenth of k
+    begin, end = table.start, table.start + table.length
+    first, last = -(-begin // block), end // block  # whole blocks; last < first for a chunk inside one block
+    blocks = k[:, : tokens // block * block].reshape(k.shape[0], tokens // block, block, *k.shape[2:])
+    longest = min(max(table.max_chunk, table.text_tokens), tokens)
+    total = _sum_rows(jnp.sum(blocks.astype(jnp.float32), axis=2), first, last, longest // block)
+    total += _sum_rows(k, begin, jnp.minimum(first * block, end), block)
+    total += _sum_rows(k, jnp.maximum(first, last) * block, end, block)
+    return jnp.swapaxes(total / jnp.maximum(table.length, 1)[:, :, None, None], 1, 2)
 
-    def add(total, i):
-        rows = lax.dynamic_slice_in_dim(k, i * block, block, axis=1).astype(jnp.float32)
-        member = (
-            lax.dynamic_slice_in_dim(chunk_of, i * block, block, axis=1)[:, :, None] == jnp.arange(chunks)[None, None]
-        )
-        part = jnp.einsum("bnc,bnhd->bhcd", member.astype(jnp.float32), rows, precision="highest")
-        return total + part, None
 
-    zero = jnp.zeros((k.shape[0], k.shape[2], chunks, k.shape[3]), jnp.float32)
-    total, _ = lax.scan(add, zero, jnp.arange((tokens + padding) // block))
-    return total / jnp.maximum(table.length, 1)[:, None, :, None]
+def _sum_rows(x: Array, begin: Array, end: Array, most: int) -> Float32[Array, "B C H D"]:
+    """The sum of rows [begin, end), at most `most` of them, of x [B, N, H, D], for begin and end [B, C]."""
+    if most == 0 or x.shape[1] == 0:
+        return jnp.zeros((*begin.shape, *x.shape[2:]), jnp.float32)
+    row = begin[:, :, None] + jnp.arange(most)[None, None]
+    rows = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, row).astype(jnp.float32)
+    return jnp.sum(jnp.where((row < end[:, :, None])[..., None, None], rows, 0.0), axis=2)
 
 
 @typed
@@ -110,39 +112,81 @@ def route(
     *,
     keys: Key[Array, "B H"] | None = None,
     block: int | None = None,
-) -> Int[Array, "B H N K"]:
-    """Equations (2) and (3): the picked chunks of every query, best first; -1 fills slots that hold none.
+) -> Int[Array, "B H N _"]:
+    """Equations (1) to (3): the picked chunks of every query, best first; -1 fills slots that hold none.
 
-    K is `top_k`, and with `keys` (training: context drop-off and drop-in, one key per scene and head)
+    Slots are `top_k`, and with `keys` (training: context drop-off and drop-in, one key per scene and head)
     `top_k + max_drop_in`. Text and padding tokens pick nothing. `block` queries are scored at a time, so that
     scores never take more than B * H * block * C floats.
     """
     q, k = lax.stop_gradient((q, k))
-    tokens, chunks = q.shape[1], table.kind.shape[1]
-    phi = descriptors(k, table, block=block)
+    picks = select(q, descriptors(k, table), table, cfg, block=block)
+    return picks if keys is None else drop(picks, table, cfg, keys, block=block)
+
+
+@typed
+def select(
+    q: Float[Array, "B N H D"],
+    phi: Float32[Array, "B H C D"],
+    table: ChunkTable,
+    cfg: MoCConfig,
+    *,
+    block: int | None = None,
+) -> Int[Array, "B H N K"]:
+    """Equations (2) and (3): the `top_k` best candidates of every query."""
+
+    def one_block(q, candidates, _):
+        scores = jnp.einsum("bnhd,bhcd->bhnc", q.astype(jnp.float32), phi, precision="highest")
+        return _top(scores, jnp.broadcast_to(candidates[:, None], scores.shape), cfg.top_k)
+
+    return _by_block(one_block, q, 1, table, cfg, block)
+
+
+@typed
+def drop(
+    picks: Int[Array, "B H N K"],
+    table: ChunkTable,
+    cfg: MoCConfig,
+    keys: Key[Array, "B H"],
+    *,
+    block: int | None = None,
+) -> Int[Array, "B H N _"]:
+    """Context drop-off and drop-in (MoC, section 3.3), after top-k, independently per query.
+
+    The bits depend on the scene's and head's key and on the token's index only, so that every backend, block size
+    and sharding draws the same.
+    """
+
+    def one_block(picks, candidates, token):
+        return _drop(picks, candidates, keys, token, cfg)
+
+    return _by_block(one_block, picks, 2, table, cfg, block)
+
+
+def _by_block(function, x: Array, axis: int, table: ChunkTable, cfg: MoCConfig, block: int | None):
+    """function(rows of x, their candidates [B, n, C], their tokens [n]) -> [B, H, n, K], `block` tokens at a time.
+
+    `axis` is x's axis of tokens.
+    """
+    tokens, chunks = table.chunk_of.shape[1], table.kind.shape[1]
     # One more row, all False, for the padding tokens' chunk -1.
     candidates = jnp.pad(candidate_chunks(table, cfg), ((0, 0), (0, 1), (0, 0)))
     block = min(block or tokens, tokens)
     padding = -tokens % block
-    q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
     chunk_of = jnp.pad(table.chunk_of, ((0, 0), (0, padding)), constant_values=_NOTHING)
 
-    def one_block(i):
-        rows = lax.dynamic_slice_in_dim(q, i * block, block, axis=1).astype(jnp.float32)
+    def one(i):
+        rows = lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
         of = lax.dynamic_slice_in_dim(chunk_of, i * block, block, axis=1)
-        mask = jnp.take_along_axis(candidates, jnp.where(of < 0, chunks, of)[:, :, None], axis=1)[:, None]
-        scores = jnp.einsum("bnhd,bhcd->bhnc", rows, phi, precision="highest")
-        picks = _select(scores, jnp.broadcast_to(mask, scores.shape), cfg.top_k)
-        if keys is None:
-            return picks
-        token = i * block + jnp.arange(block)
-        return _drop(picks, mask[:, 0], keys, token, cfg)
+        mask = jnp.take_along_axis(candidates, jnp.where(of < 0, chunks, of)[:, :, None], axis=1)
+        return function(rows, mask, i * block + jnp.arange(block))
 
-    picks = lax.map(one_block, jnp.arange((tokens + padding) // block))  # [blocks, B, H, block, K]
+    picks = lax.map(one, jnp.arange((tokens + padding) // block))  # [blocks, B, H, block, K]
     return jnp.moveaxis(picks, 0, 2).reshape(*picks.shape[1:3], tokens + padding, picks.shape[-1])[:, :, :tokens]
 
 
-def _select(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
+def _top(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
     chunks = scores.shape[-1]
     mask = mask & ~jnp.isnan(scores)  # a NaN score is never picked
     # lax.top_k puts the lowest index first among equals.
@@ -152,11 +196,7 @@ def _select(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
 
 
 def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) -> Int[Array, "B H N K"]:
-    """Context drop-off and drop-in (MoC, section 3.3), after top-k, independently per query.
-
-    The bits depend on the scene's and head's key and on the token's index only, so that every backend, block size
-    and sharding draws the same.
-    """
+    """`drop` for the queries `token` [n]: picks [B, H, n, K] and candidates [B, n, C]."""
     chunks, slots = mask.shape[-1], min(cfg.max_drop_in, mask.shape[-1])
     steps = [math.exp(-cfg.drop_in_rate) * cfg.drop_in_rate**m / math.factorial(m) for m in range(slots)]
     below = jnp.cumsum(jnp.asarray(steps, jnp.float32))  # P(Poisson <= m)

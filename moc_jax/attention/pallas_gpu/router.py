@@ -234,7 +234,10 @@ def _kernel(
         if not interpreted:
             plgpu.set_max_registers(160, action="increase")
         load_q = functools.partial(_load_q, q_hbm_ref, q_smem_ref, q_loaded_ref, batch, head, group)
-        row_of = lambda step: ((block * _STEPS + step) * _GROUPS + group) * _ROWS
+
+        def row_of(step):
+            return ((block * _STEPS + step) * _GROUPS + group) * _ROWS
+
         load_q(row_of(0))
         if tiling.resident:
             for slot in range(tiling.slots):
@@ -242,10 +245,12 @@ def _kernel(
 
         def one_step(step, seen):
             row, used = row_of(step), used_hbm_ref[batch, block * _STEPS + step]
-            load_next_q = lambda: pl.when(step + 1 < _STEPS)(lambda: load_q(row_of(step + 1)))
+
+            def load_next_q():
+                pl.when(step + 1 < _STEPS)(lambda: load_q(row_of(step + 1)))
+
             runs = [
-                plgpu.load(runs_hbm_ref.at[batch, i, pl.ds(row, _ROWS)], layout=_ROW, optimized=False)
-                for i in range(3)
+                plgpu.load(runs_hbm_ref.at[batch, i, pl.ds(row, _ROWS)], layout=_ROW, optimized=False) for i in range(3)
             ]
             plgpu.barrier_wait(q_loaded_ref.at[group])
 
@@ -278,9 +283,7 @@ _TILE, _ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
 def _load_q(q_hbm_ref, q_smem_ref, q_loaded_ref, batch, head, group, row):
     """Rows past the last token come as zeros."""
-    plgpu.copy_gmem_to_smem(
-        q_hbm_ref.at[batch, pl.ds(row, _ROWS), head], q_smem_ref.at[group], q_loaded_ref.at[group]
-    )
+    plgpu.copy_gmem_to_smem(q_hbm_ref.at[batch, pl.ds(row, _ROWS), head], q_smem_ref.at[group], q_loaded_ref.at[group])
 
 
 def _scores(q_smem_ref, phi_smem_ref):
@@ -296,14 +299,14 @@ def _scores(q_smem_ref, phi_smem_ref):
 
 def _nothing(top_k):
     """Empty lists: scores and chunks of the best picks so far, `top_k` vectors [64] each."""
-    fill = lambda value, dtype: plgpu.layout_cast(jnp.full((_ROWS,), value, dtype), _ROW)
-    return [fill(-jnp.inf, jnp.float32)] * top_k, [fill(-1, jnp.int32)] * top_k
+    value, pick = jnp.full((_ROWS,), -jnp.inf, jnp.float32), jnp.full((_ROWS,), -1, jnp.int32)
+    return [plgpu.layout_cast(value, _ROW)] * top_k, [plgpu.layout_cast(pick, _ROW)] * top_k
 
 
 def _merge(scores, runs, best, tile):
     """Folds a tile's scores [64, columns] into the lists; `runs` count columns from the tile's first."""
     columns = scores.shape[1]
-    across = lambda x: lax.broadcast_in_dim(x, scores.shape, [0])
+    across = functools.partial(lax.broadcast_in_dim, shape=scores.shape, broadcast_dimensions=[0])
     column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_TILE)
     first, second, end = (across(run) for run in runs)
     candidate = (column < first) | ((column >= second) & (column < end))
