@@ -10,7 +10,7 @@ from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
 
 Kind = Literal["random", "correlated"]
 _REACH = 1024  # tokens over which correlated tokens change
-_NOISE = 0.25  # share of a correlated token's variance that is its own
+_NOISE = 0.1  # share of a correlated token's variance that is its own
 
 
 class Inputs(NamedTuple):

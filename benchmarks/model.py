@@ -33,7 +33,7 @@ from benchmarks.measure import Effort, Memory, Program, Timing, dense_attention,
 from benchmarks.tables import model_tables
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import backend_name
-from moc_jax.config import ChunkConfig, Config, MeshConfig, MoCConfig, ModelConfig, TrainConfig
+from moc_jax.config import ChunkConfig, Config, MeshConfig, MoCConfig, ModelConfig, TextConfig, TrainConfig
 from moc_jax.diffusion.samplers import euler, sigmas
 from moc_jax.models import mmdit
 from moc_jax.models.presets import matrix_flops, parameter_count
@@ -81,7 +81,12 @@ def main(args: Arguments, command: str) -> None:
 
 def measure(args: Arguments) -> dict[str, Any]:
     """One entry: each step with MoC and with dense attention."""
-    config = Config(model=args.model, moc=args.moc, train=TrainConfig(steps=1000, ema_decay=0.0))
+    config = Config(
+        model=args.model,
+        moc=args.moc,
+        text=TextConfig(dim=args.model.text_dim),
+        train=TrainConfig(ema_decay=0.0),
+    )
     scene = make_scene(args)
     effort = Effort(samples=args.repeats)
     entry: dict[str, Any] = {**_describe(args, scene), "steps": {}}

@@ -104,7 +104,7 @@ def _routing(case: Case) -> list[Part]:
     return [
         Part(
             name="pooling",
-            function=functools.partial(descriptors, block=256),
+            function=descriptors,
             inputs=(k, table),
             flops=heads * cost.flops_pool,
             bytes=read,

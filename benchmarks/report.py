@@ -13,11 +13,12 @@ from typing import Any
 import tyro
 
 from benchmarks import results
-from benchmarks.tables import attention_tables, model_tables
+from benchmarks.tables import attention_tables, model_tables, quoted_table, separated, short_table
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 PLOT = "scaling.png"
-_INK, _MUTED, _MOC, _DENSE = "#1b1b1f", "#6b6b76", "#2563c9", "#c2570c"
+_INK, _MUTED, _DENSE = "#1b1b1f", "#6b6b76", "#c2570c"
+_MOC = "#2563c9", "#7a4fb5", "#2f8f6b"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,17 +52,18 @@ def readme_block(folder: pathlib.Path) -> str:
     """What the README shows: the settings with random routes, the model's steps, and the plot."""
     lines = []
     for file in results.load(folder, "attention"):
-        entries = [_without_parts(e) for e in file["entries"].values() if e["inputs"] == "random"]
+        entries = [e for e in file["entries"].values() if e["inputs"] == "random"]
         settings = [e for e in entries if "points" not in e]
         if settings:
-            lines += [f"One layer's attention on one {file['card']}:", "", *attention_tables(settings), ""]
+            tables = separated([short_table(settings), quoted_table(settings)])
+            lines += [f"One layer's attention on one {file['card']}, random routes:", "", *tables, ""]
         if len(settings) < len(entries):
             lines += [f"![Time against tokens, MoC and dense](benchmarks/results/{PLOT})", ""]
         lines += [*_provenance(entries), ""]
     for file in results.load(folder, "model"):
         entries = list(file["entries"].values())
         lines += [f"A whole model on one {file['card']}:", "", *model_tables(entries), "", *_provenance(entries), ""]
-    return "\n".join(lines).strip()
+    return "\n".join(lines).strip() or "*Not measured yet.*"
 
 
 def with_block(text: str, block: str) -> str:
@@ -88,11 +90,12 @@ def draw(folder: pathlib.Path) -> pathlib.Path | None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.4), dpi=200, layout="constrained")
-    for card, entry in series:
-        suffix = f", {card}" if len(series) > 1 else ""
-        for name, label, colour in (("dense", f"dense ({entry['dense_by']})", _DENSE), ("moc", "MoC", _MOC)):
-            _series(axes, entry["points"], name, label + suffix, colour)
-    _axes(axes, series)
+    for (card, entry), colour in zip(series, _MOC * len(series)):
+        points, several = entry["points"], len(series) > 1
+        if (card, entry) == next(s for s in series if s[0] == card):
+            _series(axes, points, "dense", "dense attention" + (f", {card}" if several else ""), _DENSE)
+        _series(axes, points, "moc", "MoC" + (f" ({entry['backend']}), {card}" if several else ""), colour)
+    _axes(axes, *series[0], several=len({card for card, _ in series}) > 1)
     path = folder / PLOT
     figure.savefig(path)
     pyplot.close(figure)
@@ -100,40 +103,43 @@ def draw(folder: pathlib.Path) -> pathlib.Path | None:
 
 
 def _series(axes: Any, points: Sequence[dict[str, Any]], name: str, label: str, colour: str) -> None:
-    """One line with its name at its end."""
+    """One line with its name at its end; MoC's points say how much faster than dense they are."""
     there = [p for p in points if name in p]
     if not there:
         return
     tokens, times = [p["tokens"] for p in there], [p[name]["median_ms"] for p in there]
     axes.plot(tokens, times, "o-", color=colour, linewidth=2, markersize=5)
-    where = {"xytext": (-8, 6), "ha": "right"} if name == "dense" else {"xytext": (4, -16), "ha": "right"}
-    axes.annotate(label, (tokens[-1], times[-1]), textcoords="offset points", color=colour, weight="bold", **where)
+    place = {"textcoords": "offset points", "color": colour}
+    ratios = [
+        p["dense"]["median_ms"] / p["moc"]["median_ms"] if name == "moc" and "dense" in p else None for p in there
+    ]
+    for x, y, ratio in zip(tokens, times, ratios):
+        if ratio is not None:
+            axes.annotate(f"{ratio:.1f}x", (x, y), xytext=(6, -12), fontsize=8, **place)
+    offset = (-10, 0) if name == "dense" else (-2, -20)
+    axes.annotate(label, (tokens[-1], times[-1]), xytext=offset, ha="right", va="center", weight="bold", **place)
 
 
-def _axes(axes: Any, series: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    points = series[0][1]["points"]
-    entry = series[0][1]
+def _axes(axes: Any, card: str, entry: dict[str, Any], *, several: bool) -> None:
+    points = entry["points"]
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xticks([p["tokens"] for p in points], [_short(p["tokens"]) for p in points])
+    axes.set_xticks([p["tokens"] for p in points], [f"{_short(p['tokens'])}\n{p['shots']}" for p in points])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda ms, _: f"{ms / 1e3:g} s" if ms >= 1e3 else f"{ms:g} ms")
-    axes.set_xlabel("tokens (shots of 22 500)", color=_MUTED)
+    axes.set_xlabel("tokens, and shots; at the points: how many times as fast as dense", color=_MUTED)
     axes.grid(visible=True, color="#e4e4e8", linewidth=0.8)
     axes.tick_params(colors=_MUTED, length=0)
+    axes.margins(y=0.12)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
-    card = f", {series[0][0]}" if len(series) == 1 else ""
-    title = f"One layer's attention, forward: {entry['heads']} heads of {entry['head_dim']}, bfloat16{card}"
+    where = "" if several else f", one {card}"
+    title = f"One layer's attention, forward: {entry['heads']} heads of {entry['head_dim']}, bfloat16{where}"
     axes.set_title(title, loc="left", fontsize=10, color=_INK)
 
 
 def _short(tokens: int) -> str:
     return f"{tokens / 1e6:.2f}M" if tokens >= 1e6 else f"{tokens / 1e3:.0f}k"
-
-
-def _without_parts(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name != "parts"}
 
 
 def _provenance(entries: Sequence[dict[str, Any]]) -> list[str]:
@@ -143,7 +149,7 @@ def _provenance(entries: Sequence[dict[str, Any]]) -> list[str]:
         seen.setdefault((entry["command"], entry["date"]), entry["versions"])
     shown = ("jax", "driver")
     return [
-        f"`{command}`, {date}" + "".join(f", {name} {versions[name]}" for name in shown if name in versions) + "  "
+        f"- `{command}`, {date}" + "".join(f", {name} {versions[name]}" for name in shown if name in versions)
         for (command, date), versions in seen.items()
     ]
 

@@ -10,17 +10,27 @@ _EMPTY = ""
 def attention_tables(entries: Sequence[Entry]) -> list[str]:
     """Lines of markdown: the settings, those with quoted figures again beside them, scaling, and each part's table."""
     settings = [e for e in entries if "points" not in e]
-    lines = _settings_table(settings) if settings else []
-    quoted = [e for e in settings if "quoted" in e]
-    if quoted:
-        lines += [_EMPTY, *_quoted_table(quoted)]
-    for entry in entries:
-        if "points" in entry:
-            lines += [_EMPTY, *_scaling_table(entry)]
-    for entry in settings:
-        if "parts" in entry:
-            lines += [_EMPTY, *parts_table(entry)]
-    return lines
+    tables = [_settings_table(settings), quoted_table(settings)]
+    tables += [_scaling_table(e) for e in entries if "points" in e]
+    tables += [parts_table(e) for e in settings if "parts" in e]
+    return separated(tables)
+
+
+def short_table(entries: Sequence[Entry]) -> list[str]:
+    """The settings' times and ratios alone."""
+    head = ["setting", "tokens", "backend", "MoC forward", "dense", "ratio", "MoC forward + backward", "dense", "ratio"]
+    rows = [
+        [
+            setting_name(e),
+            f"{e['tokens']:,}",
+            e["backend"],
+            *_versus(e["forward"]),
+            *_versus(e["forward_backward"]),
+            f"{e['pairs']['bound']:.2f}x",
+        ]
+        for e in entries
+    ]
+    return markdown([*head, "bound"], rows)
 
 
 def _settings_table(entries: Sequence[Entry]) -> list[str]:
@@ -50,7 +60,8 @@ def _settings_table(entries: Sequence[Entry]) -> list[str]:
     return markdown(head, rows)
 
 
-def _quoted_table(entries: Sequence[Entry]) -> list[str]:
+def quoted_table(entries: Sequence[Entry]) -> list[str]:
+    """The entries that have figures of others, beside these."""
     head = [
         "routed part alone", "inputs",
         "forward: MoC", "quoted, not measured in this run", "ratio",
@@ -58,6 +69,8 @@ def _quoted_table(entries: Sequence[Entry]) -> list[str]:
     ]  # fmt: skip
     rows = []
     for e in entries:
+        if "quoted" not in e:
+            continue
         cells = [setting_name(e), e["inputs"]]
         for way in ("forward", "forward_backward"):
             theirs = f"{e['quoted'][f'{way}_ms']:g} ms ({e['quoted']['what']})"
@@ -117,7 +130,7 @@ def model_tables(entries: Iterable[Entry]) -> list[str]:
         for step, found in e["steps"].items():
             peaks = (f"{found[name]['memory']['peak'] / 2**30:.1f} GiB" for name in ("moc", "dense"))
             times = (_seconds(found[name]) for name in ("moc", "dense"))
-            model = str(e["model"]["depth"]), str(e["model"]["dim"]), f"{e['parameters'] / 1e9:.2f} B"
+            model = str(e["model"]["depth"]), str(e["model"]["dim"]), f"{e['parameters'] / 1e6:,.0f} M"
             ratios = f"{found['ratio']:.2f}x", f"{e['bound']:.2f}x"
             rows.append([step, *model, f"{e['tokens']:,}", *times, *ratios, *peaks])
     return markdown(head, rows)
@@ -142,9 +155,18 @@ def number(value: float | None, style: str, unit: str = "") -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table whose first column is text and whose others are set to the right."""
+    """A table whose first column is text and whose others are set to the right; nothing if it has no rows."""
+    rows = list(rows)
+    if not rows:
+        return []
     rule = [":--", *["--:"] * (len(head) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
+
+
+def separated(tables: Iterable[Sequence[str]]) -> list[str]:
+    """All lines, with an empty one between two tables."""
+    lines = [line for table in tables if table for line in (*table, _EMPTY)]
+    return lines[:-1]
 
 
 def _versus(way: Entry) -> list[str]:
@@ -152,4 +174,4 @@ def _versus(way: Entry) -> list[str]:
 
 
 def _seconds(timing: Entry) -> str:
-    return f"{timing['median_ms'] / 1e3:.3g} s"
+    return f"{timing['median_ms'] / 1e3:.4g} s"

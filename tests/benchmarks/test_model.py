@@ -1,0 +1,69 @@
+"""benchmarks/model.py end to end on a small model, and that both its columns are the same model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import model
+from moc_jax.config import ChunkConfig, MoCConfig, ModelConfig
+from moc_jax.models.mmdit import MMDiT
+from moc_jax.models.presets import parameter_count
+
+TINY = ModelConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32")
+MOC = MoCConfig(chunk=ChunkConfig(size=8), top_k=1, backend="xla")
+ARGUMENTS = model.Arguments(model=TINY, moc=MOC, shots=3, frames=2, rows=8, columns=8, caption=2)
+
+
+def test_both_steps_are_stored(tmp_path):
+    size = ["--shots", "2", "--frames", "2", "--rows", "4", "--columns", "4", "--caption", "2", "--repeats", "1"]
+    network = ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--model.text-dim", "8"]
+    model.run([*size, *network, "--moc.chunk.size", "4", "--moc.backend", "xla", "--out", str(tmp_path)])
+    (file,) = tmp_path.glob("model-*.json")
+    (entry,) = json.loads(file.read_text())["entries"].values()
+    assert entry["tokens"] == 2 * 2 * 2 * 2 + 3 * 2
+    assert list(entry["steps"]) == ["denoising", "training"]
+    for step in entry["steps"].values():
+        assert step["ratio"] == pytest.approx(step["dense"]["median_ms"] / step["moc"]["median_ms"])
+        assert step["moc"]["memory"]["peak"] > 4 * entry["parameters"]
+    # Weights, gradients and two moments.
+    assert entry["steps"]["training"]["moc"]["memory"]["arguments"] > 12 * entry["parameters"]
+
+
+def test_the_baseline_is_the_same_model_dense():
+    scene = model.make_scene(ARGUMENTS)
+    graph, weights = nnx.split(MMDiT(TINY, rngs=nnx.Rngs(0)))
+    # Fresh weights hold zeros that switch attention off.
+    random = np.random.default_rng(0)
+    weights = jax.tree.map(lambda x: 0.3 * random.standard_normal(x.shape).astype(x.dtype), weights)
+    t = jnp.full(scene.lengths.shot_frames.shape, 0.5)
+
+    def velocity(name, moc):
+        with model.attention_of(name):
+            network = nnx.merge(graph, weights)
+            return np.asarray(jax.jit(lambda z: network(z, scene.text, t, scene.lengths, moc))(scene.video))
+
+    ours = velocity("moc", MoCConfig(mode="dense", backend="xla"))
+    np.testing.assert_allclose(velocity("dense", MOC), ours, rtol=2e-3, atol=2e-4)
+    assert np.abs(velocity("moc", MOC) - ours).max() > 1e-2
+
+
+def test_the_size_is_wans():
+    assert (model.WAN_1_3B.mlp_dim, model.WAN_1_3B.head_dim) == (8960, 128)
+    per_stream = 4 * 1536**2 + 2 * 1536 * 8960 + 6 * 1536**2  # attention, MLP, modulation
+    assert parameter_count(model.WAN_1_3B) == pytest.approx(30 * 2 * per_stream, rel=0.02)
+
+
+def test_what_does_not_fit_is_told(monkeypatch):
+    class Small:
+        @staticmethod
+        def memory_stats():
+            return {"bytes_limit": 1 << 10}
+
+    lowered = jax.jit(lambda x: x @ x).lower(np.zeros((64, 64), np.float32))
+    monkeypatch.setattr(jax, "devices", lambda: [Small])
+    with pytest.raises(model.DoesNotFit, match=r"step of 2 layers needs .* try --model.depth 1"):
+        model._fitting(lowered, TINY)

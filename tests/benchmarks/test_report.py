@@ -1,0 +1,122 @@
+"""Tables and plot; the README shows exactly what the committed results say."""
+
+import json
+import pathlib
+
+import pytest
+
+from benchmarks import report, results
+from benchmarks.tables import attention_tables, milliseconds, model_tables
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def timing(ms, samples=5):
+    return {"median_ms": ms, "low_ms": 0.99 * ms, "high_ms": 1.01 * ms, "samples": samples, "launches": 1}
+
+
+def entry(**changed):
+    ways = {way: {"moc": timing(10.0), "dense": timing(52.0), "ratio": 5.2} for way in ("forward", "forward_backward")}
+    return {
+        "setting": "multi_shot",
+        "inputs": "random",
+        "shrink": 1,
+        "backend": "xla",
+        "tokens": 1000,
+        "pairs": {"bound": 6.3},
+        "union_ratio": 14.0,
+        **ways,
+        "routing": timing(0.5),
+        "sorting": timing(0.5),
+        "routing_share": 0.1,
+        "memory": {"peak_over_tensors": 1.5},
+        "command": "python -m benchmarks.attention",
+        "date": "2026-01-01",
+        "versions": {"jax": "0.11.2"},
+        **changed,
+    }
+
+
+def scaling():
+    points = [
+        {
+            "shots": s,
+            "tokens": 100 * s,
+            "pairs": {"bound": 1.0 * s},
+            "moc": timing(10.0 * s),
+            "per_token_over_base": 1.0,
+        }
+        for s in (1, 8)
+    ]
+    points[0]["dense"] = timing(25.0)
+    sizes = {"heads": 12, "head_dim": 128, "dense_by": "cudnn", "base_shots": 8}
+    return entry(setting="scaling", points=points, **sizes)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    quoted = {"what": "FlashMoBA on one NVIDIA H200", "forward_ms": 70.0, "forward_backward_ms": 150.0}
+    routed = entry(setting="routed", quoted=quoted)
+    for way, ms in (("forward", 70.0), ("forward_backward", 150.0)):
+        routed[way] = {"moc": timing(20.0), "quoted_ratio": ms / 20.0}
+    entries = {"a": entry(), "b": entry(inputs="correlated"), "c": routed, "d": scaling()}
+    (tmp_path / "attention-card.json").write_text(json.dumps({"card": "Card", "entries": entries}))
+    return tmp_path
+
+
+def test_tables_hold_the_figures(folder):
+    (file,) = results.load(folder, "attention")
+    tables = "\n".join(attention_tables(list(file["entries"].values())))
+    assert "| 6.30x | 14.0 | 10 ms ± 0.1 | 52 ms ± 0.52 | 5.20x |" in tables
+    assert "| 20 ms ± 0.2 | 70 ms (FlashMoBA on one NVIDIA H200) | 3.50x |" in tables
+    assert "quoted, not measured in this run" in tables
+    assert "| 1 | 100 | 10 ms ± 0.1 | 25 ms ± 0.25 | 2.50x |" in tables
+    assert "| 8 | 800 | 80 ms ± 0.8 |  |  |" in tables
+    columns = {block: {line.count("|") for line in block.split("\n")} for block in tables.split("\n\n")}
+    assert len(columns) == 3
+    assert all(len(counts) == 1 for counts in columns.values())
+
+
+def test_model_table():
+    steps = {
+        "training": {name: {**timing(ms), "memory": {"peak": 2**30}} for name, ms in (("moc", 1e4), ("dense", 4e4))}
+    }
+    steps["training"]["ratio"] = 4.0
+    sizes = {"model": {"depth": 30, "dim": 1536}, "parameters": 3.07e9, "tokens": 180_504, "bound": 4.3}
+    (_, _, row) = model_tables([{**sizes, "steps": steps}])
+    assert row == "| training | 30 | 1536 | 3,070 M | 180,504 | 10 s | 40 s | 4.00x | 4.30x | 1.0 GiB | 1.0 GiB |"
+
+
+def test_one_sample_has_no_spread():
+    assert milliseconds(timing(10.0, samples=1)) == "10 ms"
+    assert milliseconds(None) == ""
+
+
+def test_readme_block_shows_random_routes_with_their_command(folder):
+    block = report.readme_block(folder)
+    assert block.count("| multi_shot |") == 1  # the correlated ones are left to the full report
+    assert block.count("`python -m benchmarks.attention`, 2026-01-01, jax 0.11.2") == 1
+    assert "benchmarks/results/scaling.png" in block
+    assert report.report(folder).count("| multi_shot |") == 2
+
+
+def test_readme_is_rewritten_between_its_markers(folder, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.run(["--results", str(folder), "--readme", str(readme)])
+    assert readme.read_text() == f"before\n{report.BEGIN}\n{report.readme_block(folder)}\n{report.END}\nafter\n"
+    assert (folder / report.PLOT).stat().st_size > 10_000
+    with pytest.raises(ValueError, match="must hold"):
+        report.with_block("no markers", "block")
+
+
+def test_nothing_measured_is_nothing_shown(tmp_path):
+    assert report.readme_block(tmp_path) == "*Not measured yet.*"
+    assert report.draw(tmp_path) is None
+
+
+def test_the_readme_is_up_to_date():
+    """`python -m benchmarks.report --readme README.md` would change nothing."""
+    text = (ROOT / "README.md").read_text()
+    assert report.with_block(text, report.readme_block(results.FOLDER)) == text
+    assert (f"results/{report.PLOT}" in text) == (results.FOLDER / report.PLOT).exists()
