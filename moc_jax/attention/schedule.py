@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from moc_jax.shapes import Array, Int, typed
 
@@ -29,32 +30,49 @@ def tile_capacity(pairs: int, chunks: int, tile: int) -> int:
     return -(-pairs // tile) + chunks
 
 
+_IN_BOUNDS = dict(mode="promise_in_bounds", wrap_negative_indices=False)  # spares a pass over the indices
+
+
+def _take(x: Array, index: Array) -> Array:
+    return x.at[index].get(**_IN_BOUNDS)
+
+
 @typed
 def group_by_chunk(routes: Int[Array, "H N K"], chunks: int, tile: int) -> Schedule:
-    """A stable counting sort of each head's pairs by chunk: within a chunk, queries stay in order."""
+    """A stable sort of each head's pairs by chunk: within a chunk, queries stay in order.
+
+    One flat sort serves all heads, by keys as narrow as they come: a radix sort's time goes with the bits of the key.
+    """
     heads, queries, slots = routes.shape
     pairs = queries * slots
     tiles = tile_capacity(pairs, chunks, tile)
+    groups = chunks + 1  # of one head; the last holds the pairs that pick nothing
+    head = jnp.arange(heads, dtype=jnp.int32)[:, None]
+    group = head * groups + jnp.where(routes < 0, chunks, routes).reshape(heads, pairs)
+    narrow = jnp.uint16 if heads * groups <= 1 << 16 else jnp.uint32
+    group, order = lax.sort(
+        (group.astype(narrow).reshape(-1), jnp.arange(heads * pairs, dtype=jnp.int32)), num_keys=1, is_stable=True
+    )
+    edges = jnp.searchsorted(group, jnp.arange(heads * groups, dtype=narrow), method="scan_unrolled").astype(jnp.int32)
+    edges = edges.reshape(heads, groups)
+    begins, counts = edges[:, :-1], jnp.diff(edges)
+    tile_counts = -(-counts // tile)
+    tile_ends = jnp.cumsum(tile_counts, axis=1)
+    tile_begins = tile_ends - tile_counts
 
-    def one(chunk):  # [pairs], -1: nothing
-        chunk = jnp.where(chunk < 0, chunks, chunk)
-        order = jnp.argsort(chunk, stable=True)
-        ends = jnp.searchsorted(chunk[order], jnp.arange(chunks), side="right").astype(jnp.int32)
-        begins = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-        tile_ends = jnp.cumsum(-(-(ends - begins) // tile))
-        tile_begins = tile_ends - -(-(ends - begins) // tile)
+    index = jnp.arange(tiles, dtype=jnp.int32)
+    tile_chunk = jnp.sum(tile_ends[:, None, :] <= index[None, :, None], axis=-1, dtype=jnp.int32)
+    tile_chunk = jnp.where(tile_chunk < chunks, tile_chunk, 0)
+    begin, count, first = (jnp.take_along_axis(x, tile_chunk, axis=1) for x in (begins, counts, tile_begins))
+    inside = (index[None] - first)[:, :, None] * tile + jnp.arange(tile, dtype=jnp.int32)[None, None]
+    used = (index[None] < tile_ends[:, -1:])[:, :, None] & (inside < count[:, :, None])
+    pair = _take(order, jnp.where(used, begin[:, :, None] + inside, 0)) - head[:, :, None] * pairs
+    pair_of_slot = jnp.where(used, pair, -1)
 
-        of = jnp.searchsorted(tile_ends, jnp.arange(tiles), side="right")
-        of = jnp.where(of < chunks, of, 0)
-        inside = (jnp.arange(tiles) - tile_begins[of])[:, None] * tile + jnp.arange(tile)[None]
-        used = (jnp.arange(tiles) < tile_ends[-1])[:, None] & (inside < (ends - begins)[of][:, None])
-        rank = jnp.where(used, begins[of][:, None] + inside, 0)
-        pair_of_slot = jnp.where(used, order[rank], -1)
-
-        target = jnp.where(used, pair_of_slot, pairs).reshape(-1)  # unused slots fall off the end
-        slot_of_pair = jnp.full(pairs, -1, jnp.int32)
-        slot_of_pair = slot_of_pair.at[target].set(jnp.arange(tiles * tile, dtype=jnp.int32), mode="drop")
-        return of.astype(jnp.int32), pair_of_slot.astype(jnp.int32), slot_of_pair
-
-    tile_chunk, pair_of_slot, slot_of_pair = jax.vmap(one)(routes.reshape(heads, pairs))
+    # The n-th pair of a group is in the n-th slot of the group's tiles.
+    nothing = jnp.iinfo(jnp.int32).min
+    shift = jnp.pad(tile_begins * tile - begins, ((0, 0), (0, 1)), constant_values=nothing).reshape(-1)
+    slot = jnp.maximum(jnp.arange(heads * pairs, dtype=jnp.int32) + _take(shift, group.astype(jnp.int32)), -1)
+    slot_of_pair = jnp.zeros(heads * pairs, jnp.int32)
+    slot_of_pair = slot_of_pair.at[order].set(slot, unique_indices=True, **_IN_BOUNDS)
     return Schedule(tile_chunk, pair_of_slot, slot_of_pair.reshape(routes.shape))
