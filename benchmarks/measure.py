@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,7 @@ def _timing(seconds: list[float], launches: int) -> Timing:
 
 
 def _memory(compiled: jax.stages.Compiled) -> Memory:
-    stats = compiled.memory_analysis()
+    stats: Any = compiled.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
     peak = arguments + outputs + stats.temp_size_in_bytes - stats.alias_size_in_bytes
     return Memory(arguments=arguments, outputs=outputs, temporary=stats.temp_size_in_bytes, peak=peak)
@@ -130,7 +130,7 @@ def dense_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, implementation=dense_implementation())
 
 
-def dense_implementation() -> str:
+def dense_implementation() -> Literal["cudnn", "xla"]:
     """What `dense_attention` is computed by."""
     return "cudnn" if jax.default_backend() == "gpu" else "xla"
 

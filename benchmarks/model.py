@@ -94,7 +94,7 @@ def measure(args: Arguments) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         state = create_state(config, make_blueprint(config, mesh))
         for step in args.steps:
-            timings = {}
+            timings: dict[str, dict[str, Any]] = {}
             for name in ("moc", "dense"):
                 with attention_of(name):
                     if step == "denoising":

@@ -11,14 +11,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from benchmarks.inputs import Inputs
 from benchmarks.measure import Ceilings, Effort, both_ways, compile_all
 from moc_jax.attention.accounting import Accounting, account
 from moc_jax.attention.api import backend_name, moc_attention, route
 from moc_jax.attention.routing import descriptors
-from moc_jax.attention.schedule import group_by_chunk
+from moc_jax.attention.schedule import Schedule, group_by_chunk
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Int
@@ -33,7 +31,7 @@ class Case:
     inputs: Inputs
     table: ChunkTable
     cfg: MoCConfig
-    routes: Int[Array, "B H N K"]
+    routes: Int[Array, "1 H N K"]
 
     @property
     def elements(self) -> int:
@@ -66,10 +64,9 @@ class Part:
     bytes: float
 
 
-def sort_pairs(routes: Int[Array, "B H N K"], table: ChunkTable) -> Any:
+def sort_pairs(routes: Int[Array, "1 H N K"], table: ChunkTable) -> Schedule:
     """Picked chunks -> pairs sorted by chunk, as the backends do it."""
-    sort = functools.partial(group_by_chunk, chunks=table.kind.shape[1], tile=_TILE)
-    return jax.vmap(sort)(routes[:, :, table.text_tokens :])
+    return group_by_chunk(routes[0, :, table.text_tokens :], table.kind.shape[1], _TILE)
 
 
 def parts_of(case: Case) -> list[Part]:
