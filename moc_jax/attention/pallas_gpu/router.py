@@ -84,6 +84,7 @@ def select(
     """
     _check(q, cfg)
     batch, tokens, heads, head_dim = q.shape
+    q = jnp.pad(q, ((0, 0), (0, -tokens % 8), (0, 0), (0, 0)))  # the copy engine's rows come in eights
     tiling = _Tiling.of(phi.shape[2], head_dim)
     step = _GROUPS * _ROWS
     blocks = -(-tokens // (step * _STEPS))

@@ -1,0 +1,178 @@
+"""The routing kernel picks what `routing.select` picks: interpreted on tiny scenes, and lowered at real sizes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from moc_jax.attention import routing
+from moc_jax.attention.pallas_gpu import router
+from moc_jax.config import MoCConfig
+from moc_jax.scene import ChunkTable
+from tests.attention.configs import COVERING, EVERY, MULTI_SHOT, NO_ANCHORS, SINGLE_SHOT, name
+from tests.attention.scenes import BATCH, HEADS, PAIR, cut, qkv, random_scenes, table_of
+
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="jax before 0.12 can't interpret Mosaic GPU kernels"
+)
+MOC = [cfg for cfg in EVERY if cfg.mode == "moc"]
+DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+
+
+def inputs(dtype, kind="normal", scenes=PAIR, table=None, tokens=64, head_dim=64, seed=0):
+    """q in `dtype`, descriptors of keys in `dtype`, and the table."""
+    table = table_of(scenes) if table is None else table
+    q, k, _ = qkv(seed, scenes, kind, shape=(tokens, HEADS, head_dim))
+    return jnp.asarray(q, dtype), routing.descriptors(jnp.asarray(k, dtype), table), table
+
+
+def check(q, phi, table, cfg):
+    """Exact equality: no near-ties in these inputs, or scores that are exact."""
+    got = np.asarray(router.select(q, phi, table, cfg, interpret=plgpu.InterpretGPUParams()))
+    want = np.asarray(routing.select(q, phi, table, cfg))
+    np.testing.assert_array_equal(got, want)
+    assert (want >= 0).any()
+    return got
+
+
+# ------------------------------------------------------------------------------------------------ what goes in
+
+
+@pytest.mark.parametrize("cfg", MOC, ids=name)
+@settings(deadline=None, max_examples=5)
+@given(scenes=random_scenes())
+def test_two_runs_of_columns_are_the_candidates(cfg, scenes):
+    table = table_of(scenes)
+    first, second, end = (np.asarray(x) for x in router._candidate_runs(table, cfg))
+    column = np.arange(table.kind.shape[1])
+    runs = (column < first[..., None]) | ((column >= second[..., None]) & (column < end[..., None]))
+    pickable = np.asarray(router._pickable(table))
+    np.testing.assert_array_equal(runs[:, :-1] & pickable[:, None], routing.candidate_chunks(table, cfg))
+    assert not runs[:, -1].any(), "padding tokens"
+
+
+@DTYPES
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_three_parts_hold_every_bit_that_counts(dtype, scale):
+    table = table_of(PAIR)
+    phi = scale * np.random.default_rng(0).standard_normal((BATCH, HEADS, table.kind.shape[1], 64)).astype(np.float32)
+    tiling = router._Tiling.of(phi.shape[2], 64)
+    parts = np.asarray(router._parts(jnp.asarray(phi), table, tiling, dtype), np.float64)
+    assert parts.shape == (BATCH * HEADS * 3, 16, 64)
+    total = parts.reshape(BATCH, HEADS, 3, 16, 64).sum(axis=2)
+    pickable = np.broadcast_to(np.asarray(router._pickable(table))[:, None, :, None], phi.shape)
+    assert np.isnan(total[~pickable]).all(), "a column that nobody may pick"
+    power = np.log2(total / phi, where=pickable, out=np.zeros(phi.shape))
+    power = np.round(power[:, :, [2]])  # one power of two per head
+    error = np.abs(total * 2.0**-power - phi)[pickable].max()
+    assert error <= 2.0**-24 * np.abs(phi[pickable]).max()
+    assert dtype == jnp.float16 or (power == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ what comes out
+
+
+@interpreted
+@DTYPES
+@pytest.mark.parametrize("cfg", [c for c in COVERING if c.mode == "moc" and c.top_k <= 16], ids=name)
+def test_picks_are_those_of_xla(cfg, dtype):
+    """Two scenes of uneven chunks, with padding: every anchor, causal or not, both visibilities."""
+    check(*inputs(dtype), cfg)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["equal chunks", "integers", "zero queries", "huge queries"])
+def test_ties_go_to_the_lowest_chunk(kind):
+    q, phi, table = inputs(jnp.bfloat16, kind)
+    if kind == "equal chunks":
+        phi = jnp.broadcast_to(phi[:, :, 2:3], phi.shape)
+    elif kind != "zero queries":  # means that are integers too, so that every score is exact
+        phi = jnp.round(phi)
+    check(q, phi, table, SINGLE_SHOT)
+
+
+@interpreted
+def test_a_nan_score_is_never_picked():
+    cfg = dataclasses.replace(NO_ANCHORS, top_k=16, causal_routing=False)
+    q, phi, table = inputs(jnp.bfloat16)
+    q = q.at[0, 14].set(jnp.nan)  # a video token: all its scores
+    got = check(q, phi.at[:, 0, 3].set(jnp.nan), table, cfg)
+    assert not (got[:, 0] == 3).any()
+    assert (got[:, 1] == 3).any()
+    assert (got[0, :, 14] == -1).all()
+
+
+@interpreted
+def test_more_slots_than_candidates():
+    got = check(*inputs(jnp.float16), dataclasses.replace(MULTI_SHOT, top_k=router._MOST_PICKS))
+    assert (got[..., -1] == -1).all()
+
+
+@interpreted
+@pytest.mark.parametrize("resident", [True, False])
+def test_several_tiles_of_chunks_and_of_queries(resident, monkeypatch):
+    """40 chunks in tiles of 8, which stay in shared memory or go through the ring; 400 tokens in blocks of 384."""
+    scenes = [cut(3, (2, [9] * 20), (1, [8] * 19)), cut(1, (0, [3, 30] * 5), (0, [11] * 9), (2, [40]))]
+    table = table_of(scenes, tokens=400, chunks=44, max_chunk=40)
+    monkeypatch.setattr(router, "_MOST_COLUMNS", 8)
+    monkeypatch.setattr(router, "_STEPS", 2)
+    if not resident:
+        monkeypatch.setattr(router, "_SMEM", router._GROUPS * router._ROWS * 128 + 16 * router._PARTS * 128)
+    tiling = router._Tiling.of(44, 64)
+    assert (tiling.tiles, tiling.columns, tiling.slots) == (6, 8, 6 if resident else 2)
+    check(*inputs(jnp.bfloat16, scenes=scenes, table=table, tokens=400), dataclasses.replace(MULTI_SHOT, top_k=5))
+
+
+# ------------------------------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize(
+    ("chunks", "head_dim", "tiles", "columns", "slots"),
+    [
+        (3, 128, 1, 8, 1),
+        (24, 128, 1, 24, 1),
+        (153, 128, 2, 80, 2),  # 8 shots of 22 500 tokens in chunks of 1280
+        (1_217, 128, 13, 96, 2),  # 64 shots
+        (1_217, 256, 31, 40, 2),
+        (400, 64, 5, 80, 5),
+    ],
+)
+def test_tiles_fit_shared_memory(chunks, head_dim, tiles, columns, slots):
+    tiling = router._Tiling.of(chunks, head_dim)
+    assert (tiling.tiles, tiling.columns, tiling.slots) == (tiles, columns, slots)
+    assert tiling.tiles * tiling.columns >= chunks
+    assert (slots * columns * 3 + router._GROUPS * router._ROWS) * head_dim * 2 <= router._SMEM
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "top_k", "message"),
+    [
+        (jnp.float32, 64, 2, "q is float32"),
+        (jnp.bfloat16, 48, 2, "heads of size 48"),
+        (jnp.bfloat16, 64, 17, "top_k is 17.*at most 16"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused(dtype, head_dim, top_k, message):
+    q, phi, table = inputs(dtype, head_dim=head_dim)
+    with pytest.raises(NotImplementedError, match=message):
+        router.select(q, phi, table, MoCConfig(top_k=top_k))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "chunks", "head_dim", "top_k"),
+    [(180_512, 153, 128, 5), (1_444_608, 1_217, 128, 5), (6_300, 28, 64, 3), (32_760, 23, 128, 16)],
+)
+def test_it_lowers_for_hopper(tokens, chunks, head_dim, top_k):
+    def shape(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    table = ChunkTable(*[shape(1, chunks)] * 4, shape(1, tokens), 512, 1280)
+    q, phi = shape(1, tokens, 12, head_dim, dtype=jnp.bfloat16), shape(1, 12, chunks, head_dim, dtype=jnp.float32)
+    run = jax.jit(lambda q, phi, table: router.select(q, phi, table, MoCConfig(top_k=top_k)))
+    lowered = run.trace(q, phi, table).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") >= 1
+    assert lowered.out_info.shape == (1, 12, tokens, top_k)
