@@ -116,6 +116,9 @@ class Bench:
     def measure(self, setting: Setting, kind: Kind) -> dict[str, Any]:
         """One entry: all times of a setting on one kind of inputs."""
         args, effort = self._args, self._args.effort
+        quoted = setting.quoted
+        if quoted and (quoted.heads, quoted.head_dim) != (args.heads, args.head_dim):
+            setting = dataclasses.replace(setting, quoted=None)  # of another size
         moc = dataclasses.replace(setting.moc, backend=args.backend)
         table = setting.table()
         inputs = make_inputs(kind, setting.shape.tokens, args.heads, args.head_dim)

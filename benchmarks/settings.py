@@ -16,6 +16,8 @@ class Quoted:
     what: str
     forward_ms: float
     forward_backward_ms: float
+    heads: int = 12
+    head_dim: int = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """benchmarks/attention.py end to end on a small scene, and what its figures rest on."""
 
+import dataclasses
 import json
 
 import jax
@@ -141,6 +142,20 @@ def test_nothing_is_quoted_for_shrunk_settings():
     assert SETTINGS["wan"].quoted is None
     assert SETTINGS["routed_256_k3"].quoted.forward_ms == 1.4
     assert SETTINGS["routed_256_k3"].shrunk(2).quoted is None
+
+
+def test_quoted_figures_stand_beside_their_own_size_only(tmp_path):
+    theirs = dataclasses.replace(SETTINGS["routed_256_k3"].quoted, heads=2, head_dim=DIM)
+    setting = dataclasses.replace(SETTINGS["routed_256_k3"], frame_tokens=96, quoted=theirs)
+    for heads, quoted in ((2, True), (1, False)):
+        bench = attention.Bench(
+            attention.Arguments(heads=heads, head_dim=DIM, repeats=1, dense=False, backend="xla", out=tmp_path)
+        )
+        entry = bench.measure(setting, "random")
+        assert ("quoted" in entry) == quoted
+        if quoted:
+            ours = entry["forward_backward"]["moc"]["median_ms"]
+            assert entry["forward_backward"]["quoted_ratio"] == pytest.approx(2.0 / ours)
 
 
 def test_unknown_settings_are_told(tmp_path):
