@@ -6,12 +6,13 @@ other in blocks with one online softmax. What differs between the two uses is on
     anchors    q in memory order, at most three runs (two of text, one of video), the same for all heads
     picks      q gathered by chunk, one run (the chunk), each head its own tiles
 
-Structure: persistent blocks of three warpgroups. One only copies: it prefetches the next tile's queries and keeps a
-ring of key and value blocks full. Two compute, 64 rows each, drifting apart so that one's softmax hides behind the
-other's matrix products (FlashAttention-3, section 3.1). A block of keys starts at a multiple of 8 rows, which is what
-the copy engine needs, so the first and the last block of a run hold rows that are masked.
+Structure: persistent thread blocks of three warpgroups. One only copies: it prefetches the next tile's queries and
+keeps a ring of key and value blocks full. Two compute, 64 rows each: the softmax of a block runs while the tensor
+cores multiply the weights of the block before with its values (FlashAttention-3, section 3.2), and the two warpgroups
+drift apart, so that one fills the gaps of the other. A block starts at a multiple of 8 rows, which is what the copy
+engine needs, so the first and the last block of a run hold rows that are masked.
 
-FLOPs: 4 * D per (query, key), padded to tiles and blocks. Bytes: q, k, v once per tile from the level-2 cache.
+FLOPs: 4 * D per (query, key), padded to tiles and blocks. Bytes: k and v once per tile, mostly from the cache.
 """
 
 import dataclasses
@@ -24,23 +25,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moc_jax.attention.pallas_gpu.tiles import Tiles, each_tile, walk
-from moc_jax.shapes import Array, Float, Float32, typed
+from moc_jax.attention.pallas_gpu.tiles import COMPUTE, ROWS, TILE, Tiles, Way, each_tile, walk
+from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 LOG2E = math.log2(math.e)
-ROWS = 64  # of one warpgroup: the smallest height of a Hopper matrix product
-COMPUTE = 2  # warpgroups that compute
-TILE = ROWS * COMPUTE
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How a kernel uses its shared memory."""
+    """How a kernel uses its shared memory and registers."""
 
     block: int = 128  # rows per step of a walk
     stages: int = 2  # steps in flight
     slots: int = 2  # tiles in flight: with 2, the next tile is there when one ends
+    compute_registers: int = 232  # per thread; twice this and the copying warpgroup's must stay within 504
+    copy_registers: int = 40
 
 
 @typed
@@ -49,21 +49,24 @@ def forward(
     k: Float[Array, "B N H D"],
     v: Float[Array, "B N H D"],
     tiles: Tiles,
+    first_head: Int[Array, "1"],
     *,
     sorted_rows: bool,
     tuning: Tuning,
     blocks: int,
     interpret=None,
-) -> tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]]:
+) -> tuple[Float[Array, "B _ R D"], Float32[Array, "B _ R"]]:
     """Output and base-2 log-sum-exp of each tile's rows, R = tiles * 128; rows of unused tiles are not written.
 
     Args:
-        q: Queries, in memory order, or sorted by chunk and head-major (`sorted_rows`).
+        q: Queries in memory order [B, N, H, D], or sorted by chunk [B, heads, S, D] (`sorted_rows`): some of the
+            heads, from `first_head` on.
         k, v: Keys and values in memory order; N a multiple of 8 and at least a block.
         tiles: Which rows of q and which runs of keys each tile takes.
         blocks: Persistent thread blocks, one per multiprocessor.
     """
     batch, tokens, heads, dim = k.shape
+    heads = q.shape[1] if sorted_rows else heads
     rows = tiles.count * TILE
     kernel = functools.partial(
         _kernel,
@@ -75,8 +78,6 @@ def forward(
         interpreted=interpret is not None,
     )
     ring = plgpu.SMEM((tuning.stages, tuning.block, dim), k.dtype, transforms=SWIZZLED)
-    full = plgpu.Barrier(num_barriers=tuning.stages)
-    free = plgpu.Barrier(num_barriers=tuning.stages, num_arrivals=COMPUTE)
     return plgpu.kernel(
         kernel,
         out_type=(
@@ -84,24 +85,30 @@ def forward(
             jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32),
         ),
         scratch_types=[
-            plgpu.SMEM((tuning.slots, TILE, dim), q.dtype, transforms=SWIZZLED),
-            ring,
-            ring,
-            plgpu.SMEM((COMPUTE, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=tuning.slots),
-            plgpu.Barrier(num_barriers=tuning.slots, num_arrivals=COMPUTE),
-            full,
-            free,
-            full,
-            free,
+            (plgpu.SMEM((tuning.slots, TILE, dim), q.dtype, transforms=SWIZZLED), plgpu.SMEM((TILE,), jnp.float32)),
+            (ring, ring),
+            barriers(tuning.slots, 1, COMPUTE),
+            barriers(tuning.stages, 1, COMPUTE, 1, COMPUTE),
         ],
+        interpret=interpret,
+        **launch(blocks),
+    )(q, k, v, tiles.table, first_head)
+
+
+def barriers(count: int, *arrivals: int):
+    """`count` barriers for each number of arrivals."""
+    return tuple(plgpu.Barrier(num_barriers=count, num_arrivals=a) for a in arrivals)
+
+
+def launch(blocks: int) -> dict:
+    """What all kernels share: one persistent thread block per multiprocessor, two warpgroups compute, one copies."""
+    return dict(
         grid=(blocks,),
         grid_names=("block",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(q, k, v, tiles.table)
+    )
 
 
 def _kernel(
@@ -109,18 +116,13 @@ def _kernel(
     k_ref,
     v_ref,
     table_ref,
+    first_head_ref,
     out_ref,
     lse_ref,
-    q_smem,
-    k_smem,
-    v_smem,
-    lse_smem,
-    q_full,
-    q_free,
-    k_full,
-    k_free,
-    v_full,
-    v_free,
+    tile_smem,
+    ring_smem,
+    tile_barriers,
+    ring_barriers,
     *,
     sorted_rows,
     tuning,
@@ -129,57 +131,92 @@ def _kernel(
     sizes,
     interpreted,
 ):
+    q_smem, lse_smem = tile_smem
+    k_smem, v_smem = ring_smem
+    q_full, q_free = tile_barriers
+    k_full, k_free, v_full, v_free = ring_barriers
     batch, heads, tokens, dim = sizes
     block, stages, slots = tuning.block, tuning.stages, tuning.slots
     warpgroup = lax.axis_index("warpgroup")
     each = functools.partial(each_tile, table_ref, tiles=tiles, blocks=blocks, batch=batch, heads=heads)
+    scale = LOG2E / math.sqrt(dim)
 
     @pl.when(warpgroup < COMPUTE)
     def _compute():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(tuning.compute_registers, action="increase")
+        mine = pl.ds(warpgroup * ROWS, ROWS)
+
+        def softmax(scores, span, largest, total):
+            """A block's weights, what its maximum makes of the sums before it, and the new maximum and sum."""
+            scores = mask_columns(scores, *span, -jnp.inf)
+            new = jnp.maximum(largest, scores.max(axis=1) * scale)
+            shrink = jnp.exp2(largest - new)
+            p = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, [0]))
+            return p.astype(v_smem.dtype), shrink, new, total * shrink + p.sum(axis=1)
 
         def one_tile(item, _, line, used, steps):
             slot = lax.rem(used, slots)
-            q_tile = q_smem.at[slot, pl.ds(warpgroup * ROWS, ROWS)]
-            plgpu.barrier_wait(q_full.at[slot])
+            q_tile = q_smem.at[slot, mine]
+            way = Way(line, tiles.runs, block, tokens)
 
-            def step(carry, steps, _, low, high):
-                acc, largest, total = carry
-                ring = lax.rem(steps, stages)
-                plgpu.barrier_wait(k_full.at[ring])
-                qk = product(q_tile, k_smem.at[ring].transpose((1, 0)), interpreted)
-                plgpu.barrier_arrive(k_free.at[ring])
-                qk = mask_columns(qk, low, high, -jnp.inf)
-                scale = LOG2E / math.sqrt(dim)
-                new = jnp.maximum(largest, qk.max(axis=1) * scale)
-                shrink = jnp.exp2(largest - new)
-                p = jnp.exp2(qk * scale - lax.broadcast_in_dim(new, qk.shape, [0]))
-                acc *= lax.broadcast_in_dim(shrink, acc.shape, [0])
-                total = total * shrink + p.sum(axis=1)
-                p = p.astype(v_smem.dtype)
-                plgpu.barrier_wait(v_full.at[ring])
-                acc = accumulate(acc, p, v_smem.at[ring], interpreted)
-                plgpu.barrier_arrive(v_free.at[ring])
-                return acc, new, total
+            def overlap(acc, p, largest, total, now, before, span):
+                """q @ k of one block, p @ v of the block before, and meanwhile the softmax of the first."""
+                keys, values = k_smem.at[now].transpose((1, 0)), v_smem.at[before]
+                if interpreted:
+                    plgpu.barrier_wait(v_full.at[before])
+                    acc, scores = accumulate(acc, p, values, True), product(q_tile, keys, True)
+                    plgpu.barrier_arrive(k_free.at[now])
+                    return acc, *softmax(scores, span, largest, total)
+
+                def products(acc_ref, scores_ref):
+                    plgpu.wgmma(scores_ref, q_tile, keys)
+                    plgpu.barrier_wait(v_full.at[before])
+                    plgpu.wgmma(acc_ref, p, values)
+                    return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+
+                def body(refs):
+                    acc_ref, *rest = refs
+                    accumulator = plgpu.ACC((ROWS, block), jnp.float32)
+                    scores = pl.run_scoped(functools.partial(products, acc_ref), accumulator)
+                    plgpu.barrier_arrive(k_free.at[now])
+                    for ref, x in zip(rest, softmax(scores, span, largest, total), strict=True):
+                        ref[...] = x
+
+                return pl.run_state(body)((plgpu.ACC.init(acc), p, largest, largest, total))
+
+            def step(s, carry):
+                now, before = lax.rem(steps + s, stages), lax.rem(steps + s - 1, stages)
+                plgpu.barrier_wait(k_full.at[now])
+                acc, p, shrink, largest, total = overlap(*carry, now, before, way.at(s)[1:])
+                plgpu.barrier_arrive(v_free.at[before])
+                return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), p, largest, total
 
             row_layout = plgpu.Layout.WGMMA.reduce(1)
-            carry = (
-                plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA),
-                plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row_layout),
-                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout),
-            )
-            carry, steps = walk(line, tiles.runs, block, tokens, step, carry, steps)
-            acc, largest, total = carry
-            some = jnp.where(total > 0, total, 1.0)  # a tile without keys yields 0
-            lse = jnp.where(total > 0, largest + jnp.log(some) * LOG2E, -jnp.inf)
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
+            largest = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row_layout)
+            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+
+            plgpu.barrier_wait(q_full.at[slot])
+            ring = lax.rem(steps, stages)
+            plgpu.barrier_wait(k_full.at[ring])
+            scores = product(q_tile, k_smem.at[ring].transpose((1, 0)), interpreted)
+            plgpu.barrier_arrive(k_free.at[ring])
+            p, _, largest, total = softmax(scores, way.at(jnp.int32(0))[1:], largest, total)
+            acc, p, largest, total = lax.fori_loop(1, way.count, step, (acc, p, largest, total))
+            steps += way.count
+            ring = lax.rem(steps - 1, stages)
+            plgpu.barrier_wait(v_full.at[ring])
+            acc = accumulate(acc, p, v_smem.at[ring], interpreted)
+            plgpu.barrier_arrive(v_free.at[ring])
+
             # The queries are spent: their place holds the output on its way out.
-            q_tile[...] = (acc * lax.broadcast_in_dim(1 / some, acc.shape, [0])).astype(out_ref.dtype)
-            lse_smem[warpgroup] = lse
+            q_tile[...] = (acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])).astype(out_ref.dtype)
+            lse_smem[mine] = largest + jnp.log(total) * LOG2E
             plgpu.commit_smem()
             batch_index, head, tile = item
             rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
             plgpu.copy_smem_to_gmem(q_tile, out_ref.at[batch_index, head, rows])
-            plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref.at[batch_index, head, rows])
+            plgpu.copy_smem_to_gmem(lse_smem.at[mine], lse_ref.at[batch_index, head, rows])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(q_free.at[slot])
             return steps
@@ -189,7 +226,8 @@ def _kernel(
 
     @pl.when(warpgroup == COMPUTE)
     def _copy():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(tuning.copy_registers, action="decrease")
+        first_head = first_head_ref[0]
 
         def one_tile(item, start, line, used, steps):
             batch_index, head, _ = item
@@ -201,7 +239,7 @@ def _kernel(
 
             def step(_, steps, row, *__):
                 ring = lax.rem(steps, stages)
-                keys = (batch_index, pl.ds(row, block), head)
+                keys = (batch_index, pl.ds(row, block), first_head + head)
                 for source, target, full, free in (
                     (k_ref, k_smem, k_full, k_free),
                     (v_ref, v_smem, v_full, v_free),
@@ -209,14 +247,13 @@ def _kernel(
                     pl.when(steps >= stages)(functools.partial(plgpu.barrier_wait, free.at[ring]))
                     plgpu.copy_gmem_to_smem(source.at[keys], target.at[ring], full.at[ring])
 
-            _, steps = walk(line, tiles.runs, block, tokens, step, None, steps)
-            return steps
+            return walk(line, tiles.runs, block, tokens, step, None, steps)[1]
 
         each(body=one_tile)
 
 
 def mask_columns(x, low, high, value):
-    """x [rows, columns] with columns outside [low, high) set to `value`; costs nothing where there are none."""
+    """x [rows, columns] with columns outside [low, high) set to `value`; costs next to nothing where there are none."""
 
     def masked(x):
         column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)

@@ -11,6 +11,9 @@ from jax.experimental import pallas as pl
 from moc_jax.shapes import Array, Int
 
 ALIGN = 8  # rows at whose multiples a copy may start
+ROWS = 64  # of one warpgroup: the smallest height of a Hopper matrix product
+COMPUTE = 2  # warpgroups that compute
+TILE = ROWS * COMPUTE  # rows of a tile
 
 
 @jax.tree_util.register_dataclass
@@ -18,8 +21,9 @@ ALIGN = 8  # rows at whose multiples a copy may start
 class Tiles:
     """The work of one kernel: G tiles per scene and head.
 
-    `table[..., 0]` is a tile's first row (a multiple of 8; -1: unused), then begin and end of each run; a run with
-    begin >= end is empty. The second axis is 1 where all heads share their tiles.
+    `table[..., 0]` is a tile's first row (a multiple of 8; -1: an unused tile), then begin and end of each run; a run
+    with begin >= end is empty, and a used tile has at least one that isn't. The second axis is 1 where all heads
+    share their tiles.
     """
 
     table: Int[Array, "B H G W"]
@@ -42,9 +46,9 @@ class Layout(NamedTuple):
 
 
 def each_tile(table_ref, *, tiles: Layout, blocks: int, batch: int, heads: int, body):
-    """Calls body(item, its line of the table, tiles before it, steps before it) -> steps after it, for each used tile
-    of this thread block, in an order that all its warpgroups share. An item is (scene, head, tile): neighbours share
-    keys, which then come from the cache."""
+    """Calls body(item, first row, its line of the table, tiles before it, steps before it) -> steps after it, for each
+    used tile of this thread block, in an order that all its warpgroups share. An item is (scene, head, tile):
+    neighbours share keys, which then come from the cache."""
     first = lax.axis_index("block")
     mine = lax.div(batch * heads * tiles.count - first + blocks - 1, blocks)
 
@@ -64,12 +68,38 @@ def each_tile(table_ref, *, tiles: Layout, blocks: int, batch: int, heads: int, 
     lax.fori_loop(0, mine, one, (jnp.int32(0), jnp.int32(0)))
 
 
-def walk(line, runs: int, block: int, rows: int, step, carry, steps):
-    """Folds step(carry, steps so far, row, low, high) over a tile's runs, block after block.
+class Way:
+    """A tile's way through its runs, block after block.
 
     A block's rows are [row, row + block); those of the run are [row + low, row + high). Blocks start at multiples of
-    8 and stay inside the array of `rows`: the last one may start earlier than its turn, and what it repeats is
-    masked. Returns (carry, steps so far).
+    8 and stay inside the array of `rows`: the last one may start earlier than its turn, and what it repeats is masked.
+    """
+
+    def __init__(self, line, runs: int, block: int, rows: int):
+        legs, count = [], jnp.int32(0)
+        for r in range(runs):
+            begin, end = line[1 + 2 * r], line[2 + 2 * r]
+            first = begin - lax.rem(begin, ALIGN)
+            legs.append((count, first, begin, end))
+            count += jnp.where(begin < end, lax.div(end - first + block - 1, block), 0)
+        self.count = count  # blocks
+        self._legs, self._block, self._rows = legs, block, rows
+
+    def at(self, s):
+        """(row, low, high) of block s."""
+        before, first, begin, end = self._legs[0]
+        for leg in self._legs[1:]:
+            there = s >= leg[0]
+            before, first, begin, end = (
+                jnp.where(there, new, old) for new, old in zip(leg, (before, first, begin, end), strict=True)
+            )
+        return _block(first, begin, end, s - before, self._block, self._rows)
+
+
+def walk(line, runs: int, block: int, rows: int, step, carry, steps):
+    """Folds step(carry, steps so far, row, low, high) over a tile's runs as `Way` has them; (carry, steps so far).
+
+    One run after the other, which takes fewer registers than choosing among them at each step.
     """
 
     def one_run(r, state):
@@ -79,12 +109,16 @@ def walk(line, runs: int, block: int, rows: int, step, carry, steps):
         carry, steps = state
 
         def one_block(s, carry):
-            turn = first + s * block
-            row = pl.multiple_of(jnp.minimum(turn, rows - block), ALIGN)
-            return step(carry, steps + s, row, jnp.maximum(begin, turn) - row, end - row)
+            return step(carry, steps + s, *_block(first, begin, end, s, block, rows))
 
         return lax.fori_loop(0, count, one_block, carry), steps + count
 
     if runs == 1:
         return one_run(0, (carry, steps))
     return lax.fori_loop(0, runs, one_run, (carry, steps))
+
+
+def _block(first, begin, end, s, block: int, rows: int):
+    turn = first + s * block
+    row = pl.multiple_of(jnp.minimum(turn, rows - block), ALIGN)
+    return row, jnp.maximum(begin, turn) - row, end - row
