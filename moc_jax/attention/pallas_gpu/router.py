@@ -34,7 +34,8 @@ from moc_jax.shapes import Array, Float, Float32, Int, typed
 _ROWS = 64  # queries of one warpgroup: the M of wgmma
 _GROUPS = 3  # warpgroups that compute; registers leave room for no fourth
 _PARTS = 3  # 16-bit parts of a float32: 3 * 8 bits in bfloat16, 3 * 11 in float16
-_STEPS = 8  # tiles of queries per program: enough to pay for loading phi, few enough to fill the last wave
+_MOST_STEPS = 8  # tiles of queries per program: enough to pay for loading phi
+_PROGRAMS = 4 * 132  # at least so many, where there is work for them: they fill the last wave
 _MOST_COLUMNS = 96  # of a tile; more would spill
 _MOST_PICKS = 16  # a list of 2 * 2 registers each
 _SMEM = 220 * 1024  # of 227 KiB; the rest is for barriers and what the compiler takes
@@ -87,17 +88,24 @@ def select(
     q = jnp.pad(q, ((0, 0), (0, -tokens % 8), (0, 0), (0, 0)))  # the copy engine's rows come in eights
     tiling = _Tiling.of(phi.shape[2], head_dim)
     step = _GROUPS * _ROWS
-    blocks = -(-tokens // (step * _STEPS))
+    steps = max(1, min(_MOST_STEPS, batch * heads * tokens // (step * _PROGRAMS)))
+    blocks = -(-tokens // (step * steps))
     first, second, end = _candidate_runs(table, cfg)
-    padding = blocks * _STEPS * step - tokens
+    padding = blocks * steps * step - tokens
     of = jnp.pad(table.chunk_of, ((0, 0), (0, padding)), constant_values=-1)
     of = jnp.where(of < 0, phi.shape[2], of)
     runs = jnp.stack([jnp.take_along_axis(run, of, axis=1) for run in (first, second, end)], axis=1)
-    used = -(-jnp.max(runs[:, 2].reshape(batch, -1, step), axis=-1) // tiling.columns)  # [B, blocks * _STEPS]
+    used = -(-jnp.max(runs[:, 2].reshape(batch, -1, step), axis=-1) // tiling.columns)  # [B, blocks * steps]
 
     rows = tokens + -tokens % _ROWS
     picks = plgpu.kernel(
-        functools.partial(_kernel, tiling=tiling, blocks=blocks, interpreted=interpret is not None),
+        functools.partial(
+            _kernel,
+            tiling=tiling,
+            steps=steps,
+            split=not cfg.causal_routing and cfg.self_anchor != "none",
+            interpreted=interpret is not None,
+        ),
         out_type=jax.ShapeDtypeStruct((batch, heads, cfg.top_k, rows), jnp.int32),
         grid=(heads, blocks, batch),
         grid_names=("heads", "blocks", "batch"),
@@ -193,14 +201,14 @@ def _kernel(
     phi_loaded_ref,
     phi_free_ref,
     tiling,
-    blocks,
+    steps,
+    split,  # whether candidates go on behind the anchors: with causal routing they don't
     interpreted,
 ):
     batch, head, group = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("group")
     heads = q_hbm_ref.shape[2]
     # The last queries have the most candidates, so they start first.
-    block = blocks - 1 - lax.axis_index("blocks")
-    steps = functools.partial(lax.fori_loop, 0, _STEPS)
+    block = lax.axis_size("blocks") - 1 - lax.axis_index("blocks")
 
     @pl.when(group == _GROUPS)
     def _load_phi():
@@ -228,7 +236,10 @@ def _kernel(
             load(tile, slot)
             return loaded + 1
 
-        steps(lambda step, loaded: lax.fori_loop(0, used_hbm_ref[batch, block * _STEPS + step], load_next, loaded), 0)
+        def one_step(step, loaded):
+            return lax.fori_loop(0, used_hbm_ref[batch, block * steps + step], load_next, loaded)
+
+        lax.fori_loop(0, steps, one_step, 0)
 
     @pl.when(group < _GROUPS)
     def _pick():
@@ -237,7 +248,7 @@ def _kernel(
         load_q = functools.partial(_load_q, q_hbm_ref, q_smem_ref, q_loaded_ref, batch, head, group)
 
         def row_of(step):
-            return ((block * _STEPS + step) * _GROUPS + group) * _ROWS
+            return ((block * steps + step) * _GROUPS + group) * _ROWS
 
         load_q(row_of(0))
         if tiling.resident:
@@ -245,13 +256,14 @@ def _kernel(
                 plgpu.barrier_wait(phi_loaded_ref.at[slot])
 
         def one_step(step, seen):
-            row, used = row_of(step), used_hbm_ref[batch, block * _STEPS + step]
+            row, used = row_of(step), used_hbm_ref[batch, block * steps + step]
 
             def load_next_q():
-                pl.when(step + 1 < _STEPS)(lambda: load_q(row_of(step + 1)))
+                pl.when(step + 1 < steps)(lambda: load_q(row_of(step + 1)))
 
             runs = [
-                plgpu.load(runs_hbm_ref.at[batch, i, pl.ds(row, _ROWS)], layout=_ROW, optimized=False) for i in range(3)
+                plgpu.load(runs_hbm_ref.at[batch, i, pl.ds(row, _ROWS)], layout=_ROW, optimized=False)
+                for i in range(3 if split else 1)
             ]
             plgpu.barrier_wait(q_loaded_ref.at[group])
 
@@ -276,7 +288,7 @@ def _kernel(
 
             return seen
 
-        steps(one_step, 0)
+        lax.fori_loop(0, steps, one_step, 0)
 
 
 _TILE, _ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
@@ -309,8 +321,9 @@ def _merge(scores, runs, best, tile):
     columns = scores.shape[1]
     across = functools.partial(lax.broadcast_in_dim, shape=scores.shape, broadcast_dimensions=[0])
     column = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=_TILE)
-    first, second, end = (across(run) for run in runs)
-    candidate = (column < first) | ((column >= second) & (column < end))
+    candidate = column < across(runs[0])
+    if len(runs) > 1:
+        candidate |= (column >= across(runs[1])) & (column < across(runs[2]))
     scores = jnp.where(candidate & (scores == scores), scores, -jnp.inf)
     values, picks = best
     for i in range(min(len(values), columns)):
