@@ -14,7 +14,8 @@
     with causal routing that is half of them.
 
 FLOPs: 3 * 2 * B * H * N * C * D, halved by (d). Bytes: q once, 4 * B * H * N * K of picks; phi's tiles come from L2.
-The rest is vector work, 6 instructions per score and round of (c), hidden behind other warpgroups' products.
+The rest is vector work, 5.5 instructions per score and round of (c), which takes longer than the products and hides
+them: while one warpgroup waits for its product, the others search.
 """
 
 import dataclasses
@@ -325,9 +326,9 @@ def _merge(scores, runs, best, tile):
     if len(runs) > 1:
         candidate |= (column >= across(runs[1])) & (column < across(runs[2]))
     scores = jnp.where(candidate & (scores == scores), scores, -jnp.inf)
-    values, picks = best
+    (values, picks), chosen = best, None
     for i in range(min(len(values), columns)):
-        if i:
+        if chosen is not None:
             scores = jnp.where(column == across(chosen), -jnp.inf, scores)
         largest = jnp.max(scores, axis=1)
         chosen = jnp.min(jnp.where(scores == across(largest), column, columns), axis=1)
