@@ -1,13 +1,20 @@
 """Mixture of Contexts attention: one function, whatever the device."""
 
+import functools
+import logging
+
 import jax
 
 from moc_jax.attention import reference, routing, xla
+from moc_jax.attention.pallas_gpu import attend as pallas_gpu
+from moc_jax.attention.pallas_gpu import device, router
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, Key, typed
 
 _ROUTE_BLOCK = 256  # queries scored at a time
+_DROP_BLOCK = 4096  # queries whose picks are dropped at a time, where scores take no memory
+_log = logging.getLogger(__name__)
 
 
 @typed
@@ -40,8 +47,8 @@ def moc_attention(
     _check_sizes(q, table)
     if routes is None:
         routes = route(q, k, table, cfg, key=key)
-    backend = {"reference": reference.attend, "xla": xla.attend}[backend_name(cfg)]
-    return backend(q, k, v, routes, table, cfg)
+    backends = {"reference": reference.attend, "xla": xla.attend, "pallas_gpu": pallas_gpu.attend}
+    return backends[backend_name(cfg, q)](q, k, v, routes, table, cfg)
 
 
 @typed
@@ -62,7 +69,13 @@ def route(
         return jax.numpy.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jax.numpy.int32)
     if key is not None and key.ndim == 0:
         key = scene_keys(key, q.shape[0], q.shape[2])
-    block = None if backend_name(cfg) == "reference" else _ROUTE_BLOCK
+    backend = backend_name(cfg, q)
+    if backend == "pallas_gpu" and router.can_select(cfg):
+        device.check(q, k, k)
+        q, k = jax.lax.stop_gradient((q, k))
+        picks = router.select(q, routing.descriptors(k, table), table, cfg, interpret=device.interpreter())
+        return picks if key is None else routing.drop(picks, table, cfg, key, block=_DROP_BLOCK)
+    block = None if backend == "reference" else _ROUTE_BLOCK
     return routing.route(q, k, table, cfg, keys=key, block=block)
 
 
@@ -79,6 +92,18 @@ def _check_sizes(q: Array, table: ChunkTable) -> None:
         )
 
 
-def backend_name(cfg: MoCConfig) -> str:
-    """The backend that `cfg` runs on; `auto` takes `xla`, the only fast one built so far, on any device."""
-    return "xla" if cfg.backend == "auto" else cfg.backend
+def backend_name(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None = None) -> str:
+    """The backend that `cfg` runs on. `auto` takes the kernels where they run (`q`: if they know its type and head
+    dimension), else `xla`."""
+    if cfg.backend != "auto":
+        return cfg.backend
+    if device.is_hopper() and (q is None or device.can_do(q)):
+        return "pallas_gpu"
+    _say_xla(jax.devices()[0].device_kind, "" if q is None else f"{q.dtype}, head dimension {q.shape[-1]}")
+    return "xla"
+
+
+@functools.cache
+def _say_xla(device_kind: str, kind: str) -> None:
+    where = f"{device_kind}, {kind}" if kind else device_kind
+    _log.info("attention by plain XLA: there are no kernels for %s", where)

@@ -23,6 +23,8 @@ class Schedule:
     tile_chunk: Int[Array, "H G"]  # the chunk that the tile's queries read
     pair_of_slot: Int[Array, "H G T"]  # pair n * K + i of query n; -1: an empty slot
     slot_of_pair: Int[Array, "H N K"]  # where each pair went; -1: the pair picks nothing
+    chunk_begin: Int[Array, "H C"]  # first slot of each chunk's queries
+    chunk_end: Int[Array, "H C"]  # one past their last
 
 
 def tile_capacity(pairs: int, chunks: int, tile: int) -> int:
@@ -75,4 +77,5 @@ def group_by_chunk(routes: Int[Array, "H N K"], chunks: int, tile: int) -> Sched
     slot = jnp.maximum(jnp.arange(heads * pairs, dtype=jnp.int32) + _take(shift, group.astype(jnp.int32)), -1)
     slot_of_pair = jnp.zeros(heads * pairs, jnp.int32)
     slot_of_pair = slot_of_pair.at[order].set(slot, unique_indices=True, **_IN_BOUNDS)
-    return Schedule(tile_chunk, pair_of_slot, slot_of_pair.reshape(routes.shape))
+    chunk_begin = tile_begins * tile
+    return Schedule(tile_chunk, pair_of_slot, slot_of_pair.reshape(routes.shape), chunk_begin, chunk_begin + counts)

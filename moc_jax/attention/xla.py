@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moc_jax.attention.routing import anchor_chunks
+from moc_jax.attention.runs import Runs, anchor_runs
 from moc_jax.attention.schedule import group_by_chunk
 from moc_jax.config import MoCConfig
-from moc_jax.scene import GLOBAL, TEXT, VIDEO, ChunkTable
+from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, typed
 
 _LARGE = 8192  # tokens from which a scene is large
@@ -72,13 +72,6 @@ class _Static(NamedTuple):
     tiling: Tiling
 
 
-class _Runs(NamedTuple):
-    """R runs of tokens [begin, end) for each query; begin >= end: none."""
-
-    begin: Int[Array, "B R N"]
-    end: Int[Array, "B R N"]
-
-
 @typed
 def attend(
     q: Float[Array, "B N H D"],
@@ -89,7 +82,7 @@ def attend(
     cfg: MoCConfig,
 ) -> Float[Array, "B N H D"]:
     """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0."""
-    runs = _anchor_runs(table, cfg)
+    runs = _runs_of_tokens(table, cfg)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     with jax.named_scope("moc_attention"):
         static = _Static(table.text_tokens, default_tiling(q.shape[2], table.max_chunk, routes.shape[-1]))
@@ -97,22 +90,11 @@ def attend(
     return jnp.swapaxes(out, 1, 2)
 
 
-def _anchor_runs(table: ChunkTable, cfg: MoCConfig) -> _Runs:
-    """Text and video chunks lie in scene order, so what a query's anchors cover of each is one run."""
-    anchors = anchor_chunks(table, cfg)
-    begin, end = [], []
-    text, is_global = table.kind == TEXT, table.shot == GLOBAL
-    split_text = cfg.mode == "moc" and cfg.text_anchor == "own+global"  # the captions in between are not seen
-    groups = [text & is_global, text & ~is_global] if split_text else [text]
-    for group in [*groups, table.kind == VIDEO]:
-        seen = anchors & (group & (table.length > 0))[:, None, :]
-        far = table.chunk_of.shape[1]
-        first = jnp.min(jnp.where(seen, table.start[:, None], far), axis=-1)
-        last = jnp.max(jnp.where(seen, (table.start + table.length)[:, None], 0), axis=-1)
-        of = jnp.maximum(table.chunk_of, 0)
-        begin.append(jnp.where(table.valid, jnp.take_along_axis(first, of, axis=1), far))
-        end.append(jnp.where(table.valid, jnp.take_along_axis(last, of, axis=1), 0))
-    return _Runs(jnp.stack(begin, axis=1), jnp.stack(end, axis=1))
+def _runs_of_tokens(table: ChunkTable, cfg: MoCConfig) -> Runs:
+    far, of = table.chunk_of.shape[1], jnp.maximum(table.chunk_of, 0)[:, None]
+    runs = anchor_runs(table, cfg)
+    begin, end = (jnp.take_along_axis(x, jnp.broadcast_to(of, (*x.shape[:2], far)), axis=2) for x in runs)
+    return Runs(jnp.where(table.valid[:, None], begin, far), jnp.where(table.valid[:, None], end, 0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))

@@ -66,6 +66,11 @@ class _Tiling:
         return cls(-(-chunks // columns), columns, 2)
 
 
+def can_select(cfg: MoCConfig) -> bool:
+    """Whether `top_k` is within the kernel's reach."""
+    return cfg.top_k <= _MOST_PICKS
+
+
 @typed
 def select(
     q: Float[Array, "B N H D"],

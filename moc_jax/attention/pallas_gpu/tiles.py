@@ -22,8 +22,8 @@ class Tiles:
     """The work of one kernel: G tiles per scene and head.
 
     `table[..., 0]` is a tile's first row (a multiple of 8; -1: an unused tile), then begin and end of each run; a run
-    with begin >= end is empty, and a used tile has at least one that isn't. The second axis is 1 where all heads
-    share their tiles.
+    with begin >= end is empty. Where queries walk keys, a used tile has at least one key. The second axis is 1 where
+    all heads share their tiles.
     """
 
     table: Int[Array, "B H G W"]
