@@ -97,10 +97,14 @@ def _attend(q, k, v, plan: Plan, schedule: Schedule | None, table, static):
 def _forward(q, k, v, plan, schedule, table, static):
     """[B, N, H, D] -> output, and base-2 log-sum-exp [B, H, N]."""
     kernel = functools.partial(flash.forward, tuning=FORWARD, blocks=static.blocks, interpret=static.interpret)
-    anchor_out, anchor_lse = kernel(q, k, v, plan.queries, _Heads(0, q.shape[2]).operand, sorted_rows=False)
+    all_heads = _Heads(0, q.shape[2])
+    if plan.anchors:
+        anchor_out, anchor_lse = kernel(q, k, v, plan.queries, all_heads.operand, sorted_rows=False)
 
     def one_group(heads):
-        parts = [_Part(anchor_out, plan.query_row[:, None], plan.anchored[:, None], heads.first, anchor_lse)]
+        parts = []
+        if plan.anchors:
+            parts.append(_Part(anchor_out, plan.query_row[:, None], plan.anchored[:, None], heads.first, anchor_lse))
         if schedule is not None:
             rows = _sorted(schedule, heads)
             work = _of(heads, pick_tiles(schedule, table))
@@ -126,14 +130,19 @@ def _attend_backward(static, residuals, d_out):
     for_queries = functools.partial(flash_backward.query_gradients, tuning=QUERY_GRADIENTS, **common)
     for_keys = functools.partial(flash_backward.key_gradients, tuning=KEY_GRADIENTS, **common)
     inputs = q, k, v, d_out, lse, delta
-    query_rows = for_queries(*inputs, plan.queries, _Heads(0, q.shape[2]).operand, sorted_rows=False)
-    key_rows = for_keys(*inputs, plan.keys, _Heads(0, q.shape[2]).operand, sorted_rows=False)
+    all_heads = _Heads(0, q.shape[2])
+    if plan.anchors:
+        query_rows = for_queries(*inputs, plan.queries, all_heads.operand, sorted_rows=False)
+        key_rows = for_keys(*inputs, plan.keys, all_heads.operand, sorted_rows=False)
     valid = table.valid[:, None]
     video = (jnp.arange(q.shape[1]) >= table.text_tokens)[None, None]
 
     def one_group(heads):
-        queries = [_Part(query_rows, plan.query_row[:, None], plan.anchored[:, None], heads.first)]
-        keys = [[_Part(rows, plan.key_row[:, None], valid, heads.first)] for rows in key_rows]
+        queries, keys = [], ([], [])
+        if plan.anchors:
+            queries.append(_Part(query_rows, plan.query_row[:, None], plan.anchored[:, None], heads.first))
+            for parts, rows in zip(keys, key_rows, strict=True):
+                parts.append(_Part(rows, plan.key_row[:, None], valid, heads.first))
         if schedule is not None:
             rows = _sorted(schedule, heads)
             pairs = (
