@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention.pallas_gpu import device, flash, flash_backward
-from moc_jax.attention.pallas_gpu.flash import Tuning
 from moc_jax.attention.pallas_gpu.plan import Plan, pick_tiles, plan, reader_tiles
-from moc_jax.attention.pallas_gpu.tiles import ALIGN, TILE
+from moc_jax.attention.pallas_gpu.tiles import ALIGN, TILE, Tuning
 from moc_jax.attention.schedule import Schedule, group_by_chunk, tile_capacity
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable

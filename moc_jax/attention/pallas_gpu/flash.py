@@ -15,9 +15,9 @@ engine needs, so the first and the last block of a run hold rows that are masked
 FLOPs: 4 * D per (query, key), padded to tiles and blocks. Bytes: k and v once per tile, mostly from the cache.
 """
 
-import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +25,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moc_jax.attention.pallas_gpu.tiles import COMPUTE, ROWS, TILE, Tiles, Way, each_tile, walk
+from moc_jax.attention.pallas_gpu.tiles import COMPUTE, ROWS, TILE, Job, Tiles, Tuning, Way, each_tile, walk
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 LOG2E = math.log2(math.e)
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuning:
-    """How a kernel uses its shared memory and registers."""
-
-    block: int = 128  # rows per step of a walk
-    stages: int = 2  # steps in flight
-    slots: int = 2  # tiles in flight: with 2, the next tile is there when one ends
-    compute_registers: int = 232  # per thread; twice this and the copying warpgroup's must stay within 504
-    copy_registers: int = 40
 
 
 @typed
@@ -65,33 +54,26 @@ def forward(
         tiles: Which rows of q and which runs of keys each tile takes.
         blocks: Persistent thread blocks, one per multiprocessor.
     """
-    batch, tokens, heads, dim = k.shape
-    heads = q.shape[1] if sorted_rows else heads
-    rows = tiles.count * TILE
-    kernel = functools.partial(
-        _kernel,
-        sorted_rows=sorted_rows,
-        tuning=tuning,
-        tiles=tiles.static,
-        blocks=blocks,
-        sizes=(batch, heads, tokens, dim),
-        interpreted=interpret is not None,
+    job = Job.of(
+        q, k, tiles, over_keys=True, sorted_rows=sorted_rows, tuning=tuning, blocks=blocks, interpret=interpret
     )
-    ring = plgpu.SMEM((tuning.stages, tuning.block, dim), k.dtype, transforms=SWIZZLED)
+    rows = tiles.count * TILE
+    tile = plgpu.SMEM((tuning.slots, TILE, job.dim), q.dtype, transforms=SWIZZLED)
+    ring = plgpu.SMEM((tuning.stages, tuning.block, job.dim), k.dtype, transforms=SWIZZLED)
     return plgpu.kernel(
-        kernel,
+        functools.partial(_kernel, job=job),
         out_type=(
-            jax.ShapeDtypeStruct((batch, heads, rows, dim), v.dtype),
-            jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32),
+            jax.ShapeDtypeStruct((job.batch, job.heads, rows, job.dim), v.dtype),
+            jax.ShapeDtypeStruct((job.batch, job.heads, rows), jnp.float32),
         ),
         scratch_types=[
-            (plgpu.SMEM((tuning.slots, TILE, dim), q.dtype, transforms=SWIZZLED), plgpu.SMEM((TILE,), jnp.float32)),
+            (tile, plgpu.SMEM((TILE,), jnp.float32)),
             (ring, ring),
             barriers(tuning.slots, 1, COMPUTE),
             barriers(tuning.stages, 1, COMPUTE, 1, COMPUTE),
         ],
         interpret=interpret,
-        **launch(blocks),
+        **launch("moc_forward", blocks),
     )(q, k, v, tiles.table, first_head)
 
 
@@ -100,9 +82,10 @@ def barriers(count: int, *arrivals: int):
     return tuple(plgpu.Barrier(num_barriers=count, num_arrivals=a) for a in arrivals)
 
 
-def launch(blocks: int) -> dict:
+def launch(name: str, blocks: int) -> dict:
     """What all kernels share: one persistent thread block per multiprocessor, two warpgroups compute, one copies."""
     return dict(
+        kernel_name=name,
         grid=(blocks,),
         grid_names=("block",),
         num_threads=COMPUTE + 1,
@@ -111,145 +94,143 @@ def launch(blocks: int) -> dict:
     )
 
 
-def _kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    table_ref,
-    first_head_ref,
-    out_ref,
-    lse_ref,
-    tile_smem,
-    ring_smem,
-    tile_barriers,
-    ring_barriers,
-    *,
-    sorted_rows,
-    tuning,
-    tiles,
-    blocks,
-    sizes,
-    interpreted,
-):
-    q_smem, lse_smem = tile_smem
-    k_smem, v_smem = ring_smem
-    q_full, q_free = tile_barriers
-    k_full, k_free, v_full, v_free = ring_barriers
-    batch, heads, tokens, dim = sizes
-    block, stages, slots = tuning.block, tuning.stages, tuning.slots
+class _Refs(NamedTuple):
+    q: Any
+    k: Any
+    v: Any
+    table: Any
+    first_head: Any
+    out: Any
+    lse: Any
+    tile_smem: Any  # queries, log-sum-exp
+    ring_smem: Any  # keys, values
+    tile_barriers: Any  # full, free
+    ring_barriers: Any  # full and free of keys, then of values
+
+
+def _kernel(*refs, job: Job):
+    refs = _Refs(*refs)
     warpgroup = lax.axis_index("warpgroup")
-    each = functools.partial(each_tile, table_ref, tiles=tiles, blocks=blocks, batch=batch, heads=heads)
-    scale = LOG2E / math.sqrt(dim)
 
     @pl.when(warpgroup < COMPUTE)
-    def _compute():
-        plgpu.set_max_registers(tuning.compute_registers, action="increase")
-        mine = pl.ds(warpgroup * ROWS, ROWS)
-
-        def softmax(scores, span, largest, total):
-            """A block's weights, what its maximum makes of the sums before it, and the new maximum and sum."""
-            scores = mask_columns(scores, *span, -jnp.inf)
-            new = jnp.maximum(largest, scores.max(axis=1) * scale)
-            shrink = jnp.exp2(largest - new)
-            p = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, [0]))
-            return p.astype(v_smem.dtype), shrink, new, total * shrink + p.sum(axis=1)
-
-        def one_tile(item, _, line, used, steps):
-            slot = lax.rem(used, slots)
-            q_tile = q_smem.at[slot, mine]
-            way = Way(line, tiles.runs, block, tokens)
-
-            def overlap(acc, p, largest, total, now, before, span):
-                """q @ k of one block, p @ v of the block before, and meanwhile the softmax of the first."""
-                keys, values = k_smem.at[now].transpose((1, 0)), v_smem.at[before]
-                if interpreted:
-                    plgpu.barrier_wait(v_full.at[before])
-                    acc, scores = accumulate(acc, p, values, True), product(q_tile, keys, True)
-                    plgpu.barrier_arrive(k_free.at[now])
-                    return acc, *softmax(scores, span, largest, total)
-
-                def products(acc_ref, scores_ref):
-                    plgpu.wgmma(scores_ref, q_tile, keys)
-                    plgpu.barrier_wait(v_full.at[before])
-                    plgpu.wgmma(acc_ref, p, values)
-                    return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-
-                def body(refs):
-                    acc_ref, *rest = refs
-                    accumulator = plgpu.ACC((ROWS, block), jnp.float32)
-                    scores = pl.run_scoped(functools.partial(products, acc_ref), accumulator)
-                    plgpu.barrier_arrive(k_free.at[now])
-                    for ref, x in zip(rest, softmax(scores, span, largest, total), strict=True):
-                        ref[...] = x
-
-                return pl.run_state(body)((plgpu.ACC.init(acc), p, largest, largest, total))
-
-            def step(s, carry):
-                now, before = lax.rem(steps + s, stages), lax.rem(steps + s - 1, stages)
-                plgpu.barrier_wait(k_full.at[now])
-                acc, p, shrink, largest, total = overlap(*carry, now, before, way.at(s)[1:])
-                plgpu.barrier_arrive(v_free.at[before])
-                return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), p, largest, total
-
-            row_layout = plgpu.Layout.WGMMA.reduce(1)
-            acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
-            largest = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row_layout)
-            total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
-
-            plgpu.barrier_wait(q_full.at[slot])
-            ring = lax.rem(steps, stages)
-            plgpu.barrier_wait(k_full.at[ring])
-            scores = product(q_tile, k_smem.at[ring].transpose((1, 0)), interpreted)
-            plgpu.barrier_arrive(k_free.at[ring])
-            p, _, largest, total = softmax(scores, way.at(jnp.int32(0))[1:], largest, total)
-            acc, p, largest, total = lax.fori_loop(1, way.count, step, (acc, p, largest, total))
-            steps += way.count
-            ring = lax.rem(steps - 1, stages)
-            plgpu.barrier_wait(v_full.at[ring])
-            acc = accumulate(acc, p, v_smem.at[ring], interpreted)
-            plgpu.barrier_arrive(v_free.at[ring])
-
-            # The queries are spent: their place holds the output on its way out.
-            q_tile[...] = (acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])).astype(out_ref.dtype)
-            lse_smem[mine] = largest + jnp.log(total) * LOG2E
-            plgpu.commit_smem()
-            batch_index, head, tile = item
-            rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
-            plgpu.copy_smem_to_gmem(q_tile, out_ref.at[batch_index, head, rows])
-            plgpu.copy_smem_to_gmem(lse_smem.at[mine], lse_ref.at[batch_index, head, rows])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(q_free.at[slot])
-            return steps
-
-        each(body=one_tile)
+    def _():
+        plgpu.set_max_registers(job.tuning.compute_registers, action="increase")
+        each_tile(refs.table, job, functools.partial(_attend, refs, job, warpgroup))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == COMPUTE)
-    def _copy():
-        plgpu.set_max_registers(tuning.copy_registers, action="decrease")
-        first_head = first_head_ref[0]
+    def _():
+        plgpu.set_max_registers(job.tuning.copy_registers, action="decrease")
+        each_tile(refs.table, job, functools.partial(_copy, refs, job, refs.first_head[0]))
 
-        def one_tile(item, start, line, used, steps):
-            batch_index, head, _ = item
-            slot = lax.rem(used, slots)
-            pl.when(used >= slots)(functools.partial(plgpu.barrier_wait, q_free.at[slot]))
-            rows = pl.ds(start, TILE)
-            source = q_ref.at[batch_index, head, rows] if sorted_rows else q_ref.at[batch_index, rows, head]
-            plgpu.copy_gmem_to_smem(source, q_smem.at[slot], q_full.at[slot])
 
-            def step(_, steps, row, *__):
-                ring = lax.rem(steps, stages)
-                keys = (batch_index, pl.ds(row, block), first_head + head)
-                for source, target, full, free in (
-                    (k_ref, k_smem, k_full, k_free),
-                    (v_ref, v_smem, v_full, v_free),
-                ):
-                    pl.when(steps >= stages)(functools.partial(plgpu.barrier_wait, free.at[ring]))
-                    plgpu.copy_gmem_to_smem(source.at[keys], target.at[ring], full.at[ring])
+def _attend(refs: _Refs, job: Job, warpgroup, item, _, line, used, steps):
+    """One warpgroup's half of a tile."""
+    (q_smem, lse_smem), (k_smem, v_smem) = refs.tile_smem, refs.ring_smem
+    (q_full, q_free), (k_full, k_free, v_full, v_free) = refs.tile_barriers, refs.ring_barriers
+    slot, mine = lax.rem(used, job.tuning.slots), pl.ds(warpgroup * ROWS, ROWS)
+    q_tile = q_smem.at[slot, mine]
+    way = Way(line, job)
 
-            return walk(line, tiles.runs, block, tokens, step, None, steps)[1]
+    def ring(s):
+        return lax.rem(steps + s, job.tuning.stages)
 
-        each(body=one_tile)
+    def step(s, carry):
+        now, before = ring(s), ring(s - 1)
+        plgpu.barrier_wait(k_full.at[now])
+        acc, p, shrink, largest, total = _overlap(refs, job, q_tile, carry, now, before, way.at(s)[1:])
+        plgpu.barrier_arrive(v_free.at[before])
+        return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), p, largest, total
+
+    row_layout = plgpu.Layout.WGMMA.reduce(1)
+    acc = plgpu.layout_cast(jnp.zeros((ROWS, job.dim), jnp.float32), plgpu.Layout.WGMMA)
+    largest = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row_layout)
+    total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+
+    plgpu.barrier_wait(q_full.at[slot])
+    first = ring(0)
+    plgpu.barrier_wait(k_full.at[first])
+    scores = product(q_tile, k_smem.at[first].transpose((1, 0)), job.interpreted)
+    plgpu.barrier_arrive(k_free.at[first])
+    p, _, largest, total = _softmax(scores, way.at(jnp.int32(0))[1:], largest, total, job, v_smem.dtype)
+    acc, p, largest, total = lax.fori_loop(1, way.count, step, (acc, p, largest, total))
+    last = ring(way.count - 1)
+    plgpu.barrier_wait(v_full.at[last])
+    acc = accumulate(acc, p, v_smem.at[last], job.interpreted)
+    plgpu.barrier_arrive(v_free.at[last])
+
+    # The queries are spent: their place holds the output on its way out.
+    q_tile[...] = (acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])).astype(refs.out.dtype)
+    lse_smem[mine] = largest + jnp.log(total) * LOG2E
+    plgpu.commit_smem()
+    scene, head, tile = item
+    rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+    plgpu.copy_smem_to_gmem(q_tile, refs.out.at[scene, head, rows])
+    plgpu.copy_smem_to_gmem(lse_smem.at[mine], refs.lse.at[scene, head, rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(q_free.at[slot])
+    return steps + way.count
+
+
+def _overlap(refs: _Refs, job: Job, q_tile, carry, now, before, span):
+    """q @ k of one block, p @ v of the block before, and meanwhile the softmax of the first."""
+    acc, p, largest, total = carry
+    k_smem, v_smem = refs.ring_smem
+    _, k_free, v_full, _ = refs.ring_barriers
+    keys, values = k_smem.at[now].transpose((1, 0)), v_smem.at[before]
+    if job.interpreted:
+        plgpu.barrier_wait(v_full.at[before])
+        acc, scores = accumulate(acc, p, values, True), product(q_tile, keys, True)
+        plgpu.barrier_arrive(k_free.at[now])
+        return acc, *_softmax(scores, span, largest, total, job, p.dtype)
+
+    def products(acc_ref, scores_ref):
+        plgpu.wgmma(scores_ref, q_tile, keys)
+        plgpu.barrier_wait(v_full.at[before])
+        plgpu.wgmma(acc_ref, p, values)
+        return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+
+    def body(refs):
+        acc_ref, *rest = refs
+        accumulator = plgpu.ACC((ROWS, job.tuning.block), jnp.float32)
+        scores = pl.run_scoped(functools.partial(products, acc_ref), accumulator)
+        plgpu.barrier_arrive(k_free.at[now])
+        for ref, x in zip(rest, _softmax(scores, span, largest, total, job, p.dtype), strict=True):
+            ref[...] = x
+
+    return pl.run_state(body)((plgpu.ACC.init(acc), p, largest, largest, total))
+
+
+def _softmax(scores, span, largest, total, job: Job, dtype):
+    """A block's weights, what its maximum makes of the sums before it, and the new maximum and sum."""
+    scale = LOG2E / math.sqrt(job.dim)
+    scores = mask_columns(scores, *span, -jnp.inf)
+    new = jnp.maximum(largest, scores.max(axis=1) * scale)
+    shrink = jnp.exp2(largest - new)
+    p = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, [0]))
+    return p.astype(dtype), shrink, new, total * shrink + p.sum(axis=1)
+
+
+def _copy(refs: _Refs, job: Job, first_head, item, start, line, used, steps):
+    """Brings a tile's queries, then its keys and values block after block."""
+    (q_full, q_free), (k_full, k_free, v_full, v_free) = refs.tile_barriers, refs.ring_barriers
+    scene, head, _ = item
+    slot = lax.rem(used, job.tuning.slots)
+    pl.when(used >= job.tuning.slots)(functools.partial(plgpu.barrier_wait, q_free.at[slot]))
+    source = refs.q.at[job.query_rows(scene, head, pl.ds(start, TILE))]
+    plgpu.copy_gmem_to_smem(source, refs.tile_smem[0].at[slot], q_full.at[slot])
+
+    def step(_, steps, row, *__):
+        ring = lax.rem(steps, job.tuning.stages)
+        keys = (scene, pl.ds(row, job.tuning.block), first_head + head)
+        for source, target, full, free in (
+            (refs.k, refs.ring_smem[0], k_full, k_free),
+            (refs.v, refs.ring_smem[1], v_full, v_free),
+        ):
+            pl.when(steps >= job.tuning.stages)(functools.partial(plgpu.barrier_wait, free.at[ring]))
+            plgpu.copy_gmem_to_smem(source.at[keys], target.at[ring], full.at[ring])
+
+    return walk(line, job, step, None, steps)[1]
 
 
 def mask_columns(x, low, high, value):

@@ -1,7 +1,6 @@
 """Which rows of q each tile takes and which runs of keys it reads, and how a kernel walks them."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,32 +31,70 @@ class Tiles:
     def count(self) -> int:
         return self.table.shape[2]
 
-    @property
-    def static(self) -> "Layout":
-        return Layout(self.count, (self.table.shape[3] - 1) // 2, self.table.shape[1] > 1)
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How a kernel uses its shared memory and registers."""
+
+    block: int = 128  # rows per step of a walk
+    stages: int = 2  # steps in flight
+    slots: int = 2  # tiles in flight: with 2, the next tile is there when one ends
+    compute_registers: int = 232  # per thread; twice this and the copying warpgroup's must stay within 504
+    copy_registers: int = 40
 
 
-class Layout(NamedTuple):
-    """What a kernel knows of its `Tiles` when it is compiled."""
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a kernel knows when it is compiled."""
 
-    count: int
-    runs: int
-    per_head: bool
+    tuning: Tuning
+    blocks: int  # persistent thread blocks
+    batch: int
+    heads: int  # of q
+    dim: int
+    tiles: int  # per scene and head
+    runs: int  # per tile
+    per_head: bool  # whether each head has its own tiles
+    rows: int  # of the array whose runs are walked
+    sorted_rows: bool  # whether q is [B, H, S, D] and not [B, N, H, D]
+    interpreted: bool
+
+    @classmethod
+    def of(cls, q, k, tiles: Tiles, *, over_keys: bool, sorted_rows: bool, tuning: Tuning, blocks: int, interpret):
+        """For q in either order and k [B, N, H, D]; `over_keys`: the runs are of keys, else of queries."""
+        batch, tokens, heads, dim = k.shape
+        return cls(
+            tuning=tuning,
+            blocks=blocks,
+            batch=batch,
+            heads=q.shape[1] if sorted_rows else heads,
+            dim=dim,
+            tiles=tiles.count,
+            runs=(tiles.table.shape[3] - 1) // 2,
+            per_head=tiles.table.shape[1] > 1,
+            rows=q.shape[2] if sorted_rows and not over_keys else tokens,
+            sorted_rows=sorted_rows,
+            interpreted=interpret is not None,
+        )
+
+    def query_rows(self, scene, head, rows):
+        """Index of rows of q or d_out."""
+        return (scene, head, rows) if self.sorted_rows else (scene, rows, head)
 
 
-def each_tile(table_ref, *, tiles: Layout, blocks: int, batch: int, heads: int, body):
+def each_tile(table_ref, job: Job, body):
     """Calls body(item, first row, its line of the table, tiles before it, steps before it) -> steps after it, for each
     used tile of this thread block, in an order that all its warpgroups share. An item is (scene, head, tile):
     neighbours share keys, which then come from the cache."""
     first = lax.axis_index("block")
-    mine = lax.div(batch * heads * tiles.count - first + blocks - 1, blocks)
+    mine = lax.div(job.batch * job.heads * job.tiles - first + job.blocks - 1, job.blocks)
 
     def one(i, before):
         used, steps = before
-        index = first + i * blocks
-        row = lax.div(index, tiles.count)
-        item = lax.div(row, heads), lax.rem(row, heads), lax.rem(index, tiles.count)
-        line = table_ref.at[item[0], item[1] if tiles.per_head else 0, item[2]]
+        index = first + i * job.blocks
+        row = lax.div(index, job.tiles)
+        item = lax.div(row, job.heads), lax.rem(row, job.heads), lax.rem(index, job.tiles)
+        line = table_ref.at[item[0], item[1] if job.per_head else 0, item[2]]
         start = line[0]
         return lax.cond(
             start >= 0,
@@ -72,18 +109,19 @@ class Way:
     """A tile's way through its runs, block after block.
 
     A block's rows are [row, row + block); those of the run are [row + low, row + high). Blocks start at multiples of
-    8 and stay inside the array of `rows`: the last one may start earlier than its turn, and what it repeats is masked.
+    8 and stay inside the array: the last one may start earlier than its turn, and what it repeats is masked.
     """
 
-    def __init__(self, line, runs: int, block: int, rows: int):
+    def __init__(self, line, job: Job):
+        block = job.tuning.block
         legs, count = [], jnp.int32(0)
-        for r in range(runs):
+        for r in range(job.runs):
             begin, end = line[1 + 2 * r], line[2 + 2 * r]
             first = begin - lax.rem(begin, ALIGN)
             legs.append((count, first, begin, end))
             count += jnp.where(begin < end, lax.div(end - first + block - 1, block), 0)
         self.count = count  # blocks
-        self._legs, self._block, self._rows = legs, block, rows
+        self._legs, self._job = legs, job
 
     def at(self, s):
         """(row, low, high) of block s."""
@@ -93,14 +131,16 @@ class Way:
             before, first, begin, end = (
                 jnp.where(there, new, old) for new, old in zip(leg, (before, first, begin, end), strict=True)
             )
-        return _block(first, begin, end, s - before, self._block, self._rows)
+        return _block(first, begin, end, s - before, self._job)
 
 
-def walk(line, runs: int, block: int, rows: int, step, carry, steps):
+def walk(line, job: Job, step, carry, steps):
     """Folds step(carry, steps so far, row, low, high) over a tile's runs as `Way` has them; (carry, steps so far).
 
     One run after the other, which takes fewer registers than choosing among them at each step.
     """
+
+    block = job.tuning.block
 
     def one_run(r, state):
         begin, end = line[1 + 2 * r], line[2 + 2 * r]
@@ -109,16 +149,16 @@ def walk(line, runs: int, block: int, rows: int, step, carry, steps):
         carry, steps = state
 
         def one_block(s, carry):
-            return step(carry, steps + s, *_block(first, begin, end, s, block, rows))
+            return step(carry, steps + s, *_block(first, begin, end, s, job))
 
         return lax.fori_loop(0, count, one_block, carry), steps + count
 
-    if runs == 1:
+    if job.runs == 1:
         return one_run(0, (carry, steps))
-    return lax.fori_loop(0, runs, one_run, (carry, steps))
+    return lax.fori_loop(0, job.runs, one_run, (carry, steps))
 
 
-def _block(first, begin, end, s, block: int, rows: int):
-    turn = first + s * block
-    row = pl.multiple_of(jnp.minimum(turn, rows - block), ALIGN)
+def _block(first, begin, end, s, job: Job):
+    turn = first + s * job.tuning.block
+    row = pl.multiple_of(jnp.minimum(turn, job.rows - job.tuning.block), ALIGN)
     return row, jnp.maximum(begin, turn) - row, end - row
