@@ -1,18 +1,28 @@
 """Mixture of Contexts in plain XLA: any device, memory linear in tokens, work proportional to the attended pairs.
 
-(a) Anchors. In memory each query's anchors are at most three runs of tokens: text (two runs if it sees only its own
-    and the global caption) and one run of video. Queries go in tiles; a tile walks the blocks of keys that its runs
-    cover and folds them into one online softmax.
-(b) Routed. (query, chunk) pairs are sorted by chunk (schedule.py), so that a tile of queries reads one chunk. The
-    same walk gives each pair its own output and log-sum-exp.
-(c) Merge. A query gathers its pairs and its anchor part and weighs them by exp(lse - max): one softmax over all.
+With s_ij = q_i . k_j / sqrt(D) and any number c_i near the largest score of query i,
 
-Backward, with the merged output o and log-sum-exp L, needs neither the parts nor the merge: p_ij = exp(s_ij - L_i) is
-already the final weight, so each walk adds its own  dv = p^T do,  ds = p (do v^T - rowsum(do o)),  dq = ds k,
-dk = ds^T q. Nothing is scattered row by row: pairs return to their query by a gather, in a fixed order.
+    p_ij = exp(s_ij - c_i)      total_i = sum_j p_ij      values_i = sum_j p_ij v_j      out_i = values_i / total_i
 
-Bytes, beyond q, k, v and o: one float32 output per routed pair, N * K * H * D * 4. FLOPs: 4 * D per attended pair
-forward and 10 * D backward, rounded up to tiles.
+so that what a query attends to may be summed up in parts that know nothing of each other.
+
+(a) Shift. Where the norms of queries and keys already bound every score, c = 0: exp can't overflow. Otherwise a walk
+    over all scores finds each query's largest.
+(b) Anchors. In memory each query's anchors are at most three runs of tokens: text (two runs if it sees only its own
+    and the global caption) and one run of video. A tile of neighbouring queries with the same runs walks them.
+(c) Routed. (query, chunk) pairs are sorted by chunk (schedule.py), so that a tile of queries reads one chunk. The
+    same walk gives each pair its own total and values, which its query then gathers and adds up.
+
+Backward, with the log-sum-exp L in the place of c, p_ij is the final weight: each walk adds its own  dv = p^T do,
+g = p (do v^T - rowsum(do o)),  dq = g k,  dk = g^T q. Nothing is scattered row by row, and the order of sums is fixed.
+
+What takes the time on a GPU is the scores' way through memory. All keys of a tile's walk are seen by all of its
+queries but for the walk's ends, so masks go on blocks of keys and values, not on scores; a step then is matrix
+products whose results XLA exponentiates and rounds before they leave the chip.
+
+Bytes, beyond q, k, v and o: forward three passes over p in the inputs' type per attended pair and head, backward six;
+`values` and `total` of every token in float32, N * H * (D + 1) * 4, and of every routed pair (bfloat16 values for
+bfloat16 inputs). FLOPs: 4 * D per attended pair forward and 10 * D backward, rounded up to tiles.
 """
 
 import dataclasses
@@ -31,7 +41,7 @@ from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, typed
 
 _LARGE = 8192  # tokens from which a scene is large
-_MASKED = -1e30  # finite, so that a row with nothing to see yields zeros and not NaN
+_MASKED = -1e30  # a score that is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +59,20 @@ class Tiling:
 
     @property
     def padding(self) -> int:
-        """Zeros behind the keys, so that no block is clamped back into them."""
-        return max(self.anchor_block, self.routed_block)
+        """Rows behind the last token, so that no tile and no block is clamped back into them."""
+        return max(dataclasses.astuple(self))
 
 
 def default_tiling(tokens: int, max_chunk: int, slots: int) -> Tiling:
     """Small steps for small scenes, large ones for large scenes: on an accelerator a step costs some kernel launches,
     whatever its size. A chunk is walked in equal blocks, and a routed tile is at most half of the slots * max_chunk
     queries that pick a chunk on average, since each chunk's last tile is half empty."""
-    size = 128 if tokens < _LARGE else 1024
-    steps = -(-max_chunk // size)
+    tile, block = (128, 128) if tokens < _LARGE else (1024, 2560)
+    steps = -(-max_chunk // block)
     return Tiling(
-        anchor_tile=size,
-        anchor_block=size,
-        routed_tile=max([128, *(t for t in (256, 512, 1024) if t <= min(size, slots * max_chunk // 2))]),
+        anchor_tile=tile,
+        anchor_block=block,
+        routed_tile=max([128, *(t for t in (256, 512, 1024) if t <= min(tile, slots * max_chunk // 2))]),
         routed_block=-(-max_chunk // (16 * steps)) * 16,
     )
 
@@ -83,9 +93,11 @@ def attend(
 ) -> Float[Array, "B N H D"]:
     """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0."""
     runs = _runs_of_tokens(table, cfg)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    # Padding must not decide how large scores may be.
+    q, k, v = (jnp.swapaxes(jnp.where(table.valid[..., None, None], x, 0), 1, 2) for x in (q, k, v))
     with jax.named_scope("moc_attention"):
-        static = _Static(table.text_tokens, default_tiling(q.shape[2], table.max_chunk, routes.shape[-1]))
+        tiling = default_tiling(q.shape[2], table.max_chunk, routes.shape[-1])
+        static = _Static(table.text_tokens, tiling)
         out = _attend(q, k, v, runs, routes, table.start, table.length, static)
     return jnp.swapaxes(out, 1, 2)
 
@@ -99,67 +111,95 @@ def _runs_of_tokens(table: ChunkTable, cfg: MoCConfig) -> Runs:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
 def _attend(q, k, v, runs, routes, chunk_start, chunk_length, static):
-    return _forward(q, k, v, runs, routes, chunk_start, chunk_length, static)[0]
-
-
-def _forward(q, k, v, runs, routes, chunk_start, chunk_length, static):
-    """[B, H, N, D] -> output, log-sum-exp [B, H, N]; one scene at a time, so that walks are as long as its own."""
-    text, tiling = static
-
-    def one(args):
-        q, k, v, runs, routes, start, length = args
-        k, v = _padded(k, tiling), _padded(v, tiling)
-        out, lse = _anchors_forward(q, k, v, runs, tiling)
-        if routes.shape[-1]:
-            schedule = group_by_chunk(routes[:, text:], start.shape[0], tiling.routed_tile)
-            parts = _routed_forward(q, k, v, schedule, start, length, static)
-            out, lse = _merge(out, lse, *parts, schedule, text)
-        return out.astype(v.dtype), lse
-
-    return lax.map(one, (q, k, v, runs, routes, chunk_start, chunk_length))
+    return _attend_forward(q, k, v, runs, routes, chunk_start, chunk_length, static)[0]
 
 
 def _attend_forward(q, k, v, runs, routes, chunk_start, chunk_length, static):
-    out, lse = _forward(q, k, v, runs, routes, chunk_start, chunk_length, static)
-    return out, (q, k, v, runs, routes, chunk_start, chunk_length, out, lse)
+    """[B, H, N, D] -> output; one scene at a time, so that walks are as long as its own."""
+    inputs = q, k, v, runs, routes, chunk_start, chunk_length
+
+    def one(args):
+        q, *scene = args
+        walk = _Walk(*scene, static)
+        shift = lax.cond(
+            _scores_bound(q, walk.k) <= _largest_exponent(q.dtype),
+            lambda: jnp.zeros(q.shape[:2]),
+            lambda: _largest_scores(q, walk),
+        )
+        (total, values), _ = walk(_forward_step, _sums_of_rows, (q, shift), ())
+        divisor = jnp.where(total > 0, total, 1.0)
+        return (values / divisor[..., None]).astype(q.dtype), shift + jnp.log(divisor)
+
+    out, lse = lax.map(one, inputs)
+    return out, (*inputs, out, lse)
 
 
 def _attend_backward(static, residuals, d_out):
-    text, tiling = static
-
     def one(args):
-        q, k, v, runs, routes, start, length, out, lse, d_out = args
-        tokens = q.shape[1]
+        q, *scene, out, lse, d_out = args
+        walk, scale = _Walk(*scene, static), 1 / math.sqrt(q.shape[-1])
         delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [H, N]
-        rows = q, lse, delta, d_out
-        k_padded, v_padded = _padded(k, tiling), _padded(v, tiling)
-        sums = _Gradients(jnp.zeros(k_padded.shape, jnp.float32), jnp.zeros(v_padded.shape, jnp.float32))
-        d_q, sums = _anchors_backward(rows, k_padded, v_padded, runs, sums, tiling)
-        if routes.shape[-1]:
-            schedule = group_by_chunk(routes[:, text:], start.shape[0], tiling.routed_tile)
-            d_pairs, sums = _routed_backward(rows, k_padded, v_padded, schedule, start, length, sums, static)
-            d_q = d_q.at[:, text:].add(_sum_pairs(d_pairs, schedule))
-        return d_q.astype(q.dtype), sums.d_k[:, :tokens].astype(k.dtype), sums.d_v[:, :tokens].astype(v.dtype)
+        sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (walk.k, walk.v))
+        (d_q,), (d_k, d_v) = walk(_backward_step, _d_q_of_rows, (q, lse, delta, d_out), sums)
+        d_k, d_v = (x[:, : q.shape[1]] for x in (d_k, d_v))
+        return (d_q * scale).astype(q.dtype), (d_k * scale).astype(walk.k.dtype), d_v.astype(walk.v.dtype)
 
-    d_q, d_k, d_v = lax.map(one, (*residuals, d_out))
-    return d_q, d_k, d_v, None, None, None, None
+    return *lax.map(one, (*residuals, d_out)), None, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# ---------------------------------------------------------------------------------------------------- the walk
-# From here on one scene: q [H, N, D], k and v [H, N + padding, D]. A walk's runs are [H, T], or [1, T] where all heads
-# share them.
+# ---------------------------------------------------------------------------------------------------- steps
+# From here on one scene: q [H, N, D], k and v [H, N + padding, D]. A step folds one block of keys into what a tile's
+# queries own, and adds to the sums of all tiles. rows: [H, T, ...]; block: see _Block.
 
 
-class _Gradients(NamedTuple):
-    d_k: Array  # [H, N + padding, D] float32
-    d_v: Array
+class _Block(NamedTuple):
+    """S keys in a row, [H, S, D]; zero where the run has ended. A is 1 where all heads read the same, else H."""
+
+    k: Array
+    v: Array
+    low: Array  # [A]: the first key
+    seen: Array  # [A, S]: inside the run
 
 
-def _padded(x, tiling):
-    return jnp.pad(x, ((0, 0), (0, tiling.padding), (0, 0)))
+def _sums_of_rows(rows, dim):
+    """A forward walk's own: total and values."""
+    return jnp.zeros(rows), jnp.zeros((*rows, dim))
+
+
+def _forward_step(rows, block, own, sums):
+    q, shift = rows
+    total, values = own
+    p = _weights(q, block.k, shift)
+    # Without the barrier XLA sums p as it was before rounding, for which it has to keep a float32 p.
+    seen = jnp.where(block.seen[:, None], lax.optimization_barrier(p), 0)
+    total = total + jnp.sum(seen, axis=-1, dtype=jnp.float32)
+    return (total, values + _dot("hts,hsd->htd", p, block.v)), sums
+
+
+def _d_q_of_rows(rows, dim):
+    """A backward walk's own."""
+    return (jnp.zeros((*rows, dim)),)
+
+
+def _backward_step(rows, block, own, sums):
+    q, lse, delta, d_out = rows
+    d_k, d_v = sums
+    p = _weights(q, block.k, lse)
+    # Rounded before the product with p, not after: so the product can be made before anything is written.
+    g = (_dot("htd,hsd->hts", d_out, block.v) - delta[..., None]).astype(p.dtype) * p
+    d_q = own[0] + _dot("hts,hsd->htd", g, block.k)
+    d_k = _add(d_k, block, _dot("hts,htd->hsd", g, q))
+    d_v = _add(d_v, block, _dot("hts,htd->hsd", p, d_out))
+    return (d_q,), (d_k, d_v)
+
+
+def _weights(q, k, shift):
+    """exp(scores - shift) in q's type [H, T, S]; any finite number for keys that are not seen."""
+    scores = _dot("htd,hsd->hts", q, k) / math.sqrt(q.shape[-1])
+    return jnp.exp(jnp.minimum(scores - shift[..., None], _largest_exponent(q.dtype))).astype(q.dtype)
 
 
 def _dot(spec, a, b):
@@ -167,216 +207,181 @@ def _dot(spec, a, b):
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _reach(begin, end, tokens, block):
-    """Where the rows' runs begin, and over how many blocks they reach (the most of all heads)."""
-    some = begin < end
-    low = jnp.min(jnp.where(some, begin, tokens), axis=-1)
-    high = jnp.max(jnp.where(some, end, 0), axis=-1)
-    return low, jnp.max(jnp.maximum(high - low + block - 1, 0) // block)
+def _add(x, block, rows):
+    """Adds rows [H, S, D] to x [H, N + padding, D] where the block lies, but for keys that are not seen."""
+    rows = jnp.where(block.seen[..., None], rows, 0.0) + _take(x, block.low, rows.shape[1])
+    if block.low.shape[0] == 1:
+        return lax.dynamic_update_slice_in_dim(x, rows, block.low[0], axis=1)
+    return jax.vmap(lambda x, rows, i: lax.dynamic_update_slice_in_dim(x, rows, i, axis=0))(x, rows, block.low)
 
 
-def _take(x, low, block):
-    """`block` rows of each head from its own row `low`."""
+def _take(x, low, size):
+    """`size` rows of each head from its own row `low`."""
     if low.shape[0] == 1:
-        return lax.dynamic_slice_in_dim(x, low[0], block, axis=1)
-    return jax.vmap(lambda rows, i: lax.dynamic_slice_in_dim(rows, i, block))(x, low)
+        return lax.dynamic_slice_in_dim(x, low[0], size, axis=1)
+    return jax.vmap(lambda rows, i: lax.dynamic_slice_in_dim(rows, i, size))(x, low)
 
 
-def _add(x, low, rows):
-    """The inverse of `_take`: adds rows [H, block, D] in place."""
-    rows = rows + _take(x, low, rows.shape[1])
-    if low.shape[0] == 1:
-        return lax.dynamic_update_slice_in_dim(x, rows, low[0], axis=1)
-    return jax.vmap(lambda x, rows, i: lax.dynamic_update_slice_in_dim(x, rows, i, axis=0))(x, rows, low)
+# ---------------------------------------------------------------------------------------------------- (a) shift
 
 
-def _scores(q, k_block, begin, end, low):
-    """Scaled scores of a tile against one block of keys, and where the rows' runs allow them."""
-    column = low[:, None, None] + jnp.arange(k_block.shape[1])[None, None]
-    seen = (column >= begin[..., None]) & (column < end[..., None])
-    scores = _dot("htd,hsd->hts", q, k_block) / math.sqrt(q.shape[-1])
-    return scores, jnp.broadcast_to(seen, scores.shape)
+def _largest_exponent(dtype):
+    """x such that exp(x) and exp(-x) are normal numbers of this type, and sums of exp(x) are of float32."""
+    return 9.0 if dtype == jnp.float16 else 60.0
 
 
-def _walk_forward(q, k, v, begin, end, carry, tokens, block):
-    """Folds the keys of each row's run [begin, end) into the carry: (maximum, sum, weighted values)."""
-    first, steps = _reach(begin, end, tokens, block)
-
-    def step(i, carry):
-        largest, total, values = carry
-        low = jnp.minimum(first + i * block, tokens)
-        s, seen = _scores(q, _take(k, low, block), begin, end, low)
-        s = jnp.where(seen, s, _MASKED)
-        new = jnp.maximum(largest, jnp.max(s, axis=-1))
-        # The mask goes on p too: a row that sees nothing yet has new = _MASKED, and exp(0) would count.
-        p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
-        shrink = jnp.exp(largest - new)
-        total = total * shrink + jnp.sum(p, axis=-1)
-        values = values * shrink[..., None] + _dot("hts,hsd->htd", p.astype(v.dtype), _take(v, low, block))
-        return new, total, values
-
-    return lax.fori_loop(0, steps, step, carry)
+def _scores_bound(q, k):
+    """No score of any head is larger than this, nor smaller than minus this."""
+    norms = (jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), axis=1) for x in (q, k))
+    return jnp.sqrt(jnp.max(math.prod(norms)) / q.shape[-1])
 
 
-def _start(q):
-    rows = q.shape[:2]
-    return jnp.full(rows, _MASKED), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32)
+def _largest_scores(q, walk):
+    """The largest score of each query [H, N]; 0 for queries that see nothing."""
+    (largest,), _ = walk(_largest_step, _largest_of_rows, (q,), (), combine=jnp.maximum)
+    return jnp.where(largest > _MASKED, largest, 0.0)
 
 
-def _finish(carry):
-    largest, total, values = carry
-    empty = total == 0
-    out = values / jnp.where(empty, 1.0, total)[..., None]
-    return out, jnp.where(empty, -jnp.inf, largest + jnp.log(jnp.where(empty, 1.0, total)))
+def _largest_of_rows(rows, dim):
+    return (jnp.full(rows, _MASKED),)
 
 
-def _walk_backward(rows, k, v, begin, end, d_q, sums, tokens, block):
-    """Adds one walk's share to d_q [H, T, D] and to the keys' and values' gradients."""
-    q, lse, delta, d_out = rows
-    first, steps = _reach(begin, end, tokens, block)
-    scale = 1 / math.sqrt(q.shape[-1])
-    lse = jnp.where(jnp.isfinite(lse), lse, 0.0)
-
-    def step(i, carry):
-        d_q, sums = carry
-        low = jnp.minimum(first + i * block, tokens)
-        k_block, v_block = _take(k, low, block), _take(v, low, block)
-        s, seen = _scores(q, k_block, begin, end, low)
-        p = jnp.where(seen, jnp.exp(jnp.where(seen, s, 0.0) - lse[..., None]), 0.0)
-        d_p = _dot("htd,hsd->hts", d_out, v_block)
-        d_s = (p * (d_p - delta[..., None]) * scale).astype(q.dtype)
-        d_q = d_q + _dot("hts,hsd->htd", d_s, k_block)
-        d_k = _add(sums.d_k, low, _dot("hts,htd->hsd", d_s, q))
-        d_v = _add(sums.d_v, low, _dot("hts,htd->hsd", p.astype(d_out.dtype), d_out))
-        return d_q, _Gradients(d_k, d_v)
-
-    return lax.fori_loop(0, steps, step, (d_q, sums))
+def _largest_step(rows, block, own, sums):
+    scores = _dot("htd,hsd->hts", rows[0], block.k) / math.sqrt(block.k.shape[-1])
+    scores = jnp.where(block.seen[:, None], scores, _MASKED)
+    return (jnp.maximum(own[0], jnp.max(scores, axis=-1)),), sums
 
 
-# ---------------------------------------------------------------------------------------------------- (a) anchors
+# ---------------------------------------------------------------------------------------------------- walks
 
 
-def _tiles(x, tile):
-    """[A, N, ...] -> [G, A, T, ...]: cuts the second axis into tiles and brings them to the front."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, tile, *x.shape[2:]), 1, 0)
+class _Walk:
+    """All that the queries of a scene attend to."""
+
+    def __init__(self, k, v, runs, routes, chunk_start, chunk_length, static):
+        padding = ((0, 0), (0, static.tiling.padding), (0, 0))
+        self.k, self.v = jnp.pad(k, padding), jnp.pad(v, padding)
+        self._runs, self._static = runs, static
+        self._chunk_start, self._chunk_length = chunk_start, chunk_length
+        self._schedule = None
+        if routes.shape[-1]:
+            routes = routes[:, static.text_tokens :]
+            self._schedule = group_by_chunk(routes, chunk_start.shape[0], static.tiling.routed_tile)
+
+    def __call__(self, step, start, rows, sums, *, combine=jnp.add):
+        """What each query owns in the end, and the sums.
+
+        Args:
+            step: See above.
+            start: What rows of a shape, for head dimension D, own at first.
+            rows: Arrays [H, N, ...] that `step` reads.
+            sums: What all steps add to.
+            combine: How a query's anchors and pairs make one.
+        """
+        own, sums = self._over_anchors(step, start, rows, sums)
+        if self._schedule is not None:
+            pairs, sums = self._over_pairs(step, start, rows, sums)
+            empty = start((1, 1), 1)
+            own = tuple(self._gathered(*x, combine) for x in zip(own, pairs, empty, strict=True))
+        return own, sums
+
+    def _along(self, step, rows, own, sums, begin, end, size):
+        """Folds the run [begin, end) of each head into what a tile owns."""
+
+        def one(i, carry):
+            low = jnp.minimum(begin + i * size, end)
+            seen = low[:, None] + jnp.arange(size)[None] < end[:, None]
+            k, v = (jnp.where(seen[..., None], _take(x, low, size), 0) for x in (self.k, self.v))
+            return step(rows, _Block(k, v, low, seen), *carry)
+
+        steps = jnp.max(jnp.maximum(end - begin + size - 1, 0) // size)
+        return lax.fori_loop(0, steps, one, (own, sums))
+
+    # ------------------------------------------------------------------------------------------------ (b) anchors
+
+    def _over_anchors(self, step, start, rows, sums):
+        """Tile by tile: as many queries from the first on that none has walked, as share its runs.
+
+        A tile that is not full writes beyond its queries; what it writes there, later tiles overwrite.
+        """
+        heads, tokens, dim = self.k.shape[0], rows[0].shape[1], self.k.shape[-1]
+        text, tiling = self._static.text_tokens, self._static.tiling
+        size = tiling.anchor_tile
+        rows = [jnp.pad(x, [(0, 0), (0, size)] + [(0, 0)] * (x.ndim - 2)) for x in rows]
+        stops = _stops(self._runs)
+
+        def tile(carry):
+            first, out, sums = carry
+            stop = jnp.minimum(first + size, stops[first])
+            mine = jnp.broadcast_to(first + jnp.arange(size)[None] < stop, (heads, size))
+            of_tile = [_only(mine, lax.dynamic_slice_in_dim(x, first, size, axis=1)) for x in rows]
+            own = start((heads, size), dim)
+            runs = self._runs.begin.shape[0]
+            for r in range(runs):
+                begin, end = self._runs.begin[r, first][None], self._runs.end[r, first][None]
+                block = tiling.anchor_block if r == runs - 1 else min(tiling.anchor_block, max(1, text))
+                own, sums = self._along(step, of_tile, own, sums, begin, end, block)
+            update = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
+            return stop, jax.tree.map(update, out, own), sums
+
+        carry = jnp.int32(0), start((heads, tokens + size), dim), sums
+        _, out, sums = lax.while_loop(lambda carry: carry[0] < tokens, tile, carry)
+        return tuple(x[:, :tokens] for x in out), sums
+
+    # ------------------------------------------------------------------------------------------------ (c) routed
+
+    def _over_pairs(self, step, start, rows, sums):
+        """Tile by tile of the schedule. What pairs own comes back as [G, H, T, ...]."""
+        schedule, (text, tiling) = self._schedule, self._static
+        slots, dim = schedule.slot_of_pair.shape[-1], self.k.shape[-1]
+        # Values of pairs are rounded like outputs, if that type reaches as far as float32.
+        partial = rows[0].dtype if rows[0].dtype == jnp.bfloat16 else jnp.float32
+
+        def tile(sums, args):
+            pair, chunk = args  # [H, T], [H]
+            query = text + jnp.maximum(pair, 0) // slots
+            of_pair = [_only(pair >= 0, _rows(x, query)) for x in rows]
+            begin = self._chunk_start[chunk]
+            end = begin + jnp.where(jnp.any(pair >= 0, axis=1), self._chunk_length[chunk], 0)
+            own = start(pair.shape, dim)
+            own, sums = self._along(step, of_pair, own, sums, begin, end, tiling.routed_block)
+            return sums, tuple(x.astype(partial) if x.ndim == 3 else x for x in own)
+
+        tiles = (jnp.moveaxis(schedule.pair_of_slot, 1, 0), jnp.moveaxis(schedule.tile_chunk, 1, 0))
+        sums, pairs = lax.scan(tile, sums, tiles)
+        return pairs, sums
+
+    def _gathered(self, own, pairs, empty, combine):
+        """own [H, N, ...] combined with each video query's pairs [G, H, T, ...], in the order of its slots."""
+        slots = self._schedule.slot_of_pair  # [H, V, K]
+        tiles, heads, size = pairs.shape[:3]
+        slot, head = jnp.maximum(slots, 0), jnp.arange(heads)[:, None, None]
+        place = (slot // size * heads + head) * size + slot % size
+        pairs = pairs.reshape(tiles * heads * size, *pairs.shape[3:])
+        text = self._static.text_tokens
+        video = own[:, text:]
+        for i in range(slots.shape[-1]):
+            part = pairs[place[..., i]].astype(own.dtype)
+            used = (slots[..., i] >= 0).reshape(*slots.shape[:2], *[1] * (part.ndim - 2))
+            video = combine(video, jnp.where(used, part, empty.reshape(())))
+        return jnp.concatenate([own[:, :text], video], axis=1)
 
 
-def _untile(x, tokens):
-    """[G, H, T, ...] -> [H, N, ...]"""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :tokens]
+def _stops(runs):
+    """For each token, the next one whose runs are others [N]."""
+    tokens = runs.begin.shape[1]
+    both = jnp.concatenate([runs.begin, runs.end])
+    change = jnp.any(both[:, 1:] != both[:, :-1], axis=0)
+    after = jnp.where(change, jnp.arange(1, tokens), tokens)
+    return lax.cummin(jnp.append(after, tokens), reverse=True)
 
 
-def _anchors_forward(q, k, v, runs, tiling):
-    tokens = q.shape[1]
-
-    def tile(args):
-        q, begin, end = args
-        carry = _start(q)
-        for r in range(begin.shape[0]):
-            carry = _walk_forward(q, k, v, begin[r][None], end[r][None], carry, tokens, tiling.anchor_block)
-        return _finish(carry)
-
-    out, lse = lax.map(tile, tuple(_tiles(x, tiling.anchor_tile) for x in (q, *runs)))
-    return _untile(out, tokens), _untile(lse, tokens)
-
-
-def _anchors_backward(rows, k, v, runs, sums, tiling):
-    tokens = rows[0].shape[1]
-
-    def tile(sums, args):
-        begin, end, *rows = args
-        d_q = jnp.zeros(rows[0].shape, jnp.float32)
-        for r in range(begin.shape[0]):
-            run = begin[r][None], end[r][None]
-            d_q, sums = _walk_backward(rows, k, v, *run, d_q, sums, tokens, tiling.anchor_block)
-        return sums, d_q
-
-    sums, d_q = lax.scan(tile, sums, tuple(_tiles(x, tiling.anchor_tile) for x in (*runs, *rows)))
-    return _untile(d_q, tokens), sums
-
-
-# ---------------------------------------------------------------------------------------------------- (b) routed
-
-
-def _pair_rows(schedule, start, length, tokens, text_tokens):
-    """For each slot: its query's token, and the run of keys it reads (empty for unused slots)."""
-    used = schedule.pair_of_slot >= 0
-    query = text_tokens + jnp.maximum(schedule.pair_of_slot, 0) // schedule.slot_of_pair.shape[-1]
-    begin = jnp.where(used, start[schedule.tile_chunk][..., None], tokens)
-    end = jnp.where(used, (start + length)[schedule.tile_chunk][..., None], 0)
-    return tuple(jnp.moveaxis(x, 1, 0) for x in (query, begin, end))  # each [G, H, T]
+def _only(mine, x):
+    """x [H, T, D], zero where not mine [H, T]. Without queries and output gradients, rows add nothing to the sums,
+    whatever their numbers [H, T] are."""
+    return jnp.where(mine[..., None], x, 0) if x.ndim == 3 else x
 
 
 def _rows(x, index):
     """x [H, N, ...] at each head's own rows [H, T]."""
     return jax.vmap(lambda x, i: x[i])(x, index)
-
-
-def _routed_forward(q, k, v, schedule, start, length, static):
-    tokens, block = q.shape[1], static.tiling.routed_block
-
-    def tile(args):
-        query, begin, end = args
-        rows = _rows(q, query)
-        return _finish(_walk_forward(rows, k, v, begin, end, _start(rows), tokens, block))
-
-    out, lse = lax.map(tile, _pair_rows(schedule, start, length, tokens, static.text_tokens))
-    return _flat(out), _flat(lse)
-
-
-def _routed_backward(rows, k, v, schedule, start, length, sums, static):
-    tokens, block = rows[0].shape[1], static.tiling.routed_block
-
-    def tile(sums, args):
-        query, begin, end = args
-        of_pair = [_rows(x, query) for x in rows]
-        d_q = jnp.zeros(of_pair[0].shape, jnp.float32)
-        d_q, sums = _walk_backward(of_pair, k, v, begin, end, d_q, sums, tokens, block)
-        return sums, d_q
-
-    sums, d_q = lax.scan(tile, sums, _pair_rows(schedule, start, length, tokens, static.text_tokens))
-    return _flat(d_q), sums
-
-
-def _flat(x):
-    """[G, H, T, ...] -> [H, G * T, ...]: by slot."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-# ---------------------------------------------------------------------------------------------------- (c) merge
-
-
-def _merge(out, lse, pair_out, pair_lse, schedule, text_tokens):
-    """Weighs the anchor part and the pairs of each video query by their share of the one softmax."""
-    slots = schedule.slot_of_pair  # [H, V, K]
-    used = slots >= 0
-    pair_lse = jnp.where(used, _rows(pair_lse, jnp.maximum(slots, 0)), -jnp.inf)
-    video_lse = lse[:, text_tokens:]
-    largest = jnp.maximum(video_lse, jnp.max(pair_lse, axis=-1))
-    base = jnp.where(jnp.isfinite(largest), largest, 0.0)
-    anchor_weight = jnp.exp(video_lse - base)
-    weights = jnp.exp(pair_lse - base[..., None])
-    total = anchor_weight + jnp.sum(weights, axis=-1)
-    share = 1 / jnp.where(total > 0, total, 1.0)
-    merged = out[:, text_tokens:] * (anchor_weight * share)[..., None]
-    for i in range(slots.shape[-1]):
-        part = _rows(pair_out, jnp.maximum(slots[..., i], 0))
-        merged = merged + part * (weights[..., i] * share)[..., None]
-    merged_lse = jnp.where(total > 0, base + jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)
-    return (
-        jnp.concatenate([out[:, :text_tokens], merged], axis=1),
-        jnp.concatenate([lse[:, :text_tokens], merged_lse], axis=1),
-    )
-
-
-def _sum_pairs(d_q, schedule):
-    """Each query's sum over its pairs, in the order of its slots."""
-    slots = schedule.slot_of_pair
-    total = jnp.zeros((*slots.shape[:2], d_q.shape[-1]), jnp.float32)
-    for i in range(slots.shape[-1]):
-        part = _rows(d_q, jnp.maximum(slots[..., i], 0))
-        total = total + jnp.where((slots[..., i] >= 0)[..., None], part, 0.0)
-    return total

@@ -41,7 +41,12 @@ def test_output_and_gradients_do_not_depend_on_the_tiling(tiling, monkeypatch):
 
 @pytest.mark.parametrize(
     ("tokens", "chunk", "slots", "tile", "block"),
-    [(2_000, 80, 3, 128, 80), (2_000, 300, 3, 128, 112), (180_512, 1_280, 5, 1_024, 640), (180_512, 256, 3, 256, 256)],
+    [
+        (2_000, 80, 3, 128, 80),
+        (2_000, 300, 3, 128, 112),
+        (180_512, 1_280, 5, 1_024, 1_280),
+        (180_512, 10_240, 5, 1_024, 2_560),
+    ],
 )
 def test_chunks_are_walked_in_equal_blocks_by_tiles_that_fill(tokens, chunk, slots, tile, block):
     tiling = xla.default_tiling(tokens, chunk, slots)
