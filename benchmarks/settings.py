@@ -98,7 +98,7 @@ SETTINGS = {
         moc=MoCConfig(chunk=ChunkConfig(size=256), top_k=3, self_anchor="chunk", causal_routing=False),
         frames=25,
         frame_tokens=240,
-        caption=150,
+        caption=152,
     ),
 }
 SCALING_SHOTS = (1, 2, 4, 8, 16, 32, 64)

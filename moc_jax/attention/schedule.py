@@ -32,6 +32,7 @@ def tile_capacity(pairs: int, chunks: int, tile: int) -> int:
     return -(-pairs // tile) + chunks
 
 
+_COMPARE = 2**28
 _IN_BOUNDS = dict(mode="promise_in_bounds", wrap_negative_indices=False)  # spares a pass over the indices
 
 
@@ -55,7 +56,9 @@ def group_by_chunk(routes: Int[Array, "H N K"], chunks: int, tile: int) -> Sched
     group, order = lax.sort(
         (group.astype(narrow).reshape(-1), jnp.arange(heads * pairs, dtype=jnp.int32)), num_keys=1, is_stable=True
     )
-    edges = jnp.searchsorted(group, jnp.arange(heads * groups, dtype=narrow), method="scan_unrolled").astype(jnp.int32)
+    # Comparing all is one step, searching takes a step for each halving.
+    method = "compare_all" if heads * groups * heads * pairs <= _COMPARE else "scan_unrolled"
+    edges = jnp.searchsorted(group, jnp.arange(heads * groups, dtype=narrow), method=method).astype(jnp.int32)
     edges = edges.reshape(heads, groups)
     begins, counts = edges[:, :-1], jnp.diff(edges)
     tile_counts = -(-counts // tile)

@@ -20,7 +20,8 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Int
 
-_PART = 16384  # readers of a tile of text in one go: text is read by everyone, and tiles should take equally long
+_PART = 2048  # readers of a tile of text in one go: text is read by everyone, and tiles should take equally long
+_MOST_PARTS = 16  # each costs memory for its share of the gradients
 
 
 class Cut(NamedTuple):
@@ -73,7 +74,7 @@ def plan(table: ChunkTable, cfg: MoCConfig) -> Plan:
     if not all_alike or table.text_tokens == 0:
         keys = Tiles(_table(cut.start, *_of_segments(readers, cut))[:, None])
         return whole(keys=keys, key_row=cut.row_of_token, text_parts=0, text_tiles=0)
-    parts, count = -(-rows // _PART), -(-table.text_tokens // TILE)
+    parts, count = min(-(-rows // _PART), _MOST_PARTS), -(-table.text_tokens // TILE)
     is_text = table.kind == TEXT
     text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1)
     text = _text_table(readers, is_text, text_end, parts, count, rows)

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 
 from moc_jax.shapes import Array, Int
 
+CACHE = 40 * 2**20  # bytes of keys and values that stay in the level-2 cache (50 MiB on an H100, 60 on an H200)
 ALIGN = 8  # rows at whose multiples a copy may start
 ROWS = 64  # of one warpgroup: the smallest height of a Hopper matrix product
 COMPUTE = 2  # warpgroups that compute
@@ -57,6 +58,7 @@ class Job:
     per_head: bool  # whether each head has its own tiles
     rows: int  # of the array whose runs are walked
     sorted_rows: bool  # whether q is [B, H, S, D] and not [B, N, H, D]
+    all_cached: bool  # whether keys and values of all heads fit the cache
     interpreted: bool
 
     @classmethod
@@ -74,6 +76,7 @@ class Job:
             per_head=tiles.table.shape[1] > 1,
             rows=q.shape[2] if sorted_rows and not over_keys else tokens,
             sorted_rows=sorted_rows,
+            all_cached=2 * k.nbytes <= batch * CACHE,
             interpreted=interpret is not None,
         )
 
@@ -84,16 +87,23 @@ class Job:
 
 def each_tile(table_ref, job: Job, body):
     """Calls body(item, first row, its line of the table, tiles before it, steps before it) -> steps after it, for each
-    used tile of this thread block, in an order that all its warpgroups share. An item is (scene, head, tile):
-    neighbours share keys, which then come from the cache."""
+    used tile of this thread block, in an order that all its warpgroups share. An item is (scene, head, tile).
+
+    Neighbours in time share a head's keys, which then come from the cache. Where all heads' fit, the first tiles of
+    all heads come first: those of text, which read the most.
+    """
     first = lax.axis_index("block")
     mine = lax.div(job.batch * job.heads * job.tiles - first + job.blocks - 1, job.blocks)
 
     def one(i, before):
         used, steps = before
         index = first + i * job.blocks
-        row = lax.div(index, job.tiles)
-        item = lax.div(row, job.heads), lax.rem(row, job.heads), lax.rem(index, job.tiles)
+        if job.all_cached:
+            row, head = lax.div(index, job.heads), lax.rem(index, job.heads)
+            item = lax.div(row, job.tiles), head, lax.rem(row, job.tiles)
+        else:
+            row, tile = lax.div(index, job.tiles), lax.rem(index, job.tiles)
+            item = lax.div(row, job.heads), lax.rem(row, job.heads), tile
         line = table_ref.at[item[0], item[1] if job.per_head else 0, item[2]]
         start = line[0]
         return lax.cond(
