@@ -8,13 +8,19 @@ and write if everything between two kernels goes through memory once.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from benchmarks.inputs import Inputs
 from benchmarks.measure import Ceilings, Effort, both_ways, compile_all
 from moc_jax.attention.accounting import Accounting, account
 from moc_jax.attention.api import backend_name, moc_attention, route
+from moc_jax.attention.pallas_gpu import attend, device, flash, flash_backward, tiles
+from moc_jax.attention.pallas_gpu.plan import pick_tiles, plan, reader_tiles
 from moc_jax.attention.routing import descriptors
 from moc_jax.attention.schedule import Schedule, group_by_chunk
 from moc_jax.config import MoCConfig
@@ -66,7 +72,7 @@ class Part:
 
 def sort_pairs(routes: Int[Array, "1 H N K"], table: ChunkTable) -> Schedule:
     """Picked chunks -> pairs sorted by chunk, as the backends do it."""
-    return group_by_chunk(routes[0, :, table.text_tokens :], table.kind.shape[1], _TILE)
+    return group_by_chunk(routes[0], table.kind.shape[1], _TILE)
 
 
 def parts_of(case: Case) -> list[Part]:
@@ -162,5 +168,67 @@ def _pair(name, forward, inputs, d_out, flops, rows) -> list[Part]:
     ]
 
 
+def _hopper(case: Case) -> list[Part]:
+    """Each kernel of `pallas_gpu`, and what XLA does between them, for all heads at once."""
+    q, k, v, d_out = case.inputs
+    batch, tokens, heads, _ = q.shape
+    if tokens % tiles.ALIGN:
+        raise ValueError(f"{tokens} tokens: the kernels' profile wants a multiple of {tiles.ALIGN}; change the setting")
+    plan_ = jax.jit(plan, static_argnames="cfg")(case.table, cfg=case.cfg)
+    all_heads, blocks, size = attend.Heads(0, heads), device.multiprocessors(), q.nbytes
+    run = dict(blocks=blocks)
+    forward = functools.partial(flash.forward, tuning=attend.FORWARD, **run)
+    for_queries = functools.partial(flash_backward.query_gradients, tuning=attend.QUERY_GRADIENTS, **run)
+    for_keys = functools.partial(flash_backward.key_gradients, tuning=attend.KEY_GRADIENTS, **run)
+    zero = jnp.zeros(1, jnp.int32)
+    lse = jnp.full((batch, heads, tokens), math.log2(tokens), jnp.float32)  # of small weights, as the real one
+    delta = jnp.zeros_like(lse)
+    found = []
+
+    def kernels(where, inputs, queries, keys, flops, rows, order):
+        """The three kernels on q, k, v, d_out, lse, delta; `rows`: arrays as large as q that q's side fills."""
+        names = ("forward", "dq", "dk and dv")
+        functions = (
+            lambda q, k, v, d_out, lse, delta: forward(q, k, v, queries, zero, sorted_rows=order),
+            lambda *x: for_queries(*x, queries, zero, sorted_rows=order),
+            lambda *x: for_keys(*x, keys, zero, sorted_rows=order),
+        )
+        moved = (2 + 2 * rows, 2 + 3 * rows, 4 + 2 * rows)
+        for name, function, share, arrays in zip(names, functions, (1, 1.5, 2), moved, strict=True):
+            found.append(
+                Part(
+                    name=f"kernel: {where}, {name}",
+                    function=function,
+                    inputs=inputs,
+                    flops=share * flops,
+                    bytes=arrays * size,
+                )
+            )
+
+    if plan_.anchors:
+        flops = heads * case.cost(case.anchored).flops_attention
+        kernels("anchors", (q, k, v, d_out, lse, delta), plan_.queries, plan_.keys, flops, 1, False)
+    if case.cfg.top_k:
+        schedule = jax.jit(attend.sort_picks)(case.routes, case.table)
+        rows = attend.queries_of_slots(schedule, all_heads)
+        gather = functools.partial(attend.take_rows, heads=all_heads)
+        q_rows, d_rows = (jax.jit(gather)(x, rows) for x in (q, d_out))
+        scalars = (jnp.full(rows.shape, x, jnp.float32) for x in (math.log2(tokens), 0.0))
+        queries, keys = pick_tiles(schedule, case.table), reader_tiles(schedule, plan_.chunks)
+        flops, count = heads * case.cost(case.unanchored).flops_attention, case.cfg.top_k
+        kernels("picks", (q_rows, k, v, d_rows, *scalars), queries, keys, flops, count, True)
+        found.append(Part(name="gather of q", function=gather, inputs=(q, rows), flops=0, bytes=2 * count * size))
+
+        def merge(rows, lse):
+            slots = attend.slots_of_pairs(schedule, all_heads)
+            return attend.merge([attend.Part(rows, slot, slot >= 0, 0, lse) for slot in slots], heads, q.dtype)
+
+        log_sums = jnp.zeros(rows.shape, jnp.float32)
+        found.append(
+            Part(name="merge of picks", function=merge, inputs=(q_rows, log_sums), flops=0, bytes=(count + 1) * size)
+        )
+    return found
+
+
 # The kernels of each backend, as parts of a case.
-_OWN: dict[str, Callable[[Case], list[Part]]] = {}
+_OWN: dict[str, Callable[[Case], list[Part]]] = {"pallas_gpu": _hopper}

@@ -67,7 +67,7 @@ def attend(
         slots = tile_capacity(rows * routes.shape[-1], table.kind.shape[1], TILE) * TILE
         groups = _head_groups(heads, q.shape[0] * slots * dim * q.dtype.itemsize)
         static = _Static(groups, device.multiprocessors(), device.interpreter())
-        out = _attend(q, k, v, plan(table, cfg), _schedule(routes, table), table, static)
+        out = _attend(q, k, v, plan(table, cfg), sort_picks(routes, table), table, static)
     return out[:, :tokens]
 
 
@@ -76,7 +76,7 @@ def _head_groups(heads: int, bytes_per_head: int) -> int:
     return next((g for g in range(1, heads) if heads % g == 0 and heads // g * bytes_per_head <= _BUFFER), heads)
 
 
-def _schedule(routes, table: ChunkTable) -> Schedule | None:
+def sort_picks(routes, table: ChunkTable) -> Schedule | None:
     if routes.shape[-1] == 0:
         return None
     # An empty chunk is as good as none: its tile would have no keys.
@@ -96,20 +96,20 @@ def _attend(q, k, v, plan: Plan, schedule: Schedule | None, table, static):
 def _forward(q, k, v, plan, schedule, table, static):
     """[B, N, H, D] -> output, and base-2 log-sum-exp [B, H, N]."""
     kernel = functools.partial(flash.forward, tuning=FORWARD, blocks=static.blocks, interpret=static.interpret)
-    all_heads = _Heads(0, q.shape[2])
+    all_heads = Heads(0, q.shape[2])
     if plan.anchors:
         anchor_out, anchor_lse = kernel(q, k, v, plan.queries, all_heads.operand, sorted_rows=False)
 
     def one_group(heads):
         parts = []
         if plan.anchors:
-            parts.append(_Part(anchor_out, plan.query_row[:, None], plan.anchored[:, None], heads.first, anchor_lse))
+            parts.append(Part(anchor_out, plan.query_row[:, None], plan.anchored[:, None], heads.first, anchor_lse))
         if schedule is not None:
-            rows = _sorted(schedule, heads)
+            rows = queries_of_slots(schedule, heads)
             work = _of(heads, pick_tiles(schedule, table))
-            out, lse = kernel(_take(q, rows, heads), k, v, work, heads.operand, sorted_rows=True)
-            parts += [_Part(out, slot, slot >= 0, 0, lse) for slot in _slots(schedule, heads)]
-        return _merge(parts, heads.count, v.dtype)
+            out, lse = kernel(take_rows(q, rows, heads), k, v, work, heads.operand, sorted_rows=True)
+            parts += [Part(out, slot, slot >= 0, 0, lse) for slot in slots_of_pairs(schedule, heads)]
+        return merge(parts, heads.count, v.dtype)
 
     batch, tokens, heads, _ = q.shape
     like = jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)
@@ -129,7 +129,7 @@ def _attend_backward(static, residuals, d_out):
     for_queries = functools.partial(flash_backward.query_gradients, tuning=QUERY_GRADIENTS, **common)
     for_keys = functools.partial(flash_backward.key_gradients, tuning=KEY_GRADIENTS, **common)
     inputs = q, k, v, d_out, lse, delta
-    all_heads = _Heads(0, q.shape[2])
+    all_heads = Heads(0, q.shape[2])
     if plan.anchors:
         query_rows = for_queries(*inputs, plan.queries, all_heads.operand, sorted_rows=False)
         key_rows = for_keys(*inputs, plan.keys, all_heads.operand, sorted_rows=False)
@@ -139,26 +139,26 @@ def _attend_backward(static, residuals, d_out):
     def one_group(heads):
         queries, keys = [], ([], [])
         if plan.anchors:
-            queries.append(_Part(query_rows, plan.query_row[:, None], plan.anchored[:, None], heads.first))
+            queries.append(Part(query_rows, plan.query_row[:, None], plan.anchored[:, None], heads.first))
             for parts, rows in zip(keys, key_rows, strict=True):
-                parts.append(_Part(rows, plan.key_row[:, None], valid, heads.first))
+                parts.append(Part(rows, plan.key_row[:, None], valid, heads.first))
         if schedule is not None:
-            rows = _sorted(schedule, heads)
+            rows = queries_of_slots(schedule, heads)
             pairs = (
-                _take(q, rows, heads),
+                take_rows(q, rows, heads),
                 k,
                 v,
-                _take(d_out, rows, heads),
+                take_rows(d_out, rows, heads),
                 _take_scalars(lse, rows, heads),
                 _take_scalars(delta, rows, heads),
             )
             work = _of(heads, pick_tiles(schedule, table))
             d_pairs = for_queries(*pairs, work, heads.operand, sorted_rows=True)
-            queries += [_Part(d_pairs, slot, slot >= 0, 0) for slot in _slots(schedule, heads)]
+            queries += [Part(d_pairs, slot, slot >= 0, 0) for slot in slots_of_pairs(schedule, heads)]
             work = _of(heads, reader_tiles(schedule, plan.chunks))
             d_chunks = for_keys(*pairs, work, heads.operand, sorted_rows=True)
             for parts, of_chunks in zip(keys, d_chunks, strict=True):
-                parts.append(_Part(of_chunks, plan.chunks.row_of_token[:, None], valid & video, 0))
+                parts.append(Part(of_chunks, plan.chunks.row_of_token[:, None], valid & video, 0))
         d_k, d_v = (_add_text_parts(_sum(parts, heads.count), parts[0], plan, heads) for parts in keys)
         return tuple(x.astype(q.dtype) for x in (_sum(queries, heads.count), d_k, d_v))
 
@@ -172,7 +172,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 # ---------------------------------------------------------------------------------------------- groups of heads
 
 
-class _Heads(NamedTuple):
+class Heads(NamedTuple):
     """A group of heads; `first` is data, so that one program serves all groups."""
 
     first: Array | int
@@ -187,10 +187,10 @@ def _by_group(function, like, axes, heads: int, groups: int):
     """function(group of heads) -> arrays with the group's heads along `axes`, put together for all heads."""
     count = heads // groups
     if groups == 1:
-        return function(_Heads(0, heads))
+        return function(Heads(0, heads))
 
     def one(i, whole):
-        parts = function(_Heads(i * count, count))
+        parts = function(Heads(i * count, count))
         return tuple(
             lax.dynamic_update_slice_in_dim(x, part, i * count, axis)
             for x, part, axis in zip(whole, parts, axes, strict=True)
@@ -199,18 +199,18 @@ def _by_group(function, like, axes, heads: int, groups: int):
     return lax.fori_loop(0, groups, one, tuple(jnp.zeros(x.shape, x.dtype) for x in like))
 
 
-def _of(heads: _Heads, x):
+def _of(heads: Heads, x):
     """The group's part of arrays [B, H, ...]."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, heads.first, heads.count, axis=1), x)
 
 
-def _sorted(schedule: Schedule, heads: _Heads) -> Int[Array, "B H S"]:
+def queries_of_slots(schedule: Schedule, heads: Heads) -> Int[Array, "B H S"]:
     """The query of each slot; 0 for empty slots."""
     pair = _of(heads, schedule.pair_of_slot)
     return jnp.maximum(pair, 0).reshape(*pair.shape[:2], -1) // schedule.slot_of_pair.shape[-1]
 
 
-def _slots(schedule: Schedule, heads: _Heads) -> list[Int[Array, "B H N"]]:
+def slots_of_pairs(schedule: Schedule, heads: Heads) -> list[Int[Array, "B H N"]]:
     """Where the pairs of each query lie; -1: nowhere."""
     slots = _of(heads, schedule.slot_of_pair)
     return [slots[..., i] for i in range(slots.shape[-1])]
@@ -219,7 +219,7 @@ def _slots(schedule: Schedule, heads: _Heads) -> list[Int[Array, "B H N"]]:
 # ------------------------------------------------------------------------------------------- gathers and sums
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Rows that a kernel wrote, and which of them belongs to each query (or key) of a group of heads."""
 
     rows: Float[Array, "B _ R D"]
@@ -236,13 +236,13 @@ def _flat(index, first_head, length: int, shape):
     return (scene + first_head + jnp.arange(count)[None, :, None]) * length + index
 
 
-def _pick(x, part: _Part, heads: int):
+def _pick(x, part: Part, heads: int):
     batch, held, length = x.shape[:3]
     index = _flat(jnp.maximum(part.row, 0), part.first_head, length, (batch, heads, held))
     return x.reshape(batch * held * length, *x.shape[3:]).at[index].get(mode="promise_in_bounds")
 
 
-def _take(x, rows, heads: _Heads) -> Float[Array, "B H S D"]:
+def take_rows(x, rows, heads: Heads) -> Float[Array, "B H S D"]:
     """Rows [B, H, S] of x [B, N, H, D], each head its own."""
     batch, tokens, held, dim = x.shape
     head = heads.first + jnp.arange(heads.count)[None, :, None]
@@ -250,13 +250,13 @@ def _take(x, rows, heads: _Heads) -> Float[Array, "B H S D"]:
     return x.reshape(batch * tokens * held, dim).at[index].get(mode="promise_in_bounds")
 
 
-def _take_scalars(x, rows, heads: _Heads) -> Float[Array, "B H S"]:
+def _take_scalars(x, rows, heads: Heads) -> Float[Array, "B H S"]:
     """Values [B, H, S] of x [B, H, N]."""
     batch, held, tokens = x.shape
     return x.reshape(-1).at[_flat(rows, heads.first, tokens, (batch, heads.count, held))].get(mode="promise_in_bounds")
 
 
-def _merge(parts: list[_Part], heads: int, dtype):
+def merge(parts: list[Part], heads: int, dtype):
     """One softmax over all parts: output [B, N, heads, D], base-2 log-sum-exp [B, heads, N]; 0 and -inf for none."""
     lses = [jnp.where(part.there, _pick(part.lse, part, heads), -jnp.inf) for part in parts]
     largest = functools.reduce(jnp.maximum, lses)
@@ -273,7 +273,7 @@ def _merge(parts: list[_Part], heads: int, dtype):
     return out.astype(dtype).swapaxes(1, 2), lse
 
 
-def _sum(parts: list[_Part], heads: int) -> Float[Array, "B N H D"]:
+def _sum(parts: list[Part], heads: int) -> Float[Array, "B N H D"]:
     """The float32 sum of all parts; 0 where there are none."""
     total = sum(
         jnp.where(part.there[..., None], _pick(part.rows, part, heads).astype(jnp.float32), 0.0) for part in parts
@@ -281,7 +281,7 @@ def _sum(parts: list[_Part], heads: int) -> Float[Array, "B N H D"]:
     return total.swapaxes(1, 2)
 
 
-def _add_text_parts(total, part: _Part, plan: Plan, heads: _Heads):
+def _add_text_parts(total, part: Part, plan: Plan, heads: Heads):
     """Adds what the first part of the text's tiles lacks: its other readers."""
     if plan.text_parts < 2:
         return total
