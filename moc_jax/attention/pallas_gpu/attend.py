@@ -262,23 +262,22 @@ def merge(parts: list[Part], heads: int, dtype):
     largest = functools.reduce(jnp.maximum, lses)
     base = jnp.where(jnp.isfinite(largest), largest, 0.0)
     weights = [jnp.exp2(lse - base) for lse in lses]
-    total = sum(weights)
+    total = functools.reduce(jnp.add, weights)
     share = 1 / jnp.where(total > 0, total, 1.0)
-    out = sum(
+    shares = [
         # Rows of nobody may hold anything, so they are left out and not multiplied by 0.
         jnp.where((w > 0)[..., None], _pick(part.rows, part, heads).astype(jnp.float32) * (w * share)[..., None], 0.0)
         for part, w in zip(parts, weights, strict=True)
-    )
+    ]
+    out = functools.reduce(jnp.add, shares)
     lse = jnp.where(total > 0, base + jnp.log2(jnp.where(total > 0, total, 1.0)), -jnp.inf)
     return out.astype(dtype).swapaxes(1, 2), lse
 
 
 def _sum(parts: list[Part], heads: int) -> Float[Array, "B N H D"]:
     """The float32 sum of all parts; 0 where there are none."""
-    total = sum(
-        jnp.where(part.there[..., None], _pick(part.rows, part, heads).astype(jnp.float32), 0.0) for part in parts
-    )
-    return total.swapaxes(1, 2)
+    rows = [jnp.where(part.there[..., None], _pick(part.rows, part, heads).astype(jnp.float32), 0.0) for part in parts]
+    return functools.reduce(jnp.add, rows).swapaxes(1, 2)
 
 
 def _add_text_parts(total, part: Part, plan: Plan, heads: Heads):

@@ -56,7 +56,7 @@ def multiprocessors() -> int:
     return jax.devices()[0].core_count if is_hopper() else _MULTIPROCESSORS
 
 
-def can_do(q: Array) -> bool:
+def can_do(q: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether the kernels know this type and head dimension."""
     return q.dtype in DTYPES and q.shape[-1] in HEAD_DIMS
 

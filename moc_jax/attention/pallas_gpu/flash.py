@@ -135,7 +135,7 @@ def _attend(refs: _Refs, job: Job, warpgroup, item, _, line, used, steps):
     def ring(s):
         return lax.rem(steps + s, job.tuning.stages)
 
-    def step(s, carry):
+    def step(s, carry) -> tuple[Array, ...]:
         now, before = ring(s), ring(s - 1)
         plgpu.barrier_wait(k_full.at[now])
         acc, p, shrink, largest, total = _overlap(refs, job, q_tile, carry, now, before, way.at(s)[1:])
@@ -198,13 +198,14 @@ def _overlap(refs: _Refs, job: Job, q_tile, carry, now, before, span):
         for ref, x in zip(rest, _softmax(scores, span, largest, total, job, p.dtype), strict=True):
             ref[...] = x
 
-    return pl.run_state(body)((plgpu.ACC.init(acc), p, largest, largest, total))
+    state: Any = (plgpu.ACC.init(acc), p, largest, largest, total)
+    return pl.run_state(body)(state)
 
 
 def _softmax(scores, span, largest, total, job: Job, dtype):
     """A block's weights, what its maximum makes of the sums before it, and the new maximum and sum."""
     scale = LOG2E / math.sqrt(job.dim)
-    scores = mask_columns(scores, *span, -jnp.inf)
+    scores = mask_columns(scores, span, -math.inf)
     new = jnp.maximum(largest, scores.max(axis=1) * scale)
     shrink = jnp.exp2(largest - new)
     p = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, [0]))
@@ -233,8 +234,9 @@ def _copy(refs: _Refs, job: Job, first_head, item, start, line, used, steps):
     return walk(line, job, step, None, steps)[1]
 
 
-def mask_columns(x, low, high, value):
-    """x [rows, columns] with columns outside [low, high) set to `value`; costs next to nothing where there are none."""
+def mask_columns(x: Array, span: tuple[Array, Array], value: float) -> Array:
+    """x [rows, columns] with columns outside span = [low, high) set to `value`; next to free where there are none."""
+    low, high = span
 
     def masked(x):
         column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
@@ -243,7 +245,7 @@ def mask_columns(x, low, high, value):
     return lax.cond((low > 0) | (high < x.shape[1]), masked, lambda x: x, x)
 
 
-def product(a, b, interpreted: bool = False):
+def product(a: Any, b: Any, interpreted: bool = False) -> Array:
     """a @ b in float32 on the tensor cores; a from shared memory or registers, b from shared memory."""
     if interpreted:  # the interpreter knows tensor cores without registers as operands
         out = jnp.dot(a[...].astype(jnp.float32), b[...].astype(jnp.float32))
@@ -257,8 +259,9 @@ def product(a, b, interpreted: bool = False):
     return pl.run_scoped(scope, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def accumulate(acc, a, b, interpreted: bool = False):
+def accumulate(acc: Array, a: Any, b: Any, interpreted: bool = False) -> Array:
     """acc + a @ b in place."""
     if interpreted:
         return acc + product(a, b, interpreted)
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+    ref: Any = plgpu.ACC.init(acc)
+    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(ref)

@@ -125,7 +125,7 @@ def _query_tile(refs: _QueryRefs, job: Job, warpgroup, item, _, line, used, firs
 
     def weights(scores, span):
         p = jnp.exp2(scores * (LOG2E / math.sqrt(job.dim)) - lax.broadcast_in_dim(lse, scores.shape, [0]))
-        return mask_columns(p, *span, 0.0)
+        return mask_columns(p, span, 0.0)
 
     def score_gradients(p, d_p):
         return (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [0]))).astype(k_smem.dtype)
@@ -325,7 +325,7 @@ def _add_queries(refs: _KeyRefs, job: Job, k_tile, v_tile, carry, ring, span):
     def weights(scores):
         lse = plgpu.load(lse_smem.at[ring], layout=column_layout)
         p = jnp.exp2(scores * (LOG2E / math.sqrt(job.dim)) - lax.broadcast_in_dim(lse, scores.shape, [1]))
-        return mask_columns(p, *span, 0.0)
+        return mask_columns(p, span, 0.0)
 
     def score_gradients(p, d_p):
         delta = plgpu.load(delta_smem.at[ring], layout=column_layout)
