@@ -206,11 +206,11 @@ def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) 
         held = picks >= 0
         drop = jnp.floor(jax.random.uniform(off, maxval=cfg.drop_off_max) * cfg.top_k)
         order = jnp.where(held, jax.random.uniform(order, picks.shape), jnp.inf)
-        kept = jnp.where(held & (jnp.argsort(jnp.argsort(order)) >= drop), picks, _NOTHING)
+        kept = jnp.where(held & (_rank(order) >= drop), picks, _NOTHING)
 
         free = mask & ~jnp.any(picks[:, None] == jnp.arange(chunks)[None], axis=0)
         more = jnp.sum(jax.random.uniform(count) >= below)
-        _, added = lax.top_k(jnp.where(free, jax.random.uniform(priority, (chunks,)), -1.0), slots)
+        added = _largest(jnp.where(free, jax.random.uniform(priority, (chunks,)), -1.0), slots)
         added = jnp.where(free[added] & (jnp.arange(slots) < more), added, _NOTHING)
         return jnp.concatenate([kept, jnp.pad(added, (0, cfg.max_drop_in - slots), constant_values=_NOTHING)])
 
@@ -218,3 +218,19 @@ def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) 
         return jax.vmap(one)(picks, mask, jax.vmap(lambda n: jax.random.fold_in(key, n))(token))
 
     return jax.vmap(jax.vmap(one_head, in_axes=(0, None, 0)))(picks, mask, keys)
+
+
+def _rank(x: Array) -> Array:
+    """Each element's place [K] in ascending order, equals in order: for a few, comparing all beats sorting."""
+    place = jnp.arange(x.shape[0])
+    before = (x[None] < x[:, None]) | ((x[None] == x[:, None]) & (place[None] < place[:, None]))
+    return jnp.sum(before, axis=1)
+
+
+def _largest(x: Array, count: int) -> Array:
+    """Indices [count] of the largest elements, equals by index: for a few, searching again beats sorting all."""
+    found = []
+    for _ in range(count):
+        found.append(jnp.argmax(x))
+        x = jnp.where(jnp.arange(x.shape[0]) == found[-1], -jnp.inf, x)
+    return jnp.stack(found) if found else jnp.zeros(0, jnp.int32)
