@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CLIP := cache/demo/bikes.mp4
 
-.PHONY: demo test test-slow lint types setup clean
+.PHONY: demo test test-slow test-gpu lint types setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.lock pyproject.toml
@@ -26,6 +26,10 @@ demo: $(CLIP)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# On a Hopper GPU, with the jax that is installed there: `make test-gpu BIN=/usr/bin` takes the machine's Python.
+test-gpu:
+	MOC_TEST_PLATFORM=gpu $(BIN)/python3 -m pytest -n 8 tests/attention
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

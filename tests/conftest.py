@@ -1,13 +1,31 @@
-"""CPU, eight virtual devices and strict rank promotion, before jax starts."""
+"""Where tests run, before jax starts: on eight virtual CPU devices, with strict rank promotion.
+
+`MOC_TEST_PLATFORM=gpu` (`make test-gpu`) runs the tests of attention on the GPU instead, with the Hopper kernels among
+the backends; all other tests need the eight devices and are skipped.
+"""
 
 import os
+import pathlib
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = "cuda,cpu" if os.environ.get("MOC_TEST_PLATFORM") == "gpu" else "cpu"
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several test processes share one GPU
 # Tiny programs: compiling them well takes longer than running them badly. The numbers do not depend on it.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_ON_GPU = pathlib.Path(__file__).parent / "attention"
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "cpu":
+        return
+    elsewhere = pytest.mark.skip(reason="needs eight virtual CPU devices: run without MOC_TEST_PLATFORM=gpu")
+    for item in items:
+        if not item.path.is_relative_to(_ON_GPU):
+            item.add_marker(elsewhere)

@@ -88,8 +88,19 @@ HUGE = 64
 KINDS_OF_DATA = ("normal", "integers", "equal chunks", "zero queries", "huge queries")
 
 
-def qkv(seed: int, scenes: list[list[Chunk]], kind: str = "normal", shape=(TOKENS, HEADS, HEAD_DIM)):
-    """Float32 q, k, v [B, N, H, D]. `equal chunks`: all keys of a scene are equal, so all scores are."""
+def qkv(
+    seed: int,
+    scenes: list[list[Chunk]],
+    kind: str = "normal",
+    shape=(TOKENS, HEADS, HEAD_DIM),
+    *,
+    backend: str = "reference",
+    dtype=None,
+):
+    """q, k, v [B, N, H, D] in `dtype`; by default what `backend` knows best: bfloat16 for the kernels, else float32.
+
+    `equal chunks`: all keys of a scene are equal, so all scores are.
+    """
     rng = np.random.default_rng(seed)
     q, k, v = rng.standard_normal((3, len(scenes), *shape)).astype(np.float32)
     if kind == "integers":
@@ -100,4 +111,5 @@ def qkv(seed: int, scenes: list[list[Chunk]], kind: str = "normal", shape=(TOKEN
         q[:] = 0
     elif kind == "huge queries":
         q, k = HUGE * np.round(q), np.round(k)  # exact logits in the hundreds, where exp overflows
-    return q, k, v
+    dtype = dtype or (jnp.bfloat16 if backend == "pallas_gpu" else jnp.float32)
+    return tuple(x.astype(dtype) for x in (q, k, v))

@@ -4,11 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from moc_jax.attention.api import moc_attention
 from moc_jax.config import MoCConfig
 from moc_jax.scene import VIDEO
 from tests.attention import oracle
-from tests.attention.compiled import BACKENDS, attention, attention_and_gradients, routing, with_backend
+from tests.attention.compiled import (
+    BACKENDS,
+    attention,
+    attention_and_gradients,
+    moc_attention,
+    routing,
+    with_backend,
+)
 from tests.attention.configs import DENSE, MANY_PICKS, MULTI_SHOT, NO_ANCHORS, PAST, SINGLE_SHOT, name
 from tests.attention.scenes import HEAD_DIM, HEADS, PAIR, TEXT_TOKENS, TOKENS, cut, qkv, table_of
 from tests.attention.tolerances import assert_close
@@ -20,10 +26,10 @@ TWO_SHOTS = [cut(2, (1, [4, 6, 3, 5]), (2, [5, 2, 7, 4])), cut(0, (0, [8, 8]), (
 
 def weights(cfg, scenes, seed=0):
     """The attention weights [B, H, N, N] themselves: with the identity for values, outputs are weights."""
-    q, k, _ = qkv(seed, scenes, shape=(TOKENS, HEADS, TOKENS))
-    v = np.broadcast_to(np.eye(TOKENS, dtype=np.float32)[:, None], q.shape)
-    out = attention(q / TOKENS**0.25, k / TOKENS**0.25, v, table_of(scenes), cfg)
-    routes = routing(q / TOKENS**0.25, k / TOKENS**0.25, table_of(scenes), cfg)
+    q, k, _ = qkv(seed, scenes, shape=(TOKENS, HEADS, TOKENS), backend=cfg.backend)
+    v = np.broadcast_to(np.eye(TOKENS, dtype=q.dtype)[:, None], q.shape)
+    q, k = ((x / TOKENS**0.25).astype(v.dtype) for x in (q, k))
+    out, routes = attention(q, k, v, table_of(scenes), cfg), routing(q, k, table_of(scenes), cfg)
     return np.moveaxis(np.asarray(out), 2, 1), np.asarray(routes)
 
 
@@ -43,20 +49,20 @@ def test_weights_lie_on_anchors_and_picks_and_nowhere_else(backend, cfg):
         for c, chunk in enumerate(scene):  # every anchor of every query is there, whatever it picked
             always = tokens_of(scene, oracle.anchors(scene, cfg, c))
             assert (got[b][:, chunk.tokens][:, :, always] > 0).all()
-    assert_close(got.sum(-1), got.any(-1), "sum of the weights")
+    assert_close(got.sum(-1, dtype=np.float64), got.any(-1), "sum of the weights", dtype=str(got.dtype))
 
 
 @pytest.mark.parametrize(("self_anchor", "dense"), [("shot", DENSE[0]), ("chunk", DENSE[1])])
 def test_all_chunks_selected_is_dense(backend, self_anchor, dense):
     all_chunks = MoCConfig(top_k=8, self_anchor=self_anchor, causal_routing=False, visibility=dense.visibility)
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     got, want = (attention(q, k, v, table_of(TWO_SHOTS), with_backend(c, backend)) for c in (all_chunks, dense))
     assert_close(got[:, TEXT_TOKENS:], want[:, TEXT_TOKENS:], "video outputs")
 
 
 def test_no_picks_is_anchors_alone(backend):
     cfg = MoCConfig(top_k=0, backend=backend)
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     assert routing(q, k, table_of(TWO_SHOTS), cfg).shape == (2, HEADS, TOKENS, 0)
     assert_close(attention(q, k, v, table_of(TWO_SHOTS), cfg), oracle.moc(q, k, v, TWO_SHOTS, cfg).out, "output")
 
@@ -64,7 +70,7 @@ def test_no_picks_is_anchors_alone(backend):
 def test_routes_can_be_given(backend):
     """The routes of other content, and ones with holes and in any order, are attended to as they stand."""
     cfg = with_backend(SINGLE_SHOT, backend)
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     routes = np.array(routing(-q, k, table_of(TWO_SHOTS), cfg))
     routes[:, :, ::3, 0] = -1
     got = jax.jit(moc_attention, static_argnames="cfg")(q, k, v, table_of(TWO_SHOTS), cfg, routes=routes)
@@ -76,7 +82,7 @@ def test_routes_can_be_given(backend):
 
 def test_gradient_to_an_unselected_chunk_is_exactly_zero(backend):
     cfg = with_backend(PAST[0], backend)
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     table = table_of(TWO_SHOTS)
     mask = oracle.moc(q, k, v, TWO_SHOTS, cfg).mask
     dout = np.zeros_like(v)
@@ -94,7 +100,7 @@ def test_gradient_to_an_unselected_chunk_is_exactly_zero(backend):
 def test_no_gradient_flows_through_scores(backend):
     """Gradients with the routes found on the way equal those with the same routes held fixed."""
     cfg = with_backend(SINGLE_SHOT, backend)
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     table = table_of(TWO_SHOTS)
     routes = np.asarray(routing(q, k, table, cfg))
     want = oracle.moc_gradients(q, k, v, oracle.moc(q, k, v, TWO_SHOTS, cfg, routes).mask, np.ones_like(v))
@@ -106,7 +112,7 @@ def test_no_gradient_flows_through_scores(backend):
 
 def test_permuting_tokens_within_an_unselected_chunk_changes_nothing(backend):
     cfg = with_backend(SINGLE_SHOT, backend)
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     table = table_of(TWO_SHOTS)
     before, out = np.asarray(routing(q, k, table, cfg)), attention(q, k, v, table, cfg)
     changed = 4  # the chunk of scene 0 whose tokens change places
@@ -126,7 +132,7 @@ def test_exchanging_unselected_chunks_changes_nothing(backend):
     """Two chunks of one length that score last trade places: who picks neither does not notice."""
     scene = cut(0, (0, [4, 4, 4, 4, 4, 4]))
     cfg = with_backend(SINGLE_SHOT, backend)
-    q, k, v = qkv(0, [scene] * 2)
+    q, k, v = qkv(0, [scene] * 2, backend=backend)
     table = table_of([scene] * 2)
     before, out = np.asarray(routing(q, k, table, cfg)), attention(q, k, v, table, cfg)
     one, other = list(scene[3].tokens), list(scene[6].tokens)
@@ -147,7 +153,7 @@ def test_exchanging_unselected_chunks_changes_nothing(backend):
 
 def test_padding_is_never_read(backend):
     cfg = with_backend(SINGLE_SHOT, backend)
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     table = table_of(TWO_SHOTS)
     before = attention_and_gradients(q, k, v, table, cfg, np.ones_like(v))
     padding = np.asarray(table.chunk_of) < 0
@@ -161,7 +167,7 @@ def test_padding_is_never_read(backend):
 
 def test_scenes_and_heads_know_nothing_of_each_other(backend):
     cfg = with_backend(SINGLE_SHOT, backend)
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     out = attention(q, k, v, table_of(TWO_SHOTS), cfg)
     exchanged = attention(q[::-1], k[::-1], v[::-1], table_of(TWO_SHOTS[::-1]), cfg)
     np.testing.assert_array_equal(exchanged[::-1], out)
@@ -175,11 +181,11 @@ def test_scenes_and_heads_know_nothing_of_each_other(backend):
 @pytest.mark.parametrize("self_anchor", ["shot", "none"])
 def test_a_later_shot_never_influences_an_earlier_ones_routes(backend, self_anchor):
     cfg = MoCConfig(top_k=2, self_anchor=self_anchor, backend=backend)
-    q, k, _ = qkv(0, PAIR)
+    q, k, _ = qkv(0, PAIR, backend=backend)
     before = np.asarray(routing(q, k, table_of(PAIR), cfg))
     assert (before >= 0).any()
     for last in (0, 1, 2):
-        q2, k2, _ = qkv(99, PAIR)
+        q2, k2, _ = qkv(99, PAIR, backend=backend)
         earlier = np.asarray(table_of(PAIR).token_shot) <= last
         q2[earlier], k2[earlier] = q[earlier], k[earlier]
         after = np.asarray(routing(q2, k2, table_of(PAIR), cfg))
@@ -189,12 +195,12 @@ def test_a_later_shot_never_influences_an_earlier_ones_routes(backend, self_anch
 @pytest.mark.parametrize("cfg", PAST, ids=name)
 def test_past_visibility_shuts_out_later_shots(backend, cfg):
     cfg = with_backend(cfg, backend)
-    q, k, v = qkv(0, PAIR)
+    q, k, v = qkv(0, PAIR, backend=backend)
     table = table_of(PAIR)
     before = attention(q, k, v, table, cfg)
     for last in (-1, 0, 1, 2):
         later = np.asarray(table.token_shot) > last
-        changed = qkv(99, PAIR)
+        changed = qkv(99, PAIR, backend=backend)
         for new, old in zip(changed, (q, k, v)):
             new[~later] = old[~later]
         after = attention(*changed, table, cfg)
@@ -204,7 +210,7 @@ def test_past_visibility_shuts_out_later_shots(backend, cfg):
 def test_routing_graph_has_no_cycle(backend):
     """Causal routing: every pick comes before the query's own chunk."""
     for cfg in (MoCConfig(top_k=3, backend=backend), MoCConfig(top_k=3, self_anchor="none", backend=backend)):
-        q, k, _ = qkv(0, PAIR)
+        q, k, _ = qkv(0, PAIR, backend=backend)
         table = table_of(PAIR)
         routes = np.asarray(routing(q, k, table, cfg))
         assert (routes < np.maximum(np.asarray(table.chunk_of), 0)[:, None, :, None]).all()
@@ -218,7 +224,7 @@ def test_routing_graph_has_no_cycle(backend):
 def test_ties_go_to_the_lowest_chunk(backend, kind):
     # Integers and lengths of powers of two: sums without rounding, so that equal means score equally in float32.
     scene = cut(1, (1, [4, 8, 1]), (0, [2, 8, 16]), (2, [8]))
-    q, k, _ = qkv(0, [scene] * 2, kind)
+    q, k, _ = qkv(0, [scene] * 2, kind, backend=backend)
     q, k = np.round(4 * q), np.round(4 * k)
     for cfg, own_last, own_middle in [
         (with_backend(MULTI_SHOT, backend), [2, 3], [2, 3]),
@@ -234,7 +240,7 @@ def test_duplicated_chunks_are_picked_in_order(backend):
     """Chunks 3, 5 and 6 hold the same keys; wherever the first of them is picked, the others follow it."""
     scene = cut(0, (0, [4, 4, 4, 4, 4, 4, 4]))
     cfg = MoCConfig(top_k=6, self_anchor="chunk", causal_routing=False, backend=backend)
-    q, k, _ = qkv(0, [scene] * 2, "integers")
+    q, k, _ = qkv(0, [scene] * 2, "integers", backend=backend)
     for copy in (5, 6):
         k[:, scene[copy].tokens] = k[:, scene[3].tokens]
     routes = np.asarray(routing(q, k, table_of([scene] * 2), cfg))
@@ -247,7 +253,7 @@ def test_duplicated_chunks_are_picked_in_order(backend):
 
 @pytest.mark.parametrize("cfg", MANY_PICKS, ids=name)
 def test_top_k_beyond_the_candidates_takes_them_all(backend, cfg):
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     routes = np.asarray(routing(q, k, table_of(TWO_SHOTS), with_backend(cfg, backend)))
     for b, scene in enumerate(TWO_SHOTS):
         for c, chunk in enumerate(scene):
@@ -273,7 +279,7 @@ CORNERS = {
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corner_scenes(backend, corner):
     scenes = CORNERS[corner]
-    q, k, v = qkv(0, scenes)
+    q, k, v = qkv(0, scenes, backend=backend)
     for cfg in (with_backend(MULTI_SHOT, backend), with_backend(SINGLE_SHOT, backend)):
         want = oracle.moc(q, k, v, scenes, cfg)
         np.testing.assert_array_equal(routing(q, k, table_of(scenes), cfg), want.routes)
@@ -285,7 +291,7 @@ def test_corner_scenes(backend, corner):
 
 def test_a_query_with_nothing_to_see_gives_zero(backend):
     cfg = with_backend(NO_ANCHORS, backend)
-    q, k, v = qkv(0, TWO_SHOTS)
+    q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     out, grads = attention_and_gradients(q, k, v, table_of(TWO_SHOTS), cfg, np.ones_like(v))
     for b, scene in enumerate(TWO_SHOTS):
         first = next(c for c in scene if c.kind == VIDEO)
@@ -304,7 +310,7 @@ def test_lengths_are_data(backend):
         return moc_attention(q, k, v, table, with_backend(MULTI_SHOT, backend))
 
     for scenes in (PAIR, TWO_SHOTS, CORNERS["empty shots"]):
-        q, k, v = qkv(0, scenes)
+        q, k, v = qkv(0, scenes, backend=backend)
         want = oracle.moc(q, k, v, scenes, MULTI_SHOT).out
         assert_close(run(q, k, v, table_of(scenes)), want, "output")
     assert len(traces) == 1

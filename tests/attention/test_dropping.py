@@ -38,7 +38,7 @@ def contains(rows, chunks):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_key_nothing_is_dropped(backend):
-    q, k, _ = qkv(0, PAIR)
+    q, k, _ = qkv(0, PAIR, backend=backend)
     for cfg in (MULTI_SHOT, SINGLE_SHOT):
         off = dataclasses.replace(cfg, drop_off_max=0.0, drop_in_rate=0.0, max_drop_in=0)
         routes = [routing(q, k, table_of(PAIR), with_backend(c, backend)) for c in (cfg, off)]
@@ -50,10 +50,11 @@ def test_without_a_key_nothing_is_dropped(backend):
 def test_rules_of_candidates_are_kept(cfg):
     """Whatever is dropped or added: only candidates, none twice, and the same on each backend."""
     cfg = dataclasses.replace(cfg, top_k=3, drop_off_max=0.9, drop_in_rate=1.5)
-    q, k, v = qkv(0, PAIR)
+    q, k, v = qkv(0, PAIR, backend=BACKENDS[-1])  # what all of them know
     table, key = table_of(PAIR), jax.random.key(3)
     routes = [np.asarray(routing(q, k, table, with_backend(cfg, backend), key=key)) for backend in BACKENDS]
-    np.testing.assert_array_equal(*routes)
+    for other in routes[1:]:
+        np.testing.assert_array_equal(other, routes[0])
     plain = oracle.moc(q, k, v, PAIR, cfg).routes
     assert routes[0].shape[-1] == cfg.top_k + cfg.max_drop_in
     for b, scene in enumerate(PAIR):
@@ -72,7 +73,7 @@ def test_rules_of_candidates_are_kept(cfg):
 def test_attention_follows_the_drawn_routes(backend):
     """Outputs and gradients are those of the anchors, all of them, and of the drawn picks, no others."""
     cfg, key = dataclasses.replace(SINGLE_SHOT, top_k=4, drop_off_max=0.9, backend=backend), jax.random.key(5)
-    q, k, v = qkv(0, PAIR)
+    q, k, v = qkv(0, PAIR, backend=backend)
     table = table_of(PAIR)
     routes = np.asarray(routing(q, k, table, cfg, key=key))
     assert (routes[..., : cfg.top_k] != np.asarray(routing(q, k, table, cfg))).any()

@@ -45,7 +45,7 @@ def naive_moba(q, k, v, chunk, top_k, *, token_causal):
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_moba_is_a_special_case(backend, top_k):
     cfg = MoCConfig(top_k=top_k - 1, self_anchor="chunk", backend=backend)
-    q, k, v = qkv(0, [SCENE], shape=(VIDEO_TOKENS, HEADS, HEAD_DIM))
+    q, k, v = qkv(0, [SCENE], shape=(VIDEO_TOKENS, HEADS, HEAD_DIM), backend=backend)
     table = table_of([SCENE], **TABLE)
     routes, out = np.asarray(routing(q, k, table, cfg)), attention(q, k, v, table, cfg)
 

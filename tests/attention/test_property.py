@@ -9,18 +9,25 @@ from hypothesis import strategies as st
 
 from moc_jax.scene import VIDEO
 from tests.attention import oracle
-from tests.attention.compiled import BACKENDS, attention_and_gradients, outputs_and_gradients, routing, with_backend
+from tests.attention.compiled import (
+    BACKENDS,
+    FAMILIES,
+    attention_and_gradients,
+    outputs_and_gradients,
+    routing,
+    with_backend,
+)
 from tests.attention.configs import COVERING, DENSE, EVERY, MULTI_SHOT, PAST, SINGLE_SHOT, name
 from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, PAIR, cut, qkv, random_scenes, table_of
 from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
 
 
-def check(cfg, scenes, kind, seed):
+def check(cfg, scenes, kind, seed, backends):
     """Routes up to proven near-ties; outputs and dq, dk, dv for those routes."""
-    q, k, v = qkv(seed, scenes, kind)
-    dout = np.random.default_rng(seed + 1).standard_normal(v.shape).astype(np.float32)
+    q, k, v = qkv(seed, scenes, kind, backend=backends[0])
+    dout = np.random.default_rng(seed + 1).standard_normal(v.shape).astype(v.dtype)
     table, routes = table_of(scenes), None
-    for backend in BACKENDS:
+    for backend in backends:
         backend_cfg = with_backend(cfg, backend)
         before, routes = routes, np.asarray(routing(q, k, table, backend_cfg))
         assert routes.shape[-1] == (cfg.top_k if cfg.mode == "moc" else 0)
@@ -39,12 +46,13 @@ def check(cfg, scenes, kind, seed):
             assert_close(grad, want_grad, f"{backend} {which}", table=GRADIENT, scale=scale)
 
 
+@pytest.mark.parametrize("backends", FAMILIES, ids="-".join)
 @pytest.mark.parametrize("cfg", COVERING, ids=name)
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @example(scenes=PAIR, kind="normal", seed=0)
 @given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))
-def test_random_scenes(cfg, scenes, kind, seed):
-    check(cfg, scenes, kind, seed)
+def test_random_scenes(backends, cfg, scenes, kind, seed):
+    check(cfg, scenes, kind, seed, backends)
 
 
 @pytest.mark.parametrize("cfg", [cfg for cfg in EVERY if cfg.mode == "moc"], ids=name)
@@ -64,14 +72,15 @@ LARGE = [
 ]
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, PAST[0], DENSE[1]], ids=name)
-def test_large_scenes(cfg):
+def test_large_scenes(backend, cfg):
     """Tiles and blocks of the sizes that users run, against the oracle."""
     tokens = 180 + 742
     table = table_of(LARGE, text_tokens=180, tokens=tokens, max_chunk=300)
-    q, k, v = qkv(0, LARGE, shape=(tokens, 1, HEAD_DIM))
-    dout = qkv(1, LARGE, shape=(tokens, 1, HEAD_DIM))[0]
-    cfg = with_backend(cfg, "xla")
+    q, k, v = qkv(0, LARGE, shape=(tokens, 1, HEAD_DIM), backend=backend)
+    dout = qkv(1, LARGE, shape=(tokens, 1, HEAD_DIM), backend=backend)[0]
+    cfg = with_backend(cfg, backend)
     routes = np.asarray(routing(q, k, table, cfg))
     if cfg.mode == "moc":
         assert sum(oracle.near_ties(routes[b], q[b], k[b], scene, cfg) for b, scene in enumerate(LARGE)) <= 1
@@ -84,8 +93,9 @@ def test_large_scenes(cfg):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backends", FAMILIES, ids="-".join)
 @pytest.mark.parametrize("cfg", EVERY, ids=name)
 @hypothesis.settings(max_examples=50, deadline=None)
 @given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))
-def test_random_scenes_under_every_config(cfg, scenes, kind, seed):
-    check(cfg, scenes, kind, seed)
+def test_random_scenes_under_every_config(backends, cfg, scenes, kind, seed):
+    check(cfg, scenes, kind, seed, backends)

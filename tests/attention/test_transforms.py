@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.attention.api import moc_attention, route
+from moc_jax.config import MoCConfig
 from tests.attention import oracle
-from tests.attention.compiled import BACKENDS, with_backend
+from tests.attention.compiled import BACKENDS, moc_attention, route, with_backend
 from tests.attention.configs import DENSE, MULTI_SHOT, SINGLE_SHOT, name
 from tests.attention.scenes import HEAD_DIM, PAIR, cut, qkv, table_of
 from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
@@ -18,7 +18,7 @@ OTHERS = [cut(1, (2, [6, 6, 6]), (1, [9, 2, 5])), cut(0, (1, [3, 3, 3, 3]), (0, 
 
 def test_eager_is_jit(backend):
     cfg = with_backend(MULTI_SHOT, backend)
-    q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
+    q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR, backend=backend))
     eager = moc_attention(q, k, v, table_of(PAIR), cfg)
     jitted = jax.jit(moc_attention, static_argnames="cfg")(q, k, v, table_of(PAIR), cfg)
     assert_close(eager, jitted, "output")
@@ -37,7 +37,8 @@ def test_a_second_run_is_bitwise_equal(backend, cfg):
         out, vjp = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg), q, k, v)
         return out, vjp(dout), route(q, k, table, cfg)
 
-    first, second = (run(*qkv(0, PAIR), table_of(PAIR), qkv(1, PAIR)[2]) for _ in range(2))
+    q, k, v = qkv(0, PAIR, backend=backend)
+    first, second = (run(q, k, v, table_of(PAIR), v[:, ::-1]) for _ in range(2))
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
         np.testing.assert_array_equal(a, b)
 
@@ -46,7 +47,7 @@ def test_vmap(backend):
     """Over batches of scenes, each with its own table."""
     cfg = with_backend(MULTI_SHOT, backend)
     batches = (PAIR, OTHERS)
-    q, k, v = (np.stack(x) for x in zip(*(qkv(i, scenes) for i, scenes in enumerate(batches))))
+    q, k, v = (np.stack(x) for x in zip(*(qkv(i, scenes, backend=backend) for i, scenes in enumerate(batches))))
     tables = jax.tree.map(lambda *x: jnp.stack(x), *map(table_of, batches))
 
     def run(q, k, v, table):
@@ -66,8 +67,9 @@ def test_vmap(backend):
 def test_layers_under_scan_and_remat(backend):
     """Three layers as a model runs them, and the same three in a Python loop through the other backend."""
     layers, table = 3, table_of(PAIR)
-    x = qkv(0, PAIR)[0]
-    weights = np.random.default_rng(2).standard_normal((layers, 3, HEAD_DIM, HEAD_DIM)).astype(np.float32) / 4
+    x = qkv(0, PAIR, backend=backend)[0]
+    weights = np.random.default_rng(2).standard_normal((layers, 3, HEAD_DIM, HEAD_DIM)) / 4
+    weights = weights.astype(x.dtype)
 
     def layer(x, w, cfg):
         q, k, v = jnp.einsum("bnhd,ide->ibnhe", x, w, precision="highest")
@@ -84,7 +86,9 @@ def test_layers_under_scan_and_remat(backend):
             x = layer(x, w, cfg)
         return jnp.sum(jnp.square(x))
 
-    cfg, other = with_backend(SINGLE_SHOT, backend), with_backend(SINGLE_SHOT, "reference")
+    # In bfloat16 one layer's rounding would change the next one's picks, so there all chunks are picked.
+    cfg = SINGLE_SHOT if x.dtype == jnp.float32 else MoCConfig(top_k=12, self_anchor="chunk", causal_routing=False)
+    cfg, other = with_backend(cfg, backend), with_backend(cfg, "reference")
     got, grads = jax.jit(jax.value_and_grad(scanned, (0, 1)), static_argnums=2)(x, weights, cfg)
     want, want_grads = jax.jit(jax.value_and_grad(looped, (0, 1)), static_argnums=2)(x, weights, other)
     assert_close(got, want, "loss")
@@ -96,11 +100,12 @@ def test_layers_under_scan_and_remat(backend):
 def test_bfloat16(backend, cfg):
     """Scores and softmax stay float32: routes are exactly those of the same numbers in float32."""
     cfg = with_backend(cfg, backend)
-    low = [jnp.asarray(x, jnp.bfloat16) for x in (*qkv(0, PAIR), qkv(1, PAIR)[2])]
-    q, k, v, dout = (np.asarray(x, np.float32) for x in low)
+    low = [*qkv(0, PAIR, dtype=jnp.bfloat16), qkv(1, PAIR, dtype=jnp.bfloat16)[2]]
+    q, k, v, dout = (x.astype(np.float32) for x in low)
     table = table_of(PAIR)
     routes = jax.jit(route, static_argnames="cfg")(*low[:2], table, cfg)
-    np.testing.assert_array_equal(routes, jax.jit(route, static_argnames="cfg")(q, k, table, cfg))
+    exact = cfg if backend != "pallas_gpu" else with_backend(cfg, "reference")
+    np.testing.assert_array_equal(routes, jax.jit(route, static_argnames="cfg")(q, k, table, exact))
 
     @jax.jit
     def run(q, k, v, dout):

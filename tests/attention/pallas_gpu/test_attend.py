@@ -1,0 +1,186 @@
+"""The whole operation by the Hopper kernels, interpreted: routes, output and gradients against the oracle.
+
+A kernel takes about as long to interpret as it has steps, so a few scenes carry all facts. Where there is a GPU, the
+conformance suite and test_hopper.py run the kernels themselves.
+"""
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moc_jax.attention import api
+from moc_jax.attention.pallas_gpu import attend, plan
+from moc_jax.config import MoCConfig
+from moc_jax.scene import VIDEO
+from tests.attention import oracle, test_conformance
+from tests.attention.configs import COVERING, name
+from tests.attention.scenes import cut, qkv, table_of
+from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+# Chunks around the sizes of warpgroups (64) and tiles (128), a shot without a caption, 16 of 21 words and 9 tokens of
+# padding; 503 tokens are no multiple of 8.
+UNEVEN = [cut(5, (9, [1, 7, 129]), (0, [64, 65, 9]), (2, [127, 8, 63]), text_tokens=21)]
+UNEVEN_SIZES = dict(text_tokens=21, tokens=503, chunks=13, max_chunk=129)
+# Two scenes of other shots, one of them empty, and with padding.
+TWO = [cut(2, (3, [9, 5]), (0, [12, 7, 3])), cut(0, (1, [17]), (2, []), (0, [4, 8]))]
+TWO_SIZES = dict(tokens=58, chunks=9)
+ONE = TWO[:1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    cfg: MoCConfig
+    scenes: list = dataclasses.field(default_factory=lambda: ONE)
+    heads: int = 1
+    head_dim: int = 64
+    dtype: type = jnp.bfloat16
+    sizes: dict = dataclasses.field(default_factory=lambda: TWO_SIZES)
+    key: bool = False  # context drop-off and drop-in
+    change: object = None  # of the routes, before they are given
+    buffer: int = attend._BUFFER
+    part: int = plan._PART
+
+    @property
+    def table(self):
+        return table_of(self.scenes, **self.sizes)
+
+
+def run(case, seed=0):
+    """((routes, output, dq, dk, dv), the inputs q, k, v, dout) of one program."""
+    table = case.table
+    shape = (table.chunk_of.shape[1], case.heads, case.head_dim)
+    q, k, v = qkv(seed, case.scenes, shape=shape, dtype=case.dtype)
+    dout = qkv(seed + 1, case.scenes, shape=shape, dtype=case.dtype)[0]
+    cfg = dataclasses.replace(case.cfg, backend="pallas_gpu")
+    key = jax.random.key(3) if case.key else None
+
+    @jax.jit
+    def program(q, k, v, dout):
+        routes = api.route(q, k, table, cfg, key=key)
+        given = routes if case.change is None else case.change(routes, table)
+        out, vjp = jax.vjp(lambda *x: api.moc_attention(*x, table, cfg, routes=given), q, k, v)
+        return (routes, given, out, *vjp(dout))
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(mock.patch.object(attend, "_BUFFER", case.buffer))
+        patches.enter_context(mock.patch.object(plan, "_PART", case.part))
+        return jax.tree.map(np.asarray, program(q, k, v, dout)), (q, k, v, dout)
+
+
+def check(case):
+    scenes, table, dtype = case.scenes, case.table, np.dtype(case.dtype).name
+    (routes, given, out, *grads), (q, k, v, dout) = run(case)
+    plain = dataclasses.replace(case.cfg, backend="reference")
+    key = jax.random.key(3) if case.key else None
+    np.testing.assert_array_equal(routes, api.route(jnp.asarray(q), jnp.asarray(k), table, plain, key=key))
+    if case.cfg.mode == "moc" and not case.key:
+        want_routes = [oracle.route(q[b], k[b], scene, case.cfg) for b, scene in enumerate(scenes)]
+        np.testing.assert_array_equal(routes, want_routes)
+    want = oracle.moc(q, k, v, scenes, case.cfg, given)
+    assert out.dtype == v.dtype
+    assert_close(out, want.out, "output", table=OUTPUT, dtype=dtype)
+    padding = np.asarray(table.chunk_of) < 0
+    assert padding.any()
+    for x in (out, *grads):
+        assert not x[padding].any(), "padding must get 0"
+    want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
+    for grad, expected, which in zip(grads, want_grads, ("dq", "dk", "dv")):
+        assert grad.dtype == v.dtype
+        assert_close(grad, expected, which, table=GRADIENT, dtype=dtype)
+    return given, out, grads
+
+
+# ------------------------------------------------------------------------------------------------ what CI runs
+
+
+def test_uneven_chunks():
+    """Own shot and all text as anchors; the tiles of text keys in three parts."""
+    check(Case(MoCConfig(top_k=2), UNEVEN, sizes=UNEVEN_SIZES, part=200))
+
+
+def test_uneven_chunks_one_by_one():
+    """The own chunk as anchor, captions of other shots shut out, float16."""
+    cfg = MoCConfig(top_k=2, self_anchor="chunk", text_anchor="own+global", causal_routing=False, visibility="past")
+    check(Case(cfg, UNEVEN, sizes=UNEVEN_SIZES, dtype=jnp.float16))
+
+
+def test_groups_of_heads_and_routes_with_holes():
+    """Two heads one after the other; some queries' first pick or all picks are missing."""
+
+    def holes(routes, table):
+        token = jnp.arange(routes.shape[2])[None, None, :]
+        first = jnp.where(token % 3 == 0, -1, routes[..., 0])
+        second = jnp.where(token % 2 == 0, -1, routes[..., 1])
+        return jnp.stack([first, second], axis=-1)
+
+    cfg = MoCConfig(top_k=2, self_anchor="window", window=1, causal_routing=False, visibility="past")
+    given, _, _ = check(Case(cfg, heads=2, change=holes, buffer=1))
+    assert ((given[..., 0] < 0) & (given[..., 1] >= 0)).any()
+    assert (attend._head_groups(2, 64), attend._head_groups(12, attend._BUFFER // 4)) == (1, 3)
+
+
+def test_everyone_picks_one_chunk():
+    """No anchors for video: who picks nothing gives 0, and chunks that nobody picks are read by their caption alone."""
+
+    def one_chunk(routes, table):
+        return jnp.where(routes >= 0, 2, -1)
+
+    cfg = MoCConfig(top_k=1, self_anchor="none", text_anchor="none", causal_routing=True)
+    given, out, (dq, *_) = check(Case(cfg, TWO, head_dim=128, change=one_chunk))
+    table = table_of(TWO, **TWO_SIZES)
+    lonely = (given < 0).all(axis=(1, 3)) & (np.asarray(table.token_kind) == VIDEO)
+    assert lonely.any()
+    assert not out[lonely].any()
+    assert not dq[lonely].any()
+
+
+def test_drop_off_and_drop_in():
+    """With a key, picks are those of the other backends with that key."""
+    cfg = MoCConfig(top_k=2, self_anchor="chunk", causal_routing=False, drop_off_max=0.9, drop_in_rate=1.5)
+    given, _, _ = check(Case(dataclasses.replace(cfg, max_drop_in=1), key=True))
+    assert (given[..., :2] < 0).any()
+    assert (given[..., 2] >= 0).any()
+
+
+def test_dense():
+    check(Case(MoCConfig(mode="dense"), TWO, head_dim=128, dtype=jnp.float16))
+
+
+def test_no_picks():
+    check(Case(MoCConfig(top_k=0, text_anchor="own+global", visibility="past")))
+
+
+def test_a_second_run_is_bitwise_equal():
+    case = Case(MoCConfig(top_k=1, self_anchor="none", text_anchor="none", causal_routing=False))
+    for first, second in zip(run(case)[0], run(case)[0], strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+FACTS = [
+    test_conformance.test_gradient_to_an_unselected_chunk_is_exactly_zero,
+    pytest.param(test_conformance.test_routes_can_be_given, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.__name__[5:])
+def test_conformance_runs_on_the_kernels(fact):
+    """Two facts of the suite, which runs in full where there is a GPU: its small heads fit the kernels."""
+    fact("pallas_gpu")
+
+
+# ------------------------------------------------------------------------------------------------ slow: all of them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("cfg", COVERING, ids=name)
+def test_every_config(cfg, head_dim, dtype):
+    check(Case(cfg, UNEVEN, sizes=UNEVEN_SIZES, head_dim=head_dim, dtype=dtype, part=200))

@@ -1,0 +1,128 @@
+"""No fallback hides: programs for Hopper hold the kernels, and where those can't run the reason is said."""
+
+import collections
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moc_jax.attention import api
+from moc_jax.attention.pallas_gpu import device
+from moc_jax.config import MoCConfig
+from moc_jax.scene import ChunkTable
+from tests.attention.configs import MULTI_SHOT
+from tests.attention.scenes import PAIR, qkv, table_of
+
+off_gpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about machines without a Hopper GPU")
+KERNEL_CALLS = {"mpmd_map", "core_map", "pallas_call"}  # what Pallas kernels are in one version of jax or another
+
+
+def kernels(jaxpr) -> collections.Counter:
+    """How often each kernel is called, by name; loop bodies included."""
+    found = collections.Counter()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in KERNEL_CALLS:
+            found[eqn.params["name"]] += 1
+            continue
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += kernels(inner)
+    return found
+
+
+def shape(*dims, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def trace(function, cfg, tokens, chunks, head_dim, dtype=jnp.bfloat16):
+    """function(q, k, v, table) for 12 heads and a scene of that size, traced for a Hopper GPU."""
+    table = ChunkTable(*[shape(1, chunks)] * 4, shape(1, tokens), 512, 1280)
+    x = shape(1, tokens, 12, head_dim, dtype=dtype)
+    with device.lowered_only():
+        return jax.jit(lambda q, k, v, table: function(q, k, v, table, cfg)).trace(x, x, x, table)
+
+
+def gradients(q, k, v, table, cfg):
+    out, vjp = jax.vjp(lambda *x: api.moc_attention(*x, table, cfg), q, k, v)
+    return vjp(out)
+
+
+MULTI_SHOT_SIZES = [(180_512, 153, 128), (1_440_512, 1_217, 128)]  # 8 and 64 shots of 22 500 tokens in 18 chunks
+SINGLE_SHOT_SIZES = (33_272, 22, 64)
+SHOT, CHUNK = MoCConfig(top_k=5), MoCConfig(top_k=3, self_anchor="chunk", causal_routing=False)
+WITH_PICKS, WITHOUT = {"moc_router": 1, "moc_forward": 2}, {"moc_forward": 1}
+
+
+@off_gpu
+@pytest.mark.parametrize(
+    ("cfg", "sizes", "forward"),
+    [
+        (SHOT, MULTI_SHOT_SIZES[0], WITH_PICKS),
+        (SHOT, MULTI_SHOT_SIZES[1], WITH_PICKS),
+        (CHUNK, SINGLE_SHOT_SIZES, WITH_PICKS),
+        (MoCConfig(top_k=3, self_anchor="window", visibility="past"), SINGLE_SHOT_SIZES, WITH_PICKS),
+        (MoCConfig(mode="dense"), MULTI_SHOT_SIZES[1], WITHOUT),
+        (MoCConfig(top_k=0), SINGLE_SHOT_SIZES, WITHOUT),
+    ],
+    ids=["180k tokens", "1.44M tokens", "chunk", "window", "dense", "no picks"],
+)
+def test_programs_for_hopper_hold_the_kernels(cfg, sizes, forward):
+    cfg = dataclasses.replace(cfg, backend="pallas_gpu")
+    assert kernels(trace(api.moc_attention, cfg, *sizes).jaxpr.jaxpr) == forward
+    calls = forward["moc_forward"]
+    both = forward | {"moc_query_gradients": calls, "moc_key_gradients": calls}
+    traced = trace(gradients, cfg, *sizes)
+    assert kernels(traced.jaxpr.jaxpr) == both
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == sum(both.values())
+
+
+@off_gpu
+def test_the_count_sees_programs_without_kernels():
+    assert not kernels(trace(gradients, MoCConfig(backend="xla"), 33_272, 22, 64).jaxpr.jaxpr)
+
+
+@off_gpu
+def test_off_hopper_it_is_refused():
+    q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR, shape=(64, 2, 64), dtype=jnp.bfloat16))
+    cfg = dataclasses.replace(MULTI_SHOT, backend="pallas_gpu")
+    for run in (lambda: api.moc_attention(q, k, v, table_of(PAIR), cfg), lambda: api.route(q, k, table_of(PAIR), cfg)):
+        with pytest.raises(NotImplementedError, match=r'Hopper GPU.*not cpu.*backend="auto" or "xla"'):
+            run()
+
+
+@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "message"),
+    [
+        (jnp.float32, 64, r"not q float32.*cast to bfloat16"),
+        (jnp.bfloat16, 32, r"head dimensions \(64, 128\).* with 32.*backend=\"xla\""),
+        (jnp.bfloat16, 256, r"head dimensions \(64, 128\).* with 256"),
+    ],
+)
+def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message, top_k):
+    cfg = MoCConfig(top_k=top_k, backend="pallas_gpu")
+    with pytest.raises(NotImplementedError, match=message):
+        trace(api.moc_attention, cfg, 6_304, 28, head_dim, dtype)
+
+
+def test_types_must_agree():
+    q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR, shape=(64, 2, 64), dtype=jnp.bfloat16))
+    with device.lowered_only(), pytest.raises(NotImplementedError, match="v float16"):
+        api.moc_attention(q, k, v.astype(jnp.float16), table_of(PAIR), MoCConfig(top_k=0, backend="pallas_gpu"))
+
+
+@off_gpu
+def test_auto_says_once_that_it_is_xla(caplog):
+    q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
+    cfg = dataclasses.replace(MULTI_SHOT, backend="auto")
+    assert api.backend_name(cfg) == api.backend_name(cfg, q) == "xla"
+    api._say_xla.cache_clear()
+    with caplog.at_level(logging.INFO, logger=api.__name__):
+        for _ in range(2):
+            api.moc_attention(q, k, v, table_of(PAIR), cfg)
+    said = [record.getMessage() for record in caplog.records if record.name == api.__name__]
+    assert said == ["attention by plain XLA: there are no kernels for cpu, float32, head dimension 16"]

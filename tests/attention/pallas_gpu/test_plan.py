@@ -1,0 +1,185 @@
+"""The plan's promises in integers: tiles cover tokens once, and their runs are the anchors, chunk by chunk."""
+
+import dataclasses
+import functools
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from moc_jax.attention import routing
+from moc_jax.attention.pallas_gpu import attend
+from moc_jax.attention.pallas_gpu import plan as planning
+from moc_jax.attention.pallas_gpu.tiles import ALIGN, TILE
+from tests.attention.configs import COVERING, EVERY, name
+from tests.attention.oracle import Chunk
+from tests.attention.scenes import CHUNKS, LONGEST_CHUNK, TEXT_TOKENS, TOKENS, random_scenes, table_of
+
+# Lengths times 23: up to 391 tokens, at any place within the alignment of 8 and within a tile.
+STRETCH = 23
+
+
+def stretched(scenes):
+    scenes = [[Chunk(c.kind, c.shot, STRETCH * c.start, STRETCH * c.length) for c in scene] for scene in scenes]
+    text, tokens = STRETCH * TEXT_TOKENS, STRETCH * TOKENS
+    return table_of(scenes, text_tokens=text, tokens=tokens, chunks=CHUNKS, max_chunk=STRETCH * LONGEST_CHUNK)
+
+
+def padded(table):
+    """To the rows that `attend` gives the kernels."""
+    tokens = table.chunk_of.shape[1]
+    more = max(tokens + -tokens % ALIGN, table.text_tokens + -table.text_tokens % TILE, TILE) - tokens
+    return dataclasses.replace(table, chunk_of=jnp.pad(table.chunk_of, ((0, 0), (0, more)), constant_values=-1))
+
+
+@functools.cache
+def compiled(cfg, part):
+    def run(table):
+        with mock.patch.object(planning, "_PART", part):
+            made = planning.plan(table, cfg)
+        seen = routing.anchor_chunks(table, cfg) & (table.length > 0)[:, None, :] & (table.length > 0)[:, :, None]
+        return made, seen
+
+    return jax.jit(run)
+
+
+def token_pairs(seen, chunk_of):
+    """[N, N] for one scene: chunks that see chunks as tokens that see tokens."""
+    real = chunk_of >= 0
+    return seen[np.ix_(chunk_of, chunk_of)] & real[:, None] & real[None, :]
+
+
+def covered(line, rows):
+    """How often each of `rows` tokens is in a tile's runs; begin >= end is an empty run."""
+    count = np.zeros(rows, int)
+    for begin, end in line[1:].reshape(-1, 2):
+        assert begin >= end or (begin >= 0 and end <= rows), f"run [{begin}, {end}) of {rows} rows"
+        if begin < end:
+            count[begin:end] += 1
+    return count
+
+
+def check_starts(lines, rows):
+    used = lines[lines[:, 0] >= 0]
+    assert (used[:, 0] % ALIGN == 0).all()
+    assert (used[:, 0] + TILE <= rows).all()
+
+
+def check_plan(table, cfg, part):
+    table = padded(table)
+    rows = table.chunk_of.shape[1]
+    made, seen = jax.tree.map(np.asarray, compiled(cfg, part)(table))
+    assert np.array_equal(made.queries.table.shape[1:2], [1])
+    for b, chunk_of in enumerate(np.asarray(table.chunk_of)):
+        want = token_pairs(seen[b], chunk_of)
+        tokens = np.flatnonzero(chunk_of >= 0)
+
+        lines = made.queries.table[b, 0]
+        check_starts(lines, rows)
+        reads = {g: covered(line, rows) for g, line in enumerate(lines) if line[0] >= 0}
+        assert all(read.any() for read in reads.values()), "a used tile of queries has at least one key"
+        np.testing.assert_array_equal(made.anchored[b], want.any(axis=1))
+        for token in tokens[made.anchored[b, tokens]]:
+            tile, row = divmod(int(made.query_row[b, token]), TILE)
+            assert lines[tile, 0] + row == token
+            np.testing.assert_array_equal(reads[tile], want[token], err_msg=f"keys of token {token}")
+        assert (made.query_row[b] >= 0).all()
+        assert (made.query_row[b] < len(lines) * TILE).all()
+
+        lines = made.keys.table[b, 0]
+        check_starts(lines, rows)
+        read_by = {g: covered(line, rows) for g, line in enumerate(lines) if line[0] >= 0}
+        text_end = max((c.start + c.length for c in chunks_of(table, b) if c.kind == 1), default=0)
+        for token in tokens:
+            tile, row = divmod(int(made.key_row[b, token]), TILE)
+            assert lines[tile, 0] + row == token
+            readers = read_by[tile]
+            if token < text_end:  # its other readers are in the same tile of the other parts
+                readers = sum(
+                    (read_by[tile + p * made.text_tiles] for p in range(1, made.text_parts)), start=readers.copy()
+                )
+            np.testing.assert_array_equal(readers, want[:, token], err_msg=f"readers of token {token}")
+        assert (made.key_row[b] < len(lines) * TILE).all()
+    return made
+
+
+def chunks_of(table, b):
+    return [
+        Chunk(*(int(np.asarray(x)[b, c]) for x in (table.kind, table.shot, table.start, table.length)))
+        for c in range(table.kind.shape[1])
+    ]
+
+
+@pytest.mark.parametrize("part", [planning._PART, 500], ids=["whole", "parts"])
+@pytest.mark.parametrize("cfg", COVERING, ids=name)
+@settings(deadline=None, max_examples=8)
+@given(scenes=random_scenes())
+def test_tiles_and_runs_are_the_anchors(cfg, part, scenes):
+    made = check_plan(stretched(scenes), cfg, part)
+    all_text = cfg.visibility == "scene" and (cfg.mode == "dense" or cfg.text_anchor == "all")
+    assert made.text_parts == (0 if not all_text else 1 if part == planning._PART else 3)
+
+
+@pytest.mark.parametrize("cfg", COVERING[::4], ids=name)
+@settings(deadline=None, max_examples=8)
+@given(scenes=random_scenes())
+def test_scenes_smaller_than_a_tile(cfg, scenes):
+    check_plan(table_of(scenes), cfg, planning._PART)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [planning._PART, 500], ids=["whole", "parts"])
+@pytest.mark.parametrize("cfg", EVERY, ids=name)
+@settings(deadline=None, max_examples=50)
+@given(scenes=random_scenes())
+def test_every_config(cfg, part, scenes):
+    check_plan(stretched(scenes), cfg, part)
+
+
+# ------------------------------------------------------------------------------------------------ picks
+
+
+@jax.jit
+def picks_plan(table, routes):
+    cfg = COVERING[0]
+    schedule = attend.sort_picks(routes, table)
+    made = planning.plan(table, cfg)
+    tiles = planning.pick_tiles(schedule, table), planning.reader_tiles(schedule, made.chunks)
+    return schedule, made.chunks, *tiles
+
+
+@settings(deadline=None, max_examples=15)
+@given(scenes=random_scenes())
+def test_sorted_tiles_read_the_picked_chunks_and_chunks_their_pickers(scenes):
+    """Whatever the routes are, those to empty chunks among them."""
+    table = padded(stretched(scenes))
+    heads, picks, rows = 2, 3, table.chunk_of.shape[1]
+    video = np.asarray(table.kind) == 2
+    rng = np.random.default_rng(0)
+    routes = rng.integers(-1, CHUNKS, (len(scenes), heads, rows, picks))
+    for b in range(len(scenes)):
+        routes[b][~np.isin(routes[b], np.flatnonzero(video[b]))] = -1
+    schedule, chunks, tiles, readers = jax.tree.map(np.asarray, picks_plan(table, jnp.asarray(routes, jnp.int32)))
+    for b, h in np.ndindex(len(scenes), heads):
+        lines, slots = tiles.table[b, h], schedule.slot_of_pair[b, h]
+        placed = slots >= 0
+        length = np.asarray(table.length)[b]
+        np.testing.assert_array_equal(placed, (routes[b, h] >= 0) & (length[np.maximum(routes[b, h], 0)] > 0))
+        assert len(np.unique(slots[placed])) == placed.sum(), "each pair has a slot of its own"
+        chunk = routes[b, h][placed]
+        its_line = lines[slots[placed] // TILE]
+        np.testing.assert_array_equal(its_line[:, 0], slots[placed] // TILE * TILE)
+        np.testing.assert_array_equal(its_line[:, 1], np.asarray(table.start)[b, chunk])
+        np.testing.assert_array_equal(its_line[:, 2], its_line[:, 1] + length[chunk])
+
+        lines = readers.table[b, h]
+        check_starts(lines, rows)
+        for token in np.flatnonzero(np.asarray(table.token_kind)[b] == 2):
+            tile, row = divmod(int(chunks.row_of_token[b, token]), TILE)
+            assert lines[tile, 0] + row == token
+            own = int(np.asarray(table.chunk_of)[b, token])
+            begin, end = lines[tile, 1:]
+            assert set(range(begin, end)) == set(slots[placed][chunk == own].tolist())
