@@ -20,7 +20,7 @@ What takes the time on a GPU is the scores' way through memory. All keys of a ti
 queries but for the walk's ends, so masks go on blocks of keys and values, not on scores; a step then is matrix
 products whose results XLA exponentiates and rounds before they leave the chip.
 
-Bytes, beyond q, k, v and o: forward three passes over p in the inputs' type per attended pair and head, backward six;
+Bytes, beyond q, k, v and o: forward three passes over p in the inputs' type per attended pair and head, backward eight;
 `values` and `total` of every token in float32, N * H * (D + 1) * 4, and of every routed pair (bfloat16 values for
 bfloat16 inputs). FLOPs: 4 * D per attended pair forward and 10 * D backward, rounded up to tiles.
 """
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention.runs import Runs, anchor_runs
-from moc_jax.attention.schedule import group_by_chunk
+from moc_jax.attention.schedule import Schedule, group_by_chunk
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, typed
@@ -59,22 +59,30 @@ class Tiling:
 
     @property
     def padding(self) -> int:
-        """Rows behind the last token, so that no tile and no block is clamped back into them."""
-        return max(dataclasses.astuple(self))
+        """Zeros behind the keys, so that no block is clamped back into them."""
+        return max(self.anchor_block, self.routed_block)
 
 
-def default_tiling(tokens: int, max_chunk: int, slots: int) -> Tiling:
+def default_tiling(tokens: int, max_chunk: int, slots: int, cfg: MoCConfig) -> Tiling:
     """Small steps for small scenes, large ones for large scenes: on an accelerator a step costs some kernel launches,
-    whatever its size. A chunk is walked in equal blocks, and a routed tile is at most half of the slots * max_chunk
-    queries that pick a chunk on average, since each chunk's last tile is half empty."""
+    whatever its size. Chunks are walked in equal blocks, and by equal tiles where each has anchors of its own. A
+    routed tile is at most half of the slots * max_chunk queries that pick a chunk on average, since each chunk's last
+    tile is half empty."""
     tile, block = (128, 128) if tokens < _LARGE else (1024, 2560)
-    steps = -(-max_chunk // block)
+    by_chunk = cfg.mode == "moc" and cfg.self_anchor in ("chunk", "window")
+    reach = max_chunk * (2 * cfg.window + 1 if cfg.self_anchor == "window" else 1)
     return Tiling(
-        anchor_tile=tile,
-        anchor_block=block,
+        anchor_tile=_part(max_chunk, tile) if by_chunk else tile,
+        anchor_block=_part(reach, block) if by_chunk else block,
         routed_tile=max([128, *(t for t in (256, 512, 1024) if t <= min(tile, slots * max_chunk // 2))]),
-        routed_block=-(-max_chunk // (16 * steps)) * 16,
+        routed_block=_part(max_chunk, block),
     )
+
+
+def _part(length, most):
+    """The size of equal parts of at most about `most`, in steps of 16."""
+    parts = -(-length // most)
+    return -(-length // (16 * parts)) * 16
 
 
 class _Static(NamedTuple):
@@ -96,7 +104,7 @@ def attend(
     # Padding must not decide how large scores may be.
     q, k, v = (jnp.swapaxes(jnp.where(table.valid[..., None, None], x, 0), 1, 2) for x in (q, k, v))
     with jax.named_scope("moc_attention"):
-        tiling = default_tiling(q.shape[2], table.max_chunk, routes.shape[-1])
+        tiling = default_tiling(q.shape[2], table.max_chunk, routes.shape[-1], cfg)
         static = _Static(table.text_tokens, tiling)
         out = _attend(q, k, v, runs, routes, table.start, table.length, static)
     return jnp.swapaxes(out, 1, 2)
@@ -120,7 +128,7 @@ def _attend_forward(q, k, v, runs, routes, chunk_start, chunk_length, static):
 
     def one(args):
         q, *scene = args
-        walk = _Walk(*scene, static)
+        walk = _Walk(scene, static)
         shift = lax.cond(
             _scores_bound(q, walk.k) <= _largest_exponent(q.dtype),
             lambda: jnp.zeros(q.shape[:2]),
@@ -137,7 +145,7 @@ def _attend_forward(q, k, v, runs, routes, chunk_start, chunk_length, static):
 def _attend_backward(static, residuals, d_out):
     def one(args):
         q, *scene, out, lse, d_out = args
-        walk, scale = _Walk(*scene, static), 1 / math.sqrt(q.shape[-1])
+        walk, scale = _Walk(scene, static), 1 / math.sqrt(q.shape[-1])
         delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [H, N]
         sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (walk.k, walk.v))
         (d_q,), (d_k, d_v) = walk(_backward_step, _d_q_of_rows, (q, lse, delta, d_out), sums)
@@ -172,7 +180,7 @@ def _sums_of_rows(rows, dim):
 def _forward_step(rows, block, own, sums):
     q, shift = rows
     total, values = own
-    p = _weights(q, block.k, shift)
+    p = _weights(q, block.k, shift, _largest_exponent(q.dtype))
     # Without the barrier XLA sums p as it was before rounding, for which it has to keep a float32 p.
     seen = jnp.where(block.seen[:, None], lax.optimization_barrier(p), 0)
     total = total + jnp.sum(seen, axis=-1, dtype=jnp.float32)
@@ -187,7 +195,7 @@ def _d_q_of_rows(rows, dim):
 def _backward_step(rows, block, own, sums):
     q, lse, delta, d_out = rows
     d_k, d_v = sums
-    p = _weights(q, block.k, lse)
+    p = _weights(q, block.k, lse, 0.0)  # final weights are at most 1
     # Rounded before the product with p, not after: so the product can be made before anything is written.
     g = (_dot("htd,hsd->hts", d_out, block.v) - delta[..., None]).astype(p.dtype) * p
     d_q = own[0] + _dot("hts,hsd->htd", g, block.k)
@@ -196,10 +204,10 @@ def _backward_step(rows, block, own, sums):
     return (d_q,), (d_k, d_v)
 
 
-def _weights(q, k, shift):
-    """exp(scores - shift) in q's type [H, T, S]; any finite number for keys that are not seen."""
+def _weights(q, k, shift, most):
+    """exp(scores - shift) in q's type [H, T, S]; at most exp(most), also for keys that are not seen."""
     scores = _dot("htd,hsd->hts", q, k) / math.sqrt(q.shape[-1])
-    return jnp.exp(jnp.minimum(scores - shift[..., None], _largest_exponent(q.dtype))).astype(q.dtype)
+    return jnp.exp(jnp.minimum(scores - shift[..., None], most)).astype(q.dtype)
 
 
 def _dot(spec, a, b):
@@ -258,15 +266,15 @@ def _largest_step(rows, block, own, sums):
 class _Walk:
     """All that the queries of a scene attend to."""
 
-    def __init__(self, k, v, runs, routes, chunk_start, chunk_length, static):
+    def __init__(self, scene, static):
+        k, v, self._runs, routes, self._chunk_start, self._chunk_length = scene
         padding = ((0, 0), (0, static.tiling.padding), (0, 0))
         self.k, self.v = jnp.pad(k, padding), jnp.pad(v, padding)
-        self._runs, self._static = runs, static
-        self._chunk_start, self._chunk_length = chunk_start, chunk_length
-        self._schedule = None
+        self._static = static
+        self._schedule: Schedule | None = None
         if routes.shape[-1]:
             routes = routes[:, static.text_tokens :]
-            self._schedule = group_by_chunk(routes, chunk_start.shape[0], static.tiling.routed_tile)
+            self._schedule = group_by_chunk(routes, self._chunk_start.shape[0], static.tiling.routed_tile)
 
     def __call__(self, step, start, rows, sums, *, combine=jnp.add):
         """What each query owns in the end, and the sums.
@@ -279,10 +287,11 @@ class _Walk:
             combine: How a query's anchors and pairs make one.
         """
         own, sums = self._over_anchors(step, start, rows, sums)
-        if self._schedule is not None:
-            pairs, sums = self._over_pairs(step, start, rows, sums)
-            empty = start((1, 1), 1)
-            own = tuple(self._gathered(*x, combine) for x in zip(own, pairs, empty, strict=True))
+        schedule = self._schedule
+        if schedule is not None:
+            pairs, sums = self._over_pairs(schedule, step, start, rows, sums)
+            nothing = start((1, 1), 1)
+            own = tuple(_combined(*x, schedule, combine) for x in zip(own, pairs, nothing, strict=True))
         return own, sums
 
     def _along(self, step, rows, own, sums, begin, end, size):
@@ -330,9 +339,9 @@ class _Walk:
 
     # ------------------------------------------------------------------------------------------------ (c) routed
 
-    def _over_pairs(self, step, start, rows, sums):
+    def _over_pairs(self, schedule, step, start, rows, sums):
         """Tile by tile of the schedule. What pairs own comes back as [G, H, T, ...]."""
-        schedule, (text, tiling) = self._schedule, self._static
+        text, tiling = self._static
         slots, dim = schedule.slot_of_pair.shape[-1], self.k.shape[-1]
         # Values of pairs are rounded like outputs, if that type reaches as far as float32.
         partial = rows[0].dtype if rows[0].dtype == jnp.bfloat16 else jnp.float32
@@ -351,20 +360,21 @@ class _Walk:
         sums, pairs = lax.scan(tile, sums, tiles)
         return pairs, sums
 
-    def _gathered(self, own, pairs, empty, combine):
-        """own [H, N, ...] combined with each video query's pairs [G, H, T, ...], in the order of its slots."""
-        slots = self._schedule.slot_of_pair  # [H, V, K]
-        tiles, heads, size = pairs.shape[:3]
-        slot, head = jnp.maximum(slots, 0), jnp.arange(heads)[:, None, None]
-        place = (slot // size * heads + head) * size + slot % size
-        pairs = pairs.reshape(tiles * heads * size, *pairs.shape[3:])
-        text = self._static.text_tokens
-        video = own[:, text:]
-        for i in range(slots.shape[-1]):
-            part = pairs[place[..., i]].astype(own.dtype)
-            used = (slots[..., i] >= 0).reshape(*slots.shape[:2], *[1] * (part.ndim - 2))
-            video = combine(video, jnp.where(used, part, empty.reshape(())))
-        return jnp.concatenate([own[:, :text], video], axis=1)
+
+def _combined(own, pairs, nothing, schedule, combine):
+    """own [H, N, ...] and each video query's pairs [G, H, T, ...], in the order of its slots."""
+    slots = schedule.slot_of_pair  # [H, V, K]
+    tiles, heads, size = pairs.shape[:3]
+    slot, head = jnp.maximum(slots, 0), jnp.arange(heads)[:, None, None]
+    place = (slot // size * heads + head) * size + slot % size
+    pairs = pairs.reshape(tiles * heads * size, *pairs.shape[3:])
+    text = own.shape[1] - slots.shape[1]
+    video = own[:, text:]
+    for i in range(slots.shape[-1]):
+        part = pairs[place[..., i]].astype(own.dtype)
+        used = (slots[..., i] >= 0).reshape(*slots.shape[:2], *[1] * (part.ndim - 2))
+        video = combine(video, jnp.where(used, part, nothing.reshape(())))
+    return jnp.concatenate([own[:, :text], video], axis=1)
 
 
 def _stops(runs):
@@ -372,8 +382,8 @@ def _stops(runs):
     tokens = runs.begin.shape[1]
     both = jnp.concatenate([runs.begin, runs.end])
     change = jnp.any(both[:, 1:] != both[:, :-1], axis=0)
-    after = jnp.where(change, jnp.arange(1, tokens), tokens)
-    return lax.cummin(jnp.append(after, tokens), reverse=True)
+    after = jnp.where(change, jnp.arange(1, tokens, dtype=jnp.int32), tokens)
+    return lax.cummin(jnp.pad(after, (0, 1), constant_values=tokens), reverse=True)
 
 
 def _only(mine, x):

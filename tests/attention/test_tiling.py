@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from moc_jax.attention import xla
-from moc_jax.attention.api import moc_attention
+from moc_jax.attention.api import moc_attention, route
 from moc_jax.config import ChunkConfig, MoCConfig
 from moc_jax.scene import SceneLengths, SceneShape, chunk_table
 from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
@@ -39,6 +39,31 @@ def test_output_and_gradients_do_not_depend_on_the_tiling(tiling, monkeypatch):
         assert_close(value, expected[name], name, table=OUTPUT if name == "out" else GRADIENT)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("offset", [0, 300, -300])
+def test_neither_large_nor_very_negative_scores_overflow(offset, dtype):
+    """The same scores, all shifted by far more than exp can take."""
+    cfg = MoCConfig(chunk=ChunkConfig(size=33), top_k=2, causal_routing=False)
+    q, k, v, d_out = jax.random.normal(jax.random.key(0), (4, 1, SHAPE.tokens, 2, 16))
+    q, k = q.at[..., 0].set(4 * offset / 16), k.at[..., 0].set(16)
+    q, k, v, d_out = (x.astype(dtype) for x in (q, k, v, 16 * d_out))
+    table = chunk_table(LENGTHS, SHAPE, cfg.chunk)
+    routes = route(q, k, table, cfg)
+
+    def run(backend, *inputs):
+        now = dataclasses.replace(cfg, backend=backend)
+        out, back = jax.vjp(lambda *x: moc_attention(*x, table, now, routes=routes), *inputs[:3])
+        return {"out": out, **dict(zip(("dq", "dk", "dv"), back(inputs[3]), strict=True))}
+
+    expected = run("reference", *(x.astype(jnp.float32) for x in (q, k, v, d_out)))
+    for name, value in run("xla", q, k, v, d_out).items():
+        # What was set is left out: in dq and dk it is a sum that cancels, times the offset.
+        got, want = value[..., 1:], expected[name][..., 1:]
+        scale = abs(offset) / 8 if dtype == "float32" and offset else 1  # float32 rounds scores of this size
+        table_of, rounding = OUTPUT if name == "out" else GRADIENT, "float32" if dtype == "float32" else "bfloat16"
+        assert_close(got, want, name, table=table_of, dtype=rounding, scale=scale)
+
+
 @pytest.mark.parametrize(
     ("tokens", "chunk", "slots", "tile", "block"),
     [
@@ -49,10 +74,24 @@ def test_output_and_gradients_do_not_depend_on_the_tiling(tiling, monkeypatch):
     ],
 )
 def test_chunks_are_walked_in_equal_blocks_by_tiles_that_fill(tokens, chunk, slots, tile, block):
-    tiling = xla.default_tiling(tokens, chunk, slots)
+    tiling = xla.default_tiling(tokens, chunk, slots, MoCConfig())
     assert (tiling.routed_tile, tiling.routed_block) == (tile, block)
     waste = -(-chunk // block) * block - chunk
     assert 0 <= waste < 16 * -(-chunk // block)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "tile", "block"),
+    [
+        (MoCConfig(), 1_024, 2_560),
+        (MoCConfig(self_anchor="chunk"), 784, 1_568),
+        (MoCConfig(self_anchor="window", window=1), 784, 2_352),
+        (MoCConfig(mode="dense", self_anchor="chunk"), 1_024, 2_560),
+    ],
+)
+def test_anchors_of_single_chunks_are_walked_in_equal_parts(cfg, tile, block):
+    tiling = xla.default_tiling(32_760, 1_560, 3, cfg)
+    assert (tiling.anchor_tile, tiling.anchor_block) == (tile, block)
 
 
 def test_a_tiling_that_cannot_be_is_refused():
