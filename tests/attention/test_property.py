@@ -40,7 +40,9 @@ def check(cfg, scenes, kind, seed, backends):
             want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
         out, grads = attention_and_gradients(q, k, v, table, backend_cfg, dout)
         scale = HUGE if kind == "huge queries" else 1
-        assert_close(out, want.out, f"{backend} output", table=OUTPUT, scale=scale)
+        # Weights in bfloat16 are off by a share of themselves, so outputs by that share of the values.
+        spread = 1 if v.dtype == np.float32 else max(1, np.abs(v).max().astype(float) / max(1, np.abs(want.out).max()))
+        assert_close(out, want.out, f"{backend} output", table=OUTPUT, scale=scale * spread)
         assert not np.asarray(out)[np.asarray(table.chunk_of) < 0].any(), "padding queries must output 0"
         for grad, want_grad, which in zip(grads, want_grads, ("dq", "dk", "dv")):
             assert_close(grad, want_grad, f"{backend} {which}", table=GRADIENT, scale=scale)
