@@ -12,7 +12,7 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, Key, typed
 
-_ROUTE_BLOCK = 256  # queries scored at a time
+_ROUTE_BLOCK = 2048  # queries scored at a time
 _DROP_BLOCK = 4096  # queries whose picks are dropped at a time, where scores take no memory
 _log = logging.getLogger(__name__)
 

@@ -68,13 +68,13 @@ def default_tiling(tokens: int, max_chunk: int, slots: int, cfg: MoCConfig) -> T
     whatever its size. Chunks are walked in equal blocks, and by equal tiles where each has anchors of its own. A
     routed tile is at most half of the slots * max_chunk queries that pick a chunk on average, since each chunk's last
     tile is half empty."""
-    tile, block = (128, 128) if tokens < _LARGE else (1024, 2560)
+    tile, block = (128, 128) if tokens < _LARGE else (2048, 2560)
     by_chunk = cfg.mode == "moc" and cfg.self_anchor in ("chunk", "window")
     reach = max_chunk * (2 * cfg.window + 1 if cfg.self_anchor == "window" else 1)
     return Tiling(
         anchor_tile=_part(max_chunk, tile) if by_chunk else tile,
         anchor_block=_part(reach, block) if by_chunk else block,
-        routed_tile=max([128, *(t for t in (256, 512, 1024) if t <= min(tile, slots * max_chunk // 2))]),
+        routed_tile=max([128, *(t for t in (256, 512, 1024, 2048) if t <= min(tile, slots * max_chunk // 2))]),
         routed_block=_part(max_chunk, block),
     )
 

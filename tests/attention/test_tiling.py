@@ -69,8 +69,8 @@ def test_neither_large_nor_very_negative_scores_overflow(offset, dtype):
     [
         (2_000, 80, 3, 128, 80),
         (2_000, 300, 3, 128, 112),
-        (180_512, 1_280, 5, 1_024, 1_280),
-        (180_512, 10_240, 5, 1_024, 2_560),
+        (180_512, 1_280, 5, 2_048, 1_280),
+        (180_512, 10_240, 5, 2_048, 2_560),
     ],
 )
 def test_chunks_are_walked_in_equal_blocks_by_tiles_that_fill(tokens, chunk, slots, tile, block):
@@ -83,10 +83,10 @@ def test_chunks_are_walked_in_equal_blocks_by_tiles_that_fill(tokens, chunk, slo
 @pytest.mark.parametrize(
     ("cfg", "tile", "block"),
     [
-        (MoCConfig(), 1_024, 2_560),
-        (MoCConfig(self_anchor="chunk"), 784, 1_568),
-        (MoCConfig(self_anchor="window", window=1), 784, 2_352),
-        (MoCConfig(mode="dense", self_anchor="chunk"), 1_024, 2_560),
+        (MoCConfig(), 2_048, 2_560),
+        (MoCConfig(self_anchor="chunk"), 1_568, 1_568),
+        (MoCConfig(self_anchor="window", window=1), 1_568, 2_352),
+        (MoCConfig(mode="dense", self_anchor="chunk"), 2_048, 2_560),
     ],
 )
 def test_anchors_of_single_chunks_are_walked_in_equal_parts(cfg, tile, block):

@@ -287,5 +287,5 @@ def _add_text_parts(total, part: Part, plan: Plan, heads: Heads):
     batch, _, _, dim = part.rows.shape
     rows = _of(heads, part.rows)[:, :, : plan.text_parts * plan.text_tiles * TILE].astype(jnp.float32)
     rows = jnp.sum(rows.reshape(batch, heads.count, plan.text_parts, -1, dim)[:, :, 1:], axis=2).swapaxes(1, 2)
-    valid = part.there[:, 0, : rows.shape[1], None, None]
-    return total.at[:, : rows.shape[1]].add(jnp.where(valid, rows, 0.0))
+    text = slice(0, plan.text_tokens)  # what else lies in the last tile is video
+    return total.at[:, text].add(jnp.where(part.there[:, 0, text, None, None], rows[:, text], 0.0))

@@ -44,6 +44,7 @@ class Plan:
     key_row: Int[Array, "B N"]
     chunks: Cut  # the video's chunks cut into tiles, for picks
     anchors: bool = dataclasses.field(metadata={"static": True})  # False: nothing has any, whatever the lengths
+    text_tokens: int = dataclasses.field(metadata={"static": True})
     text_parts: int = dataclasses.field(metadata={"static": True})  # times that the tiles of text keys are repeated
     text_tiles: int = dataclasses.field(metadata={"static": True})  # how many of `keys` they are each time
 
@@ -65,7 +66,15 @@ def plan(table: ChunkTable, cfg: MoCConfig) -> Plan:
     start = jnp.where(jnp.take_along_axis(some, cut.segment, axis=1), cut.start, -1)
     queries = Tiles(_table(start, *_of_segments(runs, cut))[:, None])
     any_anchors = cfg.mode == "dense" or cfg.self_anchor != "none" or table.text_tokens > 0 or cfg.top_k == 0
-    whole = functools.partial(Plan, queries, cut.row_of_token, anchored, chunks=chunks, anchors=any_anchors)
+    whole = functools.partial(
+        Plan,
+        queries,
+        cut.row_of_token,
+        anchored,
+        chunks=chunks,
+        anchors=any_anchors,
+        text_tokens=table.text_tokens,
+    )
 
     # Keys of text that all read have more readers than any others by far: their tiles come in parts, each with its
     # share of the readers, and first, so that no thread block is left with one at the end.

@@ -113,6 +113,7 @@ def select(
             interpreted=interpret is not None,
         ),
         out_type=jax.ShapeDtypeStruct((batch, heads, cfg.top_k, rows), jnp.int32),
+        kernel_name="moc_router",
         grid=(heads, blocks, batch),
         grid_names=("heads", "blocks", "batch"),
         num_threads=_GROUPS + 1,
