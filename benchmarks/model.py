@@ -74,7 +74,10 @@ class DoesNotFit(RuntimeError):
 def main(args: Arguments, command: str) -> None:
     """Measures, stores and prints the steps."""
     entry = measure(args)
-    path = results.store(args.out, "model", f"{args.model.depth} layers, {entry['backend']}", command, entry)
+    path = args.out
+    for step, found in entry["steps"].items():  # an entry each, so that one can be measured again alone
+        name = f"{step}, {args.model.depth} layers, {entry['backend']}"
+        path = results.store(args.out, "model", name, command, {**entry, "steps": {step: found}})
     print("\n".join(model_tables([entry])))
     print(f"\nresults are in {path}")
 

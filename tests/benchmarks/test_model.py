@@ -23,10 +23,10 @@ def test_both_steps_are_stored(tmp_path):
     network = ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--model.text-dim", "8"]
     model.run([*size, *network, "--moc.chunk.size", "4", "--moc.backend", "xla", "--out", str(tmp_path)])
     (file,) = tmp_path.glob("model-*.json")
-    (entry,) = json.loads(file.read_text())["entries"].values()
-    assert entry["tokens"] == 2 * 2 * 2 * 2 + 3 * 2
-    assert list(entry["steps"]) == ["denoising", "training"]
-    for step in entry["steps"].values():
+    denoising, entry = json.loads(file.read_text())["entries"].values()
+    assert entry["tokens"] == denoising["tokens"] == 2 * 2 * 2 * 2 + 3 * 2
+    assert [*denoising["steps"], *entry["steps"]] == ["denoising", "training"]
+    for step in (denoising["steps"]["denoising"], entry["steps"]["training"]):
         assert step["ratio"] == pytest.approx(step["dense"]["median_ms"] / step["moc"]["median_ms"])
         assert step["moc"]["memory"]["peak"] > 4 * entry["parameters"]
     # Weights, gradients and two moments.
