@@ -57,10 +57,12 @@ def test_previews_of_a_run_in_a_bucket_go_there(prepared_config, monkeypatch):
 
 def test_ctrl_c_while_preparing_is_told_in_a_line(config_file, command, tmp_path):
     script = """
-import sys, time, train, moc_jax.data as data
+import signal, sys, time, train, moc_jax.data as data
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 def prepare(*arguments):
     print("preparing", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # another thread may take the signal, which ends no sleep of this one
+        time.sleep(0.1)
 data.prepare = prepare
 train.main(sys.argv[1:])
 """
