@@ -106,4 +106,5 @@ def backend_name(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None = None) 
 @functools.cache
 def _say_xla(device_kind: str, kind: str) -> None:
     where = f"{device_kind}, {kind}" if kind else device_kind
-    _log.info("attention by plain XLA: there are no kernels for %s", where)
+    level = logging.INFO if jax.default_backend() == "cpu" else logging.WARNING  # nobody expects kernels on a CPU
+    _log.log(level, "attention by plain XLA: there are no kernels for %s", where)
