@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 from benchmarks import results
@@ -225,7 +226,7 @@ class Bench:
         counted = routes is not None and setting.shape.tokens <= _ROUTES_ON_HOST
         cost = account(table, moc, args.head_dim, routes if counted else None)
         return {
-            "backend": backend_name(moc),
+            "backend": backend_name(moc, jax.ShapeDtypeStruct((1, 1, args.heads, args.head_dim), jnp.bfloat16)),
             "dense_by": dense_implementation(),
             "tokens": cost.tokens,
             "heads": args.heads,

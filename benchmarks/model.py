@@ -1,7 +1,7 @@
 """How long do one denoising step and one training step of a whole model take, with MoC and with dense attention?
 
     python -m benchmarks.model                                  # 30 layers, 1536 wide, 8 shots of 22 500 tokens
-    python -m benchmarks.model --model.depth 20 --steps train   # fewer layers where memory is short: time is linear
+    python -m benchmarks.model --model.depth 20 --steps training   # fewer layers where memory is short: time is linear
 
 Both columns are the same model, weights, scene and step functions; only the attention inside differs, and dense
 attention is cuDNN's. Denoising is one Euler step without guidance; training is loss, gradients, clipping and AdamW,
@@ -196,7 +196,7 @@ def _describe(args: Arguments, scene: Scene) -> dict[str, Any]:
     heads = model.depth * model.heads
     attended = 4 * cost.expected_pairs * model.head_dim + cost.flops_pool + cost.flops_route
     return {
-        "backend": backend_name(args.moc),
+        "backend": backend_name(args.moc, jax.ShapeDtypeStruct((1, 1, model.heads, model.head_dim), model.dtype)),
         "dense_by": dense_implementation(),
         "model": dataclasses.asdict(model),
         "parameters": parameter_count(model),

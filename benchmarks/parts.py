@@ -2,7 +2,8 @@
 
 The common parts exist for every backend. A backend's own kernels are listed by its function in `_OWN`.
 
-FLOPs are useful ones: 4 D per attended pair and head forward, 2.5 times that backward. Bytes are what a part must read
+FLOPs are useful ones: 4 D per attended pair and head forward, 2.5 times that backward; those of a single kernel are all
+that it does, 6 D for dq and 8 D for dk and dv, which both form the scores. Bytes are what a part must read
 and write if everything between two kernels goes through memory once.
 """
 
@@ -77,7 +78,7 @@ def sort_pairs(routes: Int[Array, "1 H N K"], table: ChunkTable) -> Schedule:
 
 def parts_of(case: Case) -> list[Part]:
     """All parts, in the order in which they run."""
-    return [*_routing(case), *_attention(case), *_OWN.get(backend_name(case.cfg), lambda case: [])(case)]
+    return [*_routing(case), *_attention(case), *_OWN.get(backend_name(case.cfg, case.inputs.q), lambda case: [])(case)]
 
 
 def profile(case: Case, ceilings: Ceilings, effort: Effort) -> list[dict[str, Any]]:

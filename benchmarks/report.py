@@ -52,11 +52,16 @@ def readme_block(folder: pathlib.Path) -> str:
     """What the README shows: the settings with random routes, the model's steps, and the plot."""
     lines = []
     for file in results.load(folder, "attention"):
-        entries = [e for e in file["entries"].values() if e["inputs"] == "random"]
+        entries = list(file["entries"].values())
         settings = [e for e in entries if "points" not in e]
         if settings:
             tables = separated([short_table(settings), quoted_table(settings)])
-            lines += [f"One layer's attention on one {file['card']}, random routes:", "", *tables, ""]
+            lines += [
+                f"One layer's attention on one {file['card']}; random routes are the worst case:",
+                "",
+                *tables,
+                "",
+            ]
         if len(settings) < len(entries):
             lines += [f"![Time against tokens, MoC and dense](benchmarks/results/{PLOT})", ""]
         lines += [*_provenance(entries), ""]
@@ -109,6 +114,10 @@ def _series(axes: Any, points: Sequence[dict[str, Any]], name: str, label: str, 
         return
     tokens, times = [p["tokens"] for p in there], [p[name]["median_ms"] for p in there]
     axes.plot(tokens, times, "o-", color=colour, linewidth=2, markersize=5)
+    if name == "dense":  # where it was not measured, by its pairs
+        last, rest = there[-1], [p for p in points if p["tokens"] > tokens[-1]]
+        grown = [times[-1] * p["pairs"]["dense"] / last["pairs"]["dense"] for p in rest]
+        axes.plot([tokens[-1], *(p["tokens"] for p in rest)], [times[-1], *grown], ":", color=colour, linewidth=2)
     place = {"textcoords": "offset points", "color": colour}
     ratios = [
         p["dense"]["median_ms"] / p["moc"]["median_ms"] if name == "moc" and "dense" in p else None for p in there
@@ -127,7 +136,9 @@ def _axes(axes: Any, card: str, entry: dict[str, Any], *, several: bool) -> None
     axes.set_xticks([p["tokens"] for p in points], [f"{_short(p['tokens'])}\n{p['shots']}" for p in points])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda ms, _: f"{ms / 1e3:g} s" if ms >= 1e3 else f"{ms:g} ms")
-    axes.set_xlabel("tokens, and shots; at the points: how many times as fast as dense", color=_MUTED)
+    axes.set_xlabel(
+        "tokens, and shots; at the points: how many times as fast as dense; dotted: extrapolated", color=_MUTED
+    )
     axes.grid(visible=True, color="#e4e4e8", linewidth=0.8)
     axes.tick_params(colors=_MUTED, length=0)
     axes.margins(y=0.12)

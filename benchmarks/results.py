@@ -1,6 +1,8 @@
 """Results on disk: one JSON file per script and card, whose entries are replaced one by one.
 
 {"card": ..., "entries": {name: {"command", "date", "versions", ...what was measured}}}
+
+What was compiled for a chip that isn't there says "chip" instead of "card".
 """
 
 import datetime
@@ -18,25 +20,28 @@ from typing import Any
 import jax
 
 FOLDER = pathlib.Path(__file__).parent / "results"
-_PACKAGES = re.compile(r"jax|jaxlib|jax-cuda\d+-pjrt|nvidia-cudnn-cu\d+|nvidia-cuda-runtime(-cu\d+)?")
+_PACKAGES = re.compile(r"jax|jaxlib|libtpu|jax-cuda\d+-pjrt|nvidia-cudnn-cu\d+|nvidia-cuda-runtime(-cu\d+)?")
 
 
-def store(folder: pathlib.Path, script: str, name: str, command: str, entry: dict[str, Any]) -> pathlib.Path:
-    """Puts `entry` into the file of this script and this machine's card, keeping the others; returns the file."""
-    card = jax.devices()[0].device_kind
-    path = folder / f"{script}-{re.sub(r'[^a-z0-9]+', '-', card.lower())}.json"
+def store(
+    folder: pathlib.Path, script: str, name: str, command: str, entry: dict[str, Any], chip: str | None = None
+) -> pathlib.Path:
+    """Puts `entry` into the file of this script and this machine's card, or `chip`, keeping the others; returns it."""
+    device = {"card": jax.devices()[0].device_kind} if chip is None else {"chip": chip}
+    (called,) = device.values()
+    path = folder / f"{script}-{re.sub(r'[^a-z0-9]+', '-', called.lower())}.json"
     entries = json.loads(path.read_text())["entries"] if path.exists() else {}
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     entries[name] = {"command": command, "date": date, "versions": versions(), **entry}
     folder.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps({"card": card, "entries": dict(sorted(entries.items()))}, indent=1) + "\n")
+    part.write_text(json.dumps({**device, "entries": dict(sorted(entries.items()))}, indent=1) + "\n")
     os.replace(part, path)  # a run that dies here leaves the old file whole
     return path
 
 
 def load(folder: pathlib.Path, script: str) -> list[dict[str, Any]]:
-    """All files of a script, by card."""
+    """All files of a script, by card or chip."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{script}-*.json"))]
 
 

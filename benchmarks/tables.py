@@ -18,12 +18,12 @@ def attention_tables(entries: Sequence[Entry]) -> list[str]:
 
 def short_table(entries: Sequence[Entry]) -> list[str]:
     """The settings' times and ratios alone."""
-    head = ["setting", "tokens", "backend", "MoC forward", "dense", "ratio", "MoC forward + backward", "dense", "ratio"]
+    head = ["setting", "routes", "tokens", "MoC forward", "dense", "ratio", "MoC forward + backward", "dense", "ratio"]
     rows = [
         [
             setting_name(e),
+            e["inputs"],
             f"{e['tokens']:,}",
-            e["backend"],
             *_versus(e["forward"]),
             *_versus(e["forward_backward"]),
             f"{e['pairs']['bound']:.2f}x",

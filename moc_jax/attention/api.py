@@ -42,7 +42,7 @@ def moc_attention(
 
     Raises:
         ValueError: q, k, v and the table disagree about sizes.
-        NotImplementedError: the backend can't do what `cfg` asks.
+        NotImplementedError: the backend can't do what `cfg` asks, here or with these types.
     """
     _check_sizes(q, table)
     if routes is None:
@@ -70,7 +70,7 @@ def route(
     if key is not None and key.ndim == 0:
         key = scene_keys(key, q.shape[0], q.shape[2])
     backend = backend_name(cfg, q)
-    if backend == "pallas_gpu" and router.can_select(cfg):
+    if backend == "pallas_gpu":
         device.check(q, k, k)
         q, k = jax.lax.stop_gradient((q, k))
         picks = router.select(q, routing.descriptors(k, table), table, cfg, interpret=device.interpreter())
@@ -97,14 +97,17 @@ def backend_name(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None = None) 
     dimension), else `xla`."""
     if cfg.backend != "auto":
         return cfg.backend
-    if device.is_hopper() and (q is None or device.can_do(q)):
-        return "pallas_gpu"
-    _say_xla(jax.devices()[0].device_kind, "" if q is None else f"{q.dtype}, head dimension {q.shape[-1]}")
-    return "xla"
+    kernels = device.is_hopper() and (q is None or device.can_do(q)) and router.can_select(cfg)
+    kind = "" if q is None else f"{q.dtype}, head dimension {q.shape[-1]}, "
+    _say_which(kernels, f"{kind}top_k {cfg.top_k} on {jax.devices()[0].device_kind}")
+    return "pallas_gpu" if kernels else "xla"
 
 
 @functools.cache
-def _say_xla(device_kind: str, kind: str) -> None:
-    where = f"{device_kind}, {kind}" if kind else device_kind
-    level = logging.INFO if jax.default_backend() == "cpu" else logging.WARNING  # nobody expects kernels on a CPU
-    _log.log(level, "attention by plain XLA: there are no kernels for %s", where)
+def _say_which(kernels: bool, what: str) -> None:
+    """Once for each kind of attention: which backend `auto` took."""
+    if kernels:
+        _log.info("attention by the Hopper kernels: %s", what)
+    else:
+        level = logging.INFO if jax.default_backend() == "cpu" else logging.WARNING  # nobody expects kernels on a CPU
+        _log.log(level, "attention by plain XLA: there are no kernels for %s", what)

@@ -14,6 +14,8 @@ from jax import lax
 
 from moc_jax.shapes import Array, Int, typed
 
+_COMPARE = 2**28  # comparisons that take less time than launching a search
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,6 @@ def tile_capacity(pairs: int, chunks: int, tile: int) -> int:
     return -(-pairs // tile) + chunks
 
 
-_COMPARE = 2**28
 _IN_BOUNDS = dict(mode="promise_in_bounds", wrap_negative_indices=False)  # spares a pass over the indices
 
 

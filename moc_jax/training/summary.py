@@ -92,12 +92,13 @@ def summary(
         manifest.summary(),
         *(split.summary() for split in buckets),
     ]
+    q = jax.ShapeDtypeStruct((1, 1, cfg.model.heads, cfg.model.head_dim), cfg.model.dtype)
     for moc, of_buckets in costs.items():
         how = "dense" if moc.mode == "dense" else f"chunks of {moc.chunk.size} {moc.chunk.unit}, top {moc.top_k}"
         for shape, cost in zip(buckets[0].shapes, of_buckets):
             if cost is not None:
                 lines.append(
-                    f"attention by {backend_name(moc)} ({how}; bucket of {shape.frames} frames) skips "
+                    f"attention by {backend_name(moc, q)} ({how}; bucket of {shape.frames} frames) skips "
                     f"{cost.sparsity:.1%} of all pairs; "
                     f"{cost.tokens:,.0f} tokens and {si(cost.flops)}FLOP per scene, "
                     f"{si(cost.flops * cfg.train.batch_size)}FLOP per step, {cost.attention_share:.0%} in attention"

@@ -42,7 +42,7 @@ def scaling():
         {
             "shots": s,
             "tokens": 100 * s,
-            "pairs": {"bound": 1.0 * s},
+            "pairs": {"bound": 1.0 * s, "dense": (100.0 * s) ** 2},
             "moc": timing(10.0 * s),
             "per_token_over_base": 1.0,
         }
@@ -92,9 +92,9 @@ def test_one_sample_has_no_spread():
     assert milliseconds(None) == ""
 
 
-def test_readme_block_shows_random_routes_with_their_command(folder):
+def test_readme_block_shows_both_kinds_of_routes_with_their_command(folder):
     block = report.readme_block(folder)
-    assert block.count("| multi_shot |") == 1  # the correlated ones are left to the full report
+    assert [block.count(f"| multi_shot | {kind} |") for kind in ("random", "correlated")] == [1, 1]
     assert block.count("`python -m benchmarks.attention`, 2026-01-01, jax 0.11.2") == 1
     assert "benchmarks/results/scaling.png" in block
     assert report.report(folder).count("| multi_shot |") == 2

@@ -76,7 +76,9 @@ def _head_groups(heads: int, bytes_per_head: int) -> int:
     return next((g for g in range(1, heads) if heads % g == 0 and heads // g * bytes_per_head <= _BUFFER), heads)
 
 
-def sort_picks(routes, table: ChunkTable) -> Schedule | None:
+@typed
+def sort_picks(routes: Int[Array, "B H N K"], table: ChunkTable) -> Schedule | None:
+    """The picks' pairs of each scene sorted by chunk (arrays [B, H, ...]); None if there are no slots."""
     if routes.shape[-1] == 0:
         return None
     # An empty chunk is as good as none: its tile would have no keys.
@@ -179,7 +181,8 @@ class Heads(NamedTuple):
     count: int
 
     @property
-    def operand(self):
+    def operand(self) -> Int[Array, "1"]:
+        """What kernels are told."""
         return jnp.full(1, self.first, jnp.int32)
 
 
@@ -242,7 +245,8 @@ def _pick(x, part: Part, heads: int):
     return x.reshape(batch * held * length, *x.shape[3:]).at[index].get(mode="promise_in_bounds")
 
 
-def take_rows(x, rows, heads: Heads) -> Float[Array, "B H S D"]:
+@typed
+def take_rows(x: Float[Array, "B N _ D"], rows: Int[Array, "B H S"], heads: Heads) -> Float[Array, "B H S D"]:
     """Rows [B, H, S] of x [B, N, H, D], each head its own."""
     batch, tokens, held, dim = x.shape
     head = heads.first + jnp.arange(heads.count)[None, :, None]

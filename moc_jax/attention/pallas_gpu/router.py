@@ -110,7 +110,6 @@ def select(
             tiling=tiling,
             steps=steps,
             split=not cfg.causal_routing and cfg.self_anchor != "none",
-            interpreted=interpret is not None,
         ),
         out_type=jax.ShapeDtypeStruct((batch, heads, cfg.top_k, rows), jnp.int32),
         kernel_name="moc_router",
@@ -210,7 +209,6 @@ def _kernel(
     tiling,
     steps,
     split,  # whether candidates go on behind the anchors: with causal routing they don't
-    interpreted,
 ):
     batch, head, group = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("group")
     heads = q_hbm_ref.shape[2]
@@ -219,8 +217,7 @@ def _kernel(
 
     @pl.when(group == _GROUPS)
     def _load_phi():
-        if not interpreted:
-            plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
         def load(tile, slot):
             first = ((batch * heads + head) * tiling.tiles + tile) * _PARTS
@@ -250,8 +247,7 @@ def _kernel(
 
     @pl.when(group < _GROUPS)
     def _pick():
-        if not interpreted:
-            plgpu.set_max_registers(160, action="increase")
+        plgpu.set_max_registers(160, action="increase")
         load_q = functools.partial(_load_q, q_hbm_ref, q_smem_ref, q_loaded_ref, batch, head, group)
 
         def row_of(step):

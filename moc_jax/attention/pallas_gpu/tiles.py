@@ -30,6 +30,7 @@ class Tiles:
 
     @property
     def count(self) -> int:
+        """Tiles per scene and head, used or not."""
         return self.table.shape[2]
 
 
@@ -42,6 +43,12 @@ class Tuning:
     slots: int = 2  # tiles in flight: with 2, the next tile is there when one ends
     compute_registers: int = 232  # per thread; twice this and the copying warpgroup's must stay within 504
     copy_registers: int = 40
+
+    def __post_init__(self):
+        if self.block < 64 or self.block % 64 or self.stages < 2 or self.slots < 1:
+            raise ValueError(f"{self}: blocks are multiples of 64 rows, with at least 2 stages and 1 slot")
+        if COMPUTE * self.compute_registers + self.copy_registers > 504:
+            raise ValueError(f"{self}: a multiprocessor has 504 registers for a thread of each warpgroup; take fewer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +72,11 @@ class Job:
     def of(cls, q, k, tiles: Tiles, *, over_keys: bool, sorted_rows: bool, tuning: Tuning, blocks: int, interpret):
         """For q in either order and k [B, N, H, D]; `over_keys`: the runs are of keys, else of queries."""
         batch, tokens, heads, dim = k.shape
+        rows = q.shape[2] if sorted_rows and not over_keys else tokens
+        if tokens % ALIGN or rows % ALIGN or min(tokens, rows) < TILE:
+            raise ValueError(
+                f"{tokens} tokens, {rows} rows: both must be multiples of {ALIGN}, at least {TILE}; pad them"
+            )
         return cls(
             tuning=tuning,
             blocks=blocks,
@@ -74,7 +86,7 @@ class Job:
             tiles=tiles.count,
             runs=(tiles.table.shape[3] - 1) // 2,
             per_head=tiles.table.shape[1] > 1,
-            rows=q.shape[2] if sorted_rows and not over_keys else tokens,
+            rows=rows,
             sorted_rows=sorted_rows,
             all_cached=2 * k.nbytes <= batch * CACHE,
             interpreted=interpret is not None,

@@ -120,9 +120,10 @@ def test_auto_says_once_that_it_is_xla(caplog):
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
     cfg = dataclasses.replace(MULTI_SHOT, backend="auto")
     assert api.backend_name(cfg) == api.backend_name(cfg, q) == "xla"
-    api._say_xla.cache_clear()
+    api._say_which.cache_clear()
     with caplog.at_level(logging.INFO, logger=api.__name__):
         for _ in range(2):
             api.moc_attention(q, k, v, table_of(PAIR), cfg)
     said = [record.getMessage() for record in caplog.records if record.name == api.__name__]
-    assert said == ["attention by plain XLA: there are no kernels for cpu, float32, head dimension 16"]
+    kind = f"float32, head dimension 16, top_k {cfg.top_k} on cpu"
+    assert said == [f"attention by plain XLA: there are no kernels for {kind}"]
