@@ -6,8 +6,8 @@
 Needs libtpu: pip install -e '.[tpu]'. Kernels are compiled for each chip and read from the compiler's listings (see
 benchmarks/tpu/listing.py): cycles of one tile and of one grid step, the share of matrix-unit slots that a tile fills,
 and the vector registers that it spills. bfloat16. Waits for memory are not in it: cycles are lower bounds on time,
-good for comparing kernels on the same chip. The matrix units of v6e and tpu7x are 256 wide, and a head of 128 fills half
-of each at most: their slots then are full at half of the nominal peak.
+good for comparing kernels on the same chip. The matrix units of v6e and tpu7x are 256 wide, and a head of 128 fills
+half of each at most: their slots then are full at half of the nominal peak.
 """
 
 import dataclasses

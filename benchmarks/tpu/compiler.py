@@ -1,0 +1,110 @@
+"""Compiles a kernel for a TPU on a machine that has none, and reads its schedule.
+
+libtpu holds the whole compiler, and `jax.experimental.topologies` makes it compile for chips that aren't there. It
+takes its flags from the environment when it is loaded, hence a process for each compilation.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from benchmarks.tpu import listing
+from benchmarks.tpu.listing import Schedule
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    topology: str
+    """The smallest that libtpu knows."""
+    granule: int = 32
+    """Bytes in which listings count copies."""
+
+
+CHIPS = {
+    "v4": Chip("v4:1x1x1", granule=512),
+    "v5e": Chip("v5e:1x1"),
+    "v5p": Chip("v5p:1x1x1"),
+    "v6e": Chip("v6e:1x1"),
+    "tpu7x": Chip("tpu7x:1x1x1"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    passes: dict[str, Schedule]
+    """The schedule of each pass."""
+    memory: dict[str, int]
+    """Bytes on the chip of the whole program: arguments, outputs, temporary."""
+
+
+class CompilationError(RuntimeError):
+    """The compiler refuses a kernel: most often, its blocks don't fit into VMEM."""
+
+
+def compile_for(chip: str, kernel: str, blocks: str, head_dim: int = 128, timeout: float = 300) -> Compiled:
+    """Compiles one kernel of kernels.py for a chip; `timeout` in seconds.
+
+    Raises:
+        RuntimeError: libtpu is missing.
+        CompilationError: the kernel doesn't compile, with the compiler's reason, or takes longer than the timeout.
+    """
+    if not installed():
+        raise RuntimeError("the TPU compiler is missing: pip install -e '.[tpu]'")
+    with tempfile.TemporaryDirectory(prefix="tpu_schedule_") as temporary:  # hundreds of files per compilation
+        listings = pathlib.Path(temporary) / "listings"
+        listings.mkdir()
+        file = pathlib.Path(temporary) / "compiled.json"
+        command = [sys.executable, "-m", "benchmarks.tpu.worker", CHIPS[chip].topology, kernel, blocks, str(head_dim)]
+        name = f"{kernel} {blocks} for {chip}"
+        try:
+            done = subprocess.run(
+                [*command, str(file)],
+                cwd=_ROOT,
+                env=_environment(listings),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CompilationError(f"{name}: not compiled in {timeout:g} s") from error
+        if done.returncode != 0:
+            raise CompilationError(f"{name}: {_reason(done.stderr)}")
+        found = json.loads(file.read_text())
+        passes = {}
+        for way, kernel_name in found["passes"].items():
+            bundles, slots = (path.read_text() for path in listing.find(listings, kernel_name))
+            passes[way] = listing.read(bundles, slots, CHIPS[chip].granule)
+        return Compiled(passes=passes, memory=found["memory"])
+
+
+def installed() -> bool:
+    """Whether the TPU compiler is."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def _environment(listings: pathlib.Path) -> dict[str, str]:
+    flags = f"--xla_jf_dump_to={listings} --xla_jf_dump_llo_text=true"
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so that processes needn't wait for each other
+        # Don't look for a TPU host around this machine.
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",  # any will do
+    }
+
+
+def _reason(stderr: str) -> str:
+    """The line of the exception."""
+    lines = [line.strip() for line in stderr.splitlines() if "Error" in line]
+    return lines[-1] if lines else stderr[-500:].strip()
