@@ -31,11 +31,12 @@ def moc_attention(
     """softmax(q_i K^T / sqrt(D)) V over the tokens of the query's anchors and of the chunks it picks (MoC, eq. 2-4).
 
     Args:
-        q, k, v: After QK-norm and rotary embedding; float32, bfloat16 or float16.
+        q, k, v: After QK-norm and rotary embedding; float32, bfloat16 or float16. Padding may hold anything finite.
         table: Which tokens form which chunk.
         cfg: What to attend to. `mode="dense"` sees every visible token with the same weights.
         key: Switches context drop-off and drop-in on (training). One key, or one per scene and head.
-        routes: Picks made before with `route`; None routes now.
+        routes: Picks made before with `route`, for each video query different chunks that are no anchors of its; None
+            routes now.
 
     Returns:
         Outputs in v's type; 0 for padding tokens and for queries with nothing to attend to.
@@ -48,7 +49,7 @@ def moc_attention(
     if routes is None:
         routes = route(q, k, table, cfg, key=key)
     backends = {"reference": reference.attend, "xla": xla.attend, "pallas_gpu": pallas_gpu.attend}
-    return backends[backend_name(cfg, q)](q, k, v, routes, table, cfg)
+    return backends[backend_name(cfg, q, k, v)](q, k, v, routes, table, cfg)
 
 
 @typed
@@ -69,7 +70,7 @@ def route(
         return jax.numpy.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jax.numpy.int32)
     if key is not None and key.ndim == 0:
         key = scene_keys(key, q.shape[0], q.shape[2])
-    backend = backend_name(cfg, q)
+    backend = backend_name(cfg, q, k)
     if backend == "pallas_gpu":
         device.check(q, k, k)
         q, k = jax.lax.stop_gradient((q, k))
@@ -92,13 +93,17 @@ def _check_sizes(q: Array, table: ChunkTable) -> None:
         )
 
 
-def backend_name(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None = None) -> str:
-    """The backend that `cfg` runs on. `auto` takes the kernels where they run (`q`: if they know its type and head
-    dimension), else `xla`."""
+def backend_name(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None = None, *others: Array) -> str:
+    """The backend that `cfg` runs on. `auto` takes the kernels where they run (if they know q's type and head
+    dimension, and `others`, k and v, have the same type), else `xla`."""
     if cfg.backend != "auto":
         return cfg.backend
-    kernels = device.is_hopper() and (q is None or device.can_do(q)) and router.can_select(cfg)
-    kind = "" if q is None else f"{q.dtype}, head dimension {q.shape[-1]}, "
+    kernels = device.is_hopper() and router.can_select(cfg)
+    kind = ""
+    if q is not None:
+        kernels &= device.can_do(q) and all(x.dtype == q.dtype for x in others)
+        types = "/".join(dict.fromkeys(str(x.dtype) for x in (q, *others)))
+        kind = f"{types}, head dimension {q.shape[-1]}, "
     _say_which(kernels, f"{kind}top_k {cfg.top_k} on {jax.devices()[0].device_kind}")
     return "pallas_gpu" if kernels else "xla"
 

@@ -67,7 +67,10 @@ def attend(
         slots = tile_capacity(rows * routes.shape[-1], table.kind.shape[1], TILE) * TILE
         groups = _head_groups(heads, q.shape[0] * slots * dim * q.dtype.itemsize)
         static = _Static(groups, device.multiprocessors(), device.interpreter())
-        out = _attend(q, k, v, plan(table, cfg), sort_picks(routes, table), table, static)
+        tiles, schedule = plan(table, cfg), sort_picks(routes, table)
+        if schedule is None and not tiles.anchors:
+            return jnp.zeros(q[:, :tokens].shape, v.dtype)
+        out = _attend(q, k, v, tiles, schedule, table, static)
     return out[:, :tokens]
 
 
@@ -136,7 +139,6 @@ def _attend_backward(static, residuals, d_out):
         query_rows = for_queries(*inputs, plan.queries, all_heads.operand, sorted_rows=False)
         key_rows = for_keys(*inputs, plan.keys, all_heads.operand, sorted_rows=False)
     valid = table.valid[:, None]
-    video = (jnp.arange(q.shape[1]) >= table.text_tokens)[None, None]
 
     def one_group(heads):
         queries, keys = [], ([], [])
@@ -160,7 +162,7 @@ def _attend_backward(static, residuals, d_out):
             work = _of(heads, reader_tiles(schedule, plan.chunks))
             d_chunks = for_keys(*pairs, work, heads.operand, sorted_rows=True)
             for parts, of_chunks in zip(keys, d_chunks, strict=True):
-                parts.append(Part(of_chunks, plan.chunks.row_of_token[:, None], valid & video, 0))
+                parts.append(Part(of_chunks, plan.chunks.row_of_token[:, None], valid, 0))
         d_k, d_v = (_add_text_parts(_sum(parts, heads.count), parts[0], plan, heads) for parts in keys)
         return tuple(x.astype(q.dtype) for x in (_sum(queries, heads.count), d_k, d_v))
 
@@ -267,14 +269,14 @@ def merge(parts: list[Part], heads: int, dtype):
     base = jnp.where(jnp.isfinite(largest), largest, 0.0)
     weights = [jnp.exp2(lse - base) for lse in lses]
     total = functools.reduce(jnp.add, weights)
-    share = 1 / jnp.where(total > 0, total, 1.0)
+    share = 1 / jnp.where(total == 0, 1.0, total)  # a NaN stays one
     shares = [
         # Rows of nobody may hold anything, so they are left out and not multiplied by 0.
-        jnp.where((w > 0)[..., None], _pick(part.rows, part, heads).astype(jnp.float32) * (w * share)[..., None], 0.0)
+        jnp.where((w != 0)[..., None], _pick(part.rows, part, heads).astype(jnp.float32) * (w * share)[..., None], 0.0)
         for part, w in zip(parts, weights, strict=True)
     ]
     out = functools.reduce(jnp.add, shares)
-    lse = jnp.where(total > 0, base + jnp.log2(jnp.where(total > 0, total, 1.0)), -jnp.inf)
+    lse = base + jnp.log2(total)  # -inf for none
     return out.astype(dtype).swapaxes(1, 2), lse
 
 

@@ -42,7 +42,7 @@ class Plan:
     anchored: Bool[Array, "B N"]  # queries that have anchors
     keys: Tiles  # over queries
     key_row: Int[Array, "B N"]
-    chunks: Cut  # the video's chunks cut into tiles, for picks
+    chunks: Cut  # all chunks cut into tiles, for picks
     anchors: bool = dataclasses.field(metadata={"static": True})  # False: nothing has any, whatever the lengths
     text_tokens: int = dataclasses.field(metadata={"static": True})
     text_parts: int = dataclasses.field(metadata={"static": True})  # times that the tiles of text keys are repeated
@@ -55,8 +55,7 @@ def plan(table: ChunkTable, cfg: MoCConfig) -> Plan:
     by_shot = cfg.mode == "dense" or cfg.self_anchor in ("shot", "none")
     lead, begin, end = _segments(table, by_shot)
     of = jnp.where(table.valid, jnp.take_along_axis(lead, jnp.maximum(table.chunk_of, 0), axis=1), -1)
-    video = table.kind == VIDEO
-    chunks = _cut(table.start, jnp.where(video, table.start + table.length, table.start), table.chunk_of, rows)
+    chunks = _cut(table.start, table.start + table.length, table.chunk_of, rows)
 
     cut = _cut(begin, end, of, rows)
     runs = anchor_runs(table, cfg)
