@@ -110,18 +110,7 @@ class _Refs(NamedTuple):
 
 def _kernel(*refs, job: Job):
     refs = _Refs(*refs)
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(job.tuning.compute_registers, action="increase")
-        each_tile(refs.table, job, functools.partial(_attend, refs, job, warpgroup))
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(job.tuning.copy_registers, action="decrease")
-        each_tile(refs.table, job, functools.partial(_copy, refs, job, refs.first_head[0]))
+    split_roles(refs, job, _attend, _copy)
 
 
 def _attend(refs: _Refs, job: Job, warpgroup, item, _, line, used, steps):
@@ -214,16 +203,39 @@ def _softmax(scores, span, largest, total, job: Job, dtype):
 
 def _copy(refs: _Refs, job: Job, first_head, item, start, line, used, steps):
     """Brings a tile's queries, then its keys and values block after block."""
-    (q_full, q_free), (k_full, k_free, v_full, v_free) = refs.tile_barriers, refs.ring_barriers
+    q_full, q_free = refs.tile_barriers
     scene, head, _ = item
     slot = lax.rem(used, job.tuning.slots)
     pl.when(used >= job.tuning.slots)(functools.partial(plgpu.barrier_wait, q_free.at[slot]))
     source = refs.q.at[job.query_rows(scene, head, pl.ds(start, TILE))]
     plgpu.copy_gmem_to_smem(source, refs.tile_smem[0].at[slot], q_full.at[slot])
 
+    return copy_keys(refs, job, scene, first_head + head, line, steps)
+
+
+def split_roles(refs: Any, job: Job, compute, copy) -> None:
+    """For each tile, two warpgroups call compute(refs, job, warpgroup, ...), the third copy(refs, job, head, ...)."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < COMPUTE)
+    def _():
+        plgpu.set_max_registers(job.tuning.compute_registers, action="increase")
+        each_tile(refs.table, job, functools.partial(compute, refs, job, warpgroup))
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == COMPUTE)
+    def _():
+        plgpu.set_max_registers(job.tuning.copy_registers, action="decrease")
+        each_tile(refs.table, job, functools.partial(copy, refs, job, refs.first_head[0]))
+
+
+def copy_keys(refs: Any, job: Job, scene, head, line, steps):
+    """Brings a tile's keys and values into their ring, block after block; steps after it."""
+    k_full, k_free, v_full, v_free = refs.ring_barriers
+
     def step(_, steps, row, *__):
         ring = lax.rem(steps, job.tuning.stages)
-        keys = (scene, pl.ds(row, job.tuning.block), first_head + head)
+        keys = (scene, pl.ds(row, job.tuning.block), head)
         for source, target, full, free in (
             (refs.k, refs.ring_smem[0], k_full, k_free),
             (refs.v, refs.ring_smem[1], v_full, v_free),

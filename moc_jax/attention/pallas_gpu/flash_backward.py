@@ -26,11 +26,13 @@ from moc_jax.attention.pallas_gpu.flash import (
     SWIZZLED,
     accumulate,
     barriers,
+    copy_keys,
     launch,
     mask_columns,
     product,
+    split_roles,
 )
-from moc_jax.attention.pallas_gpu.tiles import COMPUTE, ROWS, TILE, Job, Tiles, Tuning, each_tile, walk
+from moc_jax.attention.pallas_gpu.tiles import COMPUTE, ROWS, TILE, Job, Tiles, Tuning, walk
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 
@@ -97,18 +99,7 @@ class _QueryRefs(NamedTuple):
 
 def _query_kernel(*refs, job: Job):
     refs = _QueryRefs(*refs)
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(job.tuning.compute_registers, action="increase")
-        each_tile(refs.table, job, functools.partial(_query_tile, refs, job, warpgroup))
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(job.tuning.copy_registers, action="decrease")
-        each_tile(refs.table, job, functools.partial(_copy_for_queries, refs, job, refs.first_head[0]))
+    split_roles(refs, job, _query_tile, _copy_for_queries)
 
 
 def _query_tile(refs: _QueryRefs, job: Job, warpgroup, item, _, line, used, first):
@@ -184,7 +175,7 @@ def _overlap(refs: _QueryRefs, job: Job, q_tile, d_out_tile, carry, now, before,
 
 def _copy_for_queries(refs: _QueryRefs, job: Job, first_head, item, start, line, used, steps):
     """Brings a tile's queries and what belongs to them, then keys and values block after block."""
-    (tile_full, tile_free), (k_full, k_free, v_full, v_free) = refs.tile_barriers, refs.ring_barriers
+    tile_full, tile_free = refs.tile_barriers
     scene, head, _ = item
     slot, rows = lax.rem(used, job.tuning.slots), pl.ds(start, TILE)
     pl.when(used >= job.tuning.slots)(functools.partial(plgpu.barrier_wait, tile_free.at[slot]))
@@ -193,17 +184,7 @@ def _copy_for_queries(refs: _QueryRefs, job: Job, first_head, item, start, line,
     for source, target in zip(sources, refs.tile_smem, strict=True):
         plgpu.copy_gmem_to_smem(source, target.at[slot], tile_full.at[slot])
 
-    def step(_, steps, row, *__):
-        ring = lax.rem(steps, job.tuning.stages)
-        keys = (scene, pl.ds(row, job.tuning.block), first_head + head)
-        for source, target, full, free in (
-            (refs.k, refs.ring_smem[0], k_full, k_free),
-            (refs.v, refs.ring_smem[1], v_full, v_free),
-        ):
-            pl.when(steps >= job.tuning.stages)(functools.partial(plgpu.barrier_wait, free.at[ring]))
-            plgpu.copy_gmem_to_smem(source.at[keys], target.at[ring], full.at[ring])
-
-    return walk(line, job, step, None, steps)[1]
+    return copy_keys(refs, job, scene, first_head + head, line, steps)
 
 
 @typed
@@ -269,18 +250,7 @@ class _KeyRefs(NamedTuple):
 
 def _key_kernel(*refs, job: Job):
     refs = _KeyRefs(*refs)
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < COMPUTE)
-    def _():
-        plgpu.set_max_registers(job.tuning.compute_registers, action="increase")
-        each_tile(refs.table, job, functools.partial(_key_tile, refs, job, warpgroup))
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(warpgroup == COMPUTE)
-    def _():
-        plgpu.set_max_registers(job.tuning.copy_registers, action="decrease")
-        each_tile(refs.table, job, functools.partial(_copy_for_keys, refs, job, refs.first_head[0]))
+    split_roles(refs, job, _key_tile, _copy_for_keys)
 
 
 def _key_tile(refs: _KeyRefs, job: Job, warpgroup, item, _, line, used, steps):
