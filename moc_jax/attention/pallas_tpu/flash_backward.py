@@ -1,0 +1,402 @@
+"""Gradients of attention on TPU, from the output's log-sum-exp: one kernel, five products, the same bits on every run.
+
+With the final log-sum-exp L of a query, over all its keys, every part of its attention knows the final weights:
+
+    p = exp(s - L)     dv = p^T do     ds = p (do v^T - delta)     dq = ds k / sqrt(D)     dk = ds^T q / sqrt(D)
+
+with delta = rowsum(do o). So anchors and picks add up, and no gradient passes through the merge. The grid is (scene,
+head, tile of keys, step); a step is one block of the tile's queries.
+
+(a) A tile's first step copies its keys and values with zeros for the rows that aren't the tile's, and clears the sums
+    of dk and dv in VMEM. No step needs a mask of keys: where k and v are 0, a finite p adds 0 to dq, and the last step
+    writes 0 to dk and dv. p is finite since its exponent is at most 0, by a minimum that is idle elsewhere.
+(b) A step has keys for rows and queries for columns, so that L and delta are rows. Queries outside the run have L =
+    +inf there, hence p = 0: a mask of `block` numbers, not of `block` * `rows`. For some keys at a time: both scores,
+    p, dv, ds, dk, and dq with ds transposed.
+(c) The step's dq leaves by a copy of its own, awaited when the next one is to leave. If several tiles of keys read a
+    query (`accumulate`), the sum of those before comes in while the step computes. It may come in before the last
+    step's dq has left, unless both are of the same block: then it waits. Everything older has left.
+(d) A tile's last step writes dk and dv, scaled once.
+
+FLOPs: 10 * D per (query, key), padded to tiles and blocks. Bytes of a step of n queries, bfloat16: 4 n D in and 2 n D
+out; 8 n D in and 4 n D out where dq accumulates, 1.5 MB for 1024 x 128 beside 1.3 GFLOP. Of a tile: 8 * rows * D.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.pallas_tpu.tiles import Tiles, blocks_of, steps
+from moc_jax.shapes import Array, Float, Float32, Int, Int32, typed
+
+LOG2E = math.log2(math.e)
+_NONE = -1
+_ROW, _KEYS, _COUNT, _RUNS, _RUN = 0, 1, 3, 4, 4  # columns of a line: see _lines
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Sizes of the backward kernel."""
+
+    block: int
+    """Queries of a step."""
+    at_once: int
+    """Keys whose scores are computed at once: must divide a tile's rows."""
+
+    def __post_init__(self):
+        if min(self.block, self.at_once) < device.ROWS or self.block % device.ROWS or self.at_once % device.ROWS:
+            raise ValueError(f"{self}: sizes must be positive multiples of {device.ROWS}")
+
+
+@typed
+def gradients(
+    q: Float[Array, "B Hq Nq D"],
+    k: Float[Array, "B H Nk D"],
+    v: Float[Array, "B H Nk D"],
+    d_out: Float[Array, "B Hq Nq D"],
+    lse: Float32[Array, "B Hq Nq"],
+    delta: Float32[Array, "B Hq Nq"],
+    tiles: Tiles,
+    first_head: Int[Array, "1"],
+    *,
+    rows: int,
+    tiling: Tiling,
+    accumulate: bool,
+    pairs: int | None = None,
+    interpret: pltpu.InterpretParams | bool = False,
+) -> tuple[Float[Array, "B Hq Nq D"], Float[Array, "B Hq R D"], Float[Array, "B Hq R D"]]:
+    """dq of the queries, and dk and dv of each tile's rows, R = tiles * rows.
+
+    Args:
+        q, d_out: Some of the heads, from `first_head` on. Rows that no run holds may be any finite numbers whose
+            products are finite.
+        k, v: Padded so that `rows` rows from the first of any tile on exist.
+        lse: Base-2 log-sum-exp over all keys of each query; +inf: the query adds nothing.
+        delta: rowsum(d_out * out); not read where lse is +inf.
+        tiles: Keys over queries. Steps beyond a tile's own, and tiles without queries, stay at the block that holds
+            the begin of an empty run: nothing is copied where that is the last one walked.
+        rows: Keys of a tile.
+        accumulate: Several tiles may read a query: dq is float32, their sum, and 0 if none does. Otherwise a block of
+            queries must be read by one tile at most: dq has q's type, and blocks that none reads are not written.
+        pairs: (query, key) pairs of a scene and head, for the compiler's estimate; the most there can be, if None.
+
+    Returns:
+        dq, dk, dv. Row r of tile g is row r of the keys that it loads; 0 where it is not one of the tile's keys.
+    """
+    job = Job.of(q, k, tiles, rows=rows, tiling=tiling, accumulate=accumulate)
+    job.check(interpret)
+    table = _lines(tiles, tiling.block)
+    side_rows = jnp.stack([lse, delta], axis=2)  # [B, Hq, 2, Nq]
+    operands = [q, d_out, side_rows, k, v]
+    d_q_type = jnp.float32 if accumulate else q.dtype
+    if accumulate:
+        operands.append(jnp.zeros(q.shape, d_q_type))
+    d_k = jax.ShapeDtypeStruct((job.batch, job.heads, job.tiles * rows, job.dim), k.dtype)
+    specs = _specs(job)
+    d_q, d_k, d_v = pl.pallas_call(
+        functools.partial(_kernel, job=job),
+        name="moc_gradients",
+        out_shape=(jax.ShapeDtypeStruct(q.shape, d_q_type), d_k, d_k),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(job.batch, job.heads, job.tiles, steps(tiles, tiling.block, 3)),
+            in_specs=specs.inputs,
+            out_specs=specs.outputs,
+            scratch_shapes=_scratch(job, d_q_type),
+        ),
+        input_output_aliases={7: 0} if accumulate else {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=device_vmem(),
+        ),
+        cost_estimate=job.cost(pairs),
+        interpret=interpret,
+    )(table, first_head.astype(jnp.int32), *operands)
+    return d_q, d_k, d_v
+
+
+def device_vmem() -> int:
+    """Bytes of VMEM that a kernel may take."""
+    chip = device.chip().removeprefix("tpu")
+    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(chip), 1).vmem_capacity_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """Static facts of one call."""
+
+    batch: int
+    heads: int
+    tiles: int
+    runs: int
+    shared: bool  # by all heads: the table
+    queries: int
+    dim: int
+    dtype: Any
+    rows: int
+    tiling: Tiling
+    accumulate: bool
+
+    @classmethod
+    def of(cls, q: Array, k: Array, tiles: Tiles, *, rows: int, tiling: Tiling, accumulate: bool) -> "Job":
+        batch, heads, queries, dim = q.shape
+        return cls(
+            batch=batch,
+            heads=heads,
+            tiles=tiles.count,
+            runs=(tiles.table.shape[3] - 3) // 2,
+            shared=tiles.table.shape[1] != heads,
+            queries=queries,
+            dim=dim,
+            dtype=k.dtype,
+            rows=rows,
+            tiling=tiling,
+            accumulate=accumulate,
+        )
+
+    def check(self, interpret) -> None:
+        """Raises ValueError where sizes don't fit together."""
+        if self.queries % self.tiling.block:
+            raise ValueError(f"{self.queries} queries are no multiple of the {self.tiling.block} of a step")
+        if self.rows % self.tiling.at_once:
+            raise ValueError(f"{self.rows} keys are no multiple of the {self.tiling.at_once} computed at once")
+        if not interpret and (self.tiling.block % device.LANES or self.tiling.at_once % device.LANES):
+            raise ValueError(f"{self.tiling}: sizes must be multiples of {device.LANES}")
+
+    def line(self, scene, head, tile):
+        """Where a tile's line starts in the flat table."""
+        group = scene if self.shared else scene * self.heads + head
+        return (group * self.tiles + tile) * (_RUNS + _RUN * self.runs)
+
+    def cost(self, pairs: int | None) -> pl.CostEstimate:
+        """What the compiler can't see from outside."""
+        if pairs is None:
+            pairs = self.queries * self.rows * (self.tiles if self.accumulate else 1)
+        pairs *= self.batch * self.heads
+        size = jnp.dtype(self.dtype).itemsize
+        per_pair = pairs // self.rows * self.dim  # each query comes once for each tile that reads it
+        return pl.CostEstimate(
+            flops=10 * self.dim * pairs,
+            transcendentals=pairs,
+            bytes_accessed=per_pair * (2 * size + (8 if self.accumulate else size))
+            + 4 * self.batch * self.heads * self.tiles * self.rows * self.dim * size,
+        )
+
+
+def _lines(tiles: Tiles, block: int) -> Int32[Array, "_"]:
+    """What the kernel looks up of each tile, flat: first row, begin and end of its keys, number of steps; then of each
+    run its number of steps, what to add to a step for its block, begin and end."""
+    table = tiles.table.astype(jnp.int32)
+    columns, before = [], jnp.zeros_like(table[..., 0])
+    for column in range(3, table.shape[-1], 2):
+        begin, end = table[..., column], table[..., column + 1]
+        first, count = blocks_of(begin, end, block)
+        columns += [before + count, first - before, begin, end]
+        before = before + count
+    return jnp.stack([table[..., 0], table[..., 1], table[..., 2], before, *columns], axis=-1).reshape(-1)
+
+
+def _run(table_smem_ref, line, step, job: Job):
+    """(block, begin, end) of the queries of a step."""
+    at = line + _RUNS
+    for _ in range(job.runs - 1):
+        at = jnp.where(step < table_smem_ref[at], at, at + _RUN)
+    return step + table_smem_ref[at + 1], table_smem_ref[at + 2], table_smem_ref[at + 3]
+
+
+class _Specs(NamedTuple):
+    inputs: list[pl.BlockSpec]
+    outputs: tuple[pl.BlockSpec, ...]
+
+
+def _specs(job: Job) -> _Specs:
+    block, hbm = job.tiling.block, pl.BlockSpec(memory_space=pl.ANY)
+
+    def query_block(scene, head, tile, step, table_smem_ref):
+        line = job.line(scene, head, tile)
+        last = jnp.maximum(table_smem_ref[line + _COUNT] - 1, 0)
+        return _run(table_smem_ref, line, jnp.minimum(step, last), job)[0]
+
+    def wide(scene, head, tile, step, table_smem_ref, _):
+        return scene, head, query_block(scene, head, tile, step, table_smem_ref), 0
+
+    def narrow(scene, head, tile, step, table_smem_ref, _):
+        return scene, head, 0, query_block(scene, head, tile, step, table_smem_ref)
+
+    def keys(scene, head, tile, step, table_smem_ref, first_head_smem_ref):
+        row = table_smem_ref[job.line(scene, head, tile) + _ROW]
+        return scene, first_head_smem_ref[0] + head, pl.multiple_of(row, device.ROWS), 0
+
+    none = pl.squeezed
+    query_spec = pl.BlockSpec((none, none, block, job.dim), wide)
+    row_spec = pl.BlockSpec((none, none, 2, block), narrow)
+    key_spec = pl.BlockSpec((none, none, pl.Element(job.rows), pl.Element(job.dim)), keys)
+    tile_spec = pl.BlockSpec((none, none, job.rows, job.dim), lambda scene, head, tile, *_: (scene, head, tile, 0))
+    inputs = [query_spec, query_spec, row_spec, key_spec, key_spec]
+    return _Specs(inputs + [hbm] * job.accumulate, (hbm, tile_spec, tile_spec))
+
+
+def _scratch(job: Job, d_q_type) -> list[Any]:
+    block, dim = job.tiling.block, job.dim
+    tile, total = pltpu.VMEM((job.rows, dim), job.dtype), pltpu.VMEM((job.rows, dim), jnp.float32)
+    return [
+        tile,
+        tile,
+        total,
+        total,
+        pltpu.VMEM((block, dim), jnp.float32),
+        pltpu.VMEM((block, dim) if job.accumulate else (8, 128), jnp.float32),
+        pltpu.VMEM((block, dim), d_q_type),
+        pltpu.SMEM((1,), jnp.int32),
+        pltpu.SemaphoreType.DMA((2,)),
+    ]
+
+
+class _Refs(NamedTuple):
+    # prefetched
+    table_smem: Any
+    first_head_smem: Any
+    # inputs
+    q_vmem: Any
+    d_out_vmem: Any
+    rows_vmem: Any  # log-sum-exp, delta
+    k_vmem: Any
+    v_vmem: Any
+    # outputs
+    d_q_hbm: Any
+    d_k_vmem: Any
+    d_v_vmem: Any
+    # scratch
+    keys_vmem: Any  # k and v with zeros
+    values_vmem: Any
+    d_k_sum_vmem: Any
+    d_v_sum_vmem: Any
+    d_q_sum_vmem: Any  # of this step
+    before_vmem: Any  # of the tiles before
+    d_q_vmem: Any  # on its way out
+    leaving_smem: Any  # the block that is, or _NONE
+    semaphores: Any  # in, out
+
+
+def _kernel(*all_refs, job: Job):
+    refs = _Refs(*all_refs[:7], *all_refs[7 + job.accumulate :])
+    block, rows, dim = job.tiling.block, job.rows, job.dim
+    assert refs.q_vmem.shape == refs.d_out_vmem.shape == refs.d_q_vmem.shape == (block, dim)
+    assert refs.rows_vmem.shape == (2, block)
+    assert refs.k_vmem.shape == refs.v_vmem.shape == refs.d_k_vmem.shape == refs.d_v_vmem.shape == (rows, dim)
+    scene, head, tile, step = (pl.program_id(axis) for axis in range(4))
+    line, last_step = job.line(scene, head, tile), pl.num_programs(3) - 1
+
+    @pl.when(step == 0)
+    def _():
+        pl.when(tile == 0)(functools.partial(_set_leaving, refs, _NONE))
+        _open(refs, job, line)
+
+    @pl.when(step < refs.table_smem[line + _COUNT])
+    def _():
+        _step(refs, job, scene, head, line, step)
+
+    @pl.when(step == last_step)
+    def _():
+        _close(refs, job, line)
+        pl.when((tile == job.tiles - 1) & (refs.leaving_smem[0] != _NONE))(functools.partial(_wait_left, refs, job))
+
+
+def _set_leaving(refs: _Refs, block):
+    refs.leaving_smem[0] = block
+
+
+def _mine(refs: _Refs, job: Job, line):
+    """Which of the loaded rows are the tile's keys."""
+    row = lax.broadcasted_iota(jnp.int32, (job.rows, job.dim), 0) + refs.table_smem[line + _ROW]
+    return (row >= refs.table_smem[line + _KEYS]) & (row < refs.table_smem[line + _KEYS + 1])
+
+
+def _open(refs: _Refs, job: Job, line):
+    """Keys and values with zeros, sums at zero."""
+    mine = _mine(refs, job, line)
+    refs.keys_vmem[...] = jnp.where(mine, refs.k_vmem[...], 0)
+    refs.values_vmem[...] = jnp.where(mine, refs.v_vmem[...], 0)
+    refs.d_k_sum_vmem[...] = jnp.zeros_like(refs.d_k_sum_vmem)
+    refs.d_v_sum_vmem[...] = jnp.zeros_like(refs.d_v_sum_vmem)
+
+
+def _close(refs: _Refs, job: Job, line):
+    """dk and dv leave."""
+    mine = _mine(refs, job, line)
+    d_k = refs.d_k_sum_vmem[...] * (1 / math.sqrt(job.dim))
+    refs.d_k_vmem[...] = jnp.where(mine, d_k, 0.0).astype(refs.d_k_vmem.dtype)
+    refs.d_v_vmem[...] = jnp.where(mine, refs.d_v_sum_vmem[...], 0.0).astype(refs.d_v_vmem.dtype)
+
+
+def _copy_out(refs: _Refs, job: Job, scene, head, block):
+    return pltpu.make_async_copy(refs.d_q_vmem, _d_q_rows(refs, job, scene, head, block), refs.semaphores.at[1])
+
+
+def _copy_in(refs: _Refs, job: Job, scene, head, block):
+    return pltpu.make_async_copy(_d_q_rows(refs, job, scene, head, block), refs.before_vmem, refs.semaphores.at[0])
+
+
+def _d_q_rows(refs: _Refs, job: Job, scene, head, block):
+    size = job.tiling.block
+    return refs.d_q_hbm.at[scene, head, pl.ds(pl.multiple_of(block * size, size), size)]
+
+
+def _wait_left(refs: _Refs, job: Job):
+    _copy_out(refs, job, 0, 0, 0).wait()  # for as many bytes as any block has
+    _set_leaving(refs, _NONE)
+
+
+def _step(refs: _Refs, job: Job, scene, head, line, step):
+    """All gradients of one block of queries and the tile's keys."""
+    block, begin, end = _run(refs.table_smem, line, step, job)
+    if job.accumulate:
+        pl.when(refs.leaving_smem[0] == block)(functools.partial(_wait_left, refs, job))
+        _copy_in(refs, job, scene, head, block).start()
+
+    column = lax.broadcasted_iota(jnp.int32, (1, job.tiling.block), 1) + block * job.tiling.block
+    lse = refs.rows_vmem[0:1]
+    counts = (column >= begin) & (column < end) & (lse < jnp.inf)
+    lse, delta = jnp.where(counts, lse, jnp.inf), jnp.where(counts, refs.rows_vmem[1:2], 0.0)
+    for first in range(0, job.rows, job.tiling.at_once):
+        d_q = _add_keys(refs, job, lse, delta, pl.ds(first, job.tiling.at_once))
+        refs.d_q_sum_vmem[...] = d_q if first == 0 else refs.d_q_sum_vmem[...] + d_q
+
+    pl.when(refs.leaving_smem[0] != _NONE)(functools.partial(_wait_left, refs, job))
+    d_q = refs.d_q_sum_vmem[...] * (1 / math.sqrt(job.dim))
+    if job.accumulate:
+        _copy_in(refs, job, scene, head, block).wait()
+        d_q = d_q + refs.before_vmem[...]
+    refs.d_q_vmem[...] = d_q.astype(refs.d_q_vmem.dtype)
+    _copy_out(refs, job, scene, head, block).start()
+    _set_leaving(refs, block)
+
+
+def _add_keys(refs: _Refs, job: Job, lse, delta, keys):
+    """Adds to dk and dv of some of the tile's keys; their part of dq, not scaled."""
+    q, d_out, k, v = refs.q_vmem[...], refs.d_out_vmem[...], refs.keys_vmem[keys], refs.values_vmem[keys]
+    scores = _product(k, q, 1, 1)  # [keys, queries]
+    p = jnp.exp2(jnp.minimum(scores * (LOG2E / math.sqrt(job.dim)) - lse, 0.0))
+    refs.d_v_sum_vmem[keys] += _product(p.astype(q.dtype), d_out, 1, 0)
+    d_s = (p * (_product(v, d_out, 1, 1) - delta)).astype(q.dtype)
+    refs.d_k_sum_vmem[keys] += _product(d_s, q, 1, 0)
+    return _product(d_s.T, k, 1, 0)
+
+
+def _product(left, right, left_axis: int, right_axis: int):
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return lax.dot_general(
+        left,
+        right,
+        (((left_axis,), (right_axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
