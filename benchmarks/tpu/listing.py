@@ -104,7 +104,8 @@ def read(bundles: str, slots: str, granule: int) -> Schedule:
     rows = parse_bundles(bundles, filled)
     loop = matrix_loop(rows)
     region, beside = _tile(loop)
-    tile = [loop[index] for index in range(*region) if not any(index in range(*other) for other in beside)]
+    inside = [loop[index] for index in range(*region) if not any(index in range(*other) for other in beside)]
+    tile = [row for row in inside if row.depth <= loop[0].depth]  # a loop in the tile is for rare cases
     cycles = len(tile)
     fill = {kind: sum(row.slots[kind] for row in tile) / (capacity[kind] * cycles) for kind in capacity}
     copies = [found for row in loop for found in _COPY.finditer(row.text)]

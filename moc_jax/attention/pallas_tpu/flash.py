@@ -1,0 +1,399 @@
+"""Forward attention on TPU: tiles of queries against runs of keys, one kernel for anchors and for picked chunks.
+
+A tile is a block of queries that read the same keys: a few *runs* of consecutive rows, walked in blocks. What differs
+between the two uses is only the table of tiles:
+
+    anchors    queries in the order of segments, at most three runs (two of text, one of video), the same for all heads
+    picks      queries gathered by chunk, one run (the chunk), each head its own tiles
+
+(a) Reference. A softmax may be taken relative to any number near its row's maximum. A tile takes the maximum over its
+    first 128 keys, once. After that no step waits for a maximum: p = 2^(s - reference) leaves the matrix units'
+    results as they come, sums of p stay apart by lane, and nothing is rescaled. (FlashAttention rescales everything
+    whenever a maximum grows, which puts a reduction across lanes between the two products of every block.)
+(b) A block: s = q k^T, p, then sums and p v, for some rows of queries and some keys at a time, the products of one
+    part before the exponentials of the part before, so that both units are busy.
+(c) Check. Where a later score exceeds the reference by more than float32's exponents hold, a sum of the block is
+    infinite or huge: the block is computed again from the state before it, with a running maximum, and the reference
+    raised (`_again`). Trained models with normalised queries and keys never need it; it makes any input exact.
+(d) Write-out: p v / sum, and the base-2 log-sum-exp, reference + log2(sum), laid along lanes.
+
+A block of keys starts at a multiple of 8 rows, so that a run's first and last block may hold rows that are not the
+run's; those are masked, and blocks without such rows skip that. Where every tile has a single block (picks), nothing
+is kept between steps.
+
+FLOPs: 4 * D per (query, key), padded to tiles and blocks. Bytes: q and out once, k and v once per tile, or once for
+consecutive tiles of the same chunk.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS
+from moc_jax.attention.pallas_tpu.tiles import Tiles
+from moc_jax.shapes import Array, Float, Float32, Int, typed
+
+LOG2E = math.log2(math.e)
+A_BT, A_B = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # products a b^T and a b
+_LARGEST_SUM = 2.0**40  # far from overflow, also when multiplied by large values
+_NOW, _BEFORE = 0, 1
+_AGAIN_ROWS = 256  # queries computed again at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a block is computed."""
+
+    queries: int  # rows of a tile
+    keys: int  # rows of a block of keys
+    compute_queries: int = 256  # rows of queries at a time
+    compute_keys: int = 512  # keys at a time
+    ahead: int = 1  # parts whose scores are computed ahead of the exponentials
+
+    def __post_init__(self):
+        if min(dataclasses.astuple(self)[:4]) < 1 or self.ahead < 0:
+            raise ValueError(f"{self}: sizes must be positive")
+        if self.queries % self.compute_queries or self.keys % self.compute_keys:
+            raise ValueError(f"{self}: compute_queries must divide queries, and compute_keys keys")
+        if self.queries % ROWS or self.keys % ROWS:
+            raise ValueError(f"{self}: queries and keys must be multiples of {ROWS}, the rows of a tile of memory")
+
+    @property
+    def reference_keys(self) -> int:
+        """Keys whose maximum is the reference."""
+        return min(LANES, self.compute_keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What a kernel knows when it is compiled."""
+
+    tiling: Tiling
+    dim: int
+    runs: int
+    tiles: int
+    per_head: bool
+    heads: int
+    single: bool  # every tile has at most one block
+    dtype: Any
+
+    @property
+    def precision(self):
+        return lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
+
+    @property
+    def scale(self) -> float:
+        return LOG2E / math.sqrt(self.dim)
+
+    def line(self, b, h, g):
+        """Where a tile's line of the flat table starts."""
+        row = (b * self.heads + h) if self.per_head else b
+        return (row * self.tiles + g) * 3 * self.runs
+
+
+class _Refs(NamedTuple):
+    table: Any  # in scalar memory; for each run blocks up to its end, begin, end
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    reference: Any  # [queries, lanes]; all lanes of a row are equal
+    sums: Any = None  # [now or before the block, queries, lanes]: a row's sum is over its lanes
+    acc: Any = None  # [now or before the block, queries, D]
+
+
+@typed
+def forward(
+    q: Float[Array, "B _ _ D"],
+    k: Float[Array, "B H N D"],
+    v: Float[Array, "B H N D"],
+    tiles: Tiles,
+    first_head: Int[Array, "1"],
+    *,
+    first_tile: int = 0,
+    longest_run: int | None = None,
+    tiling: Tiling,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B _ R D"], Float32[Array, "B _ R"]]:
+    """Output and base-2 log-sum-exp of each tile's rows, R = tiles * tiling.queries; of unused tiles, anything.
+
+    Args:
+        q: Queries [B, heads, rows, D]: some of the heads, from `first_head` on. Tile g is block `first_tile` + g.
+        k, v: Keys and values; a run must end at least `tiling.keys` rows before the last.
+        tiles: The runs of keys of each tile [begin, end).
+        longest_run: No run is longer, if known: where a block holds it, steps keep no state.
+        tiling: Sizes of blocks; `tiling.queries` rows are a tile.
+    """
+    batch, heads, _, dim = q.shape
+    runs = tiles.table.shape[3] // 2
+    job = _Job(
+        tiling=tiling,
+        dim=dim,
+        runs=runs,
+        tiles=tiles.count,
+        per_head=tiles.table.shape[1] > 1,
+        heads=heads,
+        single=runs == 1 and longest_run is not None and longest_run + ROWS - 1 <= tiling.keys,
+        dtype=q.dtype,
+    )
+    table, most = _walk(tiles, tiling.keys)
+    rows, keys = tiling.queries, tiling.keys
+
+    def queries_at(b, h, g, j, table_ref, head_ref):
+        return b, h, first_tile + g, 0
+
+    def keys_at(b, h, g, j, table_ref, head_ref):
+        row, *_ = _block(table_ref, job.line(b, h, g), j, job)
+        return b, head_ref[0] + h, pl.multiple_of(row, ROWS), 0
+
+    one = (pl.squeezed, pl.squeezed)
+    key_block = pl.BlockSpec((*one, pl.Element(keys), pl.Element(dim)), keys_at)
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, job=job),
+        name="moc_forward",
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, heads, tiles.count * rows, dim), v.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, tiles.count * rows), jnp.float32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, heads, tiles.count, 1 if job.single else most),
+            in_specs=[pl.BlockSpec((*one, rows, dim), queries_at), key_block, key_block],
+            out_specs=(
+                pl.BlockSpec((*one, rows, dim), lambda b, h, g, *_: (b, h, g, 0)),
+                pl.BlockSpec((*one, 1, rows), lambda b, h, g, *_: (b, h, 0, g)),
+            ),
+            scratch_shapes=[
+                pltpu.VMEM((rows, LANES), jnp.float32),
+                *([] if job.single else [pltpu.VMEM((2, rows, LANES), jnp.float32)]),
+                *([] if job.single else [pltpu.VMEM((2, rows, dim), jnp.float32)]),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=device.vmem_limit(),
+        ),
+        cost_estimate=_cost(q, k, tiles, job, longest_run),
+        interpret=interpret,
+    )(table, first_head.astype(jnp.int32), q, k, v)
+    return out, lse[:, :, 0]
+
+
+def _walk(tiles: Tiles, keys: int) -> tuple[Int[Array, "_"], Int[Array, ""]]:
+    """The flat table, and the most blocks that any tile has. A run's line is (blocks up to its end, begin, end)."""
+    begin, end = tiles.table[..., 0::2].astype(jnp.int32), tiles.table[..., 1::2].astype(jnp.int32)
+    count = jnp.where(begin < end, -(-(end - begin // ROWS * ROWS) // keys), 0)
+    until = jnp.cumsum(count, axis=-1, dtype=jnp.int32)
+    return jnp.stack([until, begin, end], axis=-1).reshape(-1), jnp.maximum(jnp.max(until), 1)
+
+
+def _block(table_ref, line, j, job: _Job):
+    """(first row, low, high, blocks) of a tile's block j: its keys are the rows [low, high) of the block."""
+    keys = job.tiling.keys
+    blocks = table_ref[line + 3 * (job.runs - 1)]
+    step = jnp.clip(j, 0, jnp.maximum(blocks - 1, 0))
+    begin, end, before = table_ref[line + 1], table_ref[line + 2], jnp.int32(0)
+    for r in range(1, job.runs):
+        until = table_ref[line + 3 * (r - 1)]
+        here = step >= until
+        before = jnp.where(here, until, before)
+        begin = jnp.where(here, table_ref[line + 3 * r + 1], begin)
+        end = jnp.where(here, table_ref[line + 3 * r + 2], end)
+    begin = jnp.where(blocks > 0, begin, 0)
+    row = lax.div(begin, jnp.int32(ROWS)) * ROWS + (step - before) * keys
+    return row, jnp.maximum(begin - row, 0), jnp.minimum(end - row, keys), blocks
+
+
+def _cost(q, k, tiles: Tiles, job: _Job, longest_run: int | None) -> pl.CostEstimate:
+    """Of tiles that are all used, each with runs of the length given, or with its share of the keys."""
+    batch, heads, rows, _ = q.shape
+    longest = longest_run or -(-k.shape[2] // max(1, tiles.count))
+    pairs = batch * heads * tiles.count * job.tiling.queries * longest
+    size = q.dtype.itemsize
+    return pl.CostEstimate(
+        flops=4 * pairs * job.dim,
+        transcendentals=pairs,
+        bytes_accessed=batch * heads * (rows * job.dim * 2 * size + rows * 4 + 2 * k.shape[2] * job.dim * size),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- inside the kernel
+
+
+def _kernel(table_ref, first_head_ref, *refs, job: _Job):
+    refs = _Refs(table_ref, *refs)
+    t = job.tiling
+    assert refs.q.shape == (t.queries, job.dim), refs.q.shape
+    assert refs.k.shape == refs.v.shape == (t.keys, job.dim), refs.k.shape
+    b, h, g, j = (pl.program_id(i) for i in range(4))
+    _, low, high, blocks = _block(table_ref, job.line(b, h, g), j, job)
+    whole = (low == 0) & (high == t.keys)
+    used = j < blocks
+
+    @pl.when(used & (j == 0))
+    def _():
+        _take_reference(refs, low, high, job)
+
+    pl.when(used & whole)(lambda: _one_block(refs, j, None, job))
+    pl.when(used & ~whole)(lambda: _one_block(refs, j, (low, high), job))
+
+    if not job.single:
+
+        @pl.when(used & (j == blocks - 1))
+        def _():
+            for first in range(0, t.queries, t.compute_queries):
+                rows = pl.ds(first, t.compute_queries)
+                _write_out(refs, rows, refs.reference[rows], refs.sums[_NOW, rows], refs.acc[_NOW, rows])
+
+
+def _take_reference(refs: _Refs, low, high, job: _Job) -> None:
+    """(a)"""
+    t = job.tiling
+    keys = refs.k[pl.ds(0, t.reference_keys)]
+    for first in range(0, t.queries, t.compute_queries):
+        rows = pl.ds(first, t.compute_queries)
+        scores = _mask(_scores(refs.q[rows], keys, job), 0, (low, high), -math.inf)
+        largest = jnp.max(scores, axis=1, keepdims=True) * job.scale
+        refs.reference[rows] = jnp.broadcast_to(largest, (t.compute_queries, LANES))
+        if not job.single:
+            refs.sums[_NOW, rows] = jnp.zeros((t.compute_queries, LANES), jnp.float32)
+            refs.acc[_NOW, rows] = jnp.zeros((t.compute_queries, job.dim), jnp.float32)
+
+
+def _one_block(refs: _Refs, j, span, job: _Job) -> None:
+    """(b), (c) for a block; `span` of its rows are keys, or all of them."""
+    t = job.tiling
+    parts = [
+        (row, key) for row in range(0, t.queries, t.compute_queries) for key in range(0, t.keys, t.compute_keys)
+    ]  # fmt: skip
+    ready: list[Array] = []
+    issued = 0
+    worst = None
+    for index, (row, key) in enumerate(parts):
+        while issued < min(index + 1 + t.ahead, len(parts)):
+            r, c = parts[issued]
+            ready.append(_scores(refs.q[pl.ds(r, t.compute_queries)], refs.k[pl.ds(c, t.compute_keys)], job))
+            issued += 1
+        rows = pl.ds(row, t.compute_queries)
+        reference = refs.reference[rows]
+        if key == 0:
+            sums, acc = _keep_state(refs, rows, job)
+        weights = jnp.exp2(ready.pop(0) * job.scale - _across(reference, t.compute_keys))
+        weights = _mask(weights, key, span, 0.0)
+        sums = _plus(sums, _by_lane(weights))
+        values = refs.v[pl.ds(key, t.compute_keys)]
+        acc = _plus(acc, _product(weights.astype(values.dtype), values, A_B, job))
+        if key == t.keys - t.compute_keys:
+            worst = sums if worst is None else jnp.maximum(worst, sums)
+            if job.single:
+                _write_out(refs, rows, reference, sums, acc)
+            else:
+                refs.sums[_NOW, rows], refs.acc[_NOW, rows] = sums, acc
+    fine = jnp.max(worst) <= _LARGEST_SUM  # not so for NaN, which is one query's own and must not hide others
+    pl.when(~fine)(lambda: _again(refs, span, job))
+
+
+def _keep_state(refs: _Refs, rows, job: _Job):
+    """Sums and accumulator, kept also in case that the block must be computed again; None for 0.
+
+    Static places: with places that take turns, the compiler can't tell one from the other, and waits.
+    """
+    if job.single:
+        return None, None
+    sums, acc = refs.sums[_NOW, rows], refs.acc[_NOW, rows]
+    refs.sums[_BEFORE, rows], refs.acc[_BEFORE, rows] = sums, acc
+    return sums, acc
+
+
+def _again(refs: _Refs, span, job: _Job) -> None:
+    """(c) The block with a running maximum."""
+    t = job.tiling
+    size = math.gcd(_AGAIN_ROWS, t.queries)
+
+    def some_rows(i, _):
+        rows = pl.ds(pl.multiple_of(i * size, size), size)
+        reference = refs.reference[rows]
+        if job.single:
+            sums, acc = jnp.zeros((size, LANES), jnp.float32), jnp.zeros((size, job.dim), jnp.float32)
+        else:
+            sums, acc = refs.sums[_BEFORE, rows], refs.acc[_BEFORE, rows]
+        for key in range(0, t.keys, t.compute_keys):
+            scores = _scores(refs.q[rows], refs.k[pl.ds(key, t.compute_keys)], job) * job.scale
+            scores = _mask(scores, key, span, -math.inf)
+            new = jnp.maximum(reference, jnp.max(scores, axis=1, keepdims=True))
+            shrink = jnp.exp2(reference - new)
+            weights = jnp.exp2(scores - _across(new, t.compute_keys))
+            sums = sums * shrink + _by_lane(weights)
+            values = refs.v[pl.ds(key, t.compute_keys)]
+            acc = acc * _across(shrink, job.dim) + _product(weights.astype(values.dtype), values, A_B, job)
+            reference = new
+        if job.single:
+            _write_out(refs, rows, reference, sums, acc)
+        else:
+            refs.reference[rows], refs.sums[_NOW, rows], refs.acc[_NOW, rows] = reference, sums, acc
+        return 0
+
+    lax.fori_loop(0, t.queries // size, some_rows, 0)
+
+
+def _write_out(refs: _Refs, rows, reference, sums, acc) -> None:
+    """(d)"""
+    total = jnp.sum(sums, axis=1, keepdims=True)
+    refs.out[rows] = (acc / total).astype(refs.out.dtype)
+    refs.lse[:, rows] = _along_lanes(reference + jnp.log2(total))
+
+
+def _along_lanes(x):
+    """x [rows, lanes], equal on all lanes of a row, as [1, rows]."""
+    width = min(x.shape[0], LANES)
+    row = lax.broadcasted_iota(jnp.int32, (width, width), 0)
+    diagonal = row == lax.broadcasted_iota(jnp.int32, (width, width), 1)
+    parts = [
+        jnp.sum(jnp.where(diagonal, x[i : i + width, :width], 0.0), axis=0, keepdims=True)
+        for i in range(0, x.shape[0], width)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _scores(q, k, job: _Job):
+    return _product(q, k, A_BT, job)
+
+
+def _product(a, b, dimensions, job: _Job):
+    return lax.dot_general(a, b, dimensions, precision=job.precision, preferred_element_type=jnp.float32)
+
+
+def _plus(total, x):
+    return x if total is None else total + x
+
+
+def _across(x, width: int):
+    """x [rows, lanes], equal on all lanes of a row, as [rows, width]."""
+    if width <= LANES:
+        return x[:, :width]
+    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
+
+
+def _by_lane(x):
+    """x [rows, columns] summed to [rows, lanes]."""
+    width = x.shape[1]
+    if width < LANES:
+        return jnp.pad(x, ((0, 0), (0, LANES - width)))
+    return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, width, LANES)])
+
+
+def _mask(x, key: int, span, value: float):
+    """x [rows, columns], whose first column is key `key` of the block, with `value` outside of the span."""
+    if span is None:
+        return x
+    column = key + lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.where((column >= span[0]) & (column < span[1]), x, value)

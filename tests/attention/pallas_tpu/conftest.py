@@ -1,0 +1,20 @@
+"""The interpreter that runs TPU kernels on a CPU: races and reads out of bounds raise, fresh memory holds NaN."""
+
+import jax
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from moc_jax.attention.pallas_tpu import device
+
+
+@pytest.fixture
+def interpreter():
+    """Programs traced in the test run their kernels in the interpreter."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("the interpreter is for CPUs")
+    params = pltpu.InterpretParams(
+        detect_races=True, on_race="raise", out_of_bounds_reads="raise", uninitialized_memory="nan"
+    )
+    with device.interpreted(params):
+        yield params
+    pltpu.reset_tpu_interpret_mode_state()  # what a failed kernel leaves behind
