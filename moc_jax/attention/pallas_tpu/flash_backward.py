@@ -50,6 +50,9 @@ class Tiling:
     """Queries of a step."""
     at_once: int
     """Keys whose scores are computed at once: must divide a tile's rows."""
+    transposed: bool = False
+    """dq, dk and dv are summed with the head's dimension for rows, so that p and ds are what a matrix unit holds. Good
+    where D is less than the unit is wide: they fill it, while q, k and d_out fill a part."""
 
     def __post_init__(self):
         if min(self.block, self.at_once) < device.ROWS or self.block % device.ROWS or self.at_once % device.ROWS:
@@ -246,7 +249,8 @@ def _specs(job: Job) -> _Specs:
 
 def _scratch(job: Job, d_q_type) -> list[Any]:
     block, dim = job.tiling.block, job.dim
-    tile, total = pltpu.VMEM((job.rows, dim), job.dtype), pltpu.VMEM((job.rows, dim), jnp.float32)
+    tile = pltpu.VMEM((job.rows, dim), job.dtype)
+    total = pltpu.VMEM((dim, job.rows) if job.tiling.transposed else (job.rows, dim), jnp.float32)
     return [
         tile,
         tile,
@@ -332,9 +336,11 @@ def _open(refs: _Refs, job: Job, line):
 def _close(refs: _Refs, job: Job, line):
     """dk and dv leave."""
     mine = _mine(refs, job, line)
-    d_k = refs.d_k_sum_vmem[...] * (1 / math.sqrt(job.dim))
+    d_k, d_v = refs.d_k_sum_vmem[...] * (1 / math.sqrt(job.dim)), refs.d_v_sum_vmem[...]
+    if job.tiling.transposed:
+        d_k, d_v = d_k.T, d_v.T
     refs.d_k_vmem[...] = jnp.where(mine, d_k, 0.0).astype(refs.d_k_vmem.dtype)
-    refs.d_v_vmem[...] = jnp.where(mine, refs.d_v_sum_vmem[...], 0.0).astype(refs.d_v_vmem.dtype)
+    refs.d_v_vmem[...] = jnp.where(mine, d_v, 0.0).astype(refs.d_v_vmem.dtype)
 
 
 def _copy_out(refs: _Refs, job: Job, scene, head, block):
@@ -366,8 +372,9 @@ def _step(refs: _Refs, job: Job, scene, head, line, step):
     lse = refs.rows_vmem[0:1]
     counts = (column >= begin) & (column < end) & (lse < jnp.inf)
     lse, delta = jnp.where(counts, lse, jnp.inf), jnp.where(counts, refs.rows_vmem[1:2], 0.0)
+    add_keys = _add_keys_transposed if job.tiling.transposed else _add_keys
     for first in range(0, job.rows, job.tiling.at_once):
-        d_q = _add_keys(refs, job, lse, delta, pl.ds(first, job.tiling.at_once))
+        d_q = add_keys(refs, job, lse, delta, pl.ds(first, job.tiling.at_once))
         refs.d_q_sum_vmem[...] = d_q if first == 0 else refs.d_q_sum_vmem[...] + d_q
 
     pl.when(refs.leaving_smem[0] != _NONE)(functools.partial(_wait_left, refs, job))
@@ -383,12 +390,26 @@ def _step(refs: _Refs, job: Job, scene, head, line, step):
 def _add_keys(refs: _Refs, job: Job, lse, delta, keys):
     """Adds to dk and dv of some of the tile's keys; their part of dq, not scaled."""
     q, d_out, k, v = refs.q_vmem[...], refs.d_out_vmem[...], refs.keys_vmem[keys], refs.values_vmem[keys]
-    scores = _product(k, q, 1, 1)  # [keys, queries]
-    p = jnp.exp2(jnp.minimum(scores * (LOG2E / math.sqrt(job.dim)) - lse, 0.0))
+    p = _weights(k, q, lse)
     refs.d_v_sum_vmem[keys] += _product(p.astype(q.dtype), d_out, 1, 0)
     d_s = (p * (_product(v, d_out, 1, 1) - delta)).astype(q.dtype)
     refs.d_k_sum_vmem[keys] += _product(d_s, q, 1, 0)
     return _product(d_s.T, k, 1, 0)
+
+
+def _add_keys_transposed(refs: _Refs, job: Job, lse, delta, keys):
+    """The same, into sums [D, keys]."""
+    q, d_out, k, v = refs.q_vmem[...], refs.d_out_vmem[...], refs.keys_vmem[keys], refs.values_vmem[keys]
+    p = _weights(k, q, lse)
+    refs.d_v_sum_vmem[:, keys] += _product(d_out.T, p.astype(q.dtype), 1, 1)
+    d_s = (p * (_product(v, d_out, 1, 1) - delta)).astype(q.dtype)
+    refs.d_k_sum_vmem[:, keys] += _product(q.T, d_s, 1, 1)
+    return _product(k.T, d_s, 1, 0).T
+
+
+def _weights(k, q, lse):
+    """p [keys, queries]; at most 1 also where k is 0 for a mask."""
+    return jnp.exp2(jnp.minimum(_product(k, q, 1, 1) * (LOG2E / math.sqrt(q.shape[-1])) - lse, 0.0))
 
 
 def _product(left, right, left_axis: int, right_axis: int):

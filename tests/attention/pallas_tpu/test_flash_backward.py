@@ -29,6 +29,7 @@ class Case:
     dtype: str = "float32"
     scale: float = 1.0
     at_once: int = 16
+    transposed: bool = False
     silent: tuple[int, ...] = ()
     """Queries whose log-sum-exp is +inf."""
 
@@ -50,6 +51,7 @@ CASES = {
     "unused tiles": Case(lines=(((0, 5, 32, 0, 0), (16, 16, 48, 20, 40), (0, 0, 0, 0, 0), (8, 9, 30, 40, 33)),)),
     "some of the heads, a table for each": Case(
         lines=(((0, 0, 32, 0, 20), (32, 32, 64, 20, 48)), ((24, 30, 50, 1, 48), (0, 0, 0, 0, 0))),
+        transposed=True,
         all_heads=4,
         first_head=1,
     ),
@@ -67,7 +69,9 @@ CASES = {
     "two scenes": Case(lines=(((0, 0, 32, 3, 9), (24, 32, 56, 2, 16)),), batch=2, queries=16, heads=1),
     "huge logits": Case(lines=(((0, 0, 32, 0, 48), (32, 35, 60, 7, 40)),), scale=40.0),
     "bfloat16": Case(lines=(((0, 0, 32, 0, 48), (32, 35, 60, 7, 40)),), dtype="bfloat16", silent=(0, 1)),
-    "bfloat16 picks": Case(lines=(((0, 0, 32, 0, 16), (32, 35, 60, 17, 40)),), dtype="bfloat16", accumulate=False),
+    "bfloat16 picks": Case(
+        lines=(((0, 0, 32, 0, 16), (32, 35, 60, 17, 40)),), dtype="bfloat16", accumulate=False, transposed=True
+    ),
 }
 
 
@@ -130,7 +134,7 @@ def _run(case: Case, arrays, table, interpret):
         Tiles(jnp.asarray(table, jnp.int32)),
         jnp.asarray([case.first_head], jnp.int32),
         rows=ROWS,
-        tiling=Tiling(block=BLOCK, at_once=case.at_once),
+        tiling=Tiling(block=BLOCK, at_once=case.at_once, transposed=case.transposed),
         accumulate=case.accumulate,
         interpret=interpret,
     )
