@@ -53,6 +53,29 @@ def candidate_chunks(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
     return candidates
 
 
+@typed
+def pickable_chunks(table: ChunkTable) -> Bool[Array, "B C"]:
+    """Chunks that some query might pick: video, and not empty."""
+    return (table.kind == VIDEO) & (table.length > 0)
+
+
+@typed
+def candidate_runs(table: ChunkTable, cfg: MoCConfig) -> tuple[Int[Array, "B C"], Int[Array, "B C"], Int[Array, "B C"]]:
+    """`candidate_chunks` for kernels: (first, second, end), by the query's chunk.
+
+    The candidates are the pickable chunks in [0, first) and [second, end). With causal routing or no self anchor the
+    second run is empty.
+    """
+    candidates = candidate_chunks(table, cfg)
+    chunks = candidates.shape[-1]
+    chunk = jnp.arange(chunks, dtype=jnp.int32)[None, None]
+    barred = pickable_chunks(table)[:, None] & ~candidates
+    first = jnp.min(jnp.where(barred, chunk, chunks), axis=-1)
+    second = jnp.min(jnp.where(candidates & (chunk > first[:, :, None]), chunk, chunks), axis=-1)
+    end = jnp.max(jnp.where(candidates, chunk + 1, 0), axis=-1)
+    return jnp.minimum(first, end), second, end
+
+
 def _visible(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
     real = table.kind != PAD
     seen = real[:, :, None] & real[:, None, :]
