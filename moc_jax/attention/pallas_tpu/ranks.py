@@ -1,0 +1,196 @@
+"""How many earlier tokens of the same head picked the same chunk: a counting sort's ranks, without a sort.
+
+Chunks lie on sublanes and tokens on lanes.
+
+(a) Membership. m[c, n] = 1 if one of token n's picks is chunk c: K comparisons of the picks [1, 128] with the chunks.
+(b) Prefix. m times a triangle of ones counts, for each token and chunk, the tokens of the same 128 that picked the
+    chunk, up to the token itself. 0 and 1 are exact in bfloat16, and so are the sums in float32.
+(c) Running counts [C, 128], the same in every lane, stay in VMEM from one block of tokens to the next; (b) plus those,
+    less one, is the rank of whoever picked the chunk, and the last token's prefix adds to them.
+(d) rank_i = the sum over chunks of (c) where the chunk is pick i: K selections and sums of 8 x 128. Read with a stride,
+    the sums of 8 x 128 tokens fill a register, so that the last sum, over sublanes, is elementwise too.
+
+Tiles of chunks past the last pick of a block of tokens are skipped: with causal routing that is half of them. FLOPs:
+2 * B * H * N * 128 * C, halved by that. Bytes: 8 * B * H * N * K, the picks and their ranks. The vector work, 4 K + 3
+instructions for 8 x 128 pairs of chunk and token, hides the products.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moc_jax.attention.pallas_tpu import device
+from moc_jax.shapes import Array, Int, Int32, typed
+
+_NOTHING = -1
+_SUBLANES, _LANES = device.ROWS, device.LANES
+_MOST_TOKENS = 2**24  # what float32 counts exactly
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Tokens of a grid step and chunks of a tile."""
+
+    block: int
+    chunks: int = 32
+
+    def __post_init__(self):
+        if self.block % _LANES or self.chunks % (2 * _SUBLANES):
+            raise ValueError(
+                f"{self}: block must be a multiple of {_LANES}, and chunks of {2 * _SUBLANES}, which is what a "
+                "register of bfloat16 holds"
+            )
+
+    @classmethod
+    def of(cls, tokens: int, slots: int) -> Self:
+        """What suits so many tokens with so many picks: blocks as long as the unrolled code stays small."""
+        block = min(4096 if slots <= 8 else 1024, -(-tokens // _LANES) * _LANES)
+        if block > _SUBLANES * _LANES:  # what a block must be a multiple of, if there are several
+            block = block // (_SUBLANES * _LANES) * (_SUBLANES * _LANES)
+        return cls(block=block)
+
+
+@typed
+def ranks(
+    routes: Int[Array, "B H N K"],
+    chunks: int,
+    *,
+    tiling: Tiling | None = None,
+    interpret: Any = None,
+) -> tuple[Int32[Array, "B H N K"], Int32[Array, "B H C"]]:
+    """The rank of each pick among its head's picks of the same chunk, in the order of tokens, and the picks per chunk.
+
+    Ranks are -1 where routes are.
+
+    Args:
+        routes: Picked chunks; a token picks none twice, and -1 is no chunk.
+        chunks: C.
+        tiling: None: what suits the sizes.
+        interpret: As of `pallas_call`; None: what `device.interpreter` says.
+
+    Raises:
+        NotImplementedError: More tokens than float32 counts exactly.
+    """
+    batch, heads, tokens, slots = routes.shape
+    if tokens > _MOST_TOKENS:
+        raise NotImplementedError(f"{tokens} tokens; ranks are exact up to {_MOST_TOKENS} tokens of a scene")
+    if slots == 0 or tokens == 0:
+        return jnp.zeros(routes.shape, jnp.int32), jnp.zeros((batch, heads, chunks), jnp.int32)
+    tiling = tiling or Tiling.of(tokens, slots)
+    padding = -tokens % tiling.block
+    routes = jnp.swapaxes(routes.astype(jnp.int32), 2, 3)
+    routes = jnp.pad(routes, ((0, 0), (0, 0), (0, 0), (0, padding)), constant_values=_NOTHING)
+    routes = routes.reshape(batch * heads, slots, -1, _LANES)
+    rank, counts = _call(routes, chunks, tiling, interpret)
+    rank = jnp.swapaxes(rank.reshape(batch, heads, slots, -1), 2, 3)[:, :, :tokens]
+    return rank, counts[:, :chunks, 0].reshape(batch, heads, chunks)
+
+
+def _call(routes, chunks, tiling, interpret):
+    """The ranks of routes [B * H, K, N / 128, 128], and counts [B * H, padded C, 128], the same in every lane."""
+    heads, slots, groups, _ = routes.shape
+    rows, padded = tiling.block // _LANES, pl.cdiv(chunks, tiling.chunks) * tiling.chunks
+    blocks = groups // rows
+    last = jnp.max(routes.reshape(heads, slots, blocks, tiling.block), axis=(1, 3))
+    used = (last + tiling.chunks) // tiling.chunks
+    block = pl.BlockSpec((None, slots, rows, _LANES), lambda h, n, _: (h, 0, n, 0))
+    return pl.pallas_call(
+        functools.partial(_kernel, tiling=tiling),
+        name="moc_ranks",
+        out_shape=(
+            jax.ShapeDtypeStruct(routes.shape, jnp.int32),
+            jax.ShapeDtypeStruct((heads, padded, _LANES), jnp.int32),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(heads, blocks),
+            in_specs=[block],
+            out_specs=(block, pl.BlockSpec((None, padded, _LANES), lambda h, n, _: (h, 0, 0))),
+            scratch_shapes=[
+                pltpu.VMEM((padded, _LANES), jnp.float32),
+                pltpu.VMEM((slots, rows * _SUBLANES, _LANES), jnp.float32),
+            ],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * heads * groups * _LANES**2 * padded, bytes_accessed=2 * routes.nbytes, transcendentals=0
+        ),
+        interpret=device.interpreter() if interpret is None else interpret,
+    )(used.astype(jnp.int32).reshape(-1), routes)
+
+
+def _kernel(
+    used_smem_ref,  # [B * H * blocks]: tiles of chunks that hold picks of the block's tokens
+    routes_vmem_ref,  # [K, block / 128, 128]
+    rank_vmem_ref,  # the same
+    counts_vmem_ref,  # [padded C, 128]
+    seen_vmem_ref,  # [padded C, 128]: tokens so far that picked the chunk, the same in every lane
+    sums_vmem_ref,  # [K, block / 16, 128]: rows 8 g to 8 g + 7 add up to the rank of the g-th 128 tokens
+    *,
+    tiling,
+):
+    assert routes_vmem_ref.shape == rank_vmem_ref.shape
+    assert counts_vmem_ref.shape == seen_vmem_ref.shape
+    rows = routes_vmem_ref.shape[1]
+    assert rows * _LANES == tiling.block
+
+    @pl.when(pl.program_id(1) == 0)
+    def _start():
+        seen_vmem_ref[...] = jnp.zeros(seen_vmem_ref.shape, jnp.float32)
+
+    used = used_smem_ref[pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
+
+    @pl.when(used == 0)
+    def _nothing_picked():
+        rank_vmem_ref[...] = jnp.full(rank_vmem_ref.shape, _NOTHING, jnp.int32)
+
+    @pl.when(used > 0)
+    def _rank():
+        one_tile = functools.partial(_one_tile, routes_vmem_ref, seen_vmem_ref, sums_vmem_ref, tiling)
+        one_tile(0, first=True)
+        pl.loop(1, used)(one_tile)
+        for i in range(routes_vmem_ref.shape[0]):
+            parts = [sums_vmem_ref[i, pl.ds(s, rows, _SUBLANES)] for s in range(_SUBLANES)]
+            rank = functools.reduce(jnp.add, parts).astype(jnp.int32)
+            rank_vmem_ref[i] = jnp.where(routes_vmem_ref[i] < 0, _NOTHING, rank)
+
+    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+    def _finish():
+        counts_vmem_ref[...] = seen_vmem_ref[...].astype(jnp.int32)
+
+
+def _one_tile(routes_vmem_ref, seen_vmem_ref, sums_vmem_ref, tiling, tile, *, first=False):
+    """Adds what a tile of chunks has to the ranks of all tokens, which the first tile starts."""
+    slots = routes_vmem_ref.shape[0]
+    groups = range(0, tiling.chunks, _SUBLANES)
+    sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
+    earlier = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0)
+    up_to = jnp.where(earlier <= lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 1), 1.0, 0.0).astype(jnp.bfloat16)
+    begin = pl.multiple_of(tile * tiling.chunks, tiling.chunks)
+    seen = [seen_vmem_ref[pl.ds(begin + i, _SUBLANES)] for i in groups]
+    for group in range(routes_vmem_ref.shape[1]):
+        # Picks less the sublane are equal to the first of eight chunks.
+        routes = [routes_vmem_ref[i, group : group + 1] - sublane for i in range(slots)]
+        rows = slice(group * _SUBLANES, (group + 1) * _SUBLANES)
+        picked = [[route == begin + i for route in routes] for i in groups]
+        members = [jnp.where(functools.reduce(jnp.logical_or, slots_), 1.0, 0.0) for slots_ in picked]
+        prefix = jnp.dot(
+            jnp.concatenate(members).astype(jnp.bfloat16), up_to, preferred_element_type=jnp.float32
+        )  # [chunks, 128]
+        sums = [None if first else sums_vmem_ref[i, rows] for i in range(slots)]
+        for j, i in enumerate(groups):
+            rank = prefix[i : i + _SUBLANES] + (seen[j] - 1)
+            for slot in range(slots):
+                term = jnp.where(picked[j][slot], rank, 0.0)
+                sums[slot] = term if sums[slot] is None else sums[slot] + term
+            seen[j] += jnp.broadcast_to(prefix[i : i + _SUBLANES, _LANES - 1 :], sublane.shape)
+        for slot in range(slots):
+            sums_vmem_ref[slot, rows] = sums[slot]
+    for j, i in enumerate(groups):
+        seen_vmem_ref[pl.ds(begin + i, _SUBLANES)] = seen[j]

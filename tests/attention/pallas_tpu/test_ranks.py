@@ -1,0 +1,80 @@
+"""Ranks of picks against counting them one after the other: interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moc_jax.attention.pallas_tpu import ranks as kernel
+
+SMALL = kernel.Tiling(block=256, chunks=16)
+
+
+def counted(routes, chunks):
+    batch, heads, tokens, _ = routes.shape
+    rank, counts = np.full(routes.shape, -1), np.zeros((batch, heads, chunks), int)
+    for b, h, n in np.ndindex(batch, heads, tokens):
+        for i, chunk in enumerate(routes[b, h, n]):
+            if chunk >= 0:
+                rank[b, h, n, i] = counts[b, h, chunk]
+                counts[b, h, chunk] += 1
+    return rank, counts
+
+
+def picks(tokens, chunks, slots, *, first=0, seed=0):
+    """Routes [2, 2, tokens, slots] of chunks from `first` on, none twice; a third of the slots are empty."""
+    rng = np.random.default_rng(seed)
+    order = rng.permuted(np.tile(np.arange(first, chunks), (2, 2, tokens, 1)), axis=-1)[..., :slots]
+    return np.where(rng.random(order.shape) < 1 / 3, -1, order).astype(np.int32)
+
+
+def check(routes, chunks, **options):
+    rank, counts = kernel.ranks(jnp.asarray(routes), chunks, **options)
+    want_rank, want_counts = counted(routes, chunks)
+    np.testing.assert_array_equal(rank, want_rank)
+    np.testing.assert_array_equal(counts, want_counts)
+
+
+def test_ranks_are_those_of_counting(interpreter):
+    """Two blocks of 256 tokens, the second not full, and three tiles of 16 chunks, the last not full."""
+    check(picks(400, 41, 3), 41, tiling=SMALL)
+
+
+def test_blocks_without_picks_keep_the_counts(interpreter):
+    """Picks of the first chunks, then none, then of the last chunks, then one chunk by all."""
+    routes = picks(1024, 30, 2)
+    routes[:, :, :256] = picks(256, 8, 2)
+    routes[:, :, 256:512] = -1
+    routes[:, :, 512:768] = picks(256, 30, 2, first=20)
+    routes[:, :, 768:] = np.array([-1, 29])
+    check(routes, 30, tiling=SMALL)
+
+
+def test_more_slots_than_chunks_and_few_tokens(interpreter):
+    routes = np.pad(picks(5, 3, 3), ((0, 0),) * 3 + ((0, 2),), constant_values=-1)
+    check(routes, 3)
+
+
+def test_nothing_to_rank():
+    rank, counts = kernel.ranks(jnp.zeros((1, 2, 10, 0), jnp.int32), 4)
+    assert rank.shape == (1, 2, 10, 0)
+    np.testing.assert_array_equal(counts, np.zeros((1, 2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "block"), [(64, 5, 128), (1_100, 5, 1024), (180_504, 7, 4096), (180_504, 24, 1024)]
+)
+def test_blocks_suit_the_sizes(tokens, slots, block):
+    assert kernel.Tiling.of(tokens, slots) == kernel.Tiling(block=block)
+
+
+@pytest.mark.parametrize("sizes", [{"block": 100}, {"block": 512, "chunks": 24}])
+def test_blocks_are_whole_registers(sizes):
+    with pytest.raises(ValueError, match="must be a multiple of"):
+        kernel.Tiling(**sizes)
+
+
+def test_more_tokens_than_float32_counts_are_refused():
+    routes = jax.ShapeDtypeStruct((1, 1, 2**24 + 1, 1), jnp.int32)
+    with pytest.raises(NotImplementedError, match="16777217 tokens"):
+        jax.eval_shape(lambda routes: kernel.ranks(routes, 4), routes)
