@@ -79,6 +79,8 @@ class ChunkTable:
     chunk_of: Int[Array, "B N"]  # chunk of each token; -1 for padding tokens
     text_tokens: int = dataclasses.field(metadata={"static": True})  # tokens [0, text_tokens) are the text block
     max_chunk: int = dataclasses.field(metadata={"static": True})  # no video chunk is longer
+    # No scene has more shots, or captions beside the global one; None: no more than there are chunks.
+    max_shots: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def token_kind(self) -> Int[Array, "B N"]:
@@ -173,6 +175,7 @@ def chunk_table(lengths: SceneLengths, shape: SceneShape, chunk: ChunkConfig) ->
         chunk_of=_chunk_of(start, length, shape.tokens),
         text_tokens=shape.text_tokens,
         max_chunk=min(chunk.size * unit, shape.video_tokens),
+        max_shots=shape.shots,
     )
 
 
@@ -223,6 +226,7 @@ def table_from_runs(runs: list[list[tuple[int, int, int]]], *, text_tokens: int,
         chunk_of=_chunk_of(start, length, text_tokens + video_tokens),
         text_tokens=text_tokens,
         max_chunk=int(max([1, *np.asarray(length)[kind == VIDEO]])),
+        max_shots=max(len({of_shot for of_kind, of_shot, _ in scene if of_shot != GLOBAL}) for scene in runs),
     )
 
 

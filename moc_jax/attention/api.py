@@ -7,13 +7,19 @@ import jax
 
 from moc_jax.attention import reference, routing, xla
 from moc_jax.attention.pallas_gpu import attend as pallas_gpu
-from moc_jax.attention.pallas_gpu import device, router
+from moc_jax.attention.pallas_gpu import device as gpu
+from moc_jax.attention.pallas_gpu import router as gpu_router
+from moc_jax.attention.pallas_tpu import attend as pallas_tpu
+from moc_jax.attention.pallas_tpu import device as tpu
+from moc_jax.attention.pallas_tpu import router as tpu_router
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, Key, typed
 
 _ROUTE_BLOCK = 2048  # queries scored at a time
 _DROP_BLOCK = 4096  # queries whose picks are dropped at a time, where scores take no memory
+_BACKENDS = {"reference": reference, "xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
+_KERNELS = {"pallas_gpu": (gpu, gpu_router), "pallas_tpu": (tpu, tpu_router)}
 _log = logging.getLogger(__name__)
 
 
@@ -48,8 +54,8 @@ def moc_attention(
     _check_sizes(q, table)
     if routes is None:
         routes = route(q, k, table, cfg, key=key)
-    backends = {"reference": reference.attend, "xla": xla.attend, "pallas_gpu": pallas_gpu.attend}
-    return backends[backend_name(cfg, q, k, v)](q, k, v, routes, table, cfg)
+    backend = backend_name(cfg, q, k, v)
+    return _BACKENDS[backend].attend(q, k, v, routes, table, cfg)
 
 
 @typed
@@ -71,7 +77,8 @@ def route(
     if key is not None and key.ndim == 0:
         key = scene_keys(key, q.shape[0], q.shape[2])
     backend = backend_name(cfg, q, k)
-    if backend == "pallas_gpu":
+    if backend in _KERNELS:
+        device, router = _KERNELS[backend]
         device.check(q, k, k)
         q, k = jax.lax.stop_gradient((q, k))
         picks = router.select(q, routing.descriptors(k, table), table, cfg, interpret=device.interpreter())
@@ -98,21 +105,28 @@ def backend_name(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None = None, 
     dimension, and `others`, k and v, have the same type), else `xla`."""
     if cfg.backend != "auto":
         return cfg.backend
-    kernels = device.is_hopper() and router.can_select(cfg)
-    kind = ""
+    here = "pallas_gpu" if gpu.is_hopper() else "pallas_tpu" if tpu.is_target() else "xla"
+    kernels, kind = here in _KERNELS, ""
+    if kernels:
+        device, router = _KERNELS[here]
+        kernels = router.can_select(cfg) and (q is None or device.can_do(q))
     if q is not None:
-        kernels &= device.can_do(q) and all(x.dtype == q.dtype for x in others)
+        kernels &= all(x.dtype == q.dtype for x in others)
         types = "/".join(dict.fromkeys(str(x.dtype) for x in (q, *others)))
         kind = f"{types}, head dimension {q.shape[-1]}, "
-    _say_which(kernels, f"{kind}top_k {cfg.top_k} on {jax.devices()[0].device_kind}")
-    return "pallas_gpu" if kernels else "xla"
+    _say_which(here if kernels else "xla", f"{kind}top_k {cfg.top_k} on {_where()}")
+    return here if kernels else "xla"
+
+
+def _where() -> str:
+    return f"TPU {tpu.chip()}" if tpu.is_target() else jax.devices()[0].device_kind
 
 
 @functools.cache
-def _say_which(kernels: bool, what: str) -> None:
+def _say_which(backend: str, what: str) -> None:
     """Once for each kind of attention: which backend `auto` took."""
-    if kernels:
-        _log.info("attention by the Hopper kernels: %s", what)
+    if backend in _KERNELS:
+        _log.info("attention by the kernels of %s: %s", backend, what)
     else:
         level = logging.INFO if jax.default_backend() == "cpu" else logging.WARNING  # nobody expects kernels on a CPU
         _log.log(level, "attention by plain XLA: there are no kernels for %s", what)

@@ -47,9 +47,9 @@ class MoCConfig:
     """Training: Poisson rate of further random candidates added per query."""
     max_drop_in: int = 2
     """Training: static slots for drop-in; more than this many are cut."""
-    backend: Literal["auto", "reference", "xla", "pallas_gpu"] = "auto"
+    backend: Literal["auto", "reference", "xla", "pallas_gpu", "pallas_tpu"] = "auto"
     """`reference` is the dense-mask float32 oracle; `xla` runs on any device with memory linear in tokens;
-    `pallas_gpu` has kernels for Hopper GPUs, and `auto` takes them there."""
+    `pallas_gpu` has kernels for Hopper GPUs, `pallas_tpu` for TPUs, and `auto` takes them there."""
 
     def __post_init__(self):
         check(self.top_k >= 0, f"moc.top_k is {self.top_k}; it counts chunks, so it must be 0 or more")

@@ -7,8 +7,12 @@ compile as users do.
 The Hopper kernels know bfloat16 and heads of 64 or 128, tests have heads of 16 because their oracles are plain Python.
 For `pallas_gpu`, `qkv` draws bfloat16 and the functions here pad heads with zeros to 64. With queries times
 sqrt(64 / 16) = 2, which is exact, logits / sqrt(D) are the same numbers.
+
+The TPU kernels run everywhere, in Pallas' interpreter: races and reads out of bounds raise, fresh memory holds NaN.
+A step of their grid takes it some ten milliseconds, so blocks are small, but not the smallest.
 """
 
+import contextlib
 import dataclasses
 import math
 from unittest import mock
@@ -19,26 +23,50 @@ import numpy as np
 
 from moc_jax.attention import api, xla
 from moc_jax.attention.pallas_gpu import device
+from moc_jax.attention.pallas_tpu import device as tpu
+from moc_jax.attention.pallas_tpu import flash, flash_backward, tuning
+from tests.attention.interpreter import INTERPRETER
 
-# The kernels are held to the whole suite where they run: on a Hopper GPU.
-BACKENDS = ("reference", "xla", *(["pallas_gpu"] if device.is_hopper() else []))
-# Those that know float32 and can share an oracle's results, and those with inputs of their own.
+# All kernels are held to the whole suite where they run: those for Hopper on such a GPU.
+BACKENDS = ("reference", "xla", *(["pallas_gpu"] if device.is_hopper() else ["pallas_tpu"]))
+# Those that know float32 and can share an oracle's results, and those with inputs of their own, or too slow to share.
 FAMILIES = [BACKENDS[:2], *([name] for name in BACKENDS[2:])]
 
 _FAST = {"xla_backend_optimization_level": 0}
 _SMALL = xla.Tiling(anchor_tile=8, anchor_block=8, routed_tile=8, routed_block=8)
+_SMALL_TPU = tuning.Blocks(
+    anchors=flash.Tiling(queries=32, keys=64, compute_queries=32, compute_keys=64, ahead=0),
+    text=flash.Tiling(queries=16, keys=64, compute_queries=16, compute_keys=64, ahead=0),
+    picks=flash.Tiling(queries=32, keys=24, compute_queries=32, compute_keys=24, ahead=0),
+    gradient_keys=32,
+    anchor_gradients=flash_backward.Tiling(block=96, at_once=32),
+    pick_gradient_keys=24,
+    pick_gradients=flash_backward.Tiling(block=32, at_once=24),
+)
 
 
 def moc_attention(q, k, v, table, cfg, **options):
-    """`api.moc_attention` for any head size."""
+    """`api.moc_attention` for any head size, and with TPU kernels interpreted."""
     if cfg.backend != "pallas_gpu":
-        return api.moc_attention(q, k, v, table, cfg, **options)
+        with _interpreted(cfg, q):
+            return api.moc_attention(q, k, v, table, cfg, **options)
     return api.moc_attention(*_widened(q, k, v), table, cfg, **options)[..., : v.shape[-1]]
 
 
 def route(q, k, table, cfg, **options):
-    """`api.route` for any head size."""
-    return api.route(*(_widened(q, k) if cfg.backend == "pallas_gpu" else (q, k)), table, cfg, **options)
+    """`api.route` for any head size, and with TPU kernels interpreted."""
+    with _interpreted(cfg, q):
+        return api.route(*(_widened(q, k) if cfg.backend == "pallas_gpu" else (q, k)), table, cfg, **options)
+
+
+@contextlib.contextmanager
+def _interpreted(cfg, q):
+    if cfg.backend != "pallas_tpu":
+        yield
+        return
+    small = mock.patch.object(tuning, "blocks", return_value=_SMALL_TPU) if q.shape[1] < 128 else contextlib.nullcontext()
+    with tpu.interpreted(INTERPRETER), small:
+        yield
 
 
 def _widened(q, *others):

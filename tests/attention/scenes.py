@@ -9,7 +9,7 @@ from tests.attention.oracle import Chunk
 
 # One static size for all small tests, so that every config compiles once: lengths are data.
 BATCH, HEADS, HEAD_DIM = 2, 2, 16
-TEXT_TOKENS, VIDEO_TOKENS, CHUNKS, LONGEST_CHUNK = 12, 52, 16, 17
+TEXT_TOKENS, VIDEO_TOKENS, CHUNKS, LONGEST_CHUNK, SHOTS = 12, 52, 16, 17, 5
 TOKENS = TEXT_TOKENS + VIDEO_TOKENS
 
 
@@ -44,7 +44,9 @@ def table_of(
             chunk_of[b, chunk.tokens] = c
             assert chunk.kind != VIDEO or chunk.length <= max_chunk
     kind, shot, start, length = (jnp.asarray(rows[..., i], jnp.int32) for i in range(4))
-    return ChunkTable(kind, shot, start, length, jnp.asarray(chunk_of, jnp.int32), text_tokens, max_chunk)
+    shots = max((chunk.shot + 1 for scene in scenes for chunk in scene), default=0)
+    assert shots <= SHOTS
+    return ChunkTable(kind, shot, start, length, jnp.asarray(chunk_of, jnp.int32), text_tokens, max_chunk, SHOTS)
 
 
 # Two shots of uneven chunks beside three shots, one of them empty and one without a caption; both with padding.

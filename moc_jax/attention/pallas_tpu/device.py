@@ -61,6 +61,11 @@ def is_tpu() -> bool:
     return jax.default_backend() == "tpu"
 
 
+def is_target() -> bool:
+    """Whether programs are for a TPU: this machine's, or one that is compiled for."""
+    return is_tpu() or _compiled_for.get() is not None
+
+
 def chip() -> str:
     """The kind of TPU that programs are traced for."""
     if _compiled_for.get() is not None:
@@ -79,7 +84,7 @@ def can_do(q: Array | jax.ShapeDtypeStruct) -> bool:
 
 def check(q: Array, k: Array, v: Array) -> None:
     """Raises NotImplementedError where the kernels can't run."""
-    if not (is_tpu() or _compiled_for.get() is not None or interpreter()):
+    if not (is_target() or interpreter()):
         raise NotImplementedError(
             f'backend "pallas_tpu" needs a TPU, not {jax.devices()[0].device_kind}; use backend="auto" or "xla"'
         )

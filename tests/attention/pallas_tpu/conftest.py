@@ -5,6 +5,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention.pallas_tpu import device
+from tests.attention.interpreter import INTERPRETER
 
 
 @pytest.fixture
@@ -12,9 +13,6 @@ def interpreter():
     """Programs traced in the test run their kernels in the interpreter."""
     if jax.default_backend() != "cpu":
         pytest.skip("the interpreter is for CPUs")
-    params = pltpu.InterpretParams(
-        detect_races=True, on_race="raise", out_of_bounds_reads="raise", uninitialized_memory="nan"
-    )
-    with device.interpreted(params):
-        yield params
+    with device.interpreted(INTERPRETER):
+        yield INTERPRETER
     pltpu.reset_tpu_interpret_mode_state()  # what a failed kernel leaves behind

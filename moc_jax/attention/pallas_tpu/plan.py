@@ -1,0 +1,278 @@
+"""A scene's chunks -> the order of its queries and the tiles of the kernels. Integer work on tables of chunks.
+
+Tokens that share their anchors form a *segment*: each caption, and each shot where the own shot is an anchor, else each
+chunk. Queries are laid out segment after segment, each from a whole tile on (`Order`), so that no tile crosses a
+segment and all of a tile's rows read the same runs of keys. Keys and values stay where they are: runs are rows of
+memory. Rows of the order that hold no token have zeros for queries and nothing to read.
+
+For the gradients of keys, segments are cut into tiles of keys, which walk runs of the ordered queries.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moc_jax.attention.pallas_tpu.device import ROWS
+from moc_jax.attention.pallas_tpu.tiles import Tiles
+from moc_jax.attention.pallas_tpu.tuning import Blocks
+from moc_jax.attention.runs import Runs, anchor_runs, reader_runs
+from moc_jax.attention.schedule import Schedule
+from moc_jax.config import MoCConfig
+from moc_jax.scene import TEXT, VIDEO, ChunkTable
+from moc_jax.shapes import Array, Bool, Int
+
+_PART = 24  # blocks of queries that a tile of text keys walks in one go: about as many as a shot has
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Where queries lie: captions first, each from a multiple of a text tile on, then video."""
+
+    token_of_row: Int[Array, "B R"]  # -1: none
+    row_of_token: Int[Array, "B N"]  # 0 for padding tokens
+    chunk_of_row: Int[Array, "B R"]  # the first chunk of the row's segment; -1: none
+    text_rows: int = dataclasses.field(metadata={"static": True})  # rows before the video's; whole tiles of video
+
+    @property
+    def rows(self) -> int:
+        return self.token_of_row.shape[1]
+
+
+class Cut(NamedTuple):
+    """Runs of memory cut into tiles of keys."""
+
+    owner: Int[Array, "B G"]  # whose each tile is; unused tiles: 0
+    row: Int[Array, "B G"]  # first row of memory, a multiple of 8
+    begin: Int[Array, "B G"]  # keys of the tile: rows [begin, end) of memory; none if unused
+    end: Int[Array, "B G"]
+    row_of_token: Int[Array, "B N"]  # where a token's row lies among the rows of all tiles; 0 if in none
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the anchors' kernels walk."""
+
+    order: Order
+    text: Tiles  # queries of captions over keys
+    video: Tiles  # queries of video over keys
+    anchored: Bool[Array, "B R"]  # rows that have anchors
+    keys: Tiles  # keys over queries
+    key_row: Int[Array, "B N"]  # where a token's gradients lie among the rows of `keys`
+    anchors: bool = dataclasses.field(metadata={"static": True})  # False: nothing has any, whatever the lengths
+    text_parts: int = dataclasses.field(metadata={"static": True})  # times that the first tile of text is repeated
+    text_tiles: int = dataclasses.field(metadata={"static": True})  # how many of `keys` text has each time
+
+
+def plan(table: ChunkTable, cfg: MoCConfig, blocks: Blocks) -> Plan:
+    """The tiles of scenes under a config."""
+    lead, begin, end = _segments(table, by_shot(cfg))
+    order = _order(table, lead, begin, end, by_shot(cfg), blocks)
+    runs = anchor_runs(table, cfg)
+    some = jnp.any(runs.begin < runs.end, axis=1)
+    any_anchors = cfg.mode == "dense" or cfg.self_anchor != "none" or table.text_tokens > 0 or cfg.top_k == 0
+    text, video = slice(0, order.text_rows), slice(order.text_rows, None)
+    keys, key_row, parts, tiles = _key_tiles(table, cfg, lead, begin, end, order, blocks)
+    return Plan(
+        order=order,
+        text=_query_tiles(order.chunk_of_row[:, text], runs, blocks.text_queries),
+        video=_query_tiles(order.chunk_of_row[:, video], runs, blocks.queries),
+        anchored=(order.chunk_of_row >= 0) & jnp.take_along_axis(some, jnp.maximum(order.chunk_of_row, 0), axis=1),
+        keys=keys,
+        key_row=key_row,
+        anchors=any_anchors,
+        text_parts=parts,
+        text_tiles=tiles,
+    )
+
+
+def by_shot(cfg: MoCConfig) -> bool:
+    """Whether the video queries of a shot share their anchors."""
+    return cfg.mode == "dense" or cfg.self_anchor in ("shot", "none")
+
+
+def pick_tiles(schedule: Schedule, table: ChunkTable) -> Tiles:
+    """Sorted queries [B, H, slots] over the chunk that each tile picks."""
+    used = schedule.pair_of_slot[..., 0] >= 0
+    begin, end = (
+        jnp.take_along_axis(x[:, None], schedule.tile_chunk, axis=2) for x in (table.start, table.start + table.length)
+    )
+    return Tiles(jnp.stack([jnp.where(used, begin, 0), jnp.where(used, end, 0)], axis=-1))
+
+
+def reader_tiles(schedule: Schedule, cut: Cut) -> Tiles:
+    """Chunks, cut into tiles of keys, over the sorted queries that pick them."""
+    index = jnp.broadcast_to(cut.owner[:, None], (*schedule.chunk_begin.shape[:2], cut.owner.shape[1]))
+    begin, end = (jnp.take_along_axis(x, index, axis=2) for x in (schedule.chunk_begin, schedule.chunk_end))
+    used = (cut.begin < cut.end)[:, None]
+    lines = [jnp.broadcast_to(x[:, None], begin.shape) for x in (cut.row, cut.begin, cut.end)]
+    return Tiles(jnp.stack([*lines, jnp.where(used, begin, 0), jnp.where(used, end, 0)], axis=-1))
+
+
+def cut_chunks(table: ChunkTable, rows: int) -> Cut:
+    """Every video chunk cut into tiles of keys."""
+    video = table.kind == VIDEO
+    of = jnp.where(table.valid & (table.token_kind == VIDEO), table.chunk_of, -1)
+    most = min(table.kind.shape[1], table.chunk_of.shape[1])
+    return _cut(jnp.where(video, table.start, 0), jnp.where(video, table.start + table.length, 0), of, rows, most)
+
+
+def _segments(table: ChunkTable, by_shot: bool):
+    """The first chunk of each chunk's segment, and for first chunks where their segment begins and ends."""
+    batch, chunks = table.kind.shape
+    index = jnp.broadcast_to(jnp.arange(chunks)[None], (batch, chunks))
+    lead = index
+    if by_shot:
+        video = table.kind == VIDEO
+        follows = video[:, 1:] & video[:, :-1] & (table.shot[:, 1:] == table.shot[:, :-1])
+        lead = lax.cummax(jnp.where(jnp.pad(follows, ((0, 0), (1, 0))), 0, index), axis=1)
+    member = (lead[:, None, :] == index[:, :, None]) & (table.length > 0)[:, None, :]
+    far = table.chunk_of.shape[1]
+    begin = jnp.min(jnp.where(member, table.start[:, None], far), axis=-1)
+    end = jnp.max(jnp.where(member, (table.start + table.length)[:, None], 0), axis=-1)
+    return lead, jnp.minimum(begin, end), end
+
+
+def _most(table: ChunkTable, by_shot: bool) -> tuple[int, int]:
+    """The most captions and video segments that scenes of this shape have."""
+    chunks = table.kind.shape[1]
+    shots = chunks if table.max_shots is None else table.max_shots
+    video = table.chunk_of.shape[1] - table.text_tokens
+    return min(chunks, shots + 1, table.text_tokens), min(shots if by_shot else chunks, chunks, video)
+
+
+def _order(table: ChunkTable, lead, begin, end, by_shot: bool, blocks: Blocks) -> Order:
+    captions, segments = _most(table, by_shot)
+    tokens = table.chunk_of.shape[1]
+    text_rows = _up(table.text_tokens + captions * (blocks.text_queries - 1), blocks.align)
+    rows = text_rows + _up(tokens - table.text_tokens + segments * (blocks.align - 1), blocks.align)
+    size, first = end - begin, jnp.zeros_like(begin)
+    for kind, align, offset in ((TEXT, blocks.text_queries, 0), (VIDEO, blocks.align, text_rows)):
+        room = jnp.where(table.kind == kind, _up(size, align), 0)
+        first = jnp.where(table.kind == kind, offset + jnp.cumsum(room, axis=1) - room, first)
+
+    of = jnp.where(table.valid, jnp.take_along_axis(lead, jnp.maximum(table.chunk_of, 0), axis=1), -1)
+    token = jnp.arange(tokens)[None]
+    row = token + jnp.take_along_axis(first - begin, jnp.maximum(of, 0), axis=1)
+
+    # Segments start at whole tiles, so finding the segment of each tile is enough.
+    step = blocks.text_queries
+    tile = jnp.arange(0, rows, step)[None, None]
+    here = (first[..., None] <= tile) & (tile < (first + _up(size, step))[..., None])  # [B, C, tiles]
+    segment = jnp.argmax(here, axis=1)
+    there = jnp.repeat(jnp.any(here, axis=1), step, axis=1)
+    first_of, begin_of, size_of = (
+        jnp.repeat(jnp.take_along_axis(x, segment, axis=1), step, axis=1) for x in (first, begin, size)
+    )
+    inside = jnp.arange(rows)[None] - first_of
+    there &= inside < size_of
+    return Order(
+        token_of_row=jnp.where(there, begin_of + inside, -1).astype(jnp.int32),
+        row_of_token=jnp.where(of >= 0, row, 0).astype(jnp.int32),
+        chunk_of_row=jnp.where(there, jnp.repeat(segment, step, axis=1), -1).astype(jnp.int32),
+        text_rows=text_rows,
+    )
+
+
+def _query_tiles(chunk_of_row: Int[Array, "B R"], runs: Runs, size: int) -> Tiles:
+    """Tiles of `size` rows over the runs of the segment that each tile's first row is of."""
+    lead = chunk_of_row[:, ::size]
+    index = jnp.broadcast_to(jnp.maximum(lead, 0)[:, None], (*runs.begin.shape[:2], lead.shape[1]))
+    begin, end = (jnp.where(lead[:, None] >= 0, jnp.take_along_axis(x, index, axis=2), 0) for x in runs)
+    lines = jnp.stack([begin, end], axis=-1)  # [B, R, G, 2]
+    return Tiles(jnp.moveaxis(lines, 1, 2).reshape(*lead.shape, -1)[:, None])
+
+
+def _key_tiles(table: ChunkTable, cfg: MoCConfig, lead, begin, end, order: Order, blocks: Blocks):
+    """(tiles, row of each token, times that text's tiles are repeated, number of them)."""
+    readers = reader_runs(table, cfg)
+    # The same runs as rows of the order: a run's first and last token belong to somebody, so they have rows.
+    last = jnp.take_along_axis(order.row_of_token[:, None], jnp.maximum(readers.end - 1, 0), axis=2) + 1
+    first = jnp.take_along_axis(
+        order.row_of_token[:, None], jnp.minimum(readers.begin, table.chunk_of.shape[1] - 1), axis=2
+    )
+    some = readers.begin < readers.end
+    readers = Runs(jnp.where(some, first, 0), jnp.where(some, last, 0))
+
+    captions, segments = _most(table, by_shot(cfg))
+    of = jnp.where(table.valid, jnp.take_along_axis(lead, jnp.maximum(table.chunk_of, 0), axis=1), -1)
+    all_alike = cfg.visibility == "scene" and (cfg.mode == "dense" or cfg.text_anchor == "all")
+    if not all_alike or table.text_tokens == 0:
+        cut = _cut(begin, end, of, blocks.gradient_keys, captions + segments)
+        return Tiles(_lines(cut, readers)[:, None]), cut.row_of_token, 0, 0
+
+    # Keys of text that all read have more readers than any others by far: their tiles come in parts, each with its
+    # share of the readers, so that all tiles take about as many steps.
+    is_text = table.kind == TEXT
+    text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1)
+    count = -(-table.text_tokens // blocks.gradient_keys)
+    parts = -(-order.rows // (_PART * blocks.gradient_queries))
+    text = _text_lines(readers, is_text, text_end, parts, count, order.rows, blocks)
+    cut = _cut(begin, jnp.where(is_text, begin, end), of, blocks.gradient_keys, segments)
+    token = jnp.arange(table.chunk_of.shape[1])[None]
+    shift = parts * count * blocks.gradient_keys
+    row = jnp.where(token < text_end[:, None], token, cut.row_of_token + shift)
+    return Tiles(jnp.concatenate([text, _lines(cut, readers)], axis=1)[:, None]), row, parts, count
+
+
+def _text_lines(readers: Runs, is_text, text_end, parts: int, count: int, rows: int, blocks: Blocks):
+    """The tiles of all text, `parts` times: part 0 has the text's readers, each its share of the video's."""
+    # All captions have the same readers, so the union over them is each one's own.
+    here = is_text[:, None] & (readers.begin < readers.end)
+    begin = jnp.min(jnp.where(here, readers.begin, rows), axis=2)  # [B, 2]
+    end = jnp.max(jnp.where(here, readers.end, 0), axis=2)
+    share = _up(-(-rows // parts), blocks.gradient_queries)
+    part = jnp.arange(parts)[None]
+    video = jnp.maximum(begin[:, 1:], part * share), jnp.minimum(end[:, 1:], (part + 1) * share)
+    text = jnp.broadcast_to(begin[:, :1], video[0].shape), jnp.where(part == 0, end[:, :1], 0)
+    row = jnp.tile(jnp.arange(count) * blocks.gradient_keys, parts)[None]
+    until = jnp.minimum(text_end[:, None], row + blocks.gradient_keys)
+    runs = [jnp.repeat(x, count, axis=1) for x in (*text, *video)]
+    begin_end = [jnp.broadcast_to(x, until.shape) for x in (row, row, until)]
+    return jnp.stack([*begin_end, *runs], axis=-1)
+
+
+def _lines(cut: Cut, readers: Runs):
+    """Lines of tiles of keys [B, G, 3 + 2 R]."""
+    index = jnp.broadcast_to(cut.owner[:, None], (*readers.begin.shape[:2], cut.owner.shape[1]))
+    used = (cut.begin < cut.end)[:, None]
+    runs = jnp.stack([jnp.where(used, jnp.take_along_axis(x, index, axis=2), 0) for x in readers], axis=-1)
+    runs = jnp.moveaxis(runs, 1, 2).reshape(*cut.owner.shape, -1)
+    return jnp.concatenate([jnp.stack([cut.row, cut.begin, cut.end], axis=-1), runs], axis=-1)
+
+
+def _cut(begin, end, owner_of_token, rows: int, most: int) -> Cut:
+    """Tiles of `rows` rows for the runs [begin, end) of each owner, at most `most` of which are not empty."""
+    tokens = owner_of_token.shape[1]
+    first = begin // ROWS * ROWS
+    counts = jnp.where(begin < end, -(-(end - first) // rows), 0)
+    ends = jnp.cumsum(counts, axis=1)
+    capacity = (tokens + most * (rows + ROWS - 2)) // rows
+    tile = jnp.arange(capacity)
+    owner = jnp.sum(ends[:, None, :] <= tile[None, :, None], axis=-1)
+    used = owner < begin.shape[1]
+    owner = jnp.where(used, owner, 0)
+    first_here, before_here, begin_here, end_here = (
+        jnp.take_along_axis(x, owner, axis=1) for x in (first, ends - counts, begin, end)
+    )
+    row = first_here + rows * (tile[None] - before_here)
+
+    of = jnp.maximum(owner_of_token, 0)
+    token = jnp.arange(tokens)[None]
+    there = (owner_of_token >= 0) & (token < jnp.take_along_axis(end, of, axis=1))
+    place = token + jnp.take_along_axis((ends - counts) * rows - first, of, axis=1)
+    return Cut(
+        owner,
+        jnp.where(used, row, 0),
+        jnp.where(used, jnp.maximum(begin_here, row), 0),
+        jnp.where(used, jnp.minimum(end_here, row + rows), 0),
+        jnp.where(there, place, 0),
+    )
+
+
+def _up(x, unit: int):
+    return -(-x // unit) * unit
