@@ -114,21 +114,20 @@ def gradients(
             scratch_shapes=_scratch(job, d_q_type),
         ),
         input_output_aliases={7: 0} if accumulate else {},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_vmem(),
-            disable_bounds_checks=True,  # 160 cycles of every step; the interpreter has them
-        ),
+        compiler_params=_compiler_params(),
         cost_estimate=job.cost(pairs),
         interpret=interpret,
     )(_lines(tiles, tiling.block), first_head.astype(jnp.int32), *operands)
     return d_q, d_k, d_v
 
 
-def _vmem() -> int:
-    """Bytes of VMEM of the chip that the program is for."""
-    chip = device.chip().removeprefix("tpu")
-    return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(chip), 1).vmem_capacity_bytes
+def _compiler_params() -> pltpu.CompilerParams:
+    chip = pltpu.ChipVersion(device.chip().removeprefix("tpu"))
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+        vmem_limit_bytes=pltpu.get_tpu_info_for_chip(chip, 1).vmem_capacity_bytes,
+        disable_bounds_checks=True,  # 160 cycles of every step; the interpreter has them
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
