@@ -11,7 +11,7 @@ Chunks lie on sublanes and tokens on lanes.
     the sums of 8 x 128 tokens fill a register, so that the last sum, over sublanes, is elementwise too.
 
 Tiles of chunks past the last pick of a block of tokens are skipped: with causal routing that is half of them. FLOPs:
-2 * B * H * N * 128 * C, halved by that. Bytes: 8 * B * H * N * K, the picks and their ranks. The vector work, 4 K + 3
+2 * B * H * N * 128 * C, halved by that. Bytes: 8 * B * H * N * K, the picks and their ranks. The vector work, 4 K + 6
 instructions for 8 x 128 pairs of chunk and token, hides the products.
 """
 
@@ -183,12 +183,11 @@ def _one_tile(routes_vmem_ref, seen_vmem_ref, sums_vmem_ref, tiling, tile, *, fi
         prefix = jnp.dot(
             jnp.concatenate(members).astype(jnp.bfloat16), up_to, preferred_element_type=jnp.float32
         )  # [chunks, 128]
-        sums = [None if first else sums_vmem_ref[i, rows] for i in range(slots)]
+        sums = [jnp.zeros(sublane.shape) if first else sums_vmem_ref[i, rows] for i in range(slots)]
         for j, i in enumerate(groups):
             rank = prefix[i : i + _SUBLANES] + (seen[j] - 1)
             for slot in range(slots):
-                term = jnp.where(picked[j][slot], rank, 0.0)
-                sums[slot] = term if sums[slot] is None else sums[slot] + term
+                sums[slot] += jnp.where(picked[j][slot], rank, 0.0)
             seen[j] += jnp.broadcast_to(prefix[i : i + _SUBLANES, _LANES - 1 :], sublane.shape)
         for slot in range(slots):
             sums_vmem_ref[slot, rows] = sums[slot]

@@ -46,17 +46,16 @@ _SUBLANES, _LANES = device.ROWS, device.LANES
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Tokens of a grid step, tokens of one product, and chunks of a tile."""
+    """Tokens of a grid step and chunks of a tile."""
 
     block: int
-    lanes: int = 512
     chunks: int = 32
 
     def __post_init__(self):
-        if self.block % self.lanes or self.lanes % _LANES or self.chunks % (2 * _SUBLANES):
+        if self.block % _LANES or self.chunks % (2 * _SUBLANES):
             raise ValueError(
-                f"{self}: block must be a multiple of lanes, lanes of {_LANES}, and chunks of {2 * _SUBLANES}, "
-                "which is what a register of bfloat16 holds"
+                f"{self}: block must be a multiple of {_LANES}, and chunks of {2 * _SUBLANES}, which is what a "
+                "register of bfloat16 holds"
             )
 
     @property
@@ -71,7 +70,7 @@ class Tiling:
         block = min(most, -(-tokens // _LANES) * _LANES)
         if block > _SUBLANES * _LANES:  # what a block of picks must be a multiple of, if there are several
             block = block // (_SUBLANES * _LANES) * (_SUBLANES * _LANES)
-        return cls(block=block, lanes=512 if block % 512 == 0 else _LANES)
+        return cls(block=block)
 
 
 def can_select(cfg: MoCConfig) -> bool:
@@ -246,26 +245,24 @@ def _one_tile(q_vmem_ref, phi_vmem_ref, runs_vmem_ref, lists, tiling, split, til
     values_vmem_ref, chunks_vmem_ref = lists
     top_k = values_vmem_ref.shape[0]
     sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
-    phi = phi_vmem_ref[tile]
-    for begin in range(0, tiling.block, tiling.lanes):
-        scores = _scores(q_vmem_ref[begin : begin + tiling.lanes], phi, tiling.chunks)
-        for token in range(begin, begin + tiling.lanes, _LANES):
-            rows = slice(token // _LANES * _SUBLANES, (token // _LANES + 1) * _SUBLANES)
-            lanes = slice(token - begin, token - begin + _LANES)
-            runs = [runs_vmem_ref[i : i + 1, token : token + _LANES] - sublane for i in range(3 if split else 1)]
-            best = [], []
-            if not first:
-                best = tuple([ref[i, rows] for i in range(top_k)] for ref in lists)
-            for r, row in enumerate(scores):
-                best = _insert(best, row[:, lanes], tile * tiling.chunks + r * _SUBLANES, runs, top_k)
-            for i in range(top_k):
-                held = i < len(best[0])
-                values_vmem_ref[i, rows] = best[0][i] if held else jnp.full(sublane.shape, -jnp.inf)
-                chunks_vmem_ref[i, rows] = best[1][i] if held else jnp.full(sublane.shape, _NOTHING)
+    scores = _scores(q_vmem_ref[...], phi_vmem_ref[tile], tiling.chunks)
+    for group in range(tiling.block // _LANES):
+        lanes = slice(group * _LANES, (group + 1) * _LANES)
+        rows = slice(group * _SUBLANES, (group + 1) * _SUBLANES)
+        runs = [runs_vmem_ref[i : i + 1, lanes] - sublane for i in range(3 if split else 1)]
+        best = [], []
+        if not first:
+            best = tuple([ref[i, rows] for i in range(top_k)] for ref in lists)
+        for r, row in enumerate(scores):
+            best = _insert(best, row[:, lanes], tile * tiling.chunks + r * _SUBLANES, runs, top_k)
+        for i in range(top_k):
+            held = i < len(best[0])
+            values_vmem_ref[i, rows] = best[0][i] if held else jnp.full(sublane.shape, -jnp.inf)
+            chunks_vmem_ref[i, rows] = best[1][i] if held else jnp.full(sublane.shape, _NOTHING)
 
 
 def _scores(q, phi, chunks):
-    """Scores of q [lanes, D] with phi [parts * chunks, D]: chunks / 8 times [8, lanes]."""
+    """Scores of q [block, D] with phi [parts * chunks, D]: chunks / 8 times [8, block]."""
     products = lax.dot_general(
         phi,
         q,

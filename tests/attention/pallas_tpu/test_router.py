@@ -55,7 +55,7 @@ def test_three_parts_hold_every_bit_that_counts(scale):
     table = table_of(PAIR)
     phi = scale * np.random.default_rng(0).standard_normal((BATCH, HEADS, 16, 64)).astype(np.float32)
     phi[0, 0, 2, 0] = np.inf
-    parts = np.asarray(router._parts(jnp.asarray(phi), table, router.Tiling(block=128, lanes=128), jnp.bfloat16))
+    parts = np.asarray(router._parts(jnp.asarray(phi), table, router.Tiling(block=128), jnp.bfloat16))
     assert parts.shape == (BATCH * HEADS, 1, 3 * 32, 64)
     total = np.asarray(parts, np.float64).reshape(BATCH, HEADS, 4, 3, 8, 64).sum(axis=3).reshape(BATCH, HEADS, 32, 64)
     assert np.isnan(total[:, :, 16:]).all(), "a row of padding"
@@ -121,7 +121,7 @@ def test_several_tiles_of_chunks_and_blocks_of_tokens(interpreter):
     scenes = [cut(3, (2, [9] * 20), (1, [8] * 19)), cut(1, (0, [3, 30] * 5), (0, [11] * 9), (2, [40]))]
     table = table_of(scenes, tokens=400, chunks=44, max_chunk=40)
     q, phi, table, _ = inputs(jnp.bfloat16, "integers", scenes, table, tokens=400)
-    cfg, tiling = dataclasses.replace(NO_ANCHORS, top_k=5), router.Tiling(block=256, lanes=128, chunks=16)
+    cfg, tiling = dataclasses.replace(NO_ANCHORS, top_k=5), router.Tiling(block=256, chunks=16)
     got = check(q, jnp.round(phi), table, cfg, tiling=tiling)
     assert got.max() >= 32, "a pick in the last tile"
 
@@ -135,14 +135,14 @@ def test_no_picks(interpreter):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "block", "lanes"),
-    [(64, 5, 128, 128), (1_000, 5, 1024, 512), (1_100, 5, 1024, 512), (6_300, 3, 4096, 512), (180_504, 16, 2048, 512)],
+    ("tokens", "top_k", "block"),
+    [(64, 5, 128), (1_000, 5, 1024), (1_100, 5, 1024), (6_300, 3, 4096), (180_504, 16, 2048)],
 )
-def test_blocks_suit_the_sizes(tokens, top_k, block, lanes):
-    assert router.Tiling.of(tokens, top_k) == router.Tiling(block=block, lanes=lanes)
+def test_blocks_suit_the_sizes(tokens, top_k, block):
+    assert router.Tiling.of(tokens, top_k) == router.Tiling(block=block)
 
 
-@pytest.mark.parametrize("sizes", [{"block": 100}, {"block": 768, "lanes": 512}, {"block": 512, "chunks": 24}])
+@pytest.mark.parametrize("sizes", [{"block": 100}, {"block": 512, "chunks": 24}])
 def test_blocks_are_whole_registers(sizes):
     with pytest.raises(ValueError, match="must be a multiple of"):
         router.Tiling(**sizes)
