@@ -42,6 +42,8 @@ _SMALL_TPU = tuning.Blocks(
     anchor_gradients=flash_backward.Tiling(block=96, at_once=32),
     pick_gradient_keys=24,
     pick_gradients=flash_backward.Tiling(block=32, at_once=24),
+    window=96,
+    window_step=32,
 )
 
 

@@ -2,33 +2,35 @@
 
 (a) Order. Queries are laid out segment after segment, each from a whole tile on; keys and values go head-major.
 (b) Anchors. Tiles of queries walk at most three runs of keys.
-(c) Picks. (query, chunk) pairs are sorted by chunk; their queries are gathered, so that a tile reads one chunk.
-(d) Merge. A query gathers its picks' outputs and weighs them and its anchors' by 2^(lse - max).
+(c) Picks. Queries are spread to slots sorted by the chunk that they pick, so that a tile of slots reads one chunk.
+(d) Merge. A query weighs its pairs' outputs and its anchors' by 2^(lse - max).
 
 Backward, with the merged output o and log-sum-exp L, every part's gradients follow from o and L alone
-(flash_backward.py); a query sums its pairs' gradients by the same gather. Nothing is scattered, no sum depends on
-timing: the same bits on every run.
+(flash_backward.py); a query adds up its pairs' gradients on the same way back. No sum depends on timing: the same bits
+on every run.
 
-Bytes: pairs' queries and outputs take 2 * N * K * D * 2 bytes for each head, so heads go in groups that keep a buffer
-within 1 GiB. FLOPs: 4 * D per attended pair forward, 10 * D backward.
+Bytes: a pair's query and output take 6 * D bytes of bfloat16 in memory, so heads go in groups. FLOPs: 4 * D per
+attended pair forward, 10 * D backward.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moc_jax.attention.pallas_tpu import device, flash, flash_backward, tuning
+from moc_jax.attention.pallas_tpu import device, flash, flash_backward, pairs, tuning
+from moc_jax.attention.pallas_tpu.pairs import Placement
 from moc_jax.attention.pallas_tpu.plan import Order, Plan, cut_chunks, pick_tiles, plan, reader_tiles
 from moc_jax.attention.pallas_tpu.tuning import Blocks
-from moc_jax.attention.schedule import Schedule, group_by_chunk, tile_capacity
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, typed
 
-_BUFFER = 2**30  # bytes of one buffer of sorted rows
+_BUFFER = 5 * 2**29  # bytes of a buffer of pairs' outputs
+_STATISTICS = device.LANES  # columns of a query's log-sum-exp and delta: what a row of memory has at least
 
 
 class _Static(NamedTuple):
@@ -57,145 +59,169 @@ def attend(
     blocks = tuning.blocks(cfg, table, dim, q.dtype)
     with jax.named_scope("moc_attention"):
         plan_ = plan(table, cfg, blocks)
-        schedule = _sort_picks(routes, plan_.order, table, blocks)
-        if schedule is None and not plan_.anchors:
+        placement = _place(routes, plan_.order, table, blocks, dim)
+        if placement is None and not plan_.anchors:
             return jnp.zeros(q.shape, v.dtype)
-        slots = 0 if schedule is None else schedule.pair_of_slot.shape[2] * blocks.picks.queries
-        groups = _head_groups(heads, batch * slots * dim * q.dtype.itemsize)
+        rows = 0 if placement is None else batch * placement.slots
+        groups = _head_groups(heads, rows * pairs.packed_width(dim, q.dtype) * 4)
         static = _Static(blocks, groups, table.max_chunk, device.interpreter())
-        return _attend(q, k, v, plan_, schedule, table, static)
+        return _attend(q, k, v, plan_, placement, table, static)
 
 
 def _head_groups(heads: int, bytes_per_head: int) -> int:
-    """The fewest equal groups of heads whose sorted rows fit the buffer; one head each if none do."""
+    """The fewest equal groups of heads whose pairs' outputs fit the buffer; one head each if none do."""
     return next((g for g in range(1, heads) if heads % g == 0 and heads // g * bytes_per_head <= _BUFFER), heads)
 
 
-def _sort_picks(routes, order: Order, table: ChunkTable, blocks: Blocks) -> Schedule | None:
-    """The picks' pairs of each scene sorted by chunk (arrays [B, H, ...]), queries in their order; None if there are
-    no slots."""
-    if routes.shape[-1] == 0:
+def _place(routes, order: Order, table: ChunkTable, blocks: Blocks, dim: int) -> Placement | None:
+    """Slots for the picks of the ordered queries; None if there are none whatever the lengths."""
+    picks, chunks = routes.shape[-1], table.kind.shape[1]
+    if picks == 0:
         return None
     # An empty chunk is as good as none: its tile would have no keys.
     length = jnp.take_along_axis(table.length[:, None, None], jnp.maximum(routes, 0), axis=3)
     routes = _to_order(jnp.swapaxes(jnp.where(length > 0, routes, -1), 1, 2), order, -1)
-    pairs = table.chunk_of.shape[1] * routes.shape[-1]
-    sort = functools.partial(
-        group_by_chunk, chunks=table.kind.shape[1], tile=blocks.picks.queries, most_pairs=pairs
-    )
-    if routes.shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], sort(routes[0]))
-    return jax.vmap(sort)(routes)
+    window = blocks.window or pairs.window_rows(order.rows, picks, dim, chunks)
+    step = blocks.window_step or pairs.STEP
+    most = table.chunk_of.shape[1] * picks
+    return pairs.place(routes, chunks, blocks.picks.queries, most, window=window, step=step)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, plan: Plan, schedule: Schedule | None, table, static):
-    return _forward(q, k, v, plan, schedule, table, static)[0]
+def _attend(q, k, v, plan: Plan, placement: Placement | None, table, static):
+    return _forward(q, k, v, plan, placement, table, static)[0]
 
 
-def _forward(q, k, v, plan: Plan, schedule, table, static: _Static):
+def _forward(q, k, v, plan: Plan, placement, table, static: _Static):
     """Arrays [B, N, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
     queries, keys, values = _to_order(q, plan.order, 0), _head_major(k, static), _head_major(v, static)
     anchors = _anchors(queries, keys, values, plan, static) if plan.anchors else None
+    if placement is None:
+        out, lse = anchors
+        out = jnp.where(plan.anchored[:, None, :, None], out, jnp.zeros((), out.dtype))
+        return _from_order(out, plan.order, table), out, lse
 
     def one_group(heads):
-        parts = []
-        if anchors is not None:
-            rows, lse = (_of(heads, x) for x in anchors)
-            parts.append((rows, None, jnp.where(plan.anchored[:, None], lse, -jnp.inf)))
-        if schedule is not None:
-            out, lse = flash.forward(
-                take_rows(queries, rows_of_slots(schedule, heads), heads),
-                keys,
-                values,
-                _of(heads, pick_tiles(schedule, table)),
-                heads.operand,
-                longest_run=static.longest_chunk,
-                tiling=static.blocks.picks,
-                interpret=static.interpret,
-            )
-            for slot in slots_of_pairs(schedule, heads):
-                slot_lse = jnp.where(slot >= 0, take_at(lse, slot), -jnp.inf)
-                parts.append((out, slot, slot_lse))
-        return merge(parts, v.dtype)
+        here = heads.of(placement)
+        outputs = flash.forward(
+            pairs.spread(heads.of(queries), here, interpret=static.interpret),
+            keys,
+            values,
+            pick_tiles(here, table),
+            heads.operand,
+            longest_run=static.longest_chunk,
+            packed=True,
+            tiling=static.blocks.picks,
+            interpret=static.interpret,
+        )
+        return pairs.merge(
+            outputs,
+            here,
+            None if anchors is None else heads.of(anchors),
+            rows=queries.shape[2],
+            dim=q.shape[3],
+            dtype=v.dtype,
+            interpret=static.interpret,
+        )
 
-    shape = queries.shape
-    like = jax.ShapeDtypeStruct(shape, v.dtype), jax.ShapeDtypeStruct(shape[:3], jnp.float32)
+    like = jax.ShapeDtypeStruct(queries.shape, v.dtype), jax.ShapeDtypeStruct(queries.shape[:3], jnp.float32)
     out, lse = _by_group(one_group, like, (1, 1), q.shape[2], static.groups)
     return _from_order(out, plan.order, table), out, lse
 
 
 def _anchors(queries, keys, values, plan: Plan, static: _Static):
-    """Output and log-sum-exp of the anchors [B, H, R, D] and [B, H, R]; rows without anchors hold anything."""
+    """Output and log-sum-exp of the anchors [B, H, R, D] and [B, H, R]; anything and -inf for rows without."""
     blocks = static.blocks
     run = functools.partial(flash.forward, queries, keys, values, interpret=static.interpret)
     first_head = jnp.zeros(1, jnp.int32)
-    video = run(plan.video, first_head, first_tile=plan.order.text_rows // blocks.queries, tiling=blocks.anchors)
-    if plan.order.text_rows == 0:
-        return video
-    text = run(plan.text, first_head, tiling=blocks.text)
-    return tuple(jnp.concatenate(pair, axis=2) for pair in zip(text, video, strict=True))
+    found = [run(plan.video, first_head, first_tile=plan.order.text_rows // blocks.queries, tiling=blocks.anchors)]
+    if plan.order.text_rows:
+        found.insert(0, run(plan.text, first_head, tiling=blocks.text))
+    out, lse = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
+    return out, jnp.where(plan.anchored[:, None], lse, -jnp.inf)
 
 
-def _attend_forward(q, k, v, plan, schedule, table, static):
-    result, out, lse = _forward(q, k, v, plan, schedule, table, static)
-    return result, (q, k, v, plan, schedule, table, out, lse)
+def _attend_forward(q, k, v, plan, placement, table, static):
+    result, out, lse = _forward(q, k, v, plan, placement, table, static)
+    return result, (q, k, v, plan, placement, table, out, lse)
 
 
 def _attend_backward(static: _Static, residuals, d_result):
-    q, k, v, plan, schedule, table, out, lse = residuals
-    blocks = static.blocks
+    q, k, v, plan, placement, table, out, lse = residuals
     queries, keys, values = _to_order(q, plan.order, 0), _head_major(k, static), _head_major(v, static)
     d_out = _to_order(d_result.astype(q.dtype), plan.order, 0)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, H, R]
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # rows with nothing to attend to, and without a token
-    inputs = queries, keys, values, d_out, lse, delta
-    gradients = functools.partial(flash_backward.gradients, interpret=static.interpret)
-    if plan.anchors:
-        anchors = gradients(
-            *inputs,
-            plan.keys,
-            jnp.zeros(1, jnp.int32),
-            rows=blocks.gradient_keys,
-            tiling=blocks.anchor_gradients,
-            accumulate=True,
-        )
+    inputs = _Inputs(queries, keys, values, d_out, lse, delta)
+    anchors = _anchor_gradients(inputs, plan, static) if plan.anchors else None
 
     def one_group(heads):
-        d_q, d_k, d_v = [], [], []
-        if plan.anchors:
-            of_queries, of_keys, of_values = (_of(heads, x) for x in anchors)
-            d_q.append(of_queries.astype(jnp.float32))
+        d_q, d_k, d_v = None, [], []
+        if anchors is not None:
+            d_q, of_keys, of_values = heads.of(anchors)
             for parts, rows in ((d_k, of_keys), (d_v, of_values)):
                 parts.append(_key_rows(rows, plan.key_row, table))
-                parts += _other_text_parts(rows, plan, table, blocks)
-        if schedule is not None:
-            rows = rows_of_slots(schedule, heads)
-            empty = _of(heads, schedule.pair_of_slot).reshape(rows.shape) < 0
-            cut = cut_chunks(table, blocks.pick_gradient_keys)
-            of_pairs, of_keys, of_values = gradients(
-                take_rows(queries, rows, heads),
-                keys,
-                values,
-                take_rows(d_out, rows, heads),
-                jnp.where(empty, jnp.inf, take_at(_of(heads, lse), rows)),
-                take_at(_of(heads, delta), rows),
-                reader_tiles(_of(heads, schedule), cut),
-                heads.operand,
-                rows=blocks.pick_gradient_keys,
-                tiling=blocks.pick_gradients,
-                accumulate=blocks.pick_gradient_keys < static.longest_chunk + device.ROWS - 1,
-            )
-            for slot in slots_of_pairs(schedule, heads):
-                d_q.append(jnp.where((slot >= 0)[..., None], take_at(of_pairs, slot).astype(jnp.float32), 0.0))
+                parts += _other_text_parts(rows, plan, table, static.blocks)
+        if placement is not None:
+            here, cut = heads.of(placement), cut_chunks(table, static.blocks.pick_gradient_keys)
+            of_pairs, of_keys, of_values = _pick_gradients(inputs, here, cut, table, heads, static)
+            d_q = pairs.add(of_pairs, here, d_q, rows=queries.shape[2], dtype=q.dtype, interpret=static.interpret)
             for parts, rows in ((d_k, of_keys), (d_v, of_values)):
                 parts.append(_key_rows(rows, cut.row_of_token, table))
-        d_q = functools.reduce(jnp.add, d_q).astype(q.dtype)
-        return d_q, *(functools.reduce(jnp.add, x).astype(q.dtype) for x in (d_k, d_v))
+        return d_q.astype(q.dtype), *(functools.reduce(jnp.add, x).astype(q.dtype) for x in (d_k, d_v))
 
     like = tuple(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (queries, k, v))
     d_q, d_k, d_v = _by_group(one_group, like, (1, 2, 2), q.shape[2], static.groups)
     return _from_order(d_q, plan.order, table), d_k, d_v, None, None, None
+
+
+class _Inputs(NamedTuple):
+    """What gradients follow from; queries in their order."""
+
+    queries: Array  # [B, H, R, D]
+    keys: Array  # [B, H, N, D]
+    values: Array
+    d_out: Array  # [B, H, R, D]
+    lse: Array  # [B, H, R], +inf for rows that attend to nothing
+    delta: Array
+
+
+def _anchor_gradients(inputs: _Inputs, plan: Plan, static: _Static):
+    blocks = static.blocks
+    return flash_backward.gradients(
+        *inputs,
+        plan.keys,
+        jnp.zeros(1, jnp.int32),
+        rows=blocks.gradient_keys,
+        tiling=blocks.anchor_gradients,
+        accumulate=True,
+        interpret=static.interpret,
+    )
+
+
+def _pick_gradients(inputs: _Inputs, placement: Placement, cut, table: ChunkTable, heads: "Heads", static: _Static):
+    """Of pairs [B, G, S, D] and of the keys of all chunks' tiles, for a group of heads."""
+    blocks = static.blocks
+    spread = functools.partial(pairs.spread, placement=placement, interpret=static.interpret)
+    statistics = jnp.stack([heads.of(inputs.lse), heads.of(inputs.delta)], axis=-1)
+    statistics = jnp.pad(statistics, ((0, 0),) * 3 + ((0, _STATISTICS - 2),))
+    statistics = spread(statistics, fill_first_lane=math.inf)
+    return flash_backward.gradients(
+        spread(heads.of(inputs.queries)),
+        inputs.keys,
+        inputs.values,
+        spread(heads.of(inputs.d_out)),
+        statistics[..., 0],
+        statistics[..., 1],
+        reader_tiles(placement, cut),
+        heads.operand,
+        rows=blocks.pick_gradient_keys,
+        tiling=blocks.pick_gradients,
+        accumulate=blocks.pick_gradient_keys < static.longest_chunk + device.ROWS - 1,
+        d_q_type=jnp.float32,
+        pairs=placement.slots * min(blocks.pick_gradient_keys, static.longest_chunk),
+        interpret=static.interpret,
+    )
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -215,6 +241,10 @@ class Heads(NamedTuple):
         """What kernels are told."""
         return jnp.full(1, self.first, jnp.int32)
 
+    def of(self, x):
+        """The group's part of arrays [B, H, ...]."""
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.first, self.count, axis=1), x)
+
 
 def _by_group(function, like, axes, heads: int, groups: int):
     """function(group of heads) -> arrays with the group's heads along `axes`, put together for all heads."""
@@ -232,24 +262,7 @@ def _by_group(function, like, axes, heads: int, groups: int):
     return lax.fori_loop(0, groups, one, tuple(jnp.zeros(x.shape, x.dtype) for x in like))
 
 
-def _of(heads: Heads, x):
-    """The group's part of arrays [B, H, ...]."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, heads.first, heads.count, axis=1), x)
-
-
-def rows_of_slots(schedule: Schedule, heads: Heads) -> Int[Array, "B H S"]:
-    """The ordered query of each slot; 0 for empty slots."""
-    pair = _of(heads, schedule.pair_of_slot)
-    return jnp.maximum(pair, 0).reshape(*pair.shape[:2], -1) // schedule.slot_of_pair.shape[-1]
-
-
-def slots_of_pairs(schedule: Schedule, heads: Heads) -> list[Int[Array, "B H R"]]:
-    """Where the pairs of each query lie; -1: nowhere."""
-    slots = _of(heads, schedule.slot_of_pair)
-    return [slots[..., i] for i in range(slots.shape[-1])]
-
-
-# --------------------------------------------------------------------------------------------- order, gathers, sums
+# --------------------------------------------------------------------------------------------- order and sums
 
 
 def _to_order(x: Array, order: Order, fill) -> Array:
@@ -279,47 +292,6 @@ def _head_major(x: Array, static: _Static) -> Float[Array, "B H N D"]:
     """Keys or values [B, N, H, D] as kernels read them: rows for a whole block behind the last."""
     more = (-x.shape[1]) % device.ROWS + static.blocks.most_keys
     return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
-
-
-def _flat(x: Array, index: Array) -> Array:
-    """index [B, H, n] of rows of x [B, H, R, ...], in an array whose scenes, heads and rows are one axis."""
-    batch, heads, rows = x.shape[:3]
-    first = (jnp.arange(batch)[:, None] * heads + jnp.arange(heads)[None]) * rows
-    return first[..., None] + index
-
-
-def take_at(x: Array, index: Int[Array, "B H n"]) -> Array:
-    """Rows [B, H, n, ...] of x [B, H, R, ...], each head its own; anything where the index is negative."""
-    flat = x.reshape(-1, *x.shape[3:])
-    return flat.at[_flat(x, jnp.maximum(index, 0))].get(mode="promise_in_bounds")
-
-
-@typed
-def take_rows(x: Float[Array, "B H R D"], rows: Int[Array, "B G S"], heads: Heads) -> Float[Array, "B G S D"]:
-    """Rows of x, of a group of heads."""
-    batch, held, length, dim = x.shape
-    head = heads.first + jnp.arange(heads.count)[None, :, None]
-    index = (jnp.arange(batch)[:, None, None] * held + head) * length + rows
-    return x.reshape(-1, dim).at[index].get(mode="promise_in_bounds")
-
-
-def merge(parts, dtype):
-    """One softmax over all parts: output and base-2 log-sum-exp; 0 and -inf for rows with nothing.
-
-    A part is (rows [B, H, R or more, D], which of them belongs to each query [B, H, R] or None for each its own,
-    log-sum-exp [B, H, R], -inf for none). Rows of nobody may hold anything.
-    """
-    lses = [lse for *_, lse in parts]
-    largest = functools.reduce(jnp.maximum, lses)
-    base = jnp.where(jnp.isfinite(largest), largest, 0.0)
-    weights = [jnp.exp2(lse - base) for lse in lses]
-    total = functools.reduce(jnp.add, weights)
-    share = 1 / jnp.where(total == 0, 1.0, total)  # a NaN stays one
-    shares = []
-    for (rows, index, _), w in zip(parts, weights, strict=True):
-        own = rows if index is None else take_at(rows, index)
-        shares.append(jnp.where((w != 0)[..., None], own.astype(jnp.float32) * (w * share)[..., None], 0.0))
-    return functools.reduce(jnp.add, shares).astype(dtype), base + jnp.log2(total)
 
 
 def _other_text_parts(rows: Array, plan: Plan, table: ChunkTable, blocks: Blocks) -> list[Array]:

@@ -36,7 +36,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.pallas_tpu import device, pairs
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS
 from moc_jax.attention.pallas_tpu.tiles import Tiles
 from moc_jax.shapes import Array, Float, Float32, Int, typed
@@ -83,6 +83,7 @@ class _Job:
     per_head: bool
     heads: int
     single: bool  # every tile has at most one block
+    packed: bool
     dtype: Any
 
     @property
@@ -121,9 +122,10 @@ def forward(
     *,
     first_tile: int = 0,
     longest_run: int | None = None,
+    packed: bool = False,
     tiling: Tiling,
     interpret: Any = False,
-) -> tuple[Float[Array, "B _ R D"], Float32[Array, "B _ R"]]:
+) -> tuple[Float[Array, "B _ R D"], Float32[Array, "B _ R"]] | Float32[Array, "B _ R E"]:
     """Output and base-2 log-sum-exp of each tile's rows, R = tiles * tiling.queries; of unused tiles, anything.
 
     Args:
@@ -131,6 +133,7 @@ def forward(
         k, v: Keys and values; a run must end at least `tiling.keys` rows before the last.
         tiles: The runs of keys of each tile [begin, end).
         longest_run: No run is longer, if known: where a block holds it, steps keep no state.
+        packed: Both in one array, as `pairs.pack` makes it.
         tiling: Sizes of blocks; `tiling.queries` rows are a tile.
     """
     batch, heads, _, dim = q.shape
@@ -143,6 +146,7 @@ def forward(
         per_head=tiles.table.shape[1] > 1,
         heads=heads,
         single=runs == 1 and longest_run is not None and longest_run + ROWS - 1 <= tiling.keys,
+        packed=packed,
         dtype=q.dtype,
     )
     table, most = _walk(tiles, tiling.keys)
@@ -157,21 +161,15 @@ def forward(
 
     one = (pl.squeezed, pl.squeezed)
     key_block = pl.BlockSpec((*one, pl.Element(keys), pl.Element(dim)), keys_at)
-    out, lse = pl.pallas_call(
+    found = pl.pallas_call(
         functools.partial(_kernel, job=job),
         name="moc_forward",
-        out_shape=(
-            jax.ShapeDtypeStruct((batch, heads, tiles.count * rows, dim), v.dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, tiles.count * rows), jnp.float32),
-        ),
+        out_shape=_out_shapes(job, batch, v.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, heads, tiles.count, 1 if job.single else most),
             in_specs=[pl.BlockSpec((*one, rows, dim), queries_at), key_block, key_block],
-            out_specs=(
-                pl.BlockSpec((*one, rows, dim), lambda b, h, g, *_: (b, h, g, 0)),
-                pl.BlockSpec((*one, 1, rows), lambda b, h, g, *_: (b, h, 0, g)),
-            ),
+            out_specs=_out_specs(job),
             scratch_shapes=[
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 *([] if job.single else [pltpu.VMEM((2, rows, LANES), jnp.float32)]),
@@ -181,11 +179,29 @@ def forward(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=device.vmem_limit(),
+            disable_bounds_checks=True,  # the interpreter checks them
         ),
         cost_estimate=_cost(q, k, tiles, job, longest_run),
         interpret=interpret,
     )(table, first_head.astype(jnp.int32), q, k, v)
-    return out, lse[:, :, 0]
+    return found[0] if packed else (found[0], found[1][:, :, 0])
+
+
+def _out_shapes(job: _Job, batch: int, dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
+    rows = job.tiles * job.tiling.queries
+    if job.packed:
+        return (jax.ShapeDtypeStruct((batch, job.heads, rows, pairs.packed_width(job.dim, dtype)), jnp.float32),)
+    return (
+        jax.ShapeDtypeStruct((batch, job.heads, rows, job.dim), dtype),
+        jax.ShapeDtypeStruct((batch, job.heads, 1, rows), jnp.float32),
+    )
+
+
+def _out_specs(job: _Job) -> tuple[pl.BlockSpec, ...]:
+    one, rows = (pl.squeezed, pl.squeezed), job.tiling.queries
+    width = pairs.packed_width(job.dim, job.dtype) if job.packed else job.dim
+    wide = pl.BlockSpec((*one, rows, width), lambda b, h, g, *_: (b, h, g, 0))
+    return (wide,) if job.packed else (wide, pl.BlockSpec((*one, 1, rows), lambda b, h, g, *_: (b, h, 0, g)))
 
 
 def _walk(tiles: Tiles, keys: int) -> tuple[Int[Array, "_"], Int[Array, ""]]:
@@ -230,7 +246,8 @@ def _cost(q, k, tiles: Tiles, job: _Job, longest_run: int | None) -> pl.CostEsti
 
 
 def _kernel(table_ref, first_head_ref, *refs, job: _Job):
-    refs = _Refs(table_ref, *refs)
+    q, k, v, out, *rest = refs
+    refs = _Refs(table_ref, q, k, v, out, *([None] if job.packed else []), *rest)
     t = job.tiling
     assert refs.q.shape == (t.queries, job.dim), refs.q.shape
     assert refs.k.shape == refs.v.shape == (t.keys, job.dim), refs.k.shape
@@ -348,20 +365,11 @@ def _again(refs: _Refs, span, job: _Job) -> None:
 def _write_out(refs: _Refs, rows, reference, sums, acc) -> None:
     """(d)"""
     total = jnp.sum(sums, axis=1, keepdims=True)
+    if refs.lse is None:
+        refs.out[rows] = pairs.pack(acc / total, reference[:, :1] + jnp.log2(total), refs.v.dtype)
+        return
     refs.out[rows] = (acc / total).astype(refs.out.dtype)
-    refs.lse[:, rows] = _along_lanes(reference + jnp.log2(total))
-
-
-def _along_lanes(x):
-    """x [rows, lanes], equal on all lanes of a row, as [1, rows]."""
-    width = min(x.shape[0], LANES)
-    row = lax.broadcasted_iota(jnp.int32, (width, width), 0)
-    diagonal = row == lax.broadcasted_iota(jnp.int32, (width, width), 1)
-    parts = [
-        jnp.sum(jnp.where(diagonal, x[i : i + width, :width], 0.0), axis=0, keepdims=True)
-        for i in range(0, x.shape[0], width)
-    ]
-    return jnp.concatenate(parts, axis=1)
+    refs.lse[:, rows] = pairs.along_lanes(reference + jnp.log2(total))
 
 
 def _scores(q, k, job: _Job):

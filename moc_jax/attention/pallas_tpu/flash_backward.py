@@ -74,6 +74,7 @@ def gradients(
     tiling: Tiling,
     accumulate: bool,
     pairs: int | None = None,
+    d_q_type: Any = None,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Float[Array, "B Hq Nq D"], Float[Array, "B Hq R D"], Float[Array, "B Hq R D"]]:
     """dq of the queries, and dk and dv of each tile's rows, R = tiles * rows.
@@ -88,7 +89,8 @@ def gradients(
             the begin of an empty run: nothing is copied where that is the last one walked.
         rows: Keys of a tile.
         accumulate: Several tiles may read a query: dq is float32, their sum, and 0 if none does. Otherwise a block of
-            queries must be read by one tile at most: dq has q's type, and blocks that none reads are not written.
+            queries must be read by one tile at most, and blocks that none reads are not written.
+        d_q_type: Of dq if it does not accumulate; q's if None.
         pairs: (query, key) pairs of a scene and head, for the compiler's estimate; the most there can be, if None.
 
     Returns:
@@ -97,7 +99,7 @@ def gradients(
     job = Job.of(q, k, tiles, rows=rows, tiling=tiling, accumulate=accumulate)
     job.check(interpret)
     operands = [q, d_out, jnp.stack([lse, delta], axis=2), k, v]
-    d_q_type = jnp.float32 if accumulate else q.dtype
+    d_q_type = jnp.float32 if accumulate else d_q_type or q.dtype
     if accumulate:
         operands.append(jnp.zeros(q.shape, d_q_type))
     d_k = jax.ShapeDtypeStruct((job.batch, job.heads, job.tiles * rows, job.dim), k.dtype)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention.pallas_tpu.device import ROWS
+from moc_jax.attention.pallas_tpu.pairs import Placement
 from moc_jax.attention.pallas_tpu.tiles import Tiles
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.attention.runs import Runs, anchor_runs, reader_runs
-from moc_jax.attention.schedule import Schedule
 from moc_jax.config import MoCConfig
 from moc_jax.scene import TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Int
@@ -95,19 +95,17 @@ def by_shot(cfg: MoCConfig) -> bool:
     return cfg.mode == "dense" or cfg.self_anchor in ("shot", "none")
 
 
-def pick_tiles(schedule: Schedule, table: ChunkTable) -> Tiles:
+def pick_tiles(placement: Placement, table: ChunkTable) -> Tiles:
     """Sorted queries [B, H, slots] over the chunk that each tile picks."""
-    used = schedule.pair_of_slot[..., 0] >= 0
-    begin, end = (
-        jnp.take_along_axis(x[:, None], schedule.tile_chunk, axis=2) for x in (table.start, table.start + table.length)
-    )
+    used, of = placement.tile_chunk >= 0, jnp.maximum(placement.tile_chunk, 0)
+    begin, end = (jnp.take_along_axis(x[:, None], of, axis=2) for x in (table.start, table.start + table.length))
     return Tiles(jnp.stack([jnp.where(used, begin, 0), jnp.where(used, end, 0)], axis=-1))
 
 
-def reader_tiles(schedule: Schedule, cut: Cut) -> Tiles:
+def reader_tiles(placement: Placement, cut: Cut) -> Tiles:
     """Chunks, cut into tiles of keys, over the sorted queries that pick them."""
-    index = jnp.broadcast_to(cut.owner[:, None], (*schedule.chunk_begin.shape[:2], cut.owner.shape[1]))
-    begin, end = (jnp.take_along_axis(x, index, axis=2) for x in (schedule.chunk_begin, schedule.chunk_end))
+    index = jnp.broadcast_to(cut.owner[:, None], (*placement.chunk_begin.shape[:2], cut.owner.shape[1]))
+    begin, end = (jnp.take_along_axis(x, index, axis=2) for x in (placement.chunk_begin, placement.chunk_end))
     used = (cut.begin < cut.end)[:, None]
     lines = [jnp.broadcast_to(x[:, None], begin.shape) for x in (cut.row, cut.begin, cut.end)]
     return Tiles(jnp.stack([*lines, jnp.where(used, begin, 0), jnp.where(used, end, 0)], axis=-1))

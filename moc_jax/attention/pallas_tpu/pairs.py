@@ -1,0 +1,587 @@
+"""Rows of queries -> (query, chunk) pairs sorted by chunk, and back, without a sort, a gather or a scatter.
+
+Each head's pairs lie in *slots*, chunk after chunk, each chunk's from a whole tile on, so that a tile of slots reads
+one chunk. Queries come in *windows*; a chunk's pairs of one window are a *run* of slots, rounded up to 8 rows.
+
+(a) `place`. Prefix counts (ranks.py) say which slot of its run a pair takes; sums over windows and chunks say where
+    runs begin. Integer work on [windows, chunks], and on the pairs' chunks.
+(b) `spread`. Window by window, each row is stored once for each of its pairs at the pair's place in a buffer in VMEM
+    that holds the window's runs one after the other; whole runs then go to their slots. A row costs a scalar load and
+    a store: 1.6 cycles per pair. What a run holds beyond its pairs is filled.
+(c) `merge` and `add` are the way back: a window's runs come into VMEM while the window before is worked on, and each
+    query loads its pairs' rows by the same places.
+
+Rows in VMEM have 32 bits per number: smaller ones share sublanes, of which none is stored alone. A pair's output and
+log-sum-exp travel as one row (`pack`). Bytes per pair: 2 D read and written by (b) in bfloat16, 4 D by (c). No FLOPs.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS
+from moc_jax.attention.pallas_tpu.ranks import ranks
+from moc_jax.attention.pallas_tpu.tiles import Tiles
+from moc_jax.shapes import Array, Float, Float32, Int, typed
+
+_GROUP = 16  # rows of the unrolled loops: a register of bfloat16
+STEP = 512  # rows of a grid step
+_MERGED = 32  # rows merged at once: more take more registers than there are
+_MOST_WINDOW = 8192
+_RUN = 3  # columns of a run: rows, place in the window, slot
+_row_by_row = contextvars.ContextVar("row_by_row", default=False)
+
+
+@contextlib.contextmanager
+def row_by_row():
+    """Kernels interpreted inside move their rows as on a TPU, one by one."""
+    token = _row_by_row.set(True)
+    try:
+        yield
+    finally:
+        _row_by_row.reset(token)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where each pair lies. The heads may be a group of all."""
+
+    places: Int[Array, "B H S E"]  # of the pairs of each step of rows, slot i's after slot i - 1's, in their window
+    runs: Int[Array, "B H W R"]  # of each window and chunk: rows, place, slot
+    tails: Int[Array, "B H T"]  # of each chunk: slots behind its last run, first and count, to the end of a tile
+    tile_chunk: Int[Array, "B H G"]  # the chunk of each tile; -1: unused
+    chunk_begin: Int[Array, "B H C"]  # slots of each chunk's pairs
+    chunk_end: Int[Array, "B H C"]
+    picks: int = dataclasses.field(metadata={"static": True})  # K
+    step: int = dataclasses.field(metadata={"static": True})
+    tile: int = dataclasses.field(metadata={"static": True})
+    room: int = dataclasses.field(metadata={"static": True})  # rows of a window's buffer; the last 8 are nobody's
+
+    @property
+    def slots(self) -> int:
+        return self.tile_chunk.shape[2] * self.tile
+
+    @property
+    def rows(self) -> int:
+        """Of queries, padded to whole windows."""
+        return self.places.shape[2] * self.step
+
+    @property
+    def window(self) -> int:
+        return self.rows // self.runs.shape[2]
+
+
+@typed
+def place(
+    routes: Int[Array, "B H R K"], chunks: int, tile: int, most_pairs: int, *, window: int, step: int = STEP
+) -> Placement:
+    """Places for the pairs of queries and the chunks that they pick; -1 picks nothing.
+
+    No head has more than `most_pairs` pairs. The window is rows, a multiple of `step`.
+    """
+    batch, heads, rows, picks = routes.shape
+    routes = jnp.pad(routes, ((0, 0), (0, 0), (0, -rows % window), (0, 0)), constant_values=-1)
+    windows = routes.shape[2] // window
+    by_window = routes.reshape(batch, heads * windows, window, picks)
+    rank, counts = ranks(by_window, chunks, interpret=device.interpreter())
+    room = _up(window * picks, LANES) + _up(chunks * (ROWS - 1), LANES) + LANES
+    run_rows = _up(counts, ROWS).reshape(batch, heads, windows, chunks)
+    run_place = jnp.cumsum(run_rows, axis=3) - run_rows
+    in_chunk = jnp.cumsum(run_rows, axis=2) - run_rows
+    total = jnp.sum(run_rows, axis=2)  # [B, H, C]
+    tiles = -(-total // tile)
+    until = jnp.cumsum(tiles, axis=2)
+    begin = (until - tiles) * tile
+    run_slot = begin[:, :, None] + in_chunk
+
+    here = by_window[..., None] == jnp.arange(chunks)[None, None, None, None]  # a sum over chunks: faster than looking up
+    first = jnp.sum(jnp.where(here, run_place.reshape(batch, heads * windows, 1, 1, chunks), 0), axis=-1)
+    places = jnp.where(by_window < 0, room - ROWS, first + rank)
+    places = jnp.swapaxes(places.reshape(batch, heads, -1, step, picks), 3, 4)
+
+    capacity = -(-(most_pairs + windows * chunks * (ROWS - 1)) // tile) + chunks
+    index = jnp.arange(capacity)
+    tile_chunk = jnp.sum(until[:, :, None] <= index[None, None, :, None], axis=3)
+    tails = jnp.stack([begin + total, begin + tiles * tile], axis=-1)
+    return Placement(
+        places=places.reshape(batch, heads, -1, picks * step).astype(jnp.int32),
+        runs=jnp.stack([run_rows, run_place, run_slot], axis=-1).reshape(batch, heads, windows, -1).astype(jnp.int32),
+        tails=jnp.stack([tails[..., 0], tails[..., 1] - tails[..., 0]], axis=-1).reshape(batch, heads, -1),
+        tile_chunk=jnp.where(tile_chunk < chunks, tile_chunk, -1).astype(jnp.int32),
+        chunk_begin=begin,
+        chunk_end=begin + total,
+        picks=picks,
+        step=step,
+        tile=tile,
+        room=room,
+    )
+
+
+def window_rows(rows: int, picks: int, dim: int, chunks: int) -> int:
+    """As many rows of a window as two buffers of its pairs leave room for beside the rest."""
+    most = device.vmem_limit() * 5 // 8 // (2 * _up(dim, LANES) * 4)
+    fit = (most - chunks * ROWS - 2 * LANES) // max(1, picks) // STEP * STEP
+    return max(STEP, min(_MOST_WINDOW, fit, _up(rows, STEP)))
+
+
+def _up(x, unit: int):
+    return -(-x // unit) * unit
+
+
+# ----------------------------------------------------------------------------------------------------- to the slots
+
+
+@typed
+def spread(
+    x: Float[Array, "B H R D"], placement: Placement, *, fill_first_lane: float = 0.0, interpret: Any = False
+) -> Float[Array, "B G S D"]:
+    """x's rows at the slots of their pairs, for the placement's heads of x.
+
+    Slots of a chunk's tiles that hold no pair are 0, but for `fill_first_lane` in the first column; slots of unused
+    tiles are not written.
+    """
+    batch, heads, _, dim = x.shape
+    p = placement
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, p.rows - x.shape[2]), (0, 0)))
+    chunks, steps = p.runs.shape[3] // _RUN, p.window // p.step
+    zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
+    grid = (batch, heads, p.runs.shape[2], steps)
+    return pl.pallas_call(
+        functools.partial(_spread_kernel, p=_Sizes.of(p, interpret), fill=fill_first_lane),
+        name="moc_spread",
+        out_shape=jax.ShapeDtypeStruct((batch, heads, p.slots, dim), x.dtype),
+        grid=grid,
+        in_specs=[
+            _in_smem(p.picks * p.step, lambda b, h, w, s: w * steps + s),
+            _in_smem(_RUN * chunks, lambda b, h, w, s: w),
+            _in_smem(2 * chunks, lambda b, h, w, s: 0),
+            pl.BlockSpec((pl.squeezed, pl.squeezed, p.step, dim), lambda b, h, w, s: (b, h, w * steps + s, 0)),
+            pl.BlockSpec(zeros.shape, lambda b, h, w, s: (0, 0)),
+        ],
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        scratch_shapes=[
+            pltpu.VMEM((p.room, dim), jnp.float32),
+            pltpu.VMEM((2, p.room, dim), x.dtype),
+            pltpu.SMEM((2,), jnp.int32),
+            pltpu.SemaphoreType.DMA((3,)),
+        ],
+        compiler_params=_params(),
+        cost_estimate=_cost(x, p, x.dtype.itemsize),
+        interpret=interpret,
+    )(_rows(p.places), _rows(p.runs), _rows(p.tails[:, :, None]), x, zeros)
+
+
+def _rows(x):
+    """[B, H, n, columns] -> [B, H, n, 1, columns]: a block of scalar memory is the last two axes."""
+    return x[:, :, :, None].astype(jnp.int32)
+
+
+def _in_smem(columns: int, row):
+    one = (pl.squeezed,) * 3
+    return pl.BlockSpec((*one, 1, columns), lambda *i: (i[0], i[1], row(*i), 0, 0), memory_space=pltpu.SMEM)
+
+
+def _params():
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+        vmem_limit_bytes=device.vmem_limit(),
+        disable_bounds_checks=True,  # the interpreter checks them
+    )
+
+
+def _cost(x, p: Placement, pair_bytes: int) -> pl.CostEstimate:
+    batch, heads, _, dim = x.shape
+    pairs = batch * heads * p.rows * p.picks
+    return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=x.size * x.dtype.itemsize + pairs * (4 + dim * pair_bytes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """What kernels know of a placement when they are compiled."""
+
+    picks: int
+    step: int
+    room: int
+    chunks: int
+    at_once: bool  # rows move at once, which only the interpreter can do: it takes milliseconds for each by itself
+
+    @classmethod
+    def of(cls, p: Placement, interpret):
+        at_once = bool(interpret) and not _row_by_row.get()
+        return cls(p.picks, p.step, p.room, p.runs.shape[3] // _RUN, at_once)
+
+
+def _spread_kernel(
+    places_smem_ref,  # [1, K * step]
+    runs_smem_ref,  # [1, 3 * chunks], of the window
+    tails_smem_ref,  # [1, 2 * chunks], of the head
+    x_vmem_ref,  # [step, D]
+    fill_vmem_ref,  # [tile, D]
+    out_hbm_ref,  # [B, H, slots, D]
+    rows_vmem_ref,  # [room, D]: the window's pairs
+    ready_vmem_ref,  # [2, room, D]: the same, on their way out
+    leaving_smem_ref,  # [2]: rows on their way out of each of those
+    semaphores,  # of those, and of tails
+    *,
+    p: _Sizes,
+    fill: float,
+):
+    assert x_vmem_ref.shape == (p.step, rows_vmem_ref.shape[1]) and p.step % _GROUP == 0
+    b, h, w, s = (pl.program_id(i) for i in range(4))
+    out_hbm_ref = out_hbm_ref.at[b, h]
+    last_step = s == pl.num_programs(3) - 1
+    parity = lax.rem(w, 2)
+
+    @pl.when((w == 0) & (s == 0))
+    def _():
+        leaving_smem_ref[0], leaving_smem_ref[1] = jnp.int32(0), jnp.int32(0)
+        _each_run(tails_smem_ref, 2, p, lambda first, rows: _copy_tail(fill_vmem_ref, out_hbm_ref, first, rows, semaphores))
+
+    @pl.when(s == 0)
+    def _():
+        _each_run(runs_smem_ref, _RUN, p, lambda rows, place, _: _fill_end(rows_vmem_ref, rows, place, fill))
+
+    def some_rows(i, _):
+        first = pl.multiple_of(i * _GROUP, _GROUP)
+        x = x_vmem_ref[pl.ds(first, _GROUP)].astype(jnp.float32)
+        for row in range(_GROUP):
+            for pick in range(p.picks):
+                place = places_smem_ref[0, pick * p.step + first + row]
+                rows_vmem_ref[pl.ds(place, 1), :] = x[row : row + 1]
+        return 0
+
+    if p.at_once:
+        window = rows_vmem_ref[...]
+        for pick in range(p.picks):
+            places = places_smem_ref[0, pl.ds(pick * p.step, p.step)]
+            window = window.at[places].set(x_vmem_ref[...].astype(jnp.float32))
+        rows_vmem_ref[...] = window
+    else:
+        lax.fori_loop(0, p.step // _GROUP, some_rows, 0)
+
+    @pl.when(last_step)
+    def _():
+        _await(ready_vmem_ref.at[parity], out_hbm_ref, leaving_smem_ref[parity], semaphores.at[parity])
+        total = _end_of_runs(runs_smem_ref, p)
+        size = LANES
+
+        def convert(i, _):
+            rows = pl.ds(pl.multiple_of(i * size, size), size)
+            ready_vmem_ref[parity, rows] = rows_vmem_ref[rows].astype(ready_vmem_ref.dtype)
+            return 0
+
+        lax.fori_loop(0, lax.div(total + size - 1, jnp.int32(size)), convert, 0)
+
+        def send(rows, place, slot):
+            source = ready_vmem_ref.at[parity, pl.ds(place, rows)]
+            pltpu.make_async_copy(source, out_hbm_ref.at[pl.ds(slot, rows)], semaphores.at[parity]).start()
+
+        _each_run(runs_smem_ref, _RUN, p, send)
+        leaving_smem_ref[parity] = total
+
+    @pl.when(last_step & (w == pl.num_programs(2) - 1))
+    def _():
+        for one in (0, 1):
+            _await(ready_vmem_ref.at[one], out_hbm_ref, leaving_smem_ref[one], semaphores.at[one])
+        _each_run(
+            tails_smem_ref, 2, p, lambda first, rows: _await(fill_vmem_ref, out_hbm_ref, rows, semaphores.at[2])
+        )
+
+
+def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
+    """body(columns of the run) for each chunk's run with rows; all are multiples of 8."""
+
+    def one(chunk, _):
+        run = [pl.multiple_of(runs_smem_ref[0, chunk * columns + i], ROWS) for i in range(columns)]
+        rows = run[0] if columns == _RUN else run[1]
+        pl.when(rows > 0)(lambda: body(*run))
+        return 0
+
+    lax.fori_loop(0, p.chunks, one, 0)
+
+
+def _end_of_runs(runs_smem_ref, p: _Sizes):
+    last = (p.chunks - 1) * _RUN
+    return runs_smem_ref[0, last] + runs_smem_ref[0, last + 1]
+
+
+def _copy_tail(fill_vmem_ref, out_hbm_ref, first, rows, semaphores) -> None:
+    source = fill_vmem_ref.at[pl.ds(0, rows)]
+    pltpu.make_async_copy(source, out_hbm_ref.at[pl.ds(first, rows)], semaphores.at[2]).start()
+
+
+def _fill_end(rows_vmem_ref, rows, place, fill: float) -> None:
+    """The last 8 rows of a run, before its pairs come."""
+    shape = (ROWS, rows_vmem_ref.shape[1])
+    first_lane = lax.broadcasted_iota(jnp.int32, shape, 1) == 0
+    end = pl.ds(pl.multiple_of(place + rows - ROWS, ROWS), ROWS)
+    rows_vmem_ref[end] = jnp.where(first_lane, jnp.float32(fill), 0.0)
+
+
+def _await(source, target, rows, semaphore) -> None:
+    """Waits until so many rows have arrived."""
+    rows = pl.multiple_of(rows, ROWS)
+
+    @pl.when(rows > 0)
+    def _():
+        pltpu.make_async_copy(source.at[pl.ds(0, rows)], target.at[pl.ds(0, rows)], semaphore).wait()
+
+
+# --------------------------------------------------------------------------------------------------------- and back
+
+
+def packed_width(dim: int, dtype) -> int:
+    """Columns of a pair's row of output and log-sum-exp."""
+    return dim if jnp.dtype(dtype).itemsize == 2 else _up(dim, LANES) + LANES
+
+
+def pack(out, lse, dtype):
+    """Rows [n, D] of type `dtype` and log-sum-exps [n, 1], float32 both, as rows of 32-bit numbers.
+
+    bfloat16 takes the upper half of each number; the lower halves of the first two hold those of the log-sum-exp.
+    """
+    if jnp.dtype(dtype).itemsize == 4:
+        gap = packed_width(out.shape[1], dtype) - LANES - out.shape[1]
+        parts = [out, *([jnp.zeros((out.shape[0], gap), jnp.float32)] if gap else [])]
+        return jnp.concatenate([*parts, jnp.broadcast_to(lse, (out.shape[0], LANES))], axis=1)
+    upper = pltpu.bitcast(out.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32)
+    bits = jnp.broadcast_to(pltpu.bitcast(lse, jnp.uint32), upper.shape)
+    lane = lax.broadcasted_iota(jnp.int32, upper.shape, 1)
+    half = jnp.where(lane == 0, bits >> 16, jnp.where(lane == 1, bits & 0xFFFF, jnp.uint32(0)))
+    return pltpu.bitcast(upper | half, jnp.float32)
+
+
+def unpack(rows, dim: int, dtype):
+    """Rows [n, D] and, across their columns, log-sum-exps of what `pack` made."""
+    if jnp.dtype(dtype).itemsize == 4:
+        first = rows.shape[1] - LANES
+        return rows[:, :dim], jnp.broadcast_to(rows[:, first : first + 1], (rows.shape[0], dim))
+    bits = pltpu.bitcast(rows, jnp.uint32)
+    out = pltpu.bitcast(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    upper, lower = (jnp.broadcast_to(x, bits.shape) for x in (bits[:, :1] << 16, bits[:, 1:2] & 0xFFFF))
+    return out, pltpu.bitcast(upper | lower, jnp.float32)
+
+
+@typed
+def merge(
+    pairs: Float32[Array, "B H S E"],
+    placement: Placement,
+    anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None,
+    *,
+    rows: int,
+    dim: int,
+    dtype: Any,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]]:
+    """One softmax over each query's pairs and anchors: output and base-2 log-sum-exp; 0 and -inf for neither.
+
+    Args:
+        pairs: What `pack` made of the pairs' outputs.
+        anchors: Their outputs and base-2 log-sum-exps, -inf for rows without.
+        rows: R.
+        dim, dtype: D and the type of outputs.
+    """
+    inputs = [] if anchors is None else [anchors[0], anchors[1][:, :, None]]
+    batch, heads = pairs.shape[:2]
+    shapes = (
+        jax.ShapeDtypeStruct((batch, heads, placement.rows, dim), dtype),
+        jax.ShapeDtypeStruct((batch, heads, 1, placement.rows), jnp.float32),
+    )
+    out, lse = _collect(_merge_rows, "moc_merge", pairs, placement, inputs, shapes, -jnp.inf, dim, dtype, interpret)
+    return out[:, :, :rows], lse[:, :, 0, :rows]
+
+
+@typed
+def add(
+    pairs: Float32[Array, "B H S D"],
+    placement: Placement,
+    anchors: Float[Array, "B H R D"] | None,
+    *,
+    rows: int,
+    dtype: Any,
+    interpret: Any = False,
+) -> Float[Array, "B H R D"]:
+    """The sum of each query's pairs and its anchors' row."""
+    batch, heads, _, dim = pairs.shape
+    shape = jax.ShapeDtypeStruct((batch, heads, placement.rows, dim), dtype)
+    inputs = [] if anchors is None else [anchors]
+    return _collect(_add_rows, "moc_add", pairs, placement, inputs, (shape,), 0.0, dim, dtype, interpret)[0][:, :, :rows]
+
+
+def _collect(body, name: str, pairs, placement: Placement, inputs, shapes, nothing: float, dim: int, dtype, interpret):
+    p = placement
+    batch, heads, _, width = pairs.shape
+    chunks, windows, steps = p.runs.shape[3] // _RUN, p.runs.shape[2], p.window // p.step
+    some = min(LANES, p.step)
+
+    def block(x):
+        """Of the queries' arrays: [B, H, rows, D] or [B, H, 1, rows]."""
+        one = (pl.squeezed, pl.squeezed)
+        if x.shape[2] == 1:
+            return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s: (b, h, 0, w * steps + s))
+        return pl.BlockSpec((*one, p.step, x.shape[3]), lambda b, h, w, s: (b, h, w * steps + s, 0))
+
+    def padded(x):
+        axis = 3 if x.shape[2] == 1 else 2
+        return jnp.pad(x, [(0, p.rows - x.shape[i] if i == axis else 0) for i in range(4)])
+
+    inputs = [padded(x) for x in inputs]
+    return pl.pallas_call(
+        functools.partial(
+            _collect_kernel,
+            p=_Sizes.of(p, interpret),
+            body=functools.partial(body, dim=dim, dtype=dtype),
+            inputs=len(inputs),
+            nothing=nothing,
+        ),
+        name=name,
+        out_shape=shapes,
+        grid=(batch, heads, windows, steps),
+        in_specs=[
+            _in_smem(p.picks * p.step, lambda b, h, w, s: w * steps + s),
+            _in_smem(_RUN * chunks, lambda b, h, w, s: w),
+            _in_smem(_RUN * chunks, lambda b, h, w, s: jnp.minimum(w + 1, windows - 1)),
+            pl.BlockSpec(memory_space=pl.ANY),
+            *map(block, inputs),
+        ],
+        out_specs=tuple(map(block, shapes)),
+        scratch_shapes=[
+            pltpu.VMEM((2, p.room, width), jnp.float32),
+            pltpu.VMEM((p.picks * some, width), jnp.float32),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        compiler_params=_params(),
+        cost_estimate=_cost(shapes[0], p, 4),
+        interpret=interpret,
+    )(_rows(p.places), _rows(p.runs), _rows(p.runs), pairs, *inputs)
+
+
+def _collect_kernel(
+    places_smem_ref,  # [1, K * step]
+    runs_smem_ref,  # [1, 3 * chunks], of the window
+    next_smem_ref,  # the same, of the next window
+    pairs_hbm_ref,  # [B, H, slots, E]
+    *refs,  # of the queries' blocks: inputs, outputs; then scratch
+    p: _Sizes,
+    body,
+    inputs: int,
+    nothing: float,
+):
+    *blocks, window_vmem_ref, some_vmem_ref, semaphores = refs
+    b, h, w, s = (pl.program_id(i) for i in range(4))
+    pairs_hbm_ref = pairs_hbm_ref.at[b, h]
+    here = lax.rem(w, 2)
+
+    def fetch(runs_smem_ref, parity):
+        def one(rows, place, slot):
+            target = window_vmem_ref.at[parity, pl.ds(place, rows)]
+            pltpu.make_async_copy(pairs_hbm_ref.at[pl.ds(slot, rows)], target, semaphores.at[parity]).start()
+
+        _each_run(runs_smem_ref, _RUN, p, one)
+
+    @pl.when((w == 0) & (s == 0))
+    def _():
+        shape = (ROWS, window_vmem_ref.shape[2])
+        for one in (0, 1):  # what pairs that pick nothing find
+            window_vmem_ref[one, pl.ds(p.room - ROWS, ROWS)] = _nothing(shape, nothing)
+        fetch(runs_smem_ref, here)
+
+    @pl.when(s == 0)
+    def _():
+        _await(pairs_hbm_ref, window_vmem_ref.at[here], _end_of_runs(runs_smem_ref, p), semaphores.at[here])
+        pl.when(w + 1 < pl.num_programs(2))(lambda: fetch(next_smem_ref, 1 - here))
+
+    size = some_vmem_ref.shape[0] // p.picks
+
+    def some_rows(i, _):
+        first = pl.multiple_of(i * size, size)
+
+        def few_rows(j, _):
+            for row in range(_GROUP):
+                for pick in range(p.picks):
+                    at = j * _GROUP + row
+                    place = places_smem_ref[0, pick * p.step + first + at]
+                    some_vmem_ref[pl.ds(pick * size + at, 1), :] = window_vmem_ref[here, pl.ds(place, 1), :]
+            return 0
+
+        if p.at_once:
+            window, picks = window_vmem_ref[here], range(p.picks)
+            rows = [window[places_smem_ref[0, pl.ds(pick * p.step + first, size)]] for pick in picks]
+        else:
+            lax.fori_loop(0, size // _GROUP, few_rows, 0)
+            rows = [some_vmem_ref[pl.ds(pick * size, size)] for pick in range(p.picks)]
+        body(rows, blocks[:inputs], blocks[inputs:], pl.ds(first, size))
+        return 0
+
+    lax.fori_loop(0, p.step // size, some_rows, 0)
+
+
+def _nothing(shape, value: float):
+    """Rows of a pair that adds nothing: 0 and, where there is one, a log-sum-exp of -inf, however it is packed."""
+    if value == 0.0:
+        return jnp.zeros(shape, jnp.float32)
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+    wide = lane >= shape[1] - LANES if shape[1] > LANES else lane < 0
+    upper = pltpu.bitcast(jnp.full(shape, -jnp.inf, jnp.float32), jnp.uint32) >> 16
+    packed = pltpu.bitcast(jnp.where(lane == 0, upper, jnp.uint32(0)), jnp.float32)
+    return jnp.where(wide, jnp.float32(value), packed)
+
+
+def _merge_rows(rows, inputs, outputs, block, *, dim: int, dtype) -> None:
+    size = rows[0].shape[0]
+    some = min(size, _MERGED)
+    anchor_lse = _across_rows(inputs[1][:, block]) if inputs else None
+    lses = []
+    for first in range(0, size, some):
+        here = slice(first, first + some)
+        parts = [unpack(x[here], dim, dtype) for x in rows]
+        if inputs:
+            out = inputs[0][pl.ds(block.start + first, some)].astype(jnp.float32)
+            parts.append((out, jnp.broadcast_to(anchor_lse[here], out.shape)))
+        largest = functools.reduce(jnp.maximum, [lse for _, lse in parts])
+        base = jnp.where(jnp.abs(largest) < jnp.inf, largest, 0.0)
+        weights = [jnp.exp2(lse - base) for _, lse in parts]
+        total = functools.reduce(jnp.add, weights)
+        shares = [jnp.where(w != 0, out * w, 0.0) for (out, _), w in zip(parts, weights, strict=True)]
+        merged = functools.reduce(jnp.add, shares) / jnp.where(total == 0, 1.0, total)  # a NaN stays one
+        outputs[0][pl.ds(block.start + first, some)] = merged.astype(dtype)
+        lses.append(base + jnp.log2(total))
+    outputs[1][:, block] = along_lanes(jnp.concatenate(lses, axis=0))
+
+
+def _add_rows(rows, inputs, outputs, block, *, dim: int, dtype) -> None:
+    rows = [x[:, :dim] for x in rows] + [x[block].astype(jnp.float32) for x in inputs]
+    outputs[0][block] = functools.reduce(jnp.add, rows).astype(dtype)
+
+
+def along_lanes(x):
+    """x [rows, columns], equal on all columns of a row, as [1, rows]."""
+    width = min(x.shape[0], LANES)
+    if x.shape[1] < width:
+        x = jnp.broadcast_to(x[:, :1], (x.shape[0], width))
+    parts = [
+        jnp.sum(jnp.where(_diagonal(width), x[i : i + width, :width], 0.0), axis=0, keepdims=True)
+        for i in range(0, x.shape[0], width)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _across_rows(x):
+    """x [1, rows] as [rows, 1], for up to 128 rows."""
+    width = x.shape[1]
+    return jnp.sum(jnp.where(_diagonal(width), jnp.broadcast_to(x, (width, width)), 0.0), axis=1, keepdims=True)
+
+
+def _diagonal(width: int):
+    row = lax.broadcasted_iota(jnp.int32, (width, width), 0)
+    return row == lax.broadcasted_iota(jnp.int32, (width, width), 1)
