@@ -8,9 +8,10 @@ other in blocks with one online softmax. What differs between the two uses is on
 
 Structure: persistent thread blocks of three warpgroups. One only copies: it prefetches the next tile's queries and
 keeps a ring of key and value blocks full. Two compute, 64 rows each: the softmax of a block runs while the tensor
-cores multiply the weights of the block before with its values (FlashAttention-3, section 3.2), and the two warpgroups
-drift apart, so that one fills the gaps of the other. A block starts at a multiple of 8 rows, which is what the copy
-engine needs, so the first and the last block of a run hold rows that are masked.
+cores multiply the weights of the block before with its values (FlashAttention-3, section 3.2), from one tile to the
+next as within one, and the two warpgroups drift apart, so that one fills the gaps of the other. A block starts at a
+multiple of 8 rows, which is what the copy engine needs, so the first and the last block of a run hold rows that are
+masked.
 
 FLOPs: 4 * D per (query, key), padded to tiles and blocks. Bytes: k and v once per tile, mostly from the cache.
 """
@@ -113,70 +114,142 @@ def _kernel(*refs, job: Job):
     split_roles(refs, job, _attend, _copy)
 
 
-def _attend(refs: _Refs, job: Job, warpgroup, item, _, line, used, steps):
-    """One warpgroup's half of a tile."""
-    (q_smem, lse_smem), (k_smem, v_smem) = refs.tile_smem, refs.ring_smem
-    (q_full, q_free), (k_full, k_free, v_full, v_free) = refs.tile_barriers, refs.ring_barriers
-    slot, mine = lax.rem(used, job.tuning.slots), pl.ds(warpgroup * ROWS, ROWS)
-    q_tile = q_smem.at[slot, mine]
-    way = Way(line, job)
+class _State(NamedTuple):
+    """What a warpgroup takes from tile to tile: the last block's weights wait for the next tile's first product."""
 
-    def ring(s):
-        return lax.rem(steps + s, job.tuning.stages)
+    steps: Array  # so far
+    item: tuple[Array, Array, Array]  # of the tile before
+    acc: Array
+    p: Array  # of its last block
+    largest: Array
+    total: Array  # [rows, 8]: each thread adds up its own columns
 
-    def step(s, carry) -> tuple[Array, ...]:
-        now, before = ring(s), ring(s - 1)
-        plgpu.barrier_wait(k_full.at[now])
-        acc, p, shrink, largest, total = _overlap(refs, job, q_tile, carry, now, before, way.at(s)[1:])
-        plgpu.barrier_arrive(v_free.at[before])
-        return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), p, largest, total
 
-    row_layout = plgpu.Layout.WGMMA.reduce(1)
-    acc = plgpu.layout_cast(jnp.zeros((ROWS, job.dim), jnp.float32), plgpu.Layout.WGMMA)
-    largest = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), row_layout)
-    total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout)
+def _attend(refs: _Refs, job: Job, warpgroup):
+    """One warpgroup's halves of its tiles."""
+    wide = functools.partial(plgpu.layout_cast, new_layout=plgpu.Layout.WGMMA)
+    start = _State(
+        jnp.int32(0),
+        (jnp.int32(0),) * 3,
+        wide(jnp.zeros((ROWS, job.dim), jnp.float32)),
+        wide(jnp.zeros((ROWS, job.tuning.block), refs.v.dtype)),
+        *_nothing(),
+    )
+    used, state = each_tile(refs.table, job, functools.partial(_tile, refs, job, warpgroup), start)
+    pl.when(used > 0)(functools.partial(_finish, refs, job, warpgroup, used, state))
 
-    plgpu.barrier_wait(q_full.at[slot])
-    first = ring(0)
-    plgpu.barrier_wait(k_full.at[first])
-    scores = product(q_tile, k_smem.at[first].transpose((1, 0)), job.interpreted)
-    plgpu.barrier_arrive(k_free.at[first])
-    p, _, largest, total = _softmax(scores, way.at(jnp.int32(0))[1:], largest, total, job, v_smem.dtype)
-    acc, p, largest, total = lax.fori_loop(1, way.count, step, (acc, p, largest, total))
-    last = ring(way.count - 1)
+
+def _nothing() -> tuple[Array, Array]:
+    """Maximum and sums before the first block."""
+    largest = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    return largest, plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _tile(refs: _Refs, job: Job, warpgroup, item, _, line, used, state: _State):
+    """A tile's blocks up to the softmax of the last; its first product runs with the last one of the tile before."""
+    (q_full, _), (k_full, _, _, v_free) = refs.tile_barriers, refs.ring_barriers
+    q_tile, steps, way = _queries(refs, job, warpgroup, used), state.steps, Way(line, job)
+    release = functools.partial(_release, refs, job, used - 1)
+
+    plgpu.barrier_wait(q_full.at[lax.rem(used, job.tuning.slots)])
+    plgpu.barrier_wait(k_full.at[_ring(job, steps)])
+    carry, span = (state.acc, state.p, *_nothing()), way.at(jnp.int32(0))[1:]
+    acc, p, _, *softmax = _overlap(refs, job, q_tile, carry, steps, span, before=steps > 0, more=way.count > 1)
+    pl.when(steps > 0)(functools.partial(plgpu.barrier_arrive, v_free.at[_ring(job, steps - 1)]))
+    pl.when(used > 0)(functools.partial(_write, refs, job, warpgroup, acc, state, used - 1))
+
+    def step(s, carry):
+        # The copy of the output has had time until the second block's products are under way.
+        started = functools.partial(pl.when((s == 1) & (used > 0)), release)
+        acc, p, shrink, *softmax = _overlap(
+            refs, job, q_tile, carry, steps + s, way.at(s)[1:], more=s + 1 < way.count, started=started
+        )
+        plgpu.barrier_arrive(v_free.at[_ring(job, steps + s - 1)])
+        return acc * lax.broadcast_in_dim(shrink, acc.shape, [0]), p, *softmax
+
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, job.dim), jnp.float32), plgpu.Layout.WGMMA)
+    carry = lax.fori_loop(1, way.count, step, (zeros, p, *softmax))
+    pl.when((way.count == 1) & (used > 0))(release)
+    return _State(steps + way.count, item, *carry)
+
+
+def _finish(refs: _Refs, job: Job, warpgroup, used, state: _State):
+    """The last product of a thread block's last tile."""
+    _, _, v_full, v_free = refs.ring_barriers
+    last = _ring(job, state.steps - 1)
     plgpu.barrier_wait(v_full.at[last])
-    acc = accumulate(acc, p, v_smem.at[last], job.interpreted)
+    acc = accumulate(state.acc, state.p, refs.ring_smem[1].at[last], job.interpreted)
     plgpu.barrier_arrive(v_free.at[last])
+    _write(refs, job, warpgroup, acc, state, used - 1)
 
+
+def _ring(job: Job, step):
+    """Where a step's keys and values lie; step >= -1."""
+    return lax.rem(step + job.tuning.stages, job.tuning.stages)
+
+
+def _queries(refs: _Refs, job: Job, warpgroup, used):
+    return refs.tile_smem[0].at[lax.rem(used, job.tuning.slots), pl.ds(warpgroup * ROWS, ROWS)]
+
+
+def _write(refs: _Refs, job: Job, warpgroup, acc, state: _State, used):
+    """Starts to write a tile's output and log-sum-exp."""
+    q_tile, lse_smem = _queries(refs, job, warpgroup, used), refs.tile_smem[1].at[pl.ds(warpgroup * ROWS, ROWS)]
+    total = state.total.sum(axis=1)
     # The queries are spent: their place holds the output on its way out.
     q_tile[...] = (acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])).astype(refs.out.dtype)
-    lse_smem[mine] = largest + jnp.log(total) * LOG2E
+    lse_smem[...] = state.largest + jnp.log(total) * LOG2E
     plgpu.commit_smem()
-    scene, head, tile = item
+    scene, head, tile = state.item
     rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(q_tile, refs.out.at[scene, head, rows])
-    plgpu.copy_smem_to_gmem(lse_smem.at[mine], refs.lse.at[scene, head, rows])
+    plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[scene, head, rows])
+
+
+def _release(refs: _Refs, job: Job, used):
+    """Gives a written tile's place to the queries of the next but one."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(q_free.at[slot])
-    return steps + way.count
+    plgpu.barrier_arrive(refs.tile_barriers[1].at[lax.rem(used, job.tuning.slots)])
 
 
-def _overlap(refs: _Refs, job: Job, q_tile, carry, now, before, span):
-    """q @ k of one block, p @ v of the block before, and meanwhile the softmax of the first."""
+def _overlap(refs: _Refs, job: Job, q_tile, carry, step, span, *, more, before=True, started=lambda: None):
+    """q @ k of one block, p @ v of the block before, and meanwhile the softmax of the first.
+
+    Args:
+        more: Whether the tile has another block; its keys are there afterwards.
+        before: Whether there was a block before. If not, the product is of zeros and whatever lies there: not a number
+            maybe, and nobody's.
+        started: Called when both products are under way.
+    """
     acc, p, largest, total = carry
     k_smem, v_smem = refs.ring_smem
-    _, k_free, v_full, _ = refs.ring_barriers
-    keys, values = k_smem.at[now].transpose((1, 0)), v_smem.at[before]
+    k_full, k_free, v_full, _ = refs.ring_barriers
+    now, previous = _ring(job, step), _ring(job, step - 1)
+    keys, values = k_smem.at[now].transpose((1, 0)), v_smem.at[previous]
+
+    def await_values():
+        pl.when(before)(functools.partial(plgpu.barrier_wait, v_full.at[previous]))
+
+    def await_next():
+        # Also keeps the products in flight during all of the softmax: the compiler moves the end of a product up to
+        # the last branch before it.
+        pl.when(more)(functools.partial(plgpu.barrier_wait, k_full.at[_ring(job, step + 1)]))
+
     if job.interpreted:
-        plgpu.barrier_wait(v_full.at[before])
-        acc, scores = accumulate(acc, p, values, True), product(q_tile, keys, True)
+        await_values()
+        acc = lax.cond(before, lambda: accumulate(acc, p, values, True), lambda: acc)
+        scores = product(q_tile, keys, True)
+        started()
         plgpu.barrier_arrive(k_free.at[now])
-        return acc, *_softmax(scores, span, largest, total, job, p.dtype)
+        softmax = _softmax(scores, span, largest, total, job, p.dtype)
+        await_next()
+        return acc, *softmax
 
     def products(acc_ref, scores_ref):
         plgpu.wgmma(scores_ref, q_tile, keys)
-        plgpu.barrier_wait(v_full.at[before])
+        await_values()
         plgpu.wgmma(acc_ref, p, values)
+        started()
         return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
 
     def body(refs):
@@ -186,19 +259,30 @@ def _overlap(refs: _Refs, job: Job, q_tile, carry, now, before, span):
         plgpu.barrier_arrive(k_free.at[now])
         for ref, x in zip(rest, _softmax(scores, span, largest, total, job, p.dtype), strict=True):
             ref[...] = x
+        await_next()
 
     state: Any = (plgpu.ACC.init(acc), p, largest, largest, total)
     return pl.run_state(body)(state)
 
 
 def _softmax(scores, span, largest, total, job: Job, dtype):
-    """A block's weights, what its maximum makes of the sums before it, and the new maximum and sum."""
+    """A block's weights, what its maximum makes of the sums before it, and the new maximum and sums."""
     scale = LOG2E / math.sqrt(job.dim)
     scores = mask_columns(scores, span, -math.inf)
     new = jnp.maximum(largest, scores.max(axis=1) * scale)
     shrink = jnp.exp2(largest - new)
     p = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, [0]))
-    return p.astype(dtype), shrink, new, total * shrink + p.sum(axis=1)
+    total = total * lax.broadcast_in_dim(shrink, total.shape, [0]) + _fold(p, total.shape[1])
+    return p.astype(dtype), shrink, new, total
+
+
+def _fold(x: Array, width: int) -> Array:
+    """x [rows, columns] added up to `width` columns, pairwise: every thread adds what it holds."""
+    parts = [x[:, i : i + width] for i in range(0, x.shape[1], width)]
+    while len(parts) > 1:
+        odd = parts[len(parts) // 2 * 2 :]
+        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)] + odd
+    return parts[0]
 
 
 def _copy(refs: _Refs, job: Job, first_head, item, start, line, used, steps):
@@ -213,20 +297,25 @@ def _copy(refs: _Refs, job: Job, first_head, item, start, line, used, steps):
     return copy_keys(refs, job, scene, first_head + head, line, steps)
 
 
+def tile_by_tile(tile, refs: Any, job: Job, warpgroup) -> None:
+    """Calls tile(refs, job, warpgroup, ...) as `each_tile` does, for `split_roles`."""
+    each_tile(refs.table, job, functools.partial(tile, refs, job, warpgroup), jnp.int32(0))
+
+
 def split_roles(refs: Any, job: Job, compute, copy) -> None:
-    """For each tile, two warpgroups call compute(refs, job, warpgroup, ...), the third copy(refs, job, head, ...)."""
+    """Two warpgroups call compute(refs, job, warpgroup); for each tile, the third copy(refs, job, first head, ...)."""
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < COMPUTE)
     def _():
         plgpu.set_max_registers(job.tuning.compute_registers, action="increase")
-        each_tile(refs.table, job, functools.partial(compute, refs, job, warpgroup))
+        compute(refs, job, warpgroup)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == COMPUTE)
     def _():
         plgpu.set_max_registers(job.tuning.copy_registers, action="decrease")
-        each_tile(refs.table, job, functools.partial(copy, refs, job, refs.first_head[0]))
+        each_tile(refs.table, job, functools.partial(copy, refs, job, refs.first_head[0]), jnp.int32(0))
 
 
 def copy_keys(refs: Any, job: Job, scene, head, line, steps):

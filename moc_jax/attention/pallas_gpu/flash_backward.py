@@ -31,6 +31,7 @@ from moc_jax.attention.pallas_gpu.flash import (
     mask_columns,
     product,
     split_roles,
+    tile_by_tile,
 )
 from moc_jax.attention.pallas_gpu.tiles import COMPUTE, ROWS, TILE, Job, Tiles, Tuning, walk
 from moc_jax.shapes import Array, Float, Float32, Int, typed
@@ -99,7 +100,7 @@ class _QueryRefs(NamedTuple):
 
 def _query_kernel(*refs, job: Job):
     refs = _QueryRefs(*refs)
-    split_roles(refs, job, _query_tile, _copy_for_queries)
+    split_roles(refs, job, functools.partial(tile_by_tile, _query_tile), _copy_for_queries)
 
 
 def _query_tile(refs: _QueryRefs, job: Job, warpgroup, item, _, line, used, first):
@@ -250,7 +251,7 @@ class _KeyRefs(NamedTuple):
 
 def _key_kernel(*refs, job: Job):
     refs = _KeyRefs(*refs)
-    split_roles(refs, job, _key_tile, _copy_for_keys)
+    split_roles(refs, job, functools.partial(tile_by_tile, _key_tile), _copy_for_keys)
 
 
 def _key_tile(refs: _KeyRefs, job: Job, warpgroup, item, _, line, used, steps):

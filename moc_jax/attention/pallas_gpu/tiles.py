@@ -97,34 +97,56 @@ class Job:
         return (scene, head, rows) if self.sorted_rows else (scene, rows, head)
 
 
-def each_tile(table_ref, job: Job, body):
-    """Calls body(item, first row, its line of the table, tiles before it, steps before it) -> steps after it, for each
-    used tile of this thread block, in an order that all its warpgroups share. An item is (scene, head, tile).
-
-    Neighbours in time share a head's keys, which then come from the cache. Where all heads' fit, the first tiles of
-    all heads come first: those of text, which read the most.
+def each_tile(table_ref, job: Job, body, carry):
+    """Folds body(item, first row, its line of the table, tiles before it, carry) -> carry over the used tiles of this
+    thread block, in an order that all its warpgroups share; (tiles, carry). An item is (scene, head, tile).
     """
-    first = lax.axis_index("block")
-    mine = lax.div(job.batch * job.heads * job.tiles - first + job.blocks - 1, job.blocks)
 
     def one(i, before):
-        used, steps = before
-        index = first + i * job.blocks
-        if job.all_cached:
-            row, head = lax.div(index, job.heads), lax.rem(index, job.heads)
-            item = lax.div(row, job.tiles), head, lax.rem(row, job.tiles)
-        else:
-            row, tile = lax.div(index, job.tiles), lax.rem(index, job.tiles)
-            item = lax.div(row, job.heads), lax.rem(row, job.heads), tile
+        used, carry = before
+        item, there = _item(i, lax.axis_index("block"), job)
         line = table_ref.at[item[0], item[1] if job.per_head else 0, item[2]]
         start = line[0]
         return lax.cond(
-            start >= 0,
-            lambda: (used + 1, body(item, pl.multiple_of(start, ALIGN), line, used, steps)),
-            lambda: (used, steps),
+            there & (start >= 0),
+            lambda: (used + 1, body(item, pl.multiple_of(start, ALIGN), line, used, carry)),
+            lambda: (used, carry),
         )
 
-    lax.fori_loop(0, mine, one, (jnp.int32(0), jnp.int32(0)))
+    return lax.fori_loop(0, _looks(job), one, (jnp.int32(0), carry))
+
+
+def _looks(job: Job) -> int:
+    """How many items a thread block looks at, at most."""
+    if job.all_cached:
+        return -(-job.batch * job.heads * job.tiles // job.blocks)
+    return job.batch * job.heads * -(-job.tiles // job.blocks)
+
+
+def _item(i, block, job: Job):
+    """The i-th item of a thread block, and whether it exists.
+
+    Neighbours in time share a head's keys, which then come from the cache: heads follow each other, and a head's tiles
+    go round all thread blocks. Tiles that take longest or shortest (text, a short last chunk, unused ones) have the
+    same places in every head, so each head begins with another thread block, all around evenly; else some blocks would
+    get such a tile in every head and end late. Where all heads' keys fit the cache, tiles follow each other and
+    heads go round: those of text, which take longest, come first.
+    """
+    rows = job.batch * job.heads
+    if job.all_cached:
+        index = block + i * job.blocks
+        tile_row, head = lax.div(index, job.heads), lax.rem(index, job.heads)
+        there = index < rows * job.tiles
+        scene, tile = lax.div(tile_row, job.tiles), lax.rem(tile_row, job.tiles)
+    else:
+        rounds = -(-job.tiles // job.blocks)
+        row = lax.div(i, rounds)
+        place = lax.rem(block + job.blocks - lax.div(row * job.blocks, rows), job.blocks)
+        tile = place + lax.rem(i, rounds) * job.blocks
+        there = tile < job.tiles
+        scene, head = lax.div(row, job.heads), lax.rem(row, job.heads)
+    inside = jnp.where(there, 1, 0)
+    return (scene * inside, head, tile * inside), there
 
 
 class Way:

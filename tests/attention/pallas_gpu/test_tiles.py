@@ -1,0 +1,53 @@
+"""The order in which thread blocks take tiles: each once, and those that take long or short evenly spread."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moc_jax.attention.pallas_gpu import tiles
+from moc_jax.attention.pallas_gpu.tiles import Job, Tuning
+
+
+def items(batch, heads, count, *, blocks=132, all_cached=False):
+    """(block, scene, head, tile) of each item, as thread blocks take them."""
+    job = Job(
+        tuning=Tuning(),
+        blocks=blocks,
+        batch=batch,
+        heads=heads,
+        dim=128,
+        tiles=count,
+        runs=1,
+        per_head=True,
+        rows=1024,
+        sorted_rows=True,
+        all_cached=all_cached,
+        interpreted=False,
+    )
+    looks, block = jnp.meshgrid(jnp.arange(tiles._looks(job)), jnp.arange(blocks), indexing="ij")
+    (scene, head, tile), there = jax.jit(jax.vmap(lambda i, block: tiles._item(i, block, job)))(
+        looks.reshape(-1), block.reshape(-1)
+    )
+    return np.stack([block.reshape(-1), scene, head, tile], axis=1)[np.asarray(there)]
+
+
+@pytest.mark.parametrize("all_cached", [False, True])
+@pytest.mark.parametrize("blocks", [2, 132])
+@pytest.mark.parametrize(("batch", "heads", "count"), [(1, 12, 789), (2, 3, 7), (1, 1, 132), (3, 64, 133), (1, 7, 1)])
+def test_each_tile_is_taken_once(batch, heads, count, blocks, all_cached):
+    found = items(batch, heads, count, blocks=blocks, all_cached=all_cached)[:, 1:]
+    want = np.stack(np.unravel_index(np.arange(batch * heads * count), (batch, heads, count)), axis=1)
+    np.testing.assert_array_equal(found[np.lexsort(found.T[::-1])], want)
+
+
+@pytest.mark.parametrize(("heads", "count"), [(12, 789), (12, 792), (24, 789), (4, 7_204)])
+@pytest.mark.parametrize(("first", "last", "steps"), [(714, 789, 4), (0, 9, 1_400)])
+def test_tiles_of_other_lengths_are_spread_over_all_blocks(heads, count, first, last, steps):
+    """The same tiles of all heads take longer (text) or shorter (a short last chunk) than the usual 12 steps."""
+    block, _, _, tile = items(1, heads, count).T
+    odd = (first <= tile) & (tile < last)
+    each = np.bincount(block[odd], minlength=132)
+    assert each.max() - each.min() <= 2
+    work = np.bincount(block, np.where(odd, steps, 12), minlength=132)
+    assert work.max() - work.mean() <= 2 * max(steps, 12)
