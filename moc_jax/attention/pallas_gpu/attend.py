@@ -253,7 +253,10 @@ def take_rows(x: Float[Array, "B N _ D"], rows: Int[Array, "B H S"], heads: Head
     batch, tokens, held, dim = x.shape
     head = heads.first + jnp.arange(heads.count)[None, :, None]
     index = (jnp.arange(batch)[:, None, None] * tokens + rows) * held + head
-    return x.reshape(batch * tokens * held, dim).at[index].get(mode="promise_in_bounds")
+    # As pairs of numbers: the same bytes in half as many reads and writes, which XLA's gather does one by one.
+    words = lax.bitcast_convert_type(x.reshape(batch * tokens * held, dim // 2, 2), jnp.uint32)
+    taken = words.at[index].get(mode="promise_in_bounds")
+    return lax.bitcast_convert_type(taken, x.dtype).reshape(*index.shape, dim)
 
 
 def _take_scalars(x, rows, heads: Heads) -> Float[Array, "B H S"]:
