@@ -67,7 +67,7 @@ class _Tiling:
 
 
 def can_select(cfg: MoCConfig) -> bool:
-    """Whether `top_k` is within the kernel's reach."""
+    """Whether `top_k` is within the kernel's reach, however many chunks there are."""
     return cfg.top_k <= _MOST_PICKS
 
 
@@ -87,9 +87,9 @@ def select(
         phi: The chunks' descriptors, `routing.descriptors`.
 
     Raises:
-        NotImplementedError: q's type, D or `top_k` is none that the kernel can do.
+        NotImplementedError: q's type, D or `top_k` (and the number of chunks) is none that the kernel can do.
     """
-    _check(q, cfg)
+    _check(q, phi.shape[2], cfg)
     batch, tokens, heads, head_dim = q.shape
     q = jnp.pad(q, ((0, 0), (0, -tokens % 8), (0, 0), (0, 0)))  # the copy engine's rows come in eights
     tiling = _Tiling.of(phi.shape[2], head_dim)
@@ -104,6 +104,7 @@ def select(
     used = -(-jnp.max(runs[:, 2].reshape(batch, -1, step), axis=-1) // tiling.columns)  # [B, blocks * steps]
 
     rows = tokens + -tokens % _ROWS
+    top_k = min(cfg.top_k, phi.shape[2])  # no query has more candidates than there are chunks
     picks = plgpu.kernel(
         functools.partial(
             _kernel,
@@ -111,7 +112,7 @@ def select(
             steps=steps,
             split=not cfg.causal_routing and cfg.self_anchor != "none",
         ),
-        out_type=jax.ShapeDtypeStruct((batch, heads, cfg.top_k, rows), jnp.int32),
+        out_type=jax.ShapeDtypeStruct((batch, heads, top_k, rows), jnp.int32),
         kernel_name="moc_router",
         grid=(heads, blocks, batch),
         grid_names=("heads", "blocks", "batch"),
@@ -120,10 +121,11 @@ def select(
         scratch_types=_scratch(tiling, head_dim, q.dtype),
         interpret=interpret,
     )(q, _parts(phi, table, tiling, q.dtype), runs, used)
-    return jnp.swapaxes(picks, 2, 3)[:, :, :tokens]
+    picks = jnp.swapaxes(picks, 2, 3)[:, :, :tokens]
+    return jnp.pad(picks, ((0, 0), (0, 0), (0, 0), (0, cfg.top_k - top_k)), constant_values=-1)
 
 
-def _check(q, cfg):
+def _check(q, chunks: int, cfg):
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
             f"q is {q.dtype}; the routing kernel takes bfloat16 or float16: cast q and k, or use backend = xla"
@@ -132,10 +134,10 @@ def _check(q, cfg):
         raise NotImplementedError(
             f"heads of size {q.shape[-1]}; the routing kernel takes 64, 128, 192 and 256: use backend = xla"
         )
-    if cfg.top_k > _MOST_PICKS:
+    if min(cfg.top_k, chunks) > _MOST_PICKS:
         raise NotImplementedError(
-            f"moc.top_k is {cfg.top_k}; the routing kernel keeps at most {_MOST_PICKS} picks in registers: "
-            "pick fewer, larger chunks, or use backend = xla"
+            f"moc.top_k is {cfg.top_k} of {chunks} chunks; the routing kernel keeps at most {_MOST_PICKS} picks in "
+            "registers: pick fewer, larger chunks, or use backend = xla"
         )
 
 
