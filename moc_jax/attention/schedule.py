@@ -14,7 +14,7 @@ from jax import lax
 
 from moc_jax.shapes import Array, Int, typed
 
-_COMPARE = 2**28  # comparisons that take less time than launching a search
+_COMPARE = 2**24  # comparisons that take less time than launching a search
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +58,14 @@ def group_by_chunk(routes: Int[Array, "H N K"], chunks: int, tile: int, most_pai
     group, order = lax.sort(
         (group.astype(narrow).reshape(-1), jnp.arange(heads * pairs, dtype=jnp.int32)), num_keys=1, is_stable=True
     )
-    # Comparing all is one step, searching takes a step for each halving.
-    method = "compare_all" if heads * groups * heads * pairs <= _COMPARE else "scan_unrolled"
-    edges = jnp.searchsorted(group, jnp.arange(heads * groups, dtype=narrow), method=method).astype(jnp.int32)
-    edges = edges.reshape(heads, groups)
+    first = (head * groups + jnp.arange(groups)[None]).astype(narrow)
+    # A head keeps its share of the array. Comparing all is one step, searching takes a step for each halving.
+    if heads * groups * pairs <= _COMPARE:
+        before = group.reshape(heads, 1, pairs) < first[:, :, None]
+        edges = head * pairs + jnp.sum(before, axis=2, dtype=jnp.int32)
+    else:
+        edges = jnp.searchsorted(group, first.reshape(-1), method="scan_unrolled").astype(jnp.int32)
+        edges = edges.reshape(heads, groups)
     begins, counts = edges[:, :-1], jnp.diff(edges)
     tile_counts = -(-counts // tile)
     tile_ends = jnp.cumsum(tile_counts, axis=1)
