@@ -11,7 +11,8 @@ os.environ["JAX_PLATFORMS"] = "cuda,cpu" if os.environ.get("MOC_TEST_PLATFORM") 
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several test processes share one GPU
 # Tiny programs: compiling them well takes longer than running them badly. The numbers do not depend on it.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 --xla_gpu_autotune_level=0"
 )
 
 import jax
