@@ -66,7 +66,9 @@ def _interpreted(cfg, q):
     if cfg.backend != "pallas_tpu":
         yield
         return
-    small = mock.patch.object(tuning, "blocks", return_value=_SMALL_TPU) if q.shape[1] < 128 else contextlib.nullcontext()
+    small = (
+        mock.patch.object(tuning, "blocks", return_value=_SMALL_TPU) if q.shape[1] < 128 else contextlib.nullcontext()
+    )
     with tpu.interpreted(INTERPRETER), small:
         yield
 

@@ -78,13 +78,11 @@ def _place(routes, order: Order, table: ChunkTable, blocks: Blocks, dim: int) ->
     picks, chunks = routes.shape[-1], table.kind.shape[1]
     if picks == 0:
         return None
-    # An empty chunk is as good as none: its tile would have no keys.
-    length = jnp.take_along_axis(table.length[:, None, None], jnp.maximum(routes, 0), axis=3)
-    routes = _to_order(jnp.swapaxes(jnp.where(length > 0, routes, -1), 1, 2), order, -1)
+    routes = _to_order(jnp.swapaxes(routes, 1, 2), order, -1)
     window = blocks.window or pairs.window_rows(order.rows, picks, dim, chunks)
-    step = blocks.window_step or pairs.STEP
+    step = blocks.window_step or pairs.step_rows(order.rows)
     most = table.chunk_of.shape[1] * picks
-    return pairs.place(routes, chunks, blocks.picks.queries, most, window=window, step=step)
+    return pairs.place(routes, table.length, blocks.picks.queries, most, window=window, step=step)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -118,7 +116,6 @@ def _forward(q, k, v, plan: Plan, placement, table, static: _Static):
             outputs,
             here,
             None if anchors is None else heads.of(anchors),
-            rows=queries.shape[2],
             dim=q.shape[3],
             dtype=v.dtype,
             interpret=static.interpret,
@@ -165,7 +162,7 @@ def _attend_backward(static: _Static, residuals, d_result):
         if placement is not None:
             here, cut = heads.of(placement), cut_chunks(table, static.blocks.pick_gradient_keys)
             of_pairs, of_keys, of_values = _pick_gradients(inputs, here, cut, table, heads, static)
-            d_q = pairs.add(of_pairs, here, d_q, rows=queries.shape[2], dtype=q.dtype, interpret=static.interpret)
+            d_q = pairs.add(of_pairs, here, d_q, dtype=q.dtype, interpret=static.interpret)
             for parts, rows in ((d_k, of_keys), (d_v, of_values)):
                 parts.append(_key_rows(rows, cut.row_of_token, table))
         return d_q.astype(q.dtype), *(functools.reduce(jnp.add, x).astype(q.dtype) for x in (d_k, d_v))
@@ -259,7 +256,7 @@ def _by_group(function, like, axes, heads: int, groups: int):
             for x, part, axis in zip(whole, parts, axes, strict=True)
         )
 
-    return lax.fori_loop(0, groups, one, tuple(jnp.zeros(x.shape, x.dtype) for x in like))
+    return lax.fori_loop(0, groups, one, tuple(jnp.empty(x.shape, x.dtype) for x in like))
 
 
 # --------------------------------------------------------------------------------------------- order and sums

@@ -19,6 +19,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -66,36 +67,45 @@ class Placement:
     step: int = dataclasses.field(metadata={"static": True})
     tile: int = dataclasses.field(metadata={"static": True})
     room: int = dataclasses.field(metadata={"static": True})  # rows of a window's buffer; the last 8 are nobody's
+    rows: int = dataclasses.field(metadata={"static": True})  # R, of queries
 
     @property
     def slots(self) -> int:
         return self.tile_chunk.shape[2] * self.tile
 
     @property
-    def rows(self) -> int:
-        """Of queries, padded to whole windows."""
-        return self.places.shape[2] * self.step
+    def steps(self) -> int:
+        """Of a window; the last window's may reach beyond the queries."""
+        return self.places.shape[2] // self.runs.shape[2]
 
-    @property
-    def window(self) -> int:
-        return self.rows // self.runs.shape[2]
+    def block(self, window, step):
+        """The block of queries of a step; beyond the last, the last again."""
+        return jnp.minimum(window * self.steps + step, self.rows // self.step - 1)
 
 
 @typed
 def place(
-    routes: Int[Array, "B H R K"], chunks: int, tile: int, most_pairs: int, *, window: int, step: int = STEP
+    routes: Int[Array, "B H R K"],
+    lengths: Int[Array, "B C"],
+    tile: int,
+    most_pairs: int,
+    *,
+    window: int,
+    step: int = STEP,
 ) -> Placement:
-    """Places for the pairs of queries and the chunks that they pick; -1 picks nothing.
+    """Places for the pairs of queries and the chunks that they pick; -1 and chunks of no length pick nothing.
 
-    No head has more than `most_pairs` pairs. The window is rows, a multiple of `step`.
+    No head has more than `most_pairs` pairs. `step` divides R and `window`, both in rows.
     """
     batch, heads, rows, picks = routes.shape
+    chunks = lengths.shape[1]
     routes = jnp.pad(routes, ((0, 0), (0, 0), (0, -rows % window), (0, 0)), constant_values=-1)
     windows = routes.shape[2] // window
     by_window = routes.reshape(batch, heads * windows, window, picks)
     rank, counts = ranks(by_window, chunks, interpret=device.interpreter())
     room = _up(window * picks, LANES) + _up(chunks * (ROWS - 1), LANES) + LANES
-    run_rows = _up(counts, ROWS).reshape(batch, heads, windows, chunks)
+    some = (lengths > 0)[:, None, None]
+    run_rows = jnp.where(some, _up(counts, ROWS).reshape(batch, heads, windows, chunks), 0)
     run_place = jnp.cumsum(run_rows, axis=3) - run_rows
     in_chunk = jnp.cumsum(run_rows, axis=2) - run_rows
     total = jnp.sum(run_rows, axis=2)  # [B, H, C]
@@ -104,10 +114,9 @@ def place(
     begin = (until - tiles) * tile
     run_slot = begin[:, :, None] + in_chunk
 
-    here = by_window[..., None] == jnp.arange(chunks)[None, None, None, None]  # a sum over chunks: faster than looking up
-    first = jnp.sum(jnp.where(here, run_place.reshape(batch, heads * windows, 1, 1, chunks), 0), axis=-1)
-    places = jnp.where(by_window < 0, room - ROWS, first + rank)
-    places = jnp.swapaxes(places.reshape(batch, heads, -1, step, picks), 3, 4)
+    first = jnp.where(some, run_place, -1).reshape(batch * heads * windows, chunks)
+    places = _look_up(by_window, rank, first, room - ROWS)  # [B * H * windows, K, window]
+    places = jnp.swapaxes(places.reshape(batch, heads * windows, picks, window // step, step), 2, 3)
 
     capacity = -(-(most_pairs + windows * chunks * (ROWS - 1)) // tile) + chunks
     index = jnp.arange(capacity)
@@ -124,7 +133,63 @@ def place(
         step=step,
         tile=tile,
         room=room,
+        rows=rows,
     )
+
+
+def _look_up(routes: Int[Array, "B H W K"], rank, first: Int[Array, "X C"], nobody: int) -> Int[Array, "X K W"]:
+    """first[chunk] + rank for each pair that picks a chunk with first >= 0, else `nobody`; windows are B * H = X."""
+    batch, windows, rows, picks = routes.shape
+    lanes = min(LANES, rows)
+
+    def tokens_last(x):
+        return jnp.swapaxes(x.astype(jnp.int32), 2, 3).reshape(batch * windows, picks, rows // lanes, lanes)
+
+    block = next(n for n in (32, 16, 8, rows // lanes) if rows // lanes % n == 0)
+    spec = pl.BlockSpec((pl.squeezed, picks, block, lanes), lambda x, i: (x, 0, i, 0))
+    chunks = first.shape[1]
+    table = pl.BlockSpec((pl.squeezed, 1, chunks), lambda x, i: (x, 0, 0), memory_space=pltpu.SMEM)
+    found = pl.pallas_call(
+        functools.partial(_look_up_kernel, nobody=nobody),
+        name="moc_look_up",
+        out_shape=jax.ShapeDtypeStruct((batch * windows, picks, rows // lanes, lanes), jnp.int32),
+        grid=(batch * windows, rows // lanes // block),
+        in_specs=[table, spec, spec],
+        out_specs=spec,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * routes.size * chunks, transcendentals=0, bytes_accessed=3 * 4 * routes.size
+        ),
+        interpret=device.interpreter(),
+    )(first.astype(jnp.int32)[:, None], tokens_last(routes), tokens_last(rank))
+    return found.reshape(batch * windows, picks, rows)
+
+
+def _look_up_kernel(first_smem_ref, routes_vmem_ref, rank_vmem_ref, out_vmem_ref, *, nobody: int):
+    """Goes through the chunks, for some thousand pairs at a time: 2 instructions for 1024 pairs and a chunk."""
+    picks, rows, _ = routes_vmem_ref.shape
+    at_once = math.gcd(ROWS, rows)
+
+    def some(i, _):
+        here = pl.ds(pl.multiple_of(i * at_once, at_once), at_once)
+        routes = [routes_vmem_ref[pick, here] for pick in range(picks)]
+
+        def one_chunk(chunk, found):
+            value = first_smem_ref[0, chunk]
+            return tuple(jnp.where(route == chunk, value, x) for route, x in zip(routes, found, strict=True))
+
+        found = tuple(jnp.full(route.shape, -1, jnp.int32) for route in routes)
+        found = lax.fori_loop(0, first_smem_ref.shape[1], one_chunk, found, unroll=8)
+        for pick, x in enumerate(found):
+            out_vmem_ref[pick, here] = jnp.where(x < 0, nobody, x + rank_vmem_ref[pick, here])
+        return 0
+
+    lax.fori_loop(0, rows // at_once, some, 0)
+
+
+def step_rows(rows: int) -> int:
+    """Rows of a step: as many as divide all rows."""
+    return math.gcd(rows, STEP)
 
 
 def window_rows(rows: int, picks: int, dim: int, chunks: int) -> int:
@@ -152,8 +217,7 @@ def spread(
     """
     batch, heads, _, dim = x.shape
     p = placement
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, p.rows - x.shape[2]), (0, 0)))
-    chunks, steps = p.runs.shape[3] // _RUN, p.window // p.step
+    chunks, steps = p.runs.shape[3] // _RUN, p.steps
     zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
     grid = (batch, heads, p.runs.shape[2], steps)
     return pl.pallas_call(
@@ -165,7 +229,7 @@ def spread(
             _in_smem(p.picks * p.step, lambda b, h, w, s: w * steps + s),
             _in_smem(_RUN * chunks, lambda b, h, w, s: w),
             _in_smem(2 * chunks, lambda b, h, w, s: 0),
-            pl.BlockSpec((pl.squeezed, pl.squeezed, p.step, dim), lambda b, h, w, s: (b, h, w * steps + s, 0)),
+            pl.BlockSpec((pl.squeezed, pl.squeezed, p.step, dim), lambda b, h, w, s: (b, h, p.block(w, s), 0)),
             pl.BlockSpec(zeros.shape, lambda b, h, w, s: (0, 0)),
         ],
         out_specs=pl.BlockSpec(memory_space=pl.ANY),
@@ -202,7 +266,9 @@ def _params():
 def _cost(x, p: Placement, pair_bytes: int) -> pl.CostEstimate:
     batch, heads, _, dim = x.shape
     pairs = batch * heads * p.rows * p.picks
-    return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=x.size * x.dtype.itemsize + pairs * (4 + dim * pair_bytes))
+    return pl.CostEstimate(
+        flops=0, transcendentals=0, bytes_accessed=x.size * x.dtype.itemsize + pairs * (4 + dim * pair_bytes)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,12 +279,13 @@ class _Sizes:
     step: int
     room: int
     chunks: int
+    blocks: int  # of queries
     at_once: bool  # rows move at once, which only the interpreter can do: it takes milliseconds for each by itself
 
     @classmethod
     def of(cls, p: Placement, interpret):
         at_once = bool(interpret) and not _row_by_row.get()
-        return cls(p.picks, p.step, p.room, p.runs.shape[3] // _RUN, at_once)
+        return cls(p.picks, p.step, p.room, p.runs.shape[3] // _RUN, p.rows // p.step, at_once)
 
 
 def _spread_kernel(
@@ -245,7 +312,9 @@ def _spread_kernel(
     @pl.when((w == 0) & (s == 0))
     def _():
         leaving_smem_ref[0], leaving_smem_ref[1] = jnp.int32(0), jnp.int32(0)
-        _each_run(tails_smem_ref, 2, p, lambda first, rows: _copy_tail(fill_vmem_ref, out_hbm_ref, first, rows, semaphores))
+        _each_run(
+            tails_smem_ref, 2, p, lambda first, rows: _copy_tail(fill_vmem_ref, out_hbm_ref, first, rows, semaphores)
+        )
 
     @pl.when(s == 0)
     def _():
@@ -293,9 +362,7 @@ def _spread_kernel(
     def _():
         for one in (0, 1):
             _await(ready_vmem_ref.at[one], out_hbm_ref, leaving_smem_ref[one], semaphores.at[one])
-        _each_run(
-            tails_smem_ref, 2, p, lambda first, rows: _await(fill_vmem_ref, out_hbm_ref, rows, semaphores.at[2])
-        )
+        _each_run(tails_smem_ref, 2, p, lambda first, rows: _await(fill_vmem_ref, out_hbm_ref, rows, semaphores.at[2]))
 
 
 def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
@@ -378,7 +445,6 @@ def merge(
     placement: Placement,
     anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None,
     *,
-    rows: int,
     dim: int,
     dtype: Any,
     interpret: Any = False,
@@ -388,7 +454,6 @@ def merge(
     Args:
         pairs: What `pack` made of the pairs' outputs.
         anchors: Their outputs and base-2 log-sum-exps, -inf for rows without.
-        rows: R.
         dim, dtype: D and the type of outputs.
     """
     inputs = [] if anchors is None else [anchors[0], anchors[1][:, :, None]]
@@ -398,7 +463,7 @@ def merge(
         jax.ShapeDtypeStruct((batch, heads, 1, placement.rows), jnp.float32),
     )
     out, lse = _collect(_merge_rows, "moc_merge", pairs, placement, inputs, shapes, -jnp.inf, dim, dtype, interpret)
-    return out[:, :, :rows], lse[:, :, 0, :rows]
+    return out, lse[:, :, 0]
 
 
 @typed
@@ -407,7 +472,6 @@ def add(
     placement: Placement,
     anchors: Float[Array, "B H R D"] | None,
     *,
-    rows: int,
     dtype: Any,
     interpret: Any = False,
 ) -> Float[Array, "B H R D"]:
@@ -415,27 +479,22 @@ def add(
     batch, heads, _, dim = pairs.shape
     shape = jax.ShapeDtypeStruct((batch, heads, placement.rows, dim), dtype)
     inputs = [] if anchors is None else [anchors]
-    return _collect(_add_rows, "moc_add", pairs, placement, inputs, (shape,), 0.0, dim, dtype, interpret)[0][:, :, :rows]
+    return _collect(_add_rows, "moc_add", pairs, placement, inputs, (shape,), 0.0, dim, dtype, interpret)[0]
 
 
 def _collect(body, name: str, pairs, placement: Placement, inputs, shapes, nothing: float, dim: int, dtype, interpret):
     p = placement
     batch, heads, _, width = pairs.shape
-    chunks, windows, steps = p.runs.shape[3] // _RUN, p.runs.shape[2], p.window // p.step
+    chunks, windows, steps = p.runs.shape[3] // _RUN, p.runs.shape[2], p.steps
     some = min(LANES, p.step)
 
     def block(x):
         """Of the queries' arrays: [B, H, rows, D] or [B, H, 1, rows]."""
         one = (pl.squeezed, pl.squeezed)
         if x.shape[2] == 1:
-            return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s: (b, h, 0, w * steps + s))
-        return pl.BlockSpec((*one, p.step, x.shape[3]), lambda b, h, w, s: (b, h, w * steps + s, 0))
+            return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s: (b, h, 0, p.block(w, s)))
+        return pl.BlockSpec((*one, p.step, x.shape[3]), lambda b, h, w, s: (b, h, p.block(w, s), 0))
 
-    def padded(x):
-        axis = 3 if x.shape[2] == 1 else 2
-        return jnp.pad(x, [(0, p.rows - x.shape[i] if i == axis else 0) for i in range(4)])
-
-    inputs = [padded(x) for x in inputs]
     return pl.pallas_call(
         functools.partial(
             _collect_kernel,
@@ -523,7 +582,11 @@ def _collect_kernel(
         body(rows, blocks[:inputs], blocks[inputs:], pl.ds(first, size))
         return 0
 
-    lax.fori_loop(0, p.step // size, some_rows, 0)
+    blocks_before = w * pl.num_programs(3) + s
+
+    @pl.when(blocks_before < p.blocks)  # the last window's steps beyond the queries leave the last block as it is
+    def _():
+        lax.fori_loop(0, p.step // size, some_rows, 0)
 
 
 def _nothing(shape, value: float):
