@@ -93,7 +93,7 @@ def _attend(q, k, v, plan: Plan, placement: Placement | None, table, static):
 def _forward(q, k, v, plan: Plan, placement, table, static: _Static):
     """Arrays [B, N, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
     queries, keys, values = _to_order(q, plan.order, 0), _head_major(k, static), _head_major(v, static)
-    anchors = _anchors(queries, keys, values, plan, static) if plan.anchors else None
+    anchors: Any = _anchors(queries, keys, values, plan, static) if plan.anchors else None
     if placement is None:
         out, lse = anchors
         out = jnp.where(plan.anchored[:, None, :, None], out, jnp.zeros((), out.dtype))
@@ -153,7 +153,8 @@ def _attend_backward(static: _Static, residuals, d_result):
     anchors = _anchor_gradients(inputs, plan, static) if plan.anchors else None
 
     def one_group(heads):
-        d_q, d_k, d_v = None, [], []
+        d_q: Any = None
+        d_k, d_v = [], []
         if anchors is not None:
             d_q, of_keys, of_values = heads.of(anchors)
             for parts, rows in ((d_k, of_keys), (d_v, of_values)):

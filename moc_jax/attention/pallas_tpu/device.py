@@ -25,8 +25,8 @@ CHIPS = {  # by the start of `device_kind`
 }
 _FOR_UNKNOWN_CHIPS = "v5e"
 
-_interpreter = contextvars.ContextVar("interpreter", default=None)
-_compiled_for = contextvars.ContextVar("compiled_for", default=None)
+_interpreter: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("interpreter", default=None)
+_compiled_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("compiled_for", default=None)
 
 
 @contextlib.contextmanager
@@ -68,8 +68,9 @@ def is_target() -> bool:
 
 def chip() -> str:
     """The kind of TPU that programs are traced for."""
-    if _compiled_for.get() is not None:
-        return _compiled_for.get()
+    asked = _compiled_for.get()
+    if asked is not None:
+        return asked
     if not is_tpu():
         return _FOR_UNKNOWN_CHIPS
     kind = jax.devices()[0].device_kind

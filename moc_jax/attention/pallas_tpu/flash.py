@@ -294,7 +294,8 @@ def _one_block(refs: _Refs, j, span, job: _Job) -> None:
     ]  # fmt: skip
     ready: list[Array] = []
     issued = 0
-    worst = None
+    worst: Any = None
+    sums = acc = None
     for index, (row, key) in enumerate(parts):
         while issued < min(index + 1 + t.ahead, len(parts)):
             r, c = parts[issued]

@@ -31,7 +31,6 @@ from jax.experimental.pallas import tpu as pltpu
 from moc_jax.attention.pallas_tpu import device
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS
 from moc_jax.attention.pallas_tpu.ranks import ranks
-from moc_jax.attention.pallas_tpu.tiles import Tiles
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 _GROUP = 16  # rows of the unrolled loops: a register of bfloat16
@@ -303,7 +302,8 @@ def _spread_kernel(
     p: _Sizes,
     fill: float,
 ):
-    assert x_vmem_ref.shape == (p.step, rows_vmem_ref.shape[1]) and p.step % _GROUP == 0
+    assert x_vmem_ref.shape == (p.step, rows_vmem_ref.shape[1])
+    assert p.step % _GROUP == 0
     b, h, w, s = (pl.program_id(i) for i in range(4))
     out_hbm_ref = out_hbm_ref.at[b, h]
     last_step = s == pl.num_programs(3) - 1
@@ -312,9 +312,8 @@ def _spread_kernel(
     @pl.when((w == 0) & (s == 0))
     def _():
         leaving_smem_ref[0], leaving_smem_ref[1] = jnp.int32(0), jnp.int32(0)
-        _each_run(
-            tails_smem_ref, 2, p, lambda first, rows: _copy_tail(fill_vmem_ref, out_hbm_ref, first, rows, semaphores)
-        )
+        send_tail = functools.partial(_send_tail, fill_vmem_ref, out_hbm_ref, semaphores.at[2])
+        _each_run(tails_smem_ref, 2, p, send_tail)
 
     @pl.when(s == 0)
     def _():
@@ -382,9 +381,9 @@ def _end_of_runs(runs_smem_ref, p: _Sizes):
     return runs_smem_ref[0, last] + runs_smem_ref[0, last + 1]
 
 
-def _copy_tail(fill_vmem_ref, out_hbm_ref, first, rows, semaphores) -> None:
+def _send_tail(fill_vmem_ref, out_hbm_ref, semaphore, first, rows) -> None:
     source = fill_vmem_ref.at[pl.ds(0, rows)]
-    pltpu.make_async_copy(source, out_hbm_ref.at[pl.ds(first, rows)], semaphores.at[2]).start()
+    pltpu.make_async_copy(source, out_hbm_ref.at[pl.ds(first, rows)], semaphore).start()
 
 
 def _fill_end(rows_vmem_ref, rows, place, fill: float) -> None:
@@ -603,7 +602,7 @@ def _nothing(shape, value: float):
 def _merge_rows(rows, inputs, outputs, block, *, dim: int, dtype) -> None:
     size = rows[0].shape[0]
     some = min(size, _MERGED)
-    anchor_lse = _across_rows(inputs[1][:, block]) if inputs else None
+    anchor_lse: Any = _across_rows(inputs[1][:, block]) if inputs else None
     lses = []
     for first in range(0, size, some):
         here = slice(first, first + some)

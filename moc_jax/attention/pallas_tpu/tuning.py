@@ -1,13 +1,25 @@
-"""Sizes of blocks: which rows a kernel takes at a time, by chip and by what there is to attend to."""
+"""Sizes of blocks: which rows a kernel takes at a time, by chip and by what there is to attend to.
+
+Large blocks cost less per pair and waste more where a run ends. `tuned.py` holds the best sizes of each chip for long
+scenes; here they are cut down to what a scene has: blocks no longer than its chunks, shots or captions need, sizes that
+divide one another as kernels want them, and all of it within the chip's vector memory.
+"""
 
 import dataclasses
+import itertools
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 
-from moc_jax.attention.pallas_tpu import device, flash, flash_backward
+from moc_jax.attention.pallas_tpu import device, flash, flash_backward, tuned
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
+
+_MOST = 2048  # rows of any block
+_WORTH = 256  # rows that take as long as what a block costs beside its rows
+_TRANSPOSED_FROM = 1024  # rows of both blocks: smaller ones wait for the transposed sums
+_SMALL_PARTS = 2.5  # how much longer a block takes whose parts are 128 x 128: each waits for the matrix units
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +33,8 @@ class Blocks:
     anchor_gradients: flash_backward.Tiling
     pick_gradient_keys: int  # rows of a tile of a chunk's keys
     pick_gradients: flash_backward.Tiling
+    window: int | None = None  # queries whose pairs are spread and merged at once; None: as many as fit
+    window_step: int | None = None  # queries of a step of that
 
     def __post_init__(self):
         sizes = (self.queries, self.gradient_queries, self.text_queries)
@@ -28,6 +42,12 @@ class Blocks:
             raise ValueError(f"{self}: of the blocks of ordered queries, {sizes}, each must divide the largest")
         if self.picks.queries % self.pick_gradients.block:
             raise ValueError(f"{self}: blocks of sorted queries must divide their tiles")
+        for keys, tiling in (
+            (self.gradient_keys, self.anchor_gradients),
+            (self.pick_gradient_keys, self.pick_gradients),
+        ):
+            if keys % tiling.at_once:
+                raise ValueError(f"{self}: {tiling.at_once} keys at once must divide the {keys} of a tile")
 
     @property
     def queries(self) -> int:
@@ -55,19 +75,169 @@ class Blocks:
 
 def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype) -> Blocks:
     """The sizes for a config on the chip that the program is for."""
-    del dim, dtype
-    large, chunk = 1024, -(-(table.max_chunk + ROWS - 1) // LANES) * LANES
-    picks = flash.Tiling(queries=large, keys=min(chunk, 2048), compute_queries=256, compute_keys=128)
-    anchors = flash.Tiling(queries=large, keys=large, compute_queries=256, compute_keys=256, ahead=2)
+    chip, size, scene = device.chip(), _Size(dim, jnp.dtype(dtype).itemsize), _Scene.of(cfg, table)
+    in_one = scene.chunk.length <= _MOST
+    anchors = _forward(tuned.ANCHORS[chip], size, scene.segment, scene.anchors)
+    picks = _forward((tuned.PICKS if in_one else tuned.ANCHORS)[chip], size, scene.pickers, [scene.chunk])
+    text = _forward(tuned.ANCHORS[chip], size, scene.caption, [scene.all], most_queries=LANES)
+    keys = _Run(scene.segment.length + ROWS - 1, scene.segment.known)
+    gradient_keys, anchor_gradients = _backward(
+        tuned.ANCHOR_GRADIENTS[chip], size, keys, scene.segment, tile=anchors.queries
+    )
+    pick_gradient_keys, pick_gradients = _backward(
+        tuned.PICK_GRADIENTS[chip], size, scene.chunk, scene.pickers, tile=picks.queries
+    )
     return Blocks(
         anchors=anchors,
-        text=flash.Tiling(queries=LANES, keys=large, compute_queries=LANES, compute_keys=512),
+        text=text,
         picks=picks,
-        gradient_keys=large,
-        anchor_gradients=flash_backward.Tiling(block=large, at_once=256),
-        pick_gradient_keys=min(chunk, 2048),
-        pick_gradients=flash_backward.Tiling(block=large, at_once=128),
+        gradient_keys=gradient_keys,
+        anchor_gradients=anchor_gradients,
+        pick_gradient_keys=pick_gradient_keys,
+        pick_gradients=pick_gradients,
     )
 
 
-_ = device, jnp
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Rows that are walked, or cut into tiles, from their first on."""
+
+    length: int
+    known: bool = True  # else the length is a mean, and where the last block ends is left to chance
+
+    def cost(self, block: int) -> float:
+        """Rows that blocks cover, and the rows' worth of what each costs beside them."""
+        covered = -(-self.length // block) * block if self.known else max(block, self.length + block / 2)
+        return covered * (1 + _WORTH / block)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scene:
+    """How long things are, as far as shapes tell."""
+
+    segment: _Run  # queries that share their anchors
+    anchors: list[_Run]  # keys that those read
+    chunk: _Run
+    pickers: _Run  # queries of a head that pick a chunk
+    caption: _Run
+    all: _Run
+
+    @classmethod
+    def of(cls, cfg: MoCConfig, table: ChunkTable) -> "_Scene":
+        tokens, chunks = table.chunk_of.shape[1], table.kind.shape[1]
+        video = max(1, tokens - table.text_tokens)
+        shots = table.max_shots or chunks
+        shot, chunk = _Run(-(-video // shots), known=shots == 1), _Run(table.max_chunk)
+        dense = cfg.mode == "dense"
+        by_shot = dense or cfg.self_anchor in ("shot", "none")
+        window = 2 * cfg.window + 1 if cfg.self_anchor == "window" else 1
+        own = {"shot": shot, "none": None}.get(cfg.self_anchor, _Run(min(video, window * table.max_chunk)))
+        if dense:
+            own = _Run(video)
+        text = _Run(table.text_tokens) if table.text_tokens else None
+        return cls(
+            segment=shot if by_shot else chunk,
+            anchors=[_Run(run.length + ROWS - 1, run.known) for run in (own, text) if run] or [chunk],
+            chunk=_Run(table.max_chunk + ROWS - 1),
+            pickers=_Run(max(1, tokens * cfg.top_k // chunks), known=False),
+            caption=_Run(max(1, table.text_tokens // (shots + 1)), known=False),
+            all=_Run(tokens + ROWS - 1),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Size:
+    """What a row takes."""
+
+    dim: int
+    itemsize: int
+
+    @property
+    def row(self) -> int:
+        """Bytes in vector memory."""
+        return self.itemsize * self.wide
+
+    @property
+    def wide(self) -> int:
+        """Elements, up to the end of the last register."""
+        return -(-self.dim // LANES) * LANES
+
+    def forward(self, t: flash.Tiling) -> int:
+        """Bytes of vector memory of the forward kernel: q, out, k and v twice, the state, and parts under way."""
+        state = 4 * t.queries * (3 * LANES + 2 * self.wide)
+        parts = 4 * t.compute_queries * t.compute_keys * (t.ahead + 2)
+        return 4 * self.row * (t.queries + t.keys) + state + parts
+
+    def backward(self, t: flash_backward.Tiling, rows: int) -> int:
+        """The same of the backward kernel: q and d_out twice, k, v, dk and dv twice and as they are summed, dq."""
+        queries = t.block * (4 * self.row + 12 * self.wide)
+        return queries + rows * (10 * self.row + 8 * self.wide) + 4 * t.block * t.at_once * self.itemsize // 2
+
+
+def _forward(
+    sizes: tuple[int, ...], size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
+) -> flash.Tiling:
+    """The tiling of the least cost that fits: queries in tiles, over blocks of keys."""
+    most, most_keys, *inner = sizes
+    most = max(most, _whole(queries))
+    options = itertools.product(
+        _candidates([queries], min(most, most_queries)), _candidates(keys, max(most_keys, *map(_whole, keys)))
+    )
+
+    def cost(t: flash.Tiling) -> float:
+        small = _SMALL_PARTS if max(t.compute_queries, t.compute_keys) <= LANES else 1.0
+        return small * queries.cost(t.queries) * sum(run.cost(t.keys) for run in keys)
+
+    tilings = [forward_tiling(q, kv, *inner) for q, kv in options]
+    return min((t for t in tilings if size.forward(t) <= device.vmem_limit()), key=cost)
+
+
+def forward_tiling(queries: int, keys: int, at_once: int, keys_at_once: int, ahead: int) -> flash.Tiling:
+    """Blocks of these sizes, with what is computed at once cut down to what divides them."""
+    return flash.Tiling(
+        queries=queries,
+        keys=keys,
+        compute_queries=_divisor(queries, at_once),
+        compute_keys=_divisor(keys, keys_at_once),
+        ahead=ahead,
+    )
+
+
+def _backward(
+    sizes: tuple[int, ...], size: _Size, keys: _Run, queries: _Run, tile: int
+) -> tuple[int, flash_backward.Tiling]:
+    """(rows of a tile of keys, tiling) of the least cost that fits; blocks of queries divide `tile`."""
+    most, most_keys, *inner = sizes
+    divisors = [block for block in range(LANES, tile + 1, LANES) if tile % block == 0]
+    small = [block for block in divisors if block <= most]
+    options = [
+        (rows, backward_tiling(block, rows, *inner, size.dim))
+        for block in (small if 2 * max(small) >= min(most, tile) else divisors)
+        for rows in _candidates([keys], max(most_keys, _whole(keys)))
+    ]
+    fitting = [(rows, t) for rows, t in options if size.backward(t, rows) <= device.vmem_limit()]
+    return min(fitting, key=lambda option: keys.cost(option[0]) * queries.cost(option[1].block))
+
+
+def backward_tiling(block: int, rows: int, at_once: int, transposed: bool, dim: int) -> flash_backward.Tiling:
+    """Blocks of these sizes, with the keys computed at once cut down to what divides them."""
+    large = min(block, rows) >= _TRANSPOSED_FROM and dim <= LANES
+    return flash_backward.Tiling(block=block, at_once=_divisor(rows, at_once), transposed=transposed and large)
+
+
+def _candidates(runs: Iterable[_Run], most: int) -> list[int]:
+    """Sizes to choose from: powers of two, and what holds a run as a whole."""
+    powers = [LANES << i for i in range((_MOST // LANES).bit_length())]
+    whole = [-(-run.length // unit) * unit for run in runs if run.known for unit in (LANES, 2 * LANES)]
+    return sorted({size for size in (*powers, *whole) if size <= most})
+
+
+def _whole(run: _Run) -> int:
+    """Rows of the block that holds the run, if it may."""
+    rows = -(-run.length // (2 * LANES)) * 2 * LANES
+    return rows if run.known and rows <= _MOST else LANES
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest multiple of 128 that divides a size and is no larger than `most`."""
+    return max(x for x in range(LANES, max(LANES, min(size, most)) + 1, LANES) if size % x == 0)

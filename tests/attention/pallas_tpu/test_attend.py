@@ -1,0 +1,166 @@
+"""The whole backend: its kernels run and no other, sharded it computes the same, and what it can't do it refuses."""
+
+import collections
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moc_jax.attention import api
+from moc_jax.attention.pallas_tpu import device
+from moc_jax.config import MoCConfig
+from moc_jax.scene import ChunkTable
+from tests.attention import oracle
+from tests.attention.compiled import outputs_and_gradients, route, with_backend
+from tests.attention.configs import DENSE, MULTI_SHOT, NO_ANCHORS, name
+from tests.attention.scenes import HEADS, PAIR, TOKENS, cut, qkv, table_of
+from tests.attention.tolerances import GRADIENT, assert_close
+
+ROUTER = {"moc_router": 1}
+PAIRS = {"moc_ranks": 1, "moc_look_up": 1, "moc_spread": 1, "moc_merge": 1}
+
+
+def kernels(jaxpr) -> collections.Counter:
+    """Names of the kernels in a program, with how often each is called."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found[equation.params["name"]] += 1
+            continue
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += kernels(inner)
+    return found
+
+
+def shape(*dims, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def trace(function, cfg, dtype=jnp.bfloat16, tokens=4608, chunks=16, head_dim=128):
+    q = shape(1, tokens, 2, head_dim, dtype=dtype)
+    table = ChunkTable(*[shape(1, chunks)] * 4, shape(1, tokens), 512, 512, 4)
+    with device.compiled_for("v5p"):
+        return jax.make_jaxpr(functools.partial(function, cfg=cfg))(q, q, q, table).jaxpr
+
+
+def gradients(q, k, v, table, cfg):
+    out, vjp = jax.vjp(lambda q, k, v: api.moc_attention(q, k, v, table, cfg), q, k, v)
+    return vjp(out)
+
+
+@pytest.mark.parametrize("backend", ["auto", "pallas_tpu"])
+@pytest.mark.parametrize(
+    ("cfg", "forward", "backward"),
+    [
+        (MoCConfig(top_k=3), ROUTER | PAIRS | {"moc_forward": 3}, {"moc_spread": 3, "moc_add": 1, "moc_gradients": 2}),
+        (MoCConfig(mode="dense"), {"moc_forward": 2}, {"moc_gradients": 1}),
+        (MoCConfig(top_k=0), {"moc_forward": 2}, {"moc_gradients": 1}),
+    ],
+    ids=lambda x: name(x) if isinstance(x, MoCConfig) else "",
+)
+def test_programs_for_tpus_hold_the_kernels(cfg, forward, backward, backend):
+    cfg = with_backend(cfg, backend)
+    assert kernels(trace(api.moc_attention, cfg)) == forward
+    assert kernels(trace(gradients, cfg)) == collections.Counter(forward) + collections.Counter(backward)
+
+
+def test_programs_for_others_hold_none():
+    q = shape(1, TOKENS, HEADS, 16, dtype=jnp.float32)
+    table = ChunkTable(*[shape(1, 16)] * 4, shape(1, TOKENS), 12, 17)
+    run = functools.partial(api.moc_attention, cfg=MoCConfig(top_k=2))
+    assert not kernels(jax.make_jaxpr(run)(q, q, q, table).jaxpr)
+
+
+def test_off_tpus_it_is_refused():
+    q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
+    with pytest.raises(NotImplementedError, match='"pallas_tpu" needs a TPU, not cpu'):
+        api.moc_attention(q, k, v, table_of(PAIR), with_backend(MULTI_SHOT, "pallas_tpu"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "message"),
+    [(jnp.float16, 128, "not q float16"), (jnp.bfloat16, 272, "up to 256.*with 272")],
+)
+def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message):
+    with pytest.raises(NotImplementedError, match=message):
+        trace(api.moc_attention, MoCConfig(top_k=0, backend="pallas_tpu"), dtype, head_dim=head_dim)
+
+
+def test_auto_says_once_what_it_took(caplog):
+    api._say_which.cache_clear()
+    with caplog.at_level(logging.INFO, logger=api.__name__):
+        for _ in range(2):
+            trace(api.moc_attention, MoCConfig(top_k=0))
+    said = [record.getMessage() for record in caplog.records if record.name == api.__name__]
+    assert len(said) == 1
+    assert "pallas_tpu" in said[0]
+    assert "TPU v5p" in said[0]
+
+
+@pytest.mark.parametrize("cfg", [MULTI_SHOT, NO_ANCHORS, DENSE[0]], ids=name)
+def test_sharded_over_eight_devices(cfg):
+    """Scenes over four devices, heads over two, under shard_map: as exact as on one, and where it was asked for."""
+    cfg = with_backend(cfg, "pallas_tpu")
+    scenes = [*PAIR, cut(1, (2, [6, 6, 6]), (1, [9, 2, 5])), cut(0, (1, [3, 3, 3, 3]), (0, [17, 8]))]
+    q, k, v = qkv(0, scenes)
+    dout = qkv(1, scenes)[0]
+    mesh = jax.make_mesh((4, 2), ("data", "heads"))
+    by_head, by_scene = jax.P("data", None, "heads"), jax.P("data")
+    table = table_of(scenes)
+
+    def run(q, k, v, dout, table):
+        routes = route(q, k, table, cfg)
+        return routes, outputs_and_gradients(q, k, v, table, cfg, dout)
+
+    specs = dict(in_specs=(*[by_head] * 4, jax.tree.map(lambda _: by_scene, table)))
+    sharded = jax.shard_map(
+        run, mesh=mesh, out_specs=(jax.P("data", "heads"), (by_head, (by_head,) * 3)), check_vma=False, **specs
+    )
+    routes, (out, grads) = jax.jit(sharded)(q, k, v, dout, table)
+    assert out.sharding.is_equivalent_to(jax.NamedSharding(mesh, by_head), out.ndim)
+    want = oracle.moc(q, k, v, scenes, cfg)
+    if cfg.mode == "moc":
+        np.testing.assert_array_equal(routes, want.routes)
+    assert_close(out, want.out, "output")
+    want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
+    for got, expected, which in zip(grads, want_grads, ("dq", "dk", "dv")):
+        assert_close(got, expected, which, table=GRADIENT)
+
+
+def test_heads_in_groups(monkeypatch):
+    """As long scenes need it, each head's pairs by themselves: the same bits."""
+    cfg = with_backend(MULTI_SHOT, "pallas_tpu")
+    q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
+    run = functools.partial(outputs_and_gradients, table=table_of(PAIR), cfg=cfg, dout=v)
+    together = jax.jit(run)(q, k, v)
+    monkeypatch.setattr("moc_jax.attention.pallas_tpu.attend._BUFFER", 1)
+    apart = jax.jit(functools.partial(run))(q, k, v)
+    for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_chunks_longer_than_a_block(monkeypatch):
+    """Picks then keep state between blocks, and gradients of pairs add up over tiles of keys."""
+    from tests.attention import compiled
+
+    small = dataclasses.replace(
+        compiled._SMALL_TPU,
+        picks=dataclasses.replace(compiled._SMALL_TPU.picks, keys=8, compute_keys=8),
+        pick_gradient_keys=8,
+        pick_gradients=dataclasses.replace(compiled._SMALL_TPU.pick_gradients, at_once=8),
+    )
+    monkeypatch.setattr(compiled, "_SMALL_TPU", small)
+    cfg = with_backend(MULTI_SHOT, "pallas_tpu")
+    q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
+    out, grads = jax.jit(functools.partial(outputs_and_gradients, table=table_of(PAIR), cfg=cfg, dout=v))(q, k, v)
+    want = oracle.moc(*map(np.asarray, (q, k, v)), PAIR, cfg)
+    assert_close(out, want.out, "output")
+    want_grads = oracle.moc_gradients(*map(np.asarray, (q, k, v)), want.mask, np.asarray(v))
+    for got, expected, which in zip(grads, want_grads, ("dq", "dk", "dv")):
+        assert_close(got, expected, which, table=GRADIENT)
