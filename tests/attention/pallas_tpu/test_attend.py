@@ -118,11 +118,11 @@ def test_sharded_over_eight_devices(cfg):
         routes = route(q, k, table, cfg)
         return routes, outputs_and_gradients(q, k, v, table, cfg, dout)
 
-    specs = dict(in_specs=(*[by_head] * 4, jax.tree.map(lambda _: by_scene, table)))
-    sharded = jax.shard_map(
-        run, mesh=mesh, out_specs=(jax.P("data", "heads"), (by_head, (by_head,) * 3)), check_vma=False, **specs
-    )
-    routes, (out, grads) = jax.jit(sharded)(q, k, v, dout, table)
+    specs = (*[by_head] * 4, jax.tree.map(lambda _: by_scene, table))
+    out_specs = jax.P("data", "heads"), (by_head, (by_head,) * 3)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+    put = jax.tree.map(lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec)), (q, k, v, dout, table), specs)
+    routes, (out, grads) = jax.jit(sharded)(*put)
     assert out.sharding.is_equivalent_to(jax.NamedSharding(mesh, by_head), out.ndim)
     want = oracle.moc(q, k, v, scenes, cfg)
     if cfg.mode == "moc":
