@@ -136,6 +136,72 @@ def model_tables(entries: Iterable[Entry]) -> list[str]:
     return markdown(head, rows)
 
 
+def schedule_table(files: Iterable[Entry], sizes: Iterable[tuple[str, int, int]] | None = None) -> list[str]:
+    """Lines of markdown: the TPU compiler's schedule of each kernel beside splash in blocks of the same rows.
+
+    Args:
+        files: By chip, what benchmarks.tpu_schedule stored.
+        sizes: Kernel, queries and keys of those to show; None: all.
+    """
+    head = [
+        "chip", "kernel", "queries x keys", "cycles per tile", "splash", "ratio", "cycles per step", "splash", "ratio",
+        "matrix slots filled", "spills: stores / loads", "splash", "MB moved", "time of that", "of the tile",
+    ]  # fmt: skip
+    rows = []
+    for file in files:
+        entries = list(file["entries"].values())
+        for e in sorted(entries, key=lambda e: (e["pass"] == "backward", e["kernel"], e["blocks"]["q"])):
+            size = e["blocks"]["q"], e["blocks"]["kv"]
+            if e["kernel"] == "splash" or (sizes is not None and (e["kernel"], *size) not in sizes):
+                continue
+            row = [file["chip"].removeprefix("TPU "), f"{e['kernel']} {e['pass']}", f"{size[0]} x {size[1]}"]
+            if "error" in e:
+                rows.append([*row, "does not compile", *[_EMPTY] * (len(head) - len(row) - 1)])
+                continue
+            alike = [
+                s for s in _compiled(entries, "splash", e["pass"]) if (s["blocks"]["q"], s["blocks"]["kv"]) == size
+            ]
+            theirs = min(alike, key=lambda s: s["tile_cycles"], default=None)
+            for name in ("tile_cycles", "step_cycles"):
+                ratio = None if theirs is None else e[name] / theirs[name]
+                row += [f"{e[name]:,}", number(theirs and theirs[name], ","), number(ratio, ".2f")]
+            row += [f"{e['matrix_fill']:.0%}", _spills(e), _EMPTY if theirs is None else _spills(theirs)]
+            transfer = f"{e['transfer_microseconds']:.2f} us" + ("" if e["hidden"] else ", not hidden")
+            rows.append([*row, f"{e['bytes_moved'] / 1e6:.2f}", transfer, f"{e['tile_microseconds']:.2f} us"])
+    return markdown(head, rows)
+
+
+def schedule_best_table(files: Iterable[Entry]) -> list[str]:
+    """Lines of markdown: each kernel where a whole step takes the fewest cycles per pair, beside splash at its best."""
+    head = ["chip", "pass", "splash at its best", "cycles", "anchors", "cycles", "ratio", "picks", "cycles", "ratio"]
+    rows = []
+    for file in files:
+        entries = list(file["entries"].values())
+        for way in ("forward", "backward"):
+            row, theirs = [file["chip"].removeprefix("TPU "), way], None
+            for kernel in ("splash", "anchors", "picks"):
+                found = min(_compiled(entries, kernel, way), key=lambda e: e["step_per_pairs"], default=None)
+                if found is None:
+                    row += [_EMPTY] * (2 if kernel == "splash" else 3)
+                    continue
+                cycles, size = found["step_per_pairs"], found["blocks"]
+                row += [f"{size['q']} x {size['kv']}", f"{cycles:,.0f}"]
+                if kernel == "splash":
+                    theirs = cycles
+                else:
+                    row.append(number(theirs and cycles / theirs, ".2f"))
+            rows.append(row)
+    return markdown(head, rows)
+
+
+def _compiled(entries: Iterable[Entry], kernel: str, way: str) -> list[Entry]:
+    return [e for e in entries if (e["kernel"], e["pass"]) == (kernel, way) and "error" not in e]
+
+
+def _spills(entry: Entry) -> str:
+    return f"{entry['spill_stores']:,} / {entry['spill_fills']:,}"
+
+
 def setting_name(entry: Entry) -> str:
     """The setting, and how much it was shrunk."""
     return entry["setting"] + (f" / {entry['shrink']}" if entry["shrink"] > 1 else "")

@@ -1,16 +1,23 @@
 """How long does the TPU compiler expect a tile of attention to take? No TPU is needed to ask it.
 
-    python -m benchmarks.tpu_schedule                                            # v5p and v5e, the usual blocks
+    python -m benchmarks.tpu_schedule                                            # all chips, the usual blocks
     python -m benchmarks.tpu_schedule --chips v6e tpu7x --blocks 512x1024x512    # queries x keys x keys at once
 
 Needs libtpu: pip install -e '.[tpu]'. Kernels are compiled for each chip and read from the compiler's listings (see
 benchmarks/tpu/listing.py): cycles of one tile and of one grid step, the share of matrix-unit slots that a tile fills,
-and the vector registers that it spills. bfloat16. Waits for memory are not in it: cycles are lower bounds on time,
-good for comparing kernels on the same chip. The matrix units of v6e and tpu7x are 256 wide, and a head of 128 fills
-half of each at most: their slots then are full at half of the nominal peak.
+the vector registers that it spills, and the bytes that a step moves, with the time they take at the peak rate of HBM
+beside the tile's. jax's splash attention, without a mask, is the yardstick. The sizes asked for are blocks of queries
+and of keys, and what splash computes at once; ours compute at once what tuned.py has for the chip. Besides, each is
+compiled at its best sizes, which benchmarks/tpu_autotune.py found. bfloat16.
+
+Waits for memory are not in it: cycles are lower bounds on time, good for comparing kernels on the same chip. The matrix
+units of v6e and tpu7x are 256 wide, and a head of 128 fills half of each at most: splash's slots then are full at half
+of the nominal peak.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import pathlib
 import shlex
 import sys
@@ -20,21 +27,27 @@ from typing import Any
 import tyro
 
 from benchmarks import results
-from benchmarks.tables import markdown
+from benchmarks.tables import schedule_best_table, schedule_table, separated
 from benchmarks.tpu.compiler import CHIPS, CompilationError, compile_for
-from benchmarks.tpu.kernels import KERNELS, Blocks
+from benchmarks.tpu.cost import as_json, cost
+from benchmarks.tpu.kernels import KERNELS, PASSES, Blocks, Pass
+from moc_jax.attention.pallas_tpu import tuned, tuning
 
-_BLOCKS = ("128x128", "256x256", "512x512", "512x1024x512", "1024x1024x512", "512x1280x640", "1024x1280x640")
+_BLOCKS = ("512x512x512", "512x1024x512", "1024x1024x512", "1024x1280x640", "2048x2048x256")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    chips: tuple[str, ...] = ("v5p", "v5e")
-    """Of v4, v5e, v5p, v6e, tpu7x."""
+    chips: tuple[str, ...] = tuple(CHIPS)
     kernels: tuple[str, ...] = tuple(KERNELS)
+    passes: tuple[Pass, ...] = PASSES
     blocks: tuple[str, ...] = _BLOCKS
-    """QUERIESxKEYS or QUERIESxKEYSxCOMPUTED: keys that are computed at once, all if not said."""
+    """QUERIESxKEYS or QUERIESxKEYSxCOMPUTED: keys that splash computes at once, all if not said."""
+    best: bool = True
+    """Also compile each at its best sizes."""
     head_dim: int = 128
+    jobs: int = 2
+    """Compilations at once."""
     timeout: float = 300.0
     """Seconds for one compilation."""
     out: pathlib.Path = results.FOLDER
@@ -51,46 +64,51 @@ class Arguments:
 def main(args: Arguments, command: str) -> None:
     """Compiles, prints and stores, chip by chip."""
     for chip in args.chips:
-        entries = []
-        for text in args.blocks:
-            blocks = Blocks.parse(text)
-            for kernel in args.kernels:
-                entry = measure(chip, kernel, blocks, args.head_dim, args.timeout)
-                name = f"{kernel}, {blocks}, {args.head_dim}"
-                results.store(args.out, "tpu_schedule", name, command, entry, chip=f"TPU {chip}")
-                entries.append(entry)
-        print("\n".join([f"TPU {chip}, by the compiler's schedule:", "", *schedule_table(entries), ""]), flush=True)
+        work = [(kernel, way, blocks) for kernel in args.kernels for way in args.passes
+                for blocks in sizes(args, chip, kernel, way)]  # fmt: skip
+        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+            one = functools.partial(measure, chip, head_dim=args.head_dim, timeout=args.timeout)
+            entries = list(pool.map(one, *zip(*work, strict=True)))
+        for entry, (kernel, way, blocks) in zip(entries, work, strict=True):
+            name = f"{kernel} {way}, {blocks}, {args.head_dim}"
+            results.store(args.out, "tpu_schedule", name, command, entry, chip=f"TPU {chip}")
+        files = [{"chip": f"TPU {chip}", "entries": dict(enumerate(entries))}]
+        tables = separated([schedule_table(files), schedule_best_table(files)])
+        print("\n".join([f"TPU {chip}, by the compiler's schedule:", "", *tables, ""]), flush=True)
 
 
-def measure(chip: str, kernel: str, blocks: Blocks, head_dim: int, timeout: float) -> dict[str, Any]:
-    """One entry: the schedule of each pass, or why there is none."""
-    entry: dict[str, Any] = {"kernel": kernel, "blocks": dataclasses.asdict(blocks), "head_dim": head_dim}
+def sizes(args: Arguments, chip: str, kernel: str, way: Pass) -> list[Blocks]:
+    """Those asked for, as the kernel takes them, and its best."""
+    found = [own_sizes(chip, kernel, way, Blocks.parse(text), args.head_dim) for text in args.blocks]
+    for file in results.load(results.FOLDER, "tpu_autotune") if args.best else ():
+        if file["chip"] == f"TPU {chip}":
+            found.append(Blocks(**file["entries"][f"{kernel} {way}"]["best"]))
+    return list(dict.fromkeys(found))
+
+
+def own_sizes(chip: str, kernel: str, way: Pass, asked: Blocks, head_dim: int) -> Blocks:
+    """The blocks asked for; ours compute at once what the chip's table says."""
+    if kernel == "splash":
+        return asked
+    if way == "forward":
+        inner = (tuned.ANCHORS if kernel == "anchors" else tuned.PICKS)[chip][2:]
+        return Blocks.of(tuning.forward_tiling(asked.q, asked.kv, *inner))
+    inner = (tuned.ANCHOR_GRADIENTS if kernel == "anchors" else tuned.PICK_GRADIENTS)[chip][2:]
+    return Blocks.of(tuning.backward_tiling(asked.q, asked.kv, *inner, head_dim), asked.kv)
+
+
+def measure(chip: str, kernel: str, way: Pass, blocks: Blocks, *, head_dim: int, timeout: float) -> dict[str, Any]:
+    """One entry: the schedule and what it costs, or why there is none."""
+    entry: dict[str, Any] = {"kernel": kernel, "pass": way, "blocks": dataclasses.asdict(blocks), "head_dim": head_dim}
     try:
-        compiled = compile_for(chip, kernel, str(blocks), head_dim, timeout)
+        compiled = compile_for(chip, kernel, way, blocks, head_dim, timeout)
     except CompilationError as error:
         print(f"not compiled: {error}", file=sys.stderr, flush=True)
         return {**entry, "error": str(error)}
-    passes = {way: dataclasses.asdict(schedule) for way, schedule in compiled.passes.items()}
-    return {**entry, "passes": passes, "memory": compiled.memory}
-
-
-def schedule_table(entries: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of markdown: each kernel at each size, both passes."""
-    head = ["kernel", "queries / keys / at once"]
-    for way in ("forward", "backward"):
-        head += [f"{way}: cycles per tile", "matrix units filled", "cycles per step", "spills: stores / loads"]
-    rows = []
-    for e in entries:
-        row = [e["kernel"], " / ".join(str(size) for size in e["blocks"].values())]
-        for way in ("forward", "backward"):
-            if "error" in e:
-                row += ["does not compile", "", "", ""]
-                continue
-            found = e["passes"][way]
-            spills = f"{found['spill_stores']:,} / {found['spill_fills']:,}"
-            row += [f"{found['tile_cycles']:,}", f"{found['matrix_fill']:.0%}", f"{found['step_cycles']:,}", spills]
-        rows.append(row)
-    return markdown(head, rows)
+    schedule = dataclasses.asdict(compiled.schedule)
+    schedule["slot_fill"] = {kind: round(fill, 4) for kind, fill in schedule["slot_fill"].items()}
+    costs = as_json(cost(CHIPS[chip], kernel, way, blocks, compiled.schedule))
+    return {**entry, **schedule, **costs, "memory": compiled.memory}
 
 
 def run(argv: Sequence[str]) -> None:

@@ -13,7 +13,10 @@ import subprocess
 import sys
 import tempfile
 
+from jax.experimental.pallas import tpu as pltpu
+
 from benchmarks.tpu import listing
+from benchmarks.tpu.kernels import Blocks, Pass
 from benchmarks.tpu.listing import Schedule
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -25,21 +28,33 @@ class Chip:
     """The smallest that libtpu knows."""
     granule: int = 32
     """Bytes in which listings count copies."""
+    rows_per_cycle: int = 1
+    """That each matrix unit multiplies at the peak."""
+
+    @property
+    def info(self) -> pltpu.TpuInfo:
+        """What Pallas knows of one core."""
+        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(self.topology.split(":")[0].removeprefix("tpu")), 1)
+
+    @property
+    def clock(self) -> float:
+        """Hertz: the peak in bfloat16 divided by what the matrix units do in a cycle."""
+        per_row = 2 * self.info.num_mxus * self.info.mxu_column_size**2
+        return self.info.bf16_ops_per_second / (per_row * self.rows_per_cycle)
 
 
 CHIPS = {
     "v4": Chip("v4:1x1x1", granule=512),
     "v5e": Chip("v5e:1x1"),
     "v5p": Chip("v5p:1x1x1"),
-    "v6e": Chip("v6e:1x1"),
-    "tpu7x": Chip("tpu7x:1x1x1"),
+    "v6e": Chip("v6e:1x1", rows_per_cycle=2),
+    "tpu7x": Chip("tpu7x:1x1x1", rows_per_cycle=2),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    passes: dict[str, Schedule]
-    """The schedule of each pass."""
+    schedule: Schedule
     memory: dict[str, int]
     """Bytes on the chip of the whole program: arguments, outputs, temporary."""
 
@@ -48,8 +63,10 @@ class CompilationError(RuntimeError):
     """The compiler refuses a kernel: most often, its blocks don't fit into VMEM."""
 
 
-def compile_for(chip: str, kernel: str, blocks: str, head_dim: int = 128, timeout: float = 300) -> Compiled:
-    """Compiles one kernel of kernels.py for a chip; `timeout` in seconds.
+def compile_for(
+    chip: str, kernel: str, way: Pass, blocks: Blocks, head_dim: int = 128, timeout: float = 300
+) -> Compiled:
+    """Compiles one pass of one kernel of kernels.py for a chip; `timeout` in seconds.
 
     Raises:
         RuntimeError: libtpu is missing.
@@ -61,13 +78,13 @@ def compile_for(chip: str, kernel: str, blocks: str, head_dim: int = 128, timeou
         listings = pathlib.Path(temporary) / "listings"
         listings.mkdir()
         file = pathlib.Path(temporary) / "compiled.json"
-        command = [sys.executable, "-m", "benchmarks.tpu.worker", CHIPS[chip].topology, kernel, blocks, str(head_dim)]
-        name = f"{kernel} {blocks} for {chip}"
+        what = [chip, kernel, way, json.dumps(dataclasses.asdict(blocks)), str(head_dim), str(file)]
+        name = f"{kernel} {way} {blocks} for {chip}"
         try:
             done = subprocess.run(
-                [*command, str(file)],
+                [sys.executable, "-m", "benchmarks.tpu.worker", *what],
                 cwd=_ROOT,
-                env=_environment(listings),
+                env=environment(listings),
                 capture_output=True,
                 text=True,
                 check=False,
@@ -78,11 +95,8 @@ def compile_for(chip: str, kernel: str, blocks: str, head_dim: int = 128, timeou
         if done.returncode != 0:
             raise CompilationError(f"{name}: {_reason(done.stderr)}")
         found = json.loads(file.read_text())
-        passes = {}
-        for way, kernel_name in found["passes"].items():
-            bundles, slots = (path.read_text() for path in listing.find(listings, kernel_name))
-            passes[way] = listing.read(bundles, slots, CHIPS[chip].granule)
-        return Compiled(passes=passes, memory=found["memory"])
+        bundles, slots = (path.read_text() for path in listing.find(listings, found["kernel"]))
+        return Compiled(schedule=listing.read(bundles, slots, CHIPS[chip].granule), memory=found["memory"])
 
 
 def installed() -> bool:
@@ -90,12 +104,14 @@ def installed() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def _environment(listings: pathlib.Path) -> dict[str, str]:
-    flags = f"--xla_jf_dump_to={listings} --xla_jf_dump_llo_text=true"
+def environment(listings: pathlib.Path | None = None) -> dict[str, str]:
+    """What a process that compiles must find when it starts; with a folder, the compiler's listings go there."""
+    stages = f".*({listing.BUNDLES}|{listing.SLOTS}).*"  # all others would be hundreds of megabytes
+    flags = f"--xla_jf_dump_to={listings} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={stages}"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
+        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags if listings else ''}".strip(),
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so that processes needn't wait for each other
         # Don't look for a TPU host around this machine.
         "TPU_SKIP_MDS_QUERY": "1",

@@ -1,30 +1,45 @@
-"""The kernels whose schedules are compared, each as a program that holds its forward and backward pass.
+"""The kernels whose schedules are compared, each pass of each as a program of its own.
 
-A new kernel is a function from blocks and head size to a `Program`, and a line in KERNELS.
+A new kernel is a function from pass, blocks and head size to a `Program`, and a line in KERNELS.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from moc_jax.attention.pallas_tpu import flash, flash_backward
+from moc_jax.attention.pallas_tpu.device import ROWS
+from moc_jax.attention.pallas_tpu.tiles import Tiles
+
+Pass = Literal["forward", "backward"]
+PASSES: tuple[Pass, ...] = ("forward", "backward")
 _LEAST_TOKENS = 2048
 _LEAST_BYTES = 2**28
 """Of each array. Smaller ones fit into VMEM as a whole, where XLA then puts them: the kernel that it compiles would
 have none of the copies that it has at real sizes."""
+_HEADS = 12
+_RUNS = {"forward": 3, "backward": 2}
+"""That a tile of anchors walks: two of text and one of video; as a reader, captions and video."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Rows of a tile: queries, keys fetched at once, keys computed at once."""
+    """Rows of a tile: queries, keys fetched at once, keys computed at once; the rest is for kernels of ours."""
 
     q: int
     kv: int
     compute: int
+    rows: int | None = None
+    """Queries computed at once, forward."""
+    ahead: int | None = None
+    """Parts whose scores are computed ahead, forward."""
+    transposed: bool | None = None
+    """Whether sums have the head's dimension for rows, backward."""
 
     def __post_init__(self):
         if self.q % 128 or self.kv % 128 or self.compute % 128 or min(self.q, self.compute) < 128:
@@ -47,21 +62,41 @@ class Blocks:
             raise ValueError(f"blocks {text!r}: must be QUERIESxKEYS or QUERIESxKEYSxCOMPUTED, such as 512x1024x512")
         return cls(sizes[0], sizes[1], sizes[-1])
 
+    @classmethod
+    def of(cls, tiling: flash.Tiling | flash_backward.Tiling, keys: int | None = None) -> Self:
+        """Those of a tiling of ours; the backward one is for tiles of so many keys."""
+        if isinstance(tiling, flash.Tiling):
+            return cls(tiling.queries, tiling.keys, tiling.compute_keys, tiling.compute_queries, tiling.ahead)
+        if keys is None:
+            raise ValueError(f"{tiling}: says nothing of the keys of a tile")
+        return cls(tiling.block, keys, tiling.at_once, transposed=tiling.transposed)
+
+    @property
+    def forward(self) -> flash.Tiling:
+        """As our forward kernel takes them."""
+        return flash.Tiling(self.q, self.kv, self.rows or self.q, self.compute, self.ahead or 0)
+
+    @property
+    def backward(self) -> flash_backward.Tiling:
+        """As our backward kernel takes them, whose tiles have `kv` rows."""
+        return flash_backward.Tiling(block=self.q, at_once=self.compute, transposed=bool(self.transposed))
+
     def __str__(self) -> str:
-        return f"{self.q}x{self.kv}x{self.compute}"
+        more = [f"{self.rows} rows"] * (self.rows is not None) + [f"{self.ahead} ahead"] * (self.ahead is not None)
+        return ", ".join([f"{self.q}x{self.kv}x{self.compute}", *more, *["transposed"] * bool(self.transposed)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What is compiled, and what its kernels are called."""
+    """What is compiled, and what its kernel is called."""
 
     function: Callable[..., Any]
     arguments: tuple[jax.ShapeDtypeStruct, ...]
-    passes: dict[str, str]
-    """Start of the name of the kernel of each pass: "forward", "backward"."""
+    kernel: str
+    """Start of the kernel's name."""
 
 
-def splash(blocks: Blocks, head_dim: int) -> Program:
+def splash(way: Pass, blocks: Blocks, head_dim: int) -> Program:
     """jax's own splash attention in bfloat16 without a mask, the backward pass as one kernel."""
     tokens = math.lcm(blocks.q, blocks.kv)
     tokens *= max(2, _LEAST_TOKENS // tokens)
@@ -78,13 +113,50 @@ def splash(blocks: Blocks, head_dim: int) -> Program:
     )
     attend = splash_attention_kernel.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
 
-    def both(q, k, v, d_out):
-        out, backward = jax.vjp(attend, q, k, v)
-        return out, backward(d_out)
+    def backward(q, k, v, d_out):
+        return jax.vjp(attend, q, k, v)[1](d_out)
 
     array = jax.ShapeDtypeStruct((heads, tokens, head_dim), jnp.bfloat16)
-    passes = {"forward": "splash_mha_fwd", "backward": "splash_mha_dkv"}
-    return Program(function=both, arguments=(array,) * 4, passes=passes)
+    if way == "forward":
+        return Program(function=attend, arguments=(array,) * 3, kernel="splash_mha_fwd")
+    return Program(function=backward, arguments=(array,) * 4, kernel="splash_mha_dkv")
 
 
-KERNELS: dict[str, Callable[[Blocks, int], Program]] = {"splash": splash}
+def anchors(way: Pass, blocks: Blocks, head_dim: int) -> Program:
+    """Our kernels as anchors run them: all heads share the tiles, which walk several runs; dq is a sum over tiles."""
+    return _ours(way, blocks, head_dim, runs=_RUNS[way], picks=False)
+
+
+def picks(way: Pass, blocks: Blocks, head_dim: int) -> Program:
+    """Our kernels as picks run them: each head has its tiles, of one chunk each, which a block of keys holds."""
+    return _ours(way, blocks, head_dim, runs=1, picks=True)
+
+
+def _ours(way: Pass, blocks: Blocks, head_dim: int, *, runs: int, picks: bool) -> Program:
+    """One of our kernels in bfloat16; its tables are data, so that they say nothing of the scene but their size."""
+    rows = -(-_LEAST_BYTES // (2 * _HEADS * head_dim))
+    rows = -(-rows // blocks.q) * blocks.q
+    q = jax.ShapeDtypeStruct((1, _HEADS, rows, head_dim), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, _HEADS, rows + blocks.kv, head_dim), jnp.bfloat16)
+    row = jax.ShapeDtypeStruct((1, _HEADS, rows), jnp.float32)
+    tiles = rows // (blocks.q if way == "forward" else blocks.kv)
+    columns = 2 * runs if way == "forward" else 3 + 2 * runs
+    table = jax.ShapeDtypeStruct((1, _HEADS if picks else 1, tiles, columns), jnp.int32)
+    first_head = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def forward(q, k, v, table, first_head):
+        longest = blocks.kv - ROWS + 1 if picks else None
+        operands = q, k, v, Tiles(table), first_head
+        return flash.forward(*operands, longest_run=longest, packed=picks, tiling=blocks.forward)
+
+    def backward(q, k, v, d_out, lse, delta, table, first_head):
+        operands = q, k, v, d_out, lse, delta, Tiles(table), first_head
+        way = dict(accumulate=not picks, d_q_type=jnp.float32)
+        return flash_backward.gradients(*operands, rows=blocks.kv, tiling=blocks.backward, **way)
+
+    if way == "forward":
+        return Program(function=forward, arguments=(q, k, k, table, first_head), kernel="moc_forward")
+    return Program(function=backward, arguments=(q, k, k, q, row, row, table, first_head), kernel="moc_gradients")
+
+
+KERNELS: dict[str, Callable[[Pass, Blocks, int], Program]] = {"splash": splash, "anchors": anchors, "picks": picks}

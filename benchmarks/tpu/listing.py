@@ -12,10 +12,13 @@ delays, when every cycle still is a line:
 
 The grid of a Pallas kernel is a loop. What `pl.when` guards is a region that a branch jumps over: `sbr.rel (%p) target
 bundleno = 536 (0x218)`. The *tile* is the region with most of the loop's matrix work, not counting what regions inside
-of it do; a *step* is one turn of the loop without the regions beside the tile, since those (initialisation, write-out)
-run in some steps only. Where loops are nested, the one with most of the matrix work is taken and the others left out.
+of it do. A *step* is one turn of the loop: the tile, and whatever is beside it in no region or in one that starts
+copies from HBM, which every step but the last does. Other regions run in some steps only: initialisation and write-out,
+or in place of the tile, if they do as much (a block with masks, and one without: the longer is the tile). Where loops
+are nested, the one with most of the matrix work is taken, and loops inside of it, which are for rare cases, are left
+out.
 
-Nothing here knows of waits for memory: cycles are a lower bound.
+Nothing here knows of waits for memory: cycles are a lower bound, and bytes are there to be held against them.
 """
 
 import dataclasses
@@ -38,7 +41,11 @@ class Schedule:
     step_cycles: int
     """Of one turn of the loop: the tile, addresses, starting copies, waiting for them."""
     conditional_cycles: tuple[int, ...]
-    """Of each region that is in neither: initialisation, write-out, another kind of tile."""
+    """Of each region that only some steps run: initialisation, write-out."""
+    alternative_cycles: tuple[int, ...]
+    """Of each region that does a tile of another kind, in place of the tile."""
+    cycles_after_copies: int
+    """Of the tile, from the start of the last copy from HBM on: what hides that copy."""
     matrix_cycles: float
     """That the tile would take if its matrix units were always busy."""
     matrix_fill: float
@@ -104,21 +111,28 @@ def read(bundles: str, slots: str, granule: int) -> Schedule:
     rows = parse_bundles(bundles, filled)
     loop = matrix_loop(rows)
     region, beside = _tile(loop)
-    inside = [loop[index] for index in range(*region) if not any(index in range(*other) for other in beside)]
-    tile = [row for row in inside if row.depth <= loop[0].depth]  # a loop in the tile is for rare cases
-    cycles = len(tile)
+    turn = [index for index in range(len(loop)) if loop[index].depth == loop[0].depth]
+    turn = [index for index in turn if not any(index in range(*other) for other in beside)]
+    tile = [loop[index] for index in turn if index in range(*region)]
+    cycles, work = len(tile), matrix_work(tile)
+    starts = [index for index, row in enumerate(loop) if _starts_copies_in(row)]
+    alternative, conditional = [], []
+    for begin, end in beside:
+        own = [row for row in loop[begin:end] if row.depth == loop[0].depth]
+        (alternative if 2 * matrix_work(own) > work else conditional).append(len(own))
     fill = {kind: sum(row.slots[kind] for row in tile) / (capacity[kind] * cycles) for kind in capacity}
     copies = [found for row in loop for found in _COPY.finditer(row.text)]
     sizes = {
         way: tuple(granule * int(c["granules"]) for c in copies if c["way"] == way)
         for way in ("hbm_to_vmem", "vmem_to_hbm")
     }
-    conditional = tuple(end - begin for begin, end in beside)
     return Schedule(
         tile_cycles=cycles,
-        step_cycles=len(loop) - sum(conditional),
-        conditional_cycles=conditional,
-        matrix_cycles=matrix_work(tile) / capacity["MXU"],
+        step_cycles=len(turn),
+        conditional_cycles=tuple(conditional),
+        alternative_cycles=tuple(alternative),
+        cycles_after_copies=sum(index in range(max(region[0], *starts, 0), region[1]) for index in turn),
+        matrix_cycles=work / capacity["MXU"],
         matrix_fill=fill["MXU"],
         slot_fill=fill,
         spill_stores=sum(row.slots["VSTORE:SPILL"] for row in tile),
@@ -202,17 +216,32 @@ def _regions(loop: list[Bundle]) -> list[Region]:
 
 
 def _tile(loop: list[Bundle]) -> tuple[Region, list[Region]]:
-    """The region that does most of the matrix work by itself, and those beside it or idle inside of it."""
+    """The region that does most of the matrix work by itself, and those that not every step runs."""
     regions = {(0, len(loop)), *_regions(loop)}
     work = dict.fromkeys(regions, 0)
     for index, row in enumerate(loop):
-        if row.slots["MXU"]:
+        if row.slots["MXU"] and row.depth == loop[0].depth:
             innermost = min((r for r in regions if index in range(*r)), key=lambda r: r[1] - r[0])
             work[innermost] += row.slots["MXU"]
-    tile = max(regions, key=lambda r: (work[r], r[1] - r[0], -r[0]))
-    others = [r for r in regions if r != tile and not _inside(tile, r)]
-    left_out = [r for r in others if not (_inside(r, tile) and matrix_work(loop[slice(*r)]))]
+    tile = max(regions, key=lambda r: (work[r], _rows(loop, r), -r[0]))
+    left_out = [r for r in regions if r != tile and not _inside(tile, r) and not _in_every_step(loop, r, tile)]
     return tile, sorted(r for r in left_out if not any(_inside(r, other) for other in left_out))
+
+
+def _in_every_step(loop: list[Bundle], region: Region, tile: Region) -> bool:
+    """Whether the region is part of the tile, with matrix work of its own, or starts copies from HBM."""
+    rows = loop[slice(*region)]
+    if _inside(region, tile):
+        return matrix_work([row for row in rows if row.depth == loop[0].depth]) > 0
+    return matrix_work(rows) == 0 and any(map(_starts_copies_in, rows))
+
+
+def _starts_copies_in(row: Bundle) -> bool:
+    return any(found["way"] == "hbm_to_vmem" for found in _COPY.finditer(row.text))
+
+
+def _rows(loop: list[Bundle], region: Region) -> int:
+    return sum(row.depth == loop[0].depth for row in loop[slice(*region)])
 
 
 def _inside(inner: Region, outer: Region) -> bool:

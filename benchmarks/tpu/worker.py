@@ -1,37 +1,49 @@
-"""The process that compiles: python -m benchmarks.tpu.worker TOPOLOGY KERNEL BLOCKS HEAD_DIM FILE
+"""The process that compiles: python -m benchmarks.tpu.worker CHIP KERNEL PASS BLOCKS HEAD_DIM FILE
 
-Its environment says where the listings go (compiler.py sets it). FILE gets, as JSON, the names of the kernels of each
-pass and the bytes that the program needs on the chip.
+Its environment says where the listings go (compiler.py sets it). BLOCKS are the fields of `kernels.Blocks` as JSON.
+FILE gets, as JSON, the name of the kernel and the bytes that the program needs on the chip.
 """
 
 import json
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
-from benchmarks.tpu.kernels import KERNELS, Blocks
+from benchmarks.tpu.compiler import CHIPS
+from benchmarks.tpu.kernels import KERNELS, PASSES, Blocks
+from moc_jax.attention.pallas_tpu import device
 
 
-def main(topology: str, kernel: str, blocks: str, head_dim: str, file: str) -> None:
-    """Compiles for the first device of the topology."""
-    program = KERNELS[kernel](Blocks.parse(blocks), int(head_dim))
-    chip = topologies.get_topology_desc(topology, "tpu").devices[:1]
-    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(chip), "chip"), jax.P())
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), program.arguments)
-    compiled = jax.jit(program.function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
-    memory = compiled.memory_analysis()
-    found = {
-        "passes": program.passes,
-        "memory": {
-            "arguments": memory.argument_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "temporary": memory.temp_size_in_bytes,
-        },
-    }
+def main(chip: str, kernel: str, way: str, blocks: str, head_dim: str, file: str) -> None:
+    """Compiles for one core of the chip."""
+    (of,) = (each for each in PASSES if each == way)
+    program = KERNELS[kernel](of, Blocks(**json.loads(blocks)), int(head_dim))
+    found = {"kernel": program.kernel, "memory": memory(compiled(chip, program.function, program.arguments))}
     pathlib.Path(file).write_text(json.dumps(found))
+
+
+def compiled(chip: str, function: Callable[..., Any], arguments: Any) -> jax.stages.Compiled:
+    """The program for one core of a chip that isn't there; arguments are shapes."""
+    core = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[:1]
+    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(core), "core"), jax.P())
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
+    with device.compiled_for(chip):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+
+
+def memory(program: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes in HBM: arguments, outputs, temporary."""
+    found = program.memory_analysis()
+    return {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes,
+        "temporary": found.temp_size_in_bytes,
+    }
 
 
 if __name__ == "__main__":
