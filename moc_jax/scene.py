@@ -122,12 +122,8 @@ def chunk_table(lengths: SceneLengths, shape: SceneShape, chunk: ChunkConfig) ->
     Raises:
         ValueError: `lengths` and `shape` disagree about the number of shots.
     """
-    shots = lengths.shot_frames.shape[1]
-    if shots != shape.shots or lengths.text_lengths.shape[1] != shots + 1:
-        raise ValueError(
-            f"lengths are for {shots} shots and {lengths.text_lengths.shape[1]} captions, but the scene's shape has "
-            f"{shape.shots} shots and needs {shape.shots + 1} captions (the global one first)"
-        )
+    _check_shots(lengths, shape)
+    shots = shape.shots
     unit = shape.rows * shape.columns if chunk.unit == "frames" else 1
     rows = max_chunks(shape, chunk)
 
@@ -177,6 +173,15 @@ def chunk_table(lengths: SceneLengths, shape: SceneShape, chunk: ChunkConfig) ->
         max_chunk=min(chunk.size * unit, shape.video_tokens),
         max_shots=shape.shots,
     )
+
+
+def _check_shots(lengths: SceneLengths, shape: SceneShape) -> None:
+    shots, captions = lengths.shot_frames.shape[1], lengths.text_lengths.shape[1]
+    if shots != shape.shots or captions != shots + 1:
+        raise ValueError(
+            f"lengths are for {shots} shots and {captions} captions, but the scene's shape has {shape.shots} shots and "
+            f"needs {shape.shots + 1} captions (the global one first)"
+        )
 
 
 def _chunk_of(start: Array, length: Array, tokens: int) -> Int[Array, "B N"]:

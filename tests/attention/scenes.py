@@ -44,9 +44,8 @@ def table_of(
             chunk_of[b, chunk.tokens] = c
             assert chunk.kind != VIDEO or chunk.length <= max_chunk
     kind, shot, start, length = (jnp.asarray(rows[..., i], jnp.int32) for i in range(4))
-    shots = max((chunk.shot + 1 for scene in scenes for chunk in scene), default=0)
-    assert shots <= SHOTS
-    return ChunkTable(kind, shot, start, length, jnp.asarray(chunk_of, jnp.int32), text_tokens, max_chunk, SHOTS)
+    shots = max([SHOTS, *(chunk.shot + 1 for scene in scenes for chunk in scene)])
+    return ChunkTable(kind, shot, start, length, jnp.asarray(chunk_of, jnp.int32), text_tokens, max_chunk, shots)
 
 
 # Two shots of uneven chunks beside three shots, one of them empty and one without a caption; both with padding.

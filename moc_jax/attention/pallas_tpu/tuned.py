@@ -4,33 +4,33 @@ Written by python -m benchmarks.tpu_autotune; `tuning.py` says how they are used
 """
 
 ANCHORS = {  # queries, keys, queries and keys at once, parts ahead
-    "tpu7x": (2048, 2048, 256, 256, 2),
-    "v4": (1024, 1024, 256, 256, 1),
-    "v5e": (2048, 1024, 256, 256, 1),
+    "tpu7x": (2048, 2048, 128, 256, 2),
+    "v4": (2048, 1024, 512, 256, 0),
+    "v5e": (2048, 1024, 256, 512, 1),
     "v5p": (2048, 1024, 256, 256, 1),
-    "v6e": (2048, 2048, 256, 256, 2),
+    "v6e": (2048, 2048, 256, 256, 1),
 }
 
 PICKS = {  # the same; blocks of keys that hold a chunk of 1280
-    "tpu7x": (1024, 1408, 256, 128, 1),
-    "v4": (1024, 1408, 256, 128, 1),
-    "v5e": (1024, 1408, 256, 128, 1),
-    "v5p": (1024, 1408, 256, 128, 1),
-    "v6e": (1024, 1408, 256, 128, 1),
+    "tpu7x": (2048, 1408, 256, 128, 2),
+    "v4": (1024, 1408, 512, 128, 0),
+    "v5e": (2048, 1408, 256, 128, 2),
+    "v5p": (2048, 1408, 256, 128, 2),
+    "v6e": (2048, 1408, 512, 128, 1),
 }
 
 ANCHOR_GRADIENTS = {  # queries, keys, keys at once, transposed
-    "tpu7x": (1024, 1024, 512, True),
-    "v4": (1024, 1024, 512, False),
+    "tpu7x": (1024, 2048, 512, True),
+    "v4": (1024, 2048, 1024, False),
     "v5e": (1024, 2048, 1024, False),
     "v5p": (1024, 2048, 1024, False),
-    "v6e": (1024, 1024, 512, True),
+    "v6e": (1024, 2048, 512, True),
 }
 
 PICK_GRADIENTS = {  # the same; blocks of keys that hold a chunk of 1280
-    "tpu7x": (1024, 1408, 128, True),
-    "v4": (1024, 1408, 128, False),
+    "tpu7x": (1024, 1536, 512, True),
+    "v4": (512, 1408, 128, False),
     "v5e": (1024, 1408, 128, False),
     "v5p": (1024, 1408, 128, False),
-    "v6e": (1024, 1408, 128, True),
+    "v6e": (1024, 1536, 512, True),
 }
