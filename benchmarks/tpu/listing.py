@@ -80,6 +80,12 @@ class Bundle:
         return int(found[1]) if found else None
 
 
+def kernels(folder: pathlib.Path, start: str) -> list[str]:
+    """Names of the kernels in a folder of listings, as far as they start so."""
+    pattern = re.compile(rf"\d+-(?P<kernel>{re.escape(start)}.*)-\d+-{re.escape(SLOTS)}\.txt")
+    return sorted({found["kernel"] for path in folder.iterdir() if (found := pattern.fullmatch(path.name))})
+
+
 def find(folder: pathlib.Path, kernel: str) -> tuple[pathlib.Path, pathlib.Path]:
     """The listings of bundles and of slots of the one kernel in a folder whose name starts so.
 
@@ -174,6 +180,30 @@ def parse_bundles(text: str, filled: list[dict[str, int]]) -> list[Bundle]:
             depth = match["depth"].count(">")
         rows.append(Bundle(int(match["address"], 16), match["mark"] or "", depth, content, slots))
     return rows
+
+
+@dataclasses.dataclass
+class Loop:
+    """A loop of a kernel; the grid is the first."""
+
+    depth: int
+    cycles: int = 0
+    """Of one turn, all regions counted as if every turn ran them; not those of loops inside of it."""
+
+
+def loops(bundles: str, slots: str) -> list[Loop]:
+    """All loops of a kernel, in the order in which they begin."""
+    found: list[Loop] = []
+    around: list[Loop] = []
+    for row in parse_bundles(bundles, parse_slots(slots)[1]):
+        while around and (row.depth < around[-1].depth or (row.mark == "LB" and row.depth == around[-1].depth)):
+            around.pop()
+        if row.mark == "LB":
+            around.append(Loop(row.depth))
+            found.append(around[-1])
+        if around:
+            around[-1].cycles += 1
+    return found
 
 
 def matrix_work(rows: list[Bundle]) -> int:

@@ -39,7 +39,7 @@ _SMALL_TPU = tuning.Blocks(
     text=flash.Tiling(queries=16, keys=64, compute_queries=16, compute_keys=64, ahead=0),
     picks=flash.Tiling(queries=32, keys=24, compute_queries=32, compute_keys=24, ahead=0),
     gradient_keys=32,
-    anchor_gradients=flash_backward.Tiling(block=96, at_once=32),
+    anchor_gradients=flash_backward.Tiling(block=32, at_once=32),
     pick_gradient_keys=24,
     pick_gradients=flash_backward.Tiling(block=32, at_once=24),
     window=96,

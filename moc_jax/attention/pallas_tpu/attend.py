@@ -110,6 +110,7 @@ def _forward(q, k, v, plan: Plan, placement, table, static: _Static):
             longest_run=static.longest_chunk,
             packed=True,
             tiling=static.blocks.picks,
+            name="moc_forward_picks",
             interpret=static.interpret,
         )
         return pairs.merge(
@@ -131,9 +132,10 @@ def _anchors(queries, keys, values, plan: Plan, static: _Static):
     blocks = static.blocks
     run = functools.partial(flash.forward, queries, keys, values, interpret=static.interpret)
     first_head = jnp.zeros(1, jnp.int32)
-    found = [run(plan.video, first_head, first_tile=plan.order.text_rows // blocks.queries, tiling=blocks.anchors)]
+    first_tile = plan.order.text_rows // blocks.queries
+    found = [run(plan.video, first_head, first_tile=first_tile, tiling=blocks.anchors, name="moc_forward_anchors")]
     if plan.order.text_rows:
-        found.insert(0, run(plan.text, first_head, tiling=blocks.text))
+        found.insert(0, run(plan.text, first_head, tiling=blocks.text, name="moc_forward_text"))
     out, lse = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
     return out, jnp.where(plan.anchored[:, None], lse, -jnp.inf)
 
@@ -193,6 +195,7 @@ def _anchor_gradients(inputs: _Inputs, plan: Plan, static: _Static):
         rows=blocks.gradient_keys,
         tiling=blocks.anchor_gradients,
         accumulate=True,
+        name="moc_gradients_anchors",
         interpret=static.interpret,
     )
 
@@ -218,6 +221,7 @@ def _pick_gradients(inputs: _Inputs, placement: Placement, cut, table: ChunkTabl
         accumulate=blocks.pick_gradient_keys < static.longest_chunk + device.ROWS - 1,
         d_q_type=jnp.float32,
         pairs=placement.slots * min(blocks.pick_gradient_keys, static.longest_chunk),
+        name="moc_gradients_picks",
         interpret=static.interpret,
     )
 

@@ -124,6 +124,7 @@ def forward(
     longest_run: int | None = None,
     packed: bool = False,
     tiling: Tiling,
+    name: str = "moc_forward",
     interpret: Any = False,
 ) -> tuple[Float[Array, "B _ R D"], Float32[Array, "B _ R"]] | Float32[Array, "B _ R E"]:
     """Output and base-2 log-sum-exp of each tile's rows, R = tiles * tiling.queries; of unused tiles, anything.
@@ -135,6 +136,7 @@ def forward(
         longest_run: No run is longer, if known: where a block holds it, steps keep no state.
         packed: Both in one array, as `pairs.pack` makes it.
         tiling: Sizes of blocks; `tiling.queries` rows are a tile.
+        name: Of the kernel, in profiles and listings.
     """
     batch, heads, _, dim = q.shape
     runs = tiles.table.shape[3] // 2
@@ -163,7 +165,7 @@ def forward(
     key_block = pl.BlockSpec((*one, pl.Element(keys), pl.Element(dim)), keys_at)
     found = pl.pallas_call(
         functools.partial(_kernel, job=job),
-        name="moc_forward",
+        name=name,
         out_shape=_out_shapes(job, batch, v.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,

@@ -75,6 +75,7 @@ def gradients(
     accumulate: bool,
     pairs: int | None = None,
     d_q_type: Any = None,
+    name: str = "moc_gradients",
     interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Float[Array, "B Hq Nq D"], Float[Array, "B Hq R D"], Float[Array, "B Hq R D"]]:
     """dq of the queries, and dk and dv of each tile's rows, R = tiles * rows.
@@ -92,6 +93,7 @@ def gradients(
             queries must be read by one tile at most, and blocks that none reads are not written.
         d_q_type: Of dq if it does not accumulate; q's if None.
         pairs: (query, key) pairs of a scene and head, for the compiler's estimate; the most there can be, if None.
+        name: Of the kernel, in profiles and listings.
 
     Returns:
         dq, dk, dv. Row r of tile g is row r of the keys that it loads; 0 where it is not one of the tile's keys.
@@ -106,7 +108,7 @@ def gradients(
     specs = _specs(job)
     d_q, d_k, d_v = pl.pallas_call(
         functools.partial(_kernel, job=job),
-        name="moc_gradients",
+        name=name,
         out_shape=(jax.ShapeDtypeStruct(q.shape, d_q_type), d_k, d_k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,

@@ -367,8 +367,11 @@ def _spread_kernel(
 def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
     """body(columns of the run) for each chunk's run with rows; all are multiples of 8."""
 
+    runs = runs_smem_ref[0] if p.at_once else None
+
     def one(chunk, _):
-        run = [pl.multiple_of(runs_smem_ref[0, chunk * columns + i], ROWS) for i in range(columns)]
+        at = (chunk * columns + i for i in range(columns))
+        run = [pl.multiple_of(runs_smem_ref[0, i] if runs is None else runs[i], ROWS) for i in at]
         rows = run[0] if columns == _RUN else run[1]
         pl.when(rows > 0)(lambda: body(*run))
         return 0

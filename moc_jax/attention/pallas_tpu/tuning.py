@@ -8,6 +8,7 @@ divide one another as kernels want them, and all of it within the chip's vector 
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from typing import Literal
 
 import jax.numpy as jnp
 
@@ -15,6 +16,12 @@ from moc_jax.attention.pallas_tpu import device, flash, flash_backward, tuned
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
+
+Kernel = Literal["anchors", "picks"]
+# Where sizes come from, and what is computed at once; from the second table that alone, where it divides more keys:
+# blocks that hold the chunks the first is for have an odd number of registers.
+_FORWARD = {"anchors": (tuned.ANCHORS,), "picks": (tuned.PICKS, tuned.ANCHORS)}
+_BACKWARD = {"anchors": (tuned.ANCHOR_GRADIENTS,), "picks": (tuned.PICK_GRADIENTS, tuned.ANCHOR_GRADIENTS)}
 
 _MOST = 2048  # rows of any block
 _WORTH = 256  # rows that take as long as what a block costs beside its rows
@@ -77,16 +84,12 @@ def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype) -> Blocks:
     """The sizes for a config on the chip that the program is for."""
     chip, size, scene = device.chip(), _Size(dim, jnp.dtype(dtype).itemsize), _Scene.of(cfg, table)
     in_one = scene.chunk.length <= _MOST
-    anchors = _forward(tuned.ANCHORS[chip], size, scene.segment, scene.anchors)
-    picks = _forward((tuned.PICKS if in_one else tuned.ANCHORS)[chip], size, scene.pickers, [scene.chunk])
-    text = _forward(tuned.ANCHORS[chip], size, scene.caption, [scene.all], most_queries=LANES)
+    anchors = _forward(chip, "anchors", size, scene.segment, scene.anchors)
+    picks = _forward(chip, "picks" if in_one else "anchors", size, scene.pickers, [scene.chunk])
+    text = _forward(chip, "anchors", size, scene.caption, [scene.all], most_queries=LANES)
     keys = _Run(scene.segment.length + ROWS - 1, scene.segment.known)
-    gradient_keys, anchor_gradients = _backward(
-        tuned.ANCHOR_GRADIENTS[chip], size, keys, scene.segment, tile=anchors.queries
-    )
-    pick_gradient_keys, pick_gradients = _backward(
-        tuned.PICK_GRADIENTS[chip], size, scene.chunk, scene.pickers, tile=picks.queries
-    )
+    gradient_keys, anchor_gradients = _backward(chip, "anchors", size, keys, scene.segment, tile=anchors.queries)
+    pick_gradient_keys, pick_gradients = _backward(chip, "picks", size, scene.chunk, scene.pickers, tile=picks.queries)
     return Blocks(
         anchors=anchors,
         text=text,
@@ -175,10 +178,10 @@ class _Size:
 
 
 def _forward(
-    sizes: tuple[int, ...], size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
+    chip: str, kernel: Kernel, size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
 ) -> flash.Tiling:
     """The tiling of the least cost that fits: queries in tiles, over blocks of keys."""
-    most, most_keys, *inner = sizes
+    most, most_keys, *_ = _FORWARD[kernel][0][chip]
     most = max(most, _whole(queries))
     options = itertools.product(
         _candidates([queries], min(most, most_queries)), _candidates(keys, max(most_keys, *map(_whole, keys)))
@@ -188,30 +191,36 @@ def _forward(
         small = _SMALL_PARTS if max(t.compute_queries, t.compute_keys) <= LANES else 1.0
         return small * queries.cost(t.queries) * sum(run.cost(t.keys) for run in keys)
 
-    tilings = [forward_tiling(q, kv, *inner) for q, kv in options]
+    tilings = [forward_tiling(chip, kernel, q, kv) for q, kv in options]
     return min((t for t in tilings if size.forward(t) <= device.vmem_limit()), key=cost)
 
 
-def forward_tiling(queries: int, keys: int, at_once: int, keys_at_once: int, ahead: int) -> flash.Tiling:
-    """Blocks of these sizes, with what is computed at once cut down to what divides them."""
-    return flash.Tiling(
-        queries=queries,
-        keys=keys,
-        compute_queries=_divisor(queries, at_once),
-        compute_keys=_divisor(keys, keys_at_once),
-        ahead=ahead,
+def forward_tiling(chip: str, kernel: Kernel, queries: int, keys: int) -> flash.Tiling:
+    """Blocks of these sizes, with what is computed at once on the chip cut down to what divides them."""
+    return max(
+        (
+            flash.Tiling(
+                queries=queries,
+                keys=keys,
+                compute_queries=_divisor(queries, at_once),
+                compute_keys=_divisor(keys, keys_at_once),
+                ahead=ahead,
+            )
+            for _, _, at_once, keys_at_once, ahead in (table[chip] for table in _FORWARD[kernel])
+        ),
+        key=lambda t: t.compute_keys,
     )
 
 
 def _backward(
-    sizes: tuple[int, ...], size: _Size, keys: _Run, queries: _Run, tile: int
+    chip: str, kernel: Kernel, size: _Size, keys: _Run, queries: _Run, tile: int
 ) -> tuple[int, flash_backward.Tiling]:
     """(rows of a tile of keys, tiling) of the least cost that fits; blocks of queries divide `tile`."""
-    most, most_keys, *inner = sizes
+    most, most_keys, *_ = _BACKWARD[kernel][0][chip]
     divisors = [block for block in range(LANES, tile + 1, LANES) if tile % block == 0]
     small = [block for block in divisors if block <= most]
     options = [
-        (rows, backward_tiling(block, rows, *inner, size.dim))
+        (rows, backward_tiling(chip, kernel, block, rows, size.dim))
         for block in (small if 2 * max(small) >= min(most, tile) else divisors)
         for rows in _candidates([keys], max(most_keys, _whole(keys)))
     ]
@@ -219,10 +228,12 @@ def _backward(
     return min(fitting, key=lambda option: keys.cost(option[0]) * queries.cost(option[1].block))
 
 
-def backward_tiling(block: int, rows: int, at_once: int, transposed: bool, dim: int) -> flash_backward.Tiling:
-    """Blocks of these sizes, with the keys computed at once cut down to what divides them."""
+def backward_tiling(chip: str, kernel: Kernel, block: int, rows: int, dim: int) -> flash_backward.Tiling:
+    """Blocks of these sizes, with the keys computed at once on the chip cut down to what divides them."""
+    tables = _BACKWARD[kernel]
+    at_once = max(_divisor(rows, table[chip][2]) for table in tables)
     large = min(block, rows) >= _TRANSPOSED_FROM and dim <= LANES
-    return flash_backward.Tiling(block=block, at_once=_divisor(rows, at_once), transposed=transposed and large)
+    return flash_backward.Tiling(block=block, at_once=at_once, transposed=tables[0][chip][3] and large)
 
 
 def _candidates(runs: Iterable[_Run], most: int) -> list[int]:

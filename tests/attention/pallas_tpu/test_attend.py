@@ -22,6 +22,9 @@ from tests.attention.tolerances import GRADIENT, assert_close
 
 ROUTER = {"moc_router": 1}
 PAIRS = {"moc_ranks": 1, "moc_look_up": 1, "moc_spread": 1, "moc_merge": 1}
+ANCHORS, PICKS = {"moc_forward_text": 1, "moc_forward_anchors": 1}, {"moc_forward_picks": 1}
+ANCHOR_GRADIENTS = {"moc_gradients_anchors": 1}
+PICK_GRADIENTS = {"moc_spread": 3, "moc_add": 1, "moc_gradients_picks": 1}
 
 
 def kernels(jaxpr) -> collections.Counter:
@@ -58,9 +61,9 @@ def gradients(q, k, v, table, cfg):
 @pytest.mark.parametrize(
     ("cfg", "forward", "backward"),
     [
-        (MoCConfig(top_k=3), ROUTER | PAIRS | {"moc_forward": 3}, {"moc_spread": 3, "moc_add": 1, "moc_gradients": 2}),
-        (MoCConfig(mode="dense"), {"moc_forward": 2}, {"moc_gradients": 1}),
-        (MoCConfig(top_k=0), {"moc_forward": 2}, {"moc_gradients": 1}),
+        (MoCConfig(top_k=3), ROUTER | PAIRS | ANCHORS | PICKS, ANCHOR_GRADIENTS | PICK_GRADIENTS),
+        (MoCConfig(mode="dense"), ANCHORS, ANCHOR_GRADIENTS),
+        (MoCConfig(top_k=0), ANCHORS, ANCHOR_GRADIENTS),
     ],
     ids=lambda x: name(x) if isinstance(x, MoCConfig) else "",
 )
