@@ -182,7 +182,7 @@ def _query_tiles(chunk_of_row: Int[Array, "B R"], runs: Runs, size: int) -> Tile
     index = jnp.broadcast_to(jnp.maximum(lead, 0)[:, None], (*runs.begin.shape[:2], lead.shape[1]))
     begin, end = (jnp.where(lead[:, None] >= 0, jnp.take_along_axis(x, index, axis=2), 0) for x in runs)
     lines = jnp.stack([begin, end], axis=-1)  # [B, R, G, 2]
-    return Tiles(jnp.moveaxis(lines, 1, 2).reshape(*lead.shape, -1)[:, None])
+    return Tiles(jnp.moveaxis(lines, 1, 2).reshape(*lead.shape, 2 * lines.shape[1])[:, None])
 
 
 def _key_tiles(table: ChunkTable, cfg: MoCConfig, lead, begin, end, order: Order, blocks: Blocks):
@@ -221,8 +221,8 @@ def _text_lines(readers: Runs, is_text, text_end, parts: int, count: int, rows: 
     """The tiles of all text, `parts` times: part 0 has the text's readers, each its share of the video's."""
     # All captions have the same readers, so the union over them is each one's own.
     here = is_text[:, None] & (readers.begin < readers.end)
-    begin = jnp.min(jnp.where(here, readers.begin, rows), axis=2)  # [B, 2]
-    end = jnp.max(jnp.where(here, readers.end, 0), axis=2)
+    end = jnp.max(jnp.where(here, readers.end, 0), axis=2)  # [B, 2]
+    begin = jnp.minimum(jnp.min(jnp.where(here, readers.begin, rows), axis=2), end)  # no readers: an empty run at 0
     share = _up(-(-rows // parts), blocks.gradient_queries)
     part = jnp.arange(parts)[None]
     video = jnp.maximum(begin[:, 1:], part * share), jnp.minimum(end[:, 1:], (part + 1) * share)
