@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, pairs, tuning
+from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.pallas_tpu.pairs import Placement
 from moc_jax.attention.pallas_tpu.plan import Order, Plan, cut_chunks, pick_tiles, plan, reader_tiles
 from moc_jax.attention.pallas_tpu.tuning import Blocks
@@ -35,7 +36,6 @@ _STATISTICS = device.LANES  # columns of a query's log-sum-exp and delta: what a
 
 class _Static(NamedTuple):
     blocks: Blocks
-    groups: int  # of heads
     longest_chunk: int
     interpret: Any
 
@@ -55,27 +55,30 @@ def attend(
         NotImplementedError: the device, the type or D is none that the kernels can do.
     """
     device.check(q, k, v)
-    batch, _, heads, dim = q.shape
-    blocks = tuning.blocks(cfg, table, dim, q.dtype)
-    with jax.named_scope("moc_attention"):
+    blocks = tuning.blocks(cfg, table, q.shape[-1], q.dtype)
+    static = _Static(blocks, table.max_chunk, device.interpreter())
+
+    def layout(routes, table):
         plan_ = plan(table, cfg, blocks)
-        placement = _place(routes, plan_.order, table, blocks, dim)
+        return plan_, _place(routes, plan_.order, table, static, q.shape[-1])
+
+    with jax.named_scope("moc_attention"):
+        plan_, placement = more_scenes(layout)(routes, table)
         if placement is None and not plan_.anchors:
             return jnp.zeros(q.shape, v.dtype)
-        rows = 0 if placement is None else batch * placement.slots
-        groups = _head_groups(heads, rows * pairs.packed_width(dim, q.dtype) * 4)
-        static = _Static(blocks, groups, table.max_chunk, device.interpreter())
         return _attend(q, k, v, plan_, placement, table, static)
 
 
-def _head_groups(heads: int, bytes_per_head: int) -> int:
+def _head_groups(heads: int, placement: Placement | None, dim: int, dtype) -> int:
     """The fewest equal groups of heads whose pairs' outputs fit the buffer; one head each if none do."""
-    return next((g for g in range(1, heads) if heads % g == 0 and heads // g * bytes_per_head <= _BUFFER), heads)
+    rows = 0 if placement is None else placement.tile_chunk.shape[0] * placement.slots
+    per_head = rows * pairs.packed_width(dim, dtype) * 4
+    return next((g for g in range(1, heads) if heads % g == 0 and heads // g * per_head <= _BUFFER), heads)
 
 
-def _place(routes, order: Order, table: ChunkTable, blocks: Blocks, dim: int) -> Placement | None:
+def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int) -> Placement | None:
     """Slots for the picks of the ordered queries; None if there are none whatever the lengths."""
-    picks, chunks = routes.shape[-1], table.kind.shape[1]
+    picks, chunks, blocks = routes.shape[-1], table.kind.shape[1], static.blocks
     if picks == 0:
         return None
     routes = _to_order(jnp.swapaxes(routes, 1, 2), order, -1)
@@ -90,7 +93,11 @@ def _attend(q, k, v, plan: Plan, placement: Placement | None, table, static):
     return _forward(q, k, v, plan, placement, table, static)[0]
 
 
-def _forward(q, k, v, plan: Plan, placement, table, static: _Static):
+def _forward(q, k, v, plan, placement, table, static):
+    return more_scenes(functools.partial(_outputs, static=static))(q, k, v, plan, placement, table)
+
+
+def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
     """Arrays [B, N, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
     queries, keys, values = _to_order(q, plan.order, 0), _head_major(k, static), _head_major(v, static)
     anchors: Any = _anchors(queries, keys, values, plan, static) if plan.anchors else None
@@ -123,7 +130,8 @@ def _forward(q, k, v, plan: Plan, placement, table, static: _Static):
         )
 
     like = jax.ShapeDtypeStruct(queries.shape, v.dtype), jax.ShapeDtypeStruct(queries.shape[:3], jnp.float32)
-    out, lse = _by_group(one_group, like, (1, 1), q.shape[2], static.groups)
+    heads, dim = q.shape[2:]
+    out, lse = _by_group(one_group, like, (1, 1), heads, _head_groups(heads, placement, dim, v.dtype))
     return _from_order(out, plan.order, table), out, lse
 
 
@@ -145,8 +153,11 @@ def _attend_forward(q, k, v, plan, placement, table, static):
     return result, (q, k, v, plan, placement, table, out, lse)
 
 
-def _attend_backward(static: _Static, residuals, d_result):
-    q, k, v, plan, placement, table, out, lse = residuals
+def _attend_backward(static, residuals, d_result):
+    return (*more_scenes(functools.partial(_gradients, static=static))(*residuals, d_result), None, None, None)
+
+
+def _gradients(q, k, v, plan: Plan, placement, table, out, lse, d_result, static: _Static):
     queries, keys, values = _to_order(q, plan.order, 0), _head_major(k, static), _head_major(v, static)
     d_out = _to_order(d_result.astype(q.dtype), plan.order, 0)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, H, R]
@@ -171,8 +182,9 @@ def _attend_backward(static: _Static, residuals, d_result):
         return d_q.astype(q.dtype), *(functools.reduce(jnp.add, x).astype(q.dtype) for x in (d_k, d_v))
 
     like = tuple(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (queries, k, v))
-    d_q, d_k, d_v = _by_group(one_group, like, (1, 2, 2), q.shape[2], static.groups)
-    return _from_order(d_q, plan.order, table), d_k, d_v, None, None, None
+    heads, dim = q.shape[2:]
+    d_q, d_k, d_v = _by_group(one_group, like, (1, 2, 2), heads, _head_groups(heads, placement, dim, q.dtype))
+    return _from_order(d_q, plan.order, table), d_k, d_v
 
 
 class _Inputs(NamedTuple):

@@ -34,6 +34,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention import routing
 from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.routing import candidate_runs, pickable_chunks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
@@ -112,8 +113,13 @@ def select(
     if cfg.top_k == 0 or tokens == 0:
         return jnp.full((batch, heads, tokens, cfg.top_k), _NOTHING, jnp.int32)
     tiling = tiling or Tiling.of(tokens, cfg.top_k)
-    picks = _call(jnp.swapaxes(q, 1, 2), _parts(phi, table, tiling, q.dtype), table, cfg, tiling, interpret)
-    return jnp.swapaxes(picks.reshape(batch, heads, cfg.top_k, -1), 2, 3)[:, :, :tokens]
+    interpret = device.interpreter() if interpret is None else interpret
+
+    def picks(q, phi, table):
+        found = _call(jnp.swapaxes(q, 1, 2), _parts(phi, table, tiling, q.dtype), table, cfg, tiling, interpret)
+        return jnp.swapaxes(found.reshape(*found.shape[:3], -1), 2, 3)[:, :, :tokens]
+
+    return more_scenes(picks)(q, phi, table)
 
 
 def _check(q):
@@ -187,7 +193,7 @@ def _call(q, parts, table, cfg, tiling, interpret):
             bytes_accessed=q.nbytes + parts.nbytes + heads * runs.nbytes + 4 * batch * heads * tokens * cfg.top_k,
             transcendentals=0,
         ),
-        interpret=device.interpreter() if interpret is None else interpret,
+        interpret=interpret,
     )(used.astype(jnp.int32), q, parts, runs)
 
 

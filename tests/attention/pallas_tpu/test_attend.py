@@ -45,9 +45,9 @@ def shape(*dims, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def trace(function, cfg, dtype=jnp.bfloat16, tokens=4608, chunks=16, head_dim=128):
-    q = shape(1, tokens, 2, head_dim, dtype=dtype)
-    table = ChunkTable(*[shape(1, chunks)] * 4, shape(1, tokens), 512, 512, 4)
+def trace(function, cfg, dtype=jnp.bfloat16, tokens=4608, chunks=16, head_dim=128, scenes=(1,)):
+    q = shape(*scenes, tokens, 2, head_dim, dtype=dtype)
+    table = ChunkTable(*[shape(*scenes, chunks)] * 4, shape(*scenes, tokens), 512, 512, 4)
     with device.compiled_for("v5p"):
         return jax.make_jaxpr(functools.partial(function, cfg=cfg))(q, q, q, table).jaxpr
 
@@ -71,6 +71,15 @@ def test_programs_for_tpus_hold_the_kernels(cfg, forward, backward, backend):
     cfg = with_backend(cfg, backend)
     assert kernels(trace(api.moc_attention, cfg)) == forward
     assert kernels(trace(gradients, cfg)) == collections.Counter(forward) + collections.Counter(backward)
+
+
+def test_vmap_calls_each_kernel_once():
+    """With more scenes, not scene by scene."""
+    cfg = MoCConfig(top_k=3, backend="pallas_tpu")
+    one = trace(gradients, cfg)
+    more = trace(lambda *x, cfg: jax.vmap(functools.partial(gradients, cfg=cfg))(*x), cfg, scenes=(3, 1))
+    assert kernels(more) == kernels(one)
+    assert "while" not in {equation.primitive.name for equation in more.eqns}
 
 
 def test_programs_for_others_hold_none():
