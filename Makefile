@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CLIP := cache/demo/bikes.mp4
+# Tests compile kernels for TPUs, with a compiler that exists for x86-64; elsewhere they are skipped.
+TPU_COMPILER := $(if $(filter x86_64,$(shell uname -m)),$(VENV)/tpu)
 
 .PHONY: demo test test-slow test-gpu lint types setup clean
 setup: $(VENV)/ready
@@ -16,6 +18,10 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 
+$(VENV)/tpu: requirements-tpu.lock $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-tpu.lock
+	touch $@
+
 $(CLIP): $(VENV)/ready
 	$(BIN)/python -m moc_jax.data.demo_clip $(dir $@)
 
@@ -24,7 +30,7 @@ demo: $(CLIP)
 	$(BIN)/python sample.py --checkpoint out/demo --training-scene 0 --overwrite --out out/demo/sample.mp4 \
 		--contact-sheet out/demo/contact_sheet.png --routing-picture out/demo/routing.png
 
-test: $(VENV)/ready
+test: $(VENV)/ready $(TPU_COMPILER)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 # On a Hopper GPU, with the jax that is installed there: `make test-gpu BIN=/usr/bin` takes the machine's Python.
@@ -32,7 +38,7 @@ test: $(VENV)/ready
 test-gpu:
 	MOC_TEST_PLATFORM=gpu $(BIN)/python3 -m pytest -n 16 tests/attention --ignore tests/attention/pallas_tpu
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/ready $(TPU_COMPILER)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/ready
