@@ -16,8 +16,8 @@ from benchmarks.inputs import make_inputs
 from benchmarks.settings import Setting
 from benchmarks.tpu import listing
 from moc_jax.attention import routing
-from moc_jax.attention.pallas_tpu import attend, device, flash, pairs, ranks, router, tiles, tuning
-from moc_jax.attention.pallas_tpu.plan import Plan, plan
+from moc_jax.attention.pallas_tpu import device, flash, pairs, ranks, router, tiles, tuning
+from moc_jax.attention.pallas_tpu.plan import Plan, key_rows, plan
 
 _CHUNKS_AT_ONCE = 8  # that `look_up` goes through in a turn
 
@@ -32,6 +32,10 @@ class Walk:
     """With work."""
     idle: int
     """Steps without, of tiles that have fewer than others."""
+    others: tuple[int, ...] = ()
+    """Turns of the loops that compute a step in another way than most, in their order."""
+    other_steps: int = 0
+    """Steps computed so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,10 @@ class Scene:
     def chunks(self) -> int:
         return self.table.kind.shape[1]
 
+    @property
+    def key_rows(self) -> int:
+        return key_rows(self.table.chunk_of.shape[1], self.table.text_tokens, self.blocks)
+
     @functools.cached_property
     def window(self) -> int:
         with device.compiled_for(self.chip):
@@ -77,9 +85,10 @@ class Scene:
     def routes(self) -> np.ndarray:
         """Of one head, in the queries' order, -1 up to the last window's end: [rows, K]."""
         routes = random_routes(self.setting, self.dim)
-        token = np.asarray(self.plan.order.token_of_row[0])
-        rows = np.where(token[:, None] >= 0, routes[np.maximum(token, 0)], -1)
-        return np.pad(rows, ((0, self.windows * self.window - len(rows)), (0, 0)), constant_values=-1)
+        rows = np.full((self.windows * self.window, routes.shape[1]), -1, routes.dtype)
+        for source, target, size in zip(*(np.asarray(x[0]) for x in self.plan.order.moves)):
+            rows[target : target + size] = routes[source : source + size]
+        return rows
 
     @functools.cached_property
     def runs(self) -> np.ndarray:
@@ -110,11 +119,15 @@ def cycles(kernel: str, scene: Scene, bundles: str, slots: str, granule: int) ->
     """
     name = re.sub(r"\..*", "", kernel)
     if name in _WALKS:
-        schedule = listing.read(bundles, slots, granule)
-        walk = _WALKS[name](scene)
+        schedule, walk = listing.read(bundles, slots, granule), _WALKS[name](scene)
+        tile = min(schedule.tile_cycles, *schedule.alternative_cycles, schedule.tile_cycles)
         between = schedule.step_cycles - schedule.tile_cycles
-        sometimes = sum(schedule.conditional_cycles)
-        return walk.steps * schedule.step_cycles + walk.idle * between + walk.tiles * sometimes
+        found = between * (walk.steps + walk.idle) + tile * (walk.steps - walk.other_steps)
+        found += sum(schedule.conditional_cycles) * walk.tiles
+        loops = listing.loops(bundles, slots)[1:]
+        if len(loops) < len(walk.others):
+            raise ValueError(f"kernel {name} has {len(loops)} inner loops, but {len(walk.others)} are counted")
+        return found + sum(loop.cycles * n for loop, n in zip(loops, walk.others))
     if name not in _TURNS:
         raise ValueError(f"kernel {name}: known are {', '.join([*_WALKS, *_TURNS])}")
     found, turns = listing.loops(bundles, slots), _TURNS[name](scene)
@@ -126,9 +139,24 @@ def cycles(kernel: str, scene: Scene, bundles: str, slots: str, granule: int) ->
 # ------------------------------------------------------------------------------------------------- kernels of tiles
 
 
-def _queries(found: tiles.Tiles, keys: int, heads: int) -> Walk:
-    line = np.asarray(flash._walk(found, keys)[0]).reshape(found.count, -1)
-    return _walk(line[:, -3], heads)
+def _queries(found: tiles.Tiles, tiling: flash.Tiling, last_block: int, heads: int) -> Walk:
+    """Blocks of keys that are not all a run's go part by part."""
+    runs = np.asarray(found.table[0, 0]).reshape(found.count, -1, 2)
+    steps, partial, parts = np.zeros(found.count, int), 0, 0
+    for tile, lines in enumerate(runs):
+        for begin, end in lines[lines[:, 0] < lines[:, 1]]:
+            for first in range(begin // device.ROWS * device.ROWS, end, tiling.keys):
+                row = min(first, last_block)
+                low, high = max(begin, first) - row, min(end - row, tiling.keys)
+                steps[tile] += 1
+                if low > 0 or high < tiling.keys:
+                    partial += 1
+                    parts += -(-high // tiling.compute_keys) - low // tiling.compute_keys
+    keep = partial * (tiling.queries // tiling.compute_queries)
+    walk = _walk(steps, heads)
+    one_part = tiling.queries == tiling.compute_queries  # then the first loop has one turn, and is none
+    others = (parts,) if one_part else (keep, parts)
+    return dataclasses.replace(walk, others=tuple(heads * n for n in others), other_steps=heads * partial)
 
 
 def _keys(found: tiles.Tiles, block: int, heads: int) -> Walk:
@@ -139,19 +167,30 @@ def _keys(found: tiles.Tiles, block: int, heads: int) -> Walk:
 
 def _walk(steps: np.ndarray, heads: int) -> Walk:
     work = int(steps.sum())
-    return Walk(
-        tiles=heads * int((steps > 0).sum()),
-        steps=heads * work,
-        idle=heads * (max(1, int(steps.max())) * len(steps) - work),
-    )
+    idle = max(1, int(steps.max())) * len(steps) - work
+    return Walk(tiles=heads * int((steps > 0).sum()), steps=heads * work, idle=heads * idle)
 
 
 def _picks(scene: Scene) -> Walk:
-    size = scene.blocks.picks.queries
-    used = int(scene.pick_tiles(size).sum())
+    """One block each; those of chunks that a short block doesn't hold go by some queries at a time."""
+    tiling = scene.blocks.picks
+    of_chunk = scene.pick_tiles(tiling.queries)
+    used = scene.heads * int(of_chunk.sum())
     most = scene.table.chunk_of.shape[1] * scene.setting.moc.top_k
-    capacity = -(-(most + scene.windows * scene.chunks * (device.ROWS - 1)) // size) + scene.chunks
-    return Walk(tiles=scene.heads * used, steps=scene.heads * used, idle=scene.heads * (capacity - used))
+    capacity = -(-(most + scene.windows * scene.chunks * (device.ROWS - 1)) // tiling.queries) + scene.chunks
+    idle = scene.heads * capacity - used
+    if not tiling.short:
+        return Walk(tiles=used, steps=used, idle=idle)
+    start, length = (np.asarray(x[0]) for x in (scene.table.start, scene.table.length))
+    row = np.minimum(start // device.ROWS * device.ROWS, scene.key_rows - tiling.keys)
+    long = scene.heads * int(of_chunk[start + length - row > tiling.short[0]].sum())
+    return Walk(
+        tiles=used,
+        steps=used,
+        idle=idle,
+        others=(long * (tiling.queries // tiling.compute_queries),),
+        other_steps=long,
+    )
 
 
 def _pick_gradients(scene: Scene) -> Walk:
@@ -165,8 +204,10 @@ def _pick_gradients(scene: Scene) -> Walk:
 
 
 _WALKS = {
-    "moc_forward_text": lambda s: _queries(s.plan.text, s.blocks.text.keys, s.heads),
-    "moc_forward_anchors": lambda s: _queries(s.plan.video, s.blocks.anchors.keys, s.heads),
+    "moc_forward_text": lambda s: _queries(s.plan.text, s.blocks.text, s.key_rows - s.blocks.text.keys, s.heads),
+    "moc_forward_anchors": lambda s: _queries(
+        s.plan.video, s.blocks.anchors, s.key_rows - s.blocks.anchors.keys, s.heads
+    ),
     "moc_forward_picks": _picks,
     "moc_gradients_anchors": lambda s: _keys(s.plan.keys, s.blocks.anchor_gradients.block, s.heads),
     "moc_gradients_picks": _pick_gradients,
@@ -204,15 +245,19 @@ def _look_up(s: Scene) -> tuple[int, ...]:
 
 def _spread(s: Scene) -> tuple[int, ...]:
     windows, rows = s.heads * s.windows, s.heads * s.windows * s.window
+    moved = s.heads * int((s.runs.sum(axis=1) > 0).sum()) * s.window
     runs, converted = windows * s.chunks, s.heads * int((-(-s.runs.sum(axis=1) // device.LANES)).sum())
     tails = s.heads * s.chunks
-    return rows // s.step, tails, runs, rows // pairs._GROUP, converted, runs, tails
+    return rows // s.step, tails, runs, moved // pairs._GROUP, converted, runs, tails
 
 
 def _collect(s: Scene) -> tuple[int, ...]:
-    windows, rows = s.heads * s.windows, s.heads * s.plan.order.rows
-    some = rows // min(device.LANES, s.step)
-    return windows * s.window // s.step, s.heads * s.chunks, windows * s.chunks, some, rows // pairs._GROUP
+    """Windows without any pair skip the rows of pairs."""
+    windows, block = s.heads * s.windows, min(device.LANES, s.step)
+    picked = np.repeat(s.runs.sum(axis=1) > 0, s.window // s.step)[: s.plan.order.rows // s.step]
+    some, none = (s.heads * int(n) * (s.step // block) for n in (picked.sum(), (~picked).sum()))
+    fetches = s.heads * s.chunks, windows * s.chunks
+    return windows * s.window // s.step, *fetches, some, some * (block // pairs._GROUP), none
 
 
 _TURNS = {

@@ -11,6 +11,7 @@ from moc_jax.attention.pallas_gpu import device as gpu
 from moc_jax.attention.pallas_gpu import router as gpu_router
 from moc_jax.attention.pallas_tpu import attend as pallas_tpu
 from moc_jax.attention.pallas_tpu import device as tpu
+from moc_jax.attention.pallas_tpu import pool as tpu_pool
 from moc_jax.attention.pallas_tpu import router as tpu_router
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
@@ -19,7 +20,10 @@ from moc_jax.shapes import Array, Float, Int, Key, typed
 _ROUTE_BLOCK = 2048  # queries scored at a time
 _DROP_BLOCK = 4096  # queries whose picks are dropped at a time, where scores take no memory
 _BACKENDS = {"reference": reference, "xla": xla, "pallas_gpu": pallas_gpu, "pallas_tpu": pallas_tpu}
-_KERNELS = {"pallas_gpu": (gpu, gpu_router), "pallas_tpu": (tpu, tpu_router)}
+_KERNELS = {
+    "pallas_gpu": (gpu, gpu_router, routing.descriptors),
+    "pallas_tpu": (tpu, tpu_router, tpu_pool.descriptors),
+}
 _log = logging.getLogger(__name__)
 
 
@@ -78,10 +82,10 @@ def route(
         key = scene_keys(key, q.shape[0], q.shape[2])
     backend = backend_name(cfg, q, k)
     if backend in _KERNELS:
-        device, router = _KERNELS[backend]
+        device, router, descriptors = _KERNELS[backend]
         device.check(q, k, k)
         q, k = jax.lax.stop_gradient((q, k))
-        picks = router.select(q, routing.descriptors(k, table), table, cfg, interpret=device.interpreter())
+        picks = router.select(q, descriptors(k, table), table, cfg, interpret=device.interpreter())
         return picks if key is None else routing.drop(picks, table, cfg, key, block=_DROP_BLOCK)
     block = None if backend == "reference" else _ROUTE_BLOCK
     return routing.route(q, k, table, cfg, keys=key, block=block)
@@ -108,7 +112,7 @@ def backend_name(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None = None, 
     here = "pallas_gpu" if gpu.is_hopper() else "pallas_tpu" if tpu.is_target() else "xla"
     kernels, kind = here in _KERNELS, ""
     if kernels:
-        device, router = _KERNELS[here]
+        device, router, _ = _KERNELS[here]
         kernels = router.can_select(cfg) and (q is None or device.can_do(q))
     if q is not None:
         kernels &= all(x.dtype == q.dtype for x in others)

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moc_jax.attention.pallas_tpu import device, flash, flash_backward, pairs, tuning
+from moc_jax.attention.pallas_tpu import device, flash, flash_backward, moves, packing, pairs, tuning
 from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.pallas_tpu.pairs import Placement
-from moc_jax.attention.pallas_tpu.plan import Order, Plan, cut_chunks, pick_tiles, plan, reader_tiles
+from moc_jax.attention.pallas_tpu.plan import Moves, Order, Plan, cut_chunks, key_rows, pick_tiles, plan, reader_tiles
+from moc_jax.attention.pallas_tpu.tiles import Heads
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
@@ -37,6 +38,7 @@ _STATISTICS = device.LANES  # columns of a query's log-sum-exp and delta: what a
 class _Static(NamedTuple):
     blocks: Blocks
     longest_chunk: int
+    text_tokens: int
     interpret: Any
 
 
@@ -56,11 +58,11 @@ def attend(
     """
     device.check(q, k, v)
     blocks = tuning.blocks(cfg, table, q.shape[-1], q.dtype)
-    static = _Static(blocks, table.max_chunk, device.interpreter())
+    static = _Static(blocks, table.max_chunk, table.text_tokens, device.interpreter())
 
     def layout(routes, table):
         plan_ = plan(table, cfg, blocks)
-        return plan_, _place(routes, plan_.order, table, static, q.shape[-1])
+        return plan_, _place(routes, plan_.order, table, blocks, q.shape[-1])
 
     with jax.named_scope("moc_attention"):
         plan_, placement = more_scenes(layout)(routes, table)
@@ -69,21 +71,23 @@ def attend(
         return _attend(q, k, v, plan_, placement, table, static)
 
 
-def _head_groups(heads: int, placement: Placement | None, dim: int, dtype) -> int:
+def _head_groups(heads: int, placement: Placement, dim: int, dtype) -> int:
     """The fewest equal groups of heads whose pairs' outputs fit the buffer; one head each if none do."""
-    rows = 0 if placement is None else placement.tile_chunk.shape[0] * placement.slots
-    per_head = rows * pairs.packed_width(dim, dtype) * 4
+    per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(dim, dtype) * 4
     return next((g for g in range(1, heads) if heads % g == 0 and heads // g * per_head <= _BUFFER), heads)
 
 
-def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int) -> Placement | None:
+def _place(routes, order: Order, table: ChunkTable, blocks: Blocks, dim: int) -> Placement | None:
     """Slots for the picks of the ordered queries; None if there are none whatever the lengths."""
-    picks, chunks, blocks = routes.shape[-1], table.kind.shape[1], static.blocks
+    batch, heads, tokens, picks = routes.shape
+    chunks = table.kind.shape[1]
     if picks == 0:
         return None
-    routes = _to_order(jnp.swapaxes(routes, 1, 2), order, -1)
     window = blocks.window or pairs.window_rows(order.rows, picks, dim, chunks)
     step = blocks.window_step or pairs.step_rows(order.rows)
+    lines = jnp.swapaxes(routes.astype(jnp.int32), 2, 3).reshape(batch, heads * picks, tokens)
+    lines = moves.move_lanes(lines, *order.moves, order.rows, -1, interpret=device.interpreter())
+    routes = jnp.swapaxes(lines.reshape(batch, heads, picks, order.rows), 2, 3)
     most = table.chunk_of.shape[1] * picks
     return pairs.place(routes, table.length, blocks.picks.queries, most, window=window, step=step)
 
@@ -99,20 +103,19 @@ def _forward(q, k, v, plan, placement, table, static):
 
 def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
     """Arrays [B, N, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
-    queries, keys, values = _to_order(q, plan.order, 0), _head_major(k, static), _head_major(v, static)
+    queries, keys, values = _to_order(q, plan.order, static), _head_major(k, static), _head_major(v, static)
     anchors: Any = _anchors(queries, keys, values, plan, static) if plan.anchors else None
     if placement is None:
         out, lse = anchors
         out = jnp.where(plan.anchored[:, None, :, None], out, jnp.zeros((), out.dtype))
-        return _from_order(out, plan.order, table), out, lse
+        return _to_tokens(out, plan.order.moves.back, table, static), out, lse
 
-    def one_group(heads):
-        here = heads.of(placement)
+    def one_group(heads, merged):
         outputs = flash.forward(
-            pairs.spread(heads.of(queries), here, interpret=static.interpret),
+            pairs.spread(queries, placement, heads, interpret=static.interpret),
             keys,
             values,
-            pick_tiles(here, table),
+            pick_tiles(heads.of(placement), table),
             heads.operand,
             longest_run=static.longest_chunk,
             packed=True,
@@ -120,19 +123,15 @@ def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
             name="moc_forward_picks",
             interpret=static.interpret,
         )
+        known = dict(into=merged) if anchors is None else dict(anchors=merged)
         return pairs.merge(
-            outputs,
-            here,
-            None if anchors is None else heads.of(anchors),
-            dim=q.shape[3],
-            dtype=v.dtype,
-            interpret=static.interpret,
+            outputs, placement, heads=heads, dim=q.shape[3], dtype=v.dtype, interpret=static.interpret, **known
         )
 
-    like = jax.ShapeDtypeStruct(queries.shape, v.dtype), jax.ShapeDtypeStruct(queries.shape[:3], jnp.float32)
+    start = anchors or (jnp.empty(queries.shape, v.dtype), jnp.empty(queries.shape[:3], jnp.float32))
     heads, dim = q.shape[2:]
-    out, lse = _by_group(one_group, like, (1, 1), heads, _head_groups(heads, placement, dim, v.dtype))
-    return _from_order(out, plan.order, table), out, lse
+    out, lse = _by_group(one_group, start, heads, _head_groups(heads, placement, dim, v.dtype))
+    return _to_tokens(out, plan.order.moves.back, table, static), out, lse
 
 
 def _anchors(queries, keys, values, plan: Plan, static: _Static):
@@ -141,10 +140,9 @@ def _anchors(queries, keys, values, plan: Plan, static: _Static):
     run = functools.partial(flash.forward, queries, keys, values, interpret=static.interpret)
     first_head = jnp.zeros(1, jnp.int32)
     first_tile = plan.order.text_rows // blocks.queries
-    found = [run(plan.video, first_head, first_tile=first_tile, tiling=blocks.anchors, name="moc_forward_anchors")]
+    out, lse = run(plan.video, first_head, first_tile=first_tile, tiling=blocks.anchors, name="moc_forward_anchors")
     if plan.order.text_rows:
-        found.insert(0, run(plan.text, first_head, tiling=blocks.text, name="moc_forward_text"))
-    out, lse = (jnp.concatenate(x, axis=2) for x in zip(*found, strict=True))
+        out, lse = run(plan.text, first_head, tiling=blocks.text, name="moc_forward_text", into=(out, lse))
     return out, jnp.where(plan.anchored[:, None], lse, -jnp.inf)
 
 
@@ -158,33 +156,49 @@ def _attend_backward(static, residuals, d_result):
 
 
 def _gradients(q, k, v, plan: Plan, placement, table, out, lse, d_result, static: _Static):
-    queries, keys, values = _to_order(q, plan.order, 0), _head_major(k, static), _head_major(v, static)
-    d_out = _to_order(d_result.astype(q.dtype), plan.order, 0)
+    queries, keys, values = _to_order(q, plan.order, static), _head_major(k, static), _head_major(v, static)
+    d_out = _to_order(d_result.astype(q.dtype), plan.order, static)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, H, R]
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # rows with nothing to attend to, and without a token
     inputs = _Inputs(queries, keys, values, d_out, lse, delta)
-    anchors = _anchor_gradients(inputs, plan, static) if plan.anchors else None
+    d_q: Any = None
+    parts_of_k, parts_of_v = [], []
+    if plan.anchors:
+        d_q, *of_tiles = _anchor_gradients(inputs, plan, static)
+        for parts, rows in zip((parts_of_k, parts_of_v), of_tiles, strict=True):
+            parts.append(_to_tokens(rows, plan.key_moves, table, static))
+            parts += _other_text_parts(rows, plan, table, static.blocks)
+    if placement is not None:
+        d_q, of_k, of_v = _all_pick_gradients(inputs, d_q, placement, table, q.dtype, static)
+        parts_of_k.append(of_k)
+        parts_of_v.append(of_v)
+    d_k, d_v = (
+        functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts]).astype(q.dtype)
+        for parts in (parts_of_k, parts_of_v)
+    )
+    return _to_tokens(d_q.astype(q.dtype), plan.order.moves.back, table, static), d_k, d_v
 
-    def one_group(heads):
-        d_q: Any = None
-        d_k, d_v = [], []
-        if anchors is not None:
-            d_q, of_keys, of_values = heads.of(anchors)
-            for parts, rows in ((d_k, of_keys), (d_v, of_values)):
-                parts.append(_key_rows(rows, plan.key_row, table))
-                parts += _other_text_parts(rows, plan, table, static.blocks)
-        if placement is not None:
-            here, cut = heads.of(placement), cut_chunks(table, static.blocks.pick_gradient_keys)
-            of_pairs, of_keys, of_values = _pick_gradients(inputs, here, cut, table, heads, static)
-            d_q = pairs.add(of_pairs, here, d_q, dtype=q.dtype, interpret=static.interpret)
-            for parts, rows in ((d_k, of_keys), (d_v, of_values)):
-                parts.append(_key_rows(rows, cut.row_of_token, table))
-        return d_q.astype(q.dtype), *(functools.reduce(jnp.add, x).astype(q.dtype) for x in (d_k, d_v))
 
-    like = tuple(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in (queries, k, v))
-    heads, dim = q.shape[2:]
-    d_q, d_k, d_v = _by_group(one_group, like, (1, 2, 2), heads, _head_groups(heads, placement, dim, q.dtype))
-    return _from_order(d_q, plan.order, table), d_k, d_v
+def _all_pick_gradients(inputs: "_Inputs", of_anchors, placement: Placement, table, dtype, static: _Static):
+    """Of queries in their order, `of_anchors` added, and of keys and values as tokens [B, N, H, D]."""
+    cut = cut_chunks(table, static.blocks)
+    to_tokens = cut.moves(static.blocks.pick_gradient_keys)
+
+    def one_group(heads, whole):
+        of_queries, *of_tokens = whole
+        of_pairs, *of_tiles = _pick_gradients(inputs, placement, cut, heads, static)
+        of_queries = pairs.add(
+            of_pairs, placement, of_anchors, heads, into=of_queries, dtype=dtype, interpret=static.interpret
+        )
+        parts = [_to_tokens(rows, to_tokens, table, static) for rows in of_tiles]
+        return of_queries, *(
+            lax.dynamic_update_slice_in_dim(x, part, heads.first, 2) for x, part in zip(of_tokens, parts, strict=True)
+        )
+
+    batch, heads, _, dim = inputs.queries.shape
+    of_tokens = (batch, table.chunk_of.shape[1], heads, dim)
+    start = jnp.empty(inputs.queries.shape, dtype), *(jnp.empty(of_tokens, dtype) for _ in range(2))
+    return _by_group(one_group, start, heads, _head_groups(heads, placement, dim, dtype))
 
 
 class _Inputs(NamedTuple):
@@ -212,21 +226,21 @@ def _anchor_gradients(inputs: _Inputs, plan: Plan, static: _Static):
     )
 
 
-def _pick_gradients(inputs: _Inputs, placement: Placement, cut, table: ChunkTable, heads: "Heads", static: _Static):
+def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, static: _Static):
     """Of pairs [B, G, S, D] and of the keys of all chunks' tiles, for a group of heads."""
     blocks = static.blocks
-    spread = functools.partial(pairs.spread, placement=placement, interpret=static.interpret)
-    statistics = jnp.stack([heads.of(inputs.lse), heads.of(inputs.delta)], axis=-1)
+    spread = functools.partial(pairs.spread, placement=placement, heads=heads, interpret=static.interpret)
+    statistics = jnp.stack([inputs.lse, inputs.delta], axis=-1)
     statistics = jnp.pad(statistics, ((0, 0),) * 3 + ((0, _STATISTICS - 2),))
     statistics = spread(statistics, fill_first_lane=math.inf)
     return flash_backward.gradients(
-        spread(heads.of(inputs.queries)),
+        spread(inputs.queries),
         inputs.keys,
         inputs.values,
-        spread(heads.of(inputs.d_out)),
+        spread(inputs.d_out),
         statistics[..., 0],
         statistics[..., 1],
-        reader_tiles(placement, cut),
+        reader_tiles(heads.of(placement), cut),
         heads.operand,
         rows=blocks.pick_gradient_keys,
         tiling=blocks.pick_gradients,
@@ -244,68 +258,32 @@ _attend.defvjp(_attend_forward, _attend_backward)
 # ---------------------------------------------------------------------------------------------- groups of heads
 
 
-class Heads(NamedTuple):
-    """A group of heads; `first` is data, so that one program serves all groups."""
-
-    first: Array | int
-    count: int
-
-    @property
-    def operand(self) -> Int[Array, "1"]:
-        """What kernels are told."""
-        return jnp.full(1, self.first, jnp.int32)
-
-    def of(self, x):
-        """The group's part of arrays [B, H, ...]."""
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.first, self.count, axis=1), x)
-
-
-def _by_group(function, like, axes, heads: int, groups: int):
-    """function(group of heads) -> arrays with the group's heads along `axes`, put together for all heads."""
+def _by_group(function, start, heads: int, groups: int):
+    """function(group of heads, arrays of all heads) -> the same arrays with the group's part filled in."""
     count = heads // groups
     if groups == 1:
-        return function(Heads(0, heads))
-
-    def one(i, whole):
-        parts = function(Heads(i * count, count))
-        return tuple(
-            lax.dynamic_update_slice_in_dim(x, part, i * count, axis)
-            for x, part, axis in zip(whole, parts, axes, strict=True)
-        )
-
-    return lax.fori_loop(0, groups, one, tuple(jnp.empty(x.shape, x.dtype) for x in like))
+        return function(Heads(0, heads), start)
+    return lax.fori_loop(0, groups, lambda i, whole: function(Heads(i * count, count), whole), start)
 
 
 # --------------------------------------------------------------------------------------------- order and sums
 
 
-def _to_order(x: Array, order: Order, fill) -> Array:
-    """x [B, N, H, ...] in the queries' order, head-major [B, H, R, ...]; `fill` in rows without a token."""
-    token = order.token_of_row
-    rows = jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(x, jnp.maximum(token, 0))
-    there = jnp.expand_dims(token >= 0, range(2, x.ndim))
-    return jnp.swapaxes(jnp.where(there, rows, jnp.asarray(fill, x.dtype)), 1, 2)
+def _to_order(x: Float[Array, "B N H D"], order: Order, static: "_Static") -> Float[Array, "B H R D"]:
+    """x in the queries' order, head-major; 0 in rows without a token."""
+    return moves.move(jnp.swapaxes(x, 1, 2), *order.moves, order.rows, interpret=static.interpret)
 
 
-def _from_order(x: Array, order: Order, table: ChunkTable) -> Array:
-    """x [B, H, R, D] back to tokens [B, N, H, D]; 0 for padding."""
-    return _take_tokens(x, order.row_of_token, table)
-
-
-def _key_rows(x: Array, row: Array, table: ChunkTable):
-    """x [B, H, rows of tiles, D] as tokens [B, N, H, D], in float32; 0 for tokens that are in no tile."""
-    return _take_tokens(x, row, table).astype(jnp.float32)
-
-
-def _take_tokens(x: Array, row: Array, table: ChunkTable) -> Array:
-    rows = jax.vmap(lambda x, i: x.at[i].get(mode="promise_in_bounds"))(jnp.swapaxes(x, 1, 2), row)
-    return jnp.where(table.valid[:, :, None, None], rows, jnp.zeros((), x.dtype))
+def _to_tokens(x: Float[Array, "B H R D"], where: Moves, table: ChunkTable, static: "_Static"):
+    """Rows back to tokens [B, N, H, D]; 0 for those that have none."""
+    return jnp.swapaxes(moves.move(x, *where, table.chunk_of.shape[1], interpret=static.interpret), 1, 2)
 
 
 def _head_major(x: Array, static: _Static) -> Float[Array, "B H N D"]:
-    """Keys or values [B, N, H, D] as kernels read them: rows for a whole block behind the last."""
-    more = (-x.shape[1]) % device.ROWS + static.blocks.most_keys
-    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, more), (0, 0)))
+    """Keys or values [B, N, H, D] as kernels read them: at least a block, in whole tiles of memory."""
+    more = key_rows(x.shape[1], static.text_tokens, static.blocks) - x.shape[1]
+    x = jnp.swapaxes(x, 1, 2)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
 
 def _other_text_parts(rows: Array, plan: Plan, table: ChunkTable, blocks: Blocks) -> list[Array]:

@@ -6,10 +6,10 @@ between the two uses is only the table of tiles:
     anchors    queries in the order of segments, at most three runs (two of text, one of video), the same for all heads
     picks      queries gathered by chunk, one run (the chunk), each head its own tiles
 
-(a) Reference. A softmax may be taken relative to any number near its row's maximum. A tile takes the maximum over its
-    first 128 keys, once. After that no step waits for a maximum: p = 2^(s - reference) leaves the matrix units'
-    results as they come, sums of p stay apart by lane, and nothing is rescaled. (FlashAttention rescales everything
-    whenever a maximum grows, which puts a reduction across lanes between the two products of every block.)
+(a) Reference. A softmax may be taken relative to any number near its row's maximum. A tile takes the maximum over 128
+    rows from its first key on, once. After that no step waits for a maximum: p = 2^(s - reference) leaves the matrix
+    units' results as they come, sums of p stay apart by lane, and nothing is rescaled. (FlashAttention rescales
+    everything whenever a maximum grows, which puts a reduction across lanes between the two products of every block.)
 (b) A block: s = q k^T, p, then sums and p v, for some rows of queries and some keys at a time, the products of one
     part before the exponentials of the part before, so that both units are busy.
 (c) Check. Where a later score exceeds the reference by more than float32's exponents hold, a sum of the block is
@@ -17,9 +17,10 @@ between the two uses is only the table of tiles:
     raised (`_again`). Trained models with normalised queries and keys never need it; it makes any input exact.
 (d) Write-out: p v / sum, and the base-2 log-sum-exp, reference + log2(sum), laid along lanes.
 
-A block of keys starts at a multiple of 8 rows, so that a run's first and last block may hold rows that are not the
-run's; those are masked, and blocks without such rows skip that. Where every tile has a single block (picks), nothing
-is kept between steps.
+A block of keys starts at a multiple of 8 rows and ends where the keys do, so that it may hold rows that are not the
+run's. Of such blocks only the parts that hold keys are computed, one after the other, and masked; blocks without such
+rows are computed in one go. Where every tile has a single block (picks), nothing is kept between steps, and everything
+is masked; most chunks leave the last 128 rows of their block free, which are then left out.
 
 FLOPs: 4 * D per (query, key), padded to tiles and blocks. Bytes: q and out once, k and v once per tile, or once for
 consecutive tiles of the same chunk.
@@ -36,7 +37,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device, pairs
+from moc_jax.attention.pallas_tpu import device, packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS
 from moc_jax.attention.pallas_tpu.tiles import Tiles
 from moc_jax.shapes import Array, Float, Float32, Int, typed
@@ -44,6 +45,7 @@ from moc_jax.shapes import Array, Float, Float32, Int, typed
 LOG2E = math.log2(math.e)
 A_BT, A_B = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # products a b^T and a b
 _LARGEST_SUM = 2.0**40  # far from overflow, also when multiplied by large values
+_LEAST_REFERENCE = -1e30  # of a row none of whose keys were looked at
 _NOW, _BEFORE = 0, 1
 _AGAIN_ROWS = 256  # queries computed again at a time
 
@@ -57,14 +59,17 @@ class Tiling:
     compute_queries: int = 256  # rows of queries at a time
     compute_keys: int = 512  # keys at a time
     ahead: int = 1  # parts whose scores are computed ahead of the exponentials
+    short: tuple[int, int] | None = None  # single blocks whose keys end by this row compute so far, so many at a time
 
     def __post_init__(self):
-        if min(dataclasses.astuple(self)[:4]) < 1 or self.ahead < 0:
+        if min(self.queries, self.keys, self.compute_queries, self.compute_keys) < 1 or self.ahead < 0:
             raise ValueError(f"{self}: sizes must be positive")
         if self.queries % self.compute_queries or self.keys % self.compute_keys:
             raise ValueError(f"{self}: compute_queries must divide queries, and compute_keys keys")
         if self.queries % ROWS or self.keys % ROWS:
             raise ValueError(f"{self}: queries and keys must be multiples of {ROWS}, the rows of a tile of memory")
+        if self.short and (self.short[0] >= self.keys or self.short[0] % self.short[1]):
+            raise ValueError(f"{self}: short blocks must be shorter than others and a multiple of what is at once")
 
     @property
     def reference_keys(self) -> int:
@@ -80,6 +85,7 @@ class _Job:
     dim: int
     runs: int
     tiles: int
+    last_block: int  # the last row that a block of keys may start at
     per_head: bool
     heads: int
     single: bool  # every tile has at most one block
@@ -108,6 +114,7 @@ class _Refs(NamedTuple):
     out: Any
     lse: Any
     reference: Any  # [queries, lanes]; all lanes of a row are equal
+    again: Any  # [1] in scalar memory: whether the block must be computed again
     sums: Any = None  # [now or before the block, queries, lanes]: a row's sum is over its lanes
     acc: Any = None  # [now or before the block, queries, D]
 
@@ -125,18 +132,20 @@ def forward(
     packed: bool = False,
     tiling: Tiling,
     name: str = "moc_forward",
+    into: tuple[Array, Array] | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B _ R D"], Float32[Array, "B _ R"]] | Float32[Array, "B _ R E"]:
-    """Output and base-2 log-sum-exp of each tile's rows, R = tiles * tiling.queries; of unused tiles, anything.
+    """Output and base-2 log-sum-exp of the queries that tiles hold; of other queries and unused tiles, anything.
 
     Args:
-        q: Queries [B, heads, rows, D]: some of the heads, from `first_head` on. Tile g is block `first_tile` + g.
-        k, v: Keys and values; a run must end at least `tiling.keys` rows before the last.
+        q: Queries [B, heads, R, D]: some of the heads, from `first_head` on. Tile g is block `first_tile` + g.
+        k, v: Keys and values; N is a multiple of 8 and at least `tiling.keys`.
         tiles: The runs of keys of each tile [begin, end).
         longest_run: No run is longer, if known: where a block holds it, steps keep no state.
-        packed: Both in one array, as `pairs.pack` makes it.
+        packed: Both in one array, as `packing.pack` makes it.
         tiling: Sizes of blocks; `tiling.queries` rows are a tile.
         name: Of the kernel, in profiles and listings.
+        into: Output and log-sum-exp of other queries, which stay; their memory is used.
     """
     batch, heads, _, dim = q.shape
     runs = tiles.table.shape[3] // 2
@@ -145,14 +154,18 @@ def forward(
         dim=dim,
         runs=runs,
         tiles=tiles.count,
+        last_block=k.shape[2] - tiling.keys,
         per_head=tiles.table.shape[1] > 1,
         heads=heads,
         single=runs == 1 and longest_run is not None and longest_run + ROWS - 1 <= tiling.keys,
         packed=packed,
         dtype=q.dtype,
     )
+    if job.last_block < 0 or job.last_block % ROWS:
+        raise ValueError(f"{k.shape[2]} keys: must be a multiple of {ROWS} and no fewer than a block of {tiling.keys}")
     table, most = _walk(tiles, tiling.keys)
     rows, keys = tiling.queries, tiling.keys
+    others = (into[0], into[1][:, :, None]) if into else ()
 
     def queries_at(b, h, g, j, table_ref, head_ref):
         return b, h, first_tile + g, 0
@@ -164,20 +177,26 @@ def forward(
     one = (pl.squeezed, pl.squeezed)
     key_block = pl.BlockSpec((*one, pl.Element(keys), pl.Element(dim)), keys_at)
     found = pl.pallas_call(
-        functools.partial(_kernel, job=job),
+        functools.partial(_kernel, job=job, into=len(others)),
         name=name,
-        out_shape=_out_shapes(job, batch, v.dtype),
+        out_shape=_out_shapes(job, q, v.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, heads, tiles.count, 1 if job.single else most),
-            in_specs=[pl.BlockSpec((*one, rows, dim), queries_at), key_block, key_block],
-            out_specs=_out_specs(job),
+            in_specs=[
+                pl.BlockSpec((*one, rows, dim), queries_at),
+                *([key_block] * 2),
+                *([pl.BlockSpec(memory_space=pl.ANY)] * len(others)),
+            ],
+            out_specs=_out_specs(job, first_tile),
             scratch_shapes=[
                 pltpu.VMEM((rows, LANES), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
                 *([] if job.single else [pltpu.VMEM((2, rows, LANES), jnp.float32)]),
                 *([] if job.single else [pltpu.VMEM((2, rows, dim), jnp.float32)]),
             ],
         ),
+        input_output_aliases={5 + i: i for i in range(len(others))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=device.vmem_limit(),
@@ -185,25 +204,26 @@ def forward(
         ),
         cost_estimate=_cost(q, k, tiles, job, longest_run),
         interpret=interpret,
-    )(table, first_head.astype(jnp.int32), q, k, v)
+    )(table, first_head.astype(jnp.int32), q, k, v, *others)
     return found[0] if packed else (found[0], found[1][:, :, 0])
 
 
-def _out_shapes(job: _Job, batch: int, dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
-    rows = job.tiles * job.tiling.queries
+def _out_shapes(job: _Job, q, dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
+    batch, _, rows, _ = q.shape
     if job.packed:
-        return (jax.ShapeDtypeStruct((batch, job.heads, rows, pairs.packed_width(job.dim, dtype)), jnp.float32),)
+        return (jax.ShapeDtypeStruct((batch, job.heads, rows, packing.packed_width(job.dim, dtype)), jnp.float32),)
     return (
         jax.ShapeDtypeStruct((batch, job.heads, rows, job.dim), dtype),
         jax.ShapeDtypeStruct((batch, job.heads, 1, rows), jnp.float32),
     )
 
 
-def _out_specs(job: _Job) -> tuple[pl.BlockSpec, ...]:
+def _out_specs(job: _Job, first_tile: int) -> tuple[pl.BlockSpec, ...]:
     one, rows = (pl.squeezed, pl.squeezed), job.tiling.queries
-    width = pairs.packed_width(job.dim, job.dtype) if job.packed else job.dim
-    wide = pl.BlockSpec((*one, rows, width), lambda b, h, g, *_: (b, h, g, 0))
-    return (wide,) if job.packed else (wide, pl.BlockSpec((*one, 1, rows), lambda b, h, g, *_: (b, h, 0, g)))
+    width = packing.packed_width(job.dim, job.dtype) if job.packed else job.dim
+    wide = pl.BlockSpec((*one, rows, width), lambda b, h, g, *_: (b, h, first_tile + g, 0))
+    lse = pl.BlockSpec((*one, 1, rows), lambda b, h, g, *_: (b, h, 0, first_tile + g))
+    return (wide,) if job.packed else (wide, lse)
 
 
 def _walk(tiles: Tiles, keys: int) -> tuple[Int[Array, "_"], Int[Array, ""]]:
@@ -227,8 +247,9 @@ def _block(table_ref, line, j, job: _Job):
         begin = jnp.where(here, table_ref[line + 3 * r + 1], begin)
         end = jnp.where(here, table_ref[line + 3 * r + 2], end)
     begin = jnp.where(blocks > 0, begin, 0)
-    row = lax.div(begin, jnp.int32(ROWS)) * ROWS + (step - before) * keys
-    return row, jnp.maximum(begin - row, 0), jnp.minimum(end - row, keys), blocks
+    first = lax.div(begin, jnp.int32(ROWS)) * ROWS + (step - before) * keys
+    row = jnp.minimum(first, job.last_block)
+    return row, jnp.maximum(begin, first) - row, jnp.minimum(end - row, keys), blocks
 
 
 def _cost(q, k, tiles: Tiles, job: _Job, longest_run: int | None) -> pl.CostEstimate:
@@ -247,23 +268,29 @@ def _cost(q, k, tiles: Tiles, job: _Job, longest_run: int | None) -> pl.CostEsti
 # ------------------------------------------------------------------------------------------------- inside the kernel
 
 
-def _kernel(table_ref, first_head_ref, *refs, job: _Job):
-    q, k, v, out, *rest = refs
+def _kernel(table_ref, first_head_ref, *refs, job: _Job, into: int):
+    q, k, v, *rest = refs
+    out, *rest = rest[into:]
     refs = _Refs(table_ref, q, k, v, out, *([None] if job.packed else []), *rest)
     t = job.tiling
     assert refs.q.shape == (t.queries, job.dim), refs.q.shape
     assert refs.k.shape == refs.v.shape == (t.keys, job.dim), refs.k.shape
     b, h, g, j = (pl.program_id(i) for i in range(4))
     _, low, high, blocks = _block(table_ref, job.line(b, h, g), j, job)
-    whole = (low == 0) & (high == t.keys)
+    span = low, high
     used = j < blocks
 
-    @pl.when(used & (j == 0))
-    def _():
-        _take_reference(refs, low, high, job)
-
-    pl.when(used & whole)(lambda: _one_block(refs, j, None, job))
-    pl.when(used & ~whole)(lambda: _one_block(refs, j, (low, high), job))
+    if not job.single:
+        pl.when(used & (j == 0))(lambda: _take_reference(refs, low, high, job))
+        whole = (low == 0) & (high == t.keys)
+        pl.when(used & whole)(lambda: _whole_block(refs, job))
+        pl.when(used & ~whole)(lambda: _part_of_block(refs, span, job))
+    elif t.short:
+        pl.when(used & (high <= t.short[0]))(lambda: _single_block(refs, span, *t.short, job))
+        pl.when(used & (high > t.short[0]))(lambda: _long_block(refs, span, job))
+    else:
+        pl.when(used)(lambda: _single_block(refs, span, t.keys, t.compute_keys, job))
+    pl.when(used & (refs.again[0] != 0))(lambda: _again(refs, span, job))
 
     if not job.single:
 
@@ -277,61 +304,108 @@ def _kernel(table_ref, first_head_ref, *refs, job: _Job):
 def _take_reference(refs: _Refs, low, high, job: _Job) -> None:
     """(a)"""
     t = job.tiling
-    keys = refs.k[pl.ds(0, t.reference_keys)]
+    unit = math.gcd(2 * ROWS, t.keys - t.reference_keys)
+    key = jnp.minimum(lax.div(low, jnp.int32(unit)) * unit, t.keys - t.reference_keys)
+    key = pl.multiple_of(key, unit)
+    keys = refs.k[pl.ds(key, t.reference_keys)]
     for first in range(0, t.queries, t.compute_queries):
         rows = pl.ds(first, t.compute_queries)
-        scores = _mask(_scores(refs.q[rows], keys, job), 0, (low, high), -math.inf)
+        scores = _mask(_scores(refs.q[rows], keys, job), key, (low, high), -math.inf)
         largest = jnp.max(scores, axis=1, keepdims=True) * job.scale
         refs.reference[rows] = jnp.broadcast_to(largest, (t.compute_queries, LANES))
-        if not job.single:
-            refs.sums[_NOW, rows] = jnp.zeros((t.compute_queries, LANES), jnp.float32)
-            refs.acc[_NOW, rows] = jnp.zeros((t.compute_queries, job.dim), jnp.float32)
+        refs.sums[_NOW, rows] = jnp.zeros((t.compute_queries, LANES), jnp.float32)
+        refs.acc[_NOW, rows] = jnp.zeros((t.compute_queries, job.dim), jnp.float32)
 
 
-def _one_block(refs: _Refs, j, span, job: _Job) -> None:
-    """(b), (c) for a block; `span` of its rows are keys, or all of them."""
+def _whole_block(refs: _Refs, job: _Job) -> None:
+    """(b), (c) for a block all of whose rows are keys."""
     t = job.tiling
-    parts = [
-        (row, key) for row in range(0, t.queries, t.compute_queries) for key in range(0, t.keys, t.compute_keys)
-    ]  # fmt: skip
+    _check(refs, _parts(refs, range(0, t.queries, t.compute_queries), range(0, t.keys, t.compute_keys), job, keep=True))
+
+
+def _part_of_block(refs: _Refs, span, job: _Job) -> None:
+    """The same where some are not: the parts that hold keys, one after the other."""
+    t = job.tiling
+
+    def keep(i, _):
+        rows = pl.ds(pl.multiple_of(i * t.compute_queries, t.compute_queries), t.compute_queries)
+        refs.sums[_BEFORE, rows], refs.acc[_BEFORE, rows] = refs.sums[_NOW, rows], refs.acc[_NOW, rows]
+        return 0
+
+    def part(i, worst):
+        key = pl.multiple_of(i * t.compute_keys, t.compute_keys)
+        return jnp.maximum(worst, _parts(refs, range(0, t.queries, t.compute_queries), [key], job, span))
+
+    lax.fori_loop(0, t.queries // t.compute_queries, keep, 0)
+    size = jnp.int32(t.compute_keys)
+    first, end = lax.div(span[0], size), lax.div(span[1] + size - 1, size)
+    _check(refs, lax.fori_loop(first, end, part, jnp.zeros((ROWS, LANES), jnp.float32)))
+
+
+def _single_block(refs: _Refs, span, keys: int, at_once: int, job: _Job) -> None:
+    """The same for the first `keys` rows of a tile's only block."""
+    t = job.tiling
+    rows = range(0, t.queries, t.compute_queries)
+    _check(refs, _parts(refs, rows, range(0, keys, at_once), job, span, at_once))
+
+
+def _long_block(refs: _Refs, span, job: _Job) -> None:
+    """The same for all of its rows, which few tiles need, in little code."""
+    t = job.tiling
+
+    def some_rows(i, worst):
+        row = pl.multiple_of(i * t.compute_queries, t.compute_queries)
+        return jnp.maximum(worst, _parts(refs, [row], range(0, t.keys, t.compute_keys), job, span))
+
+    _check(refs, lax.fori_loop(0, t.queries // t.compute_queries, some_rows, jnp.zeros((ROWS, LANES), jnp.float32)))
+
+
+def _parts(refs: _Refs, rows, keys, job: _Job, span=None, at_once: int | None = None, keep=False) -> Array:
+    """(b) for parts of a block, which start at these rows of queries and, of each of those, at these keys.
+
+    Returns the largest sums of every eighth row [8, lanes]. With `keep`, the state before goes to `_BEFORE`.
+    """
+    t = job.tiling
+    at_once = at_once or t.compute_keys
+    parts = [(row, key) for row in rows for key in keys]
     ready: list[Array] = []
     issued = 0
-    worst: Any = None
+    worst = jnp.zeros((ROWS, LANES), jnp.float32)
     sums = acc = None
     for index, (row, key) in enumerate(parts):
         while issued < min(index + 1 + t.ahead, len(parts)):
             r, c = parts[issued]
-            ready.append(_scores(refs.q[pl.ds(r, t.compute_queries)], refs.k[pl.ds(c, t.compute_keys)], job))
+            here = pl.ds(r, t.compute_queries)
+            ready.append(_scores(refs.q[here], refs.k[pl.ds(c, at_once)], job))
             issued += 1
-        rows = pl.ds(row, t.compute_queries)
-        reference = refs.reference[rows]
-        if key == 0:
-            sums, acc = _keep_state(refs, rows, job)
-        weights = jnp.exp2(ready.pop(0) * job.scale - _across(reference, t.compute_keys))
+        here = pl.ds(row, t.compute_queries)
+        scores = ready.pop(0)
+        if job.single and index % len(keys) == 0:  # (a), while products of other parts are under way
+            some = _mask(scores[:, : t.reference_keys], key, span, -math.inf)
+            largest = jnp.maximum(jnp.max(some, axis=1, keepdims=True) * job.scale, _LEAST_REFERENCE)
+            refs.reference[here] = jnp.broadcast_to(largest, (t.compute_queries, LANES))
+        reference = refs.reference[here]
+        if index % len(keys) == 0:
+            sums, acc = (None, None) if job.single else (refs.sums[_NOW, here], refs.acc[_NOW, here])
+            if keep:  # static places: with places that take turns the compiler can't tell them apart, and waits
+                refs.sums[_BEFORE, here], refs.acc[_BEFORE, here] = sums, acc
+        weights = jnp.exp2(scores * job.scale - _across(reference, at_once))
         weights = _mask(weights, key, span, 0.0)
         sums = _plus(sums, _by_lane(weights))
-        values = refs.v[pl.ds(key, t.compute_keys)]
+        values = refs.v[pl.ds(key, at_once)]
         acc = _plus(acc, _product(weights.astype(values.dtype), values, A_B, job))
-        if key == t.keys - t.compute_keys:
-            worst = sums if worst is None else jnp.maximum(worst, sums)
+        if index % len(keys) == len(keys) - 1:
+            worst = jnp.maximum(worst, jnp.max(sums.reshape(-1, ROWS, LANES), axis=0))
             if job.single:
-                _write_out(refs, rows, reference, sums, acc)
+                _write_out(refs, here, reference, sums, acc)
             else:
-                refs.sums[_NOW, rows], refs.acc[_NOW, rows] = sums, acc
-    fine = jnp.max(worst) <= _LARGEST_SUM  # not so for NaN, which is one query's own and must not hide others
-    pl.when(~fine)(lambda: _again(refs, span, job))
+                refs.sums[_NOW, here], refs.acc[_NOW, here] = sums, acc
+    return worst
 
 
-def _keep_state(refs: _Refs, rows, job: _Job):
-    """Sums and accumulator, kept also in case that the block must be computed again; None for 0.
-
-    Static places: with places that take turns, the compiler can't tell one from the other, and waits.
-    """
-    if job.single:
-        return None, None
-    sums, acc = refs.sums[_NOW, rows], refs.acc[_NOW, rows]
-    refs.sums[_BEFORE, rows], refs.acc[_BEFORE, rows] = sums, acc
-    return sums, acc
+def _check(refs: _Refs, worst: Array) -> None:
+    """(c) A sum of NaN is one query's own and must not hide others."""
+    refs.again[0] = jnp.where(jnp.max(worst) <= _LARGEST_SUM, 0, 1)
 
 
 def _again(refs: _Refs, span, job: _Job) -> None:
@@ -369,10 +443,10 @@ def _write_out(refs: _Refs, rows, reference, sums, acc) -> None:
     """(d)"""
     total = jnp.sum(sums, axis=1, keepdims=True)
     if refs.lse is None:
-        refs.out[rows] = pairs.pack(acc / total, reference[:, :1] + jnp.log2(total), refs.v.dtype)
+        refs.out[rows] = packing.pack(acc / total, reference[:, :1] + jnp.log2(total), refs.v.dtype)
         return
     refs.out[rows] = (acc / total).astype(refs.out.dtype)
-    refs.lse[:, rows] = pairs.along_lanes(reference + jnp.log2(total))
+    refs.lse[:, rows] = packing.along_lanes(reference + jnp.log2(total))
 
 
 def _scores(q, k, job: _Job):
@@ -402,7 +476,7 @@ def _by_lane(x):
     return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, width, LANES)])
 
 
-def _mask(x, key: int, span, value: float):
+def _mask(x, key: Any, span, value: float):
     """x [rows, columns], whose first column is key `key` of the block, with `value` outside of the span."""
     if span is None:
         return x

@@ -12,7 +12,8 @@ one chunk. Queries come in *windows*; a chunk's pairs of one window are a *run* 
     query loads its pairs' rows by the same places.
 
 Rows in VMEM have 32 bits per number: smaller ones share sublanes, of which none is stored alone. A pair's output and
-log-sum-exp travel as one row (`pack`). Bytes per pair: 2 D read and written by (b) in bfloat16, 4 D by (c). No FLOPs.
+log-sum-exp travel as one row (packing.py). Bytes per pair: 2 D read and written by (b) in
+bfloat16, 4 D by (c). No FLOPs.
 """
 
 import contextlib
@@ -28,9 +29,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.pallas_tpu import device, packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS
 from moc_jax.attention.pallas_tpu.ranks import ranks
+from moc_jax.attention.pallas_tpu.tiles import Heads
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 _GROUP = 16  # rows of the unrolled loops: a register of bfloat16
@@ -54,7 +56,7 @@ def row_by_row():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where each pair lies. The heads may be a group of all."""
+    """Where each pair lies."""
 
     places: Int[Array, "B H S E"]  # of the pairs of each step of rows, slot i's after slot i - 1's, in their window
     runs: Int[Array, "B H W R"]  # of each window and chunk: rows, place, slot
@@ -207,41 +209,49 @@ def _up(x, unit: int):
 
 @typed
 def spread(
-    x: Float[Array, "B H R D"], placement: Placement, *, fill_first_lane: float = 0.0, interpret: Any = False
-) -> Float[Array, "B G S D"]:
-    """x's rows at the slots of their pairs, for the placement's heads of x.
+    x: Float[Array, "B H R D"],
+    placement: Placement,
+    heads: Heads | None = None,
+    *,
+    fill_first_lane: float = 0.0,
+    interpret: Any = False,
+) -> Float[Array, "B G T D"]:
+    """x's rows at the slots of their pairs, for a group of heads, or all.
 
     Slots of a chunk's tiles that hold no pair are 0, but for `fill_first_lane` in the first column; slots of unused
     tiles are not written.
     """
-    batch, heads, _, dim = x.shape
+    batch, all_heads, _, dim = x.shape
+    heads = heads or Heads(0, all_heads)
     p = placement
     chunks, steps = p.runs.shape[3] // _RUN, p.steps
     zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
-    grid = (batch, heads, p.runs.shape[2], steps)
     return pl.pallas_call(
         functools.partial(_spread_kernel, p=_Sizes.of(p, interpret), fill=fill_first_lane),
         name="moc_spread",
-        out_shape=jax.ShapeDtypeStruct((batch, heads, p.slots, dim), x.dtype),
-        grid=grid,
-        in_specs=[
-            _in_smem(p.picks * p.step, lambda b, h, w, s: w * steps + s),
-            _in_smem(_RUN * chunks, lambda b, h, w, s: w),
-            _in_smem(2 * chunks, lambda b, h, w, s: 0),
-            pl.BlockSpec((pl.squeezed, pl.squeezed, p.step, dim), lambda b, h, w, s: (b, h, p.block(w, s), 0)),
-            pl.BlockSpec(zeros.shape, lambda b, h, w, s: (0, 0)),
-        ],
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        scratch_shapes=[
-            pltpu.VMEM((p.room, dim), jnp.float32),
-            pltpu.VMEM((2, p.room, dim), x.dtype),
-            pltpu.SMEM((2,), jnp.int32),
-            pltpu.SemaphoreType.DMA((3,)),
-        ],
+        out_shape=jax.ShapeDtypeStruct((batch, heads.count, p.slots, dim), x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads.count, p.runs.shape[2], steps),
+            in_specs=[
+                _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
+                _in_smem(_RUN * chunks, lambda w, s: w),
+                _in_smem(2 * chunks, lambda w, s: 0),
+                _queries(p, dim),
+                pl.BlockSpec(zeros.shape, lambda *_: (0, 0)),
+            ],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[
+                pltpu.VMEM((p.room, dim), jnp.float32),
+                pltpu.VMEM((2, p.room, dim), x.dtype),
+                pltpu.SMEM((2,), jnp.int32),
+                pltpu.SemaphoreType.DMA((3,)),
+            ],
+        ),
         compiler_params=_params(),
-        cost_estimate=_cost(x, p, x.dtype.itemsize),
+        cost_estimate=_cost(p, heads.count, dim, x.dtype.itemsize),
         interpret=interpret,
-    )(_rows(p.places), _rows(p.runs), _rows(p.tails[:, :, None]), x, zeros)
+    )(heads.operand, _rows(p.places), _rows(p.runs), _rows(p.tails[:, :, None]), x, zeros)
 
 
 def _rows(x):
@@ -250,8 +260,19 @@ def _rows(x):
 
 
 def _in_smem(columns: int, row):
+    """A line of integers of the group's head, for a window and a step."""
     one = (pl.squeezed,) * 3
-    return pl.BlockSpec((*one, 1, columns), lambda *i: (i[0], i[1], row(*i), 0, 0), memory_space=pltpu.SMEM)
+    return pl.BlockSpec(
+        (*one, 1, columns), lambda b, h, w, s, first: (b, first[0] + h, row(w, s), 0, 0), memory_space=pltpu.SMEM
+    )
+
+
+def _queries(p: Placement, dim: int | None):
+    """A step's rows of arrays [B, H, R, D], or of [B, H, 1, R], which have no D."""
+    one = (pl.squeezed, pl.squeezed)
+    if dim is None:
+        return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s, first: (b, first[0] + h, 0, p.block(w, s)))
+    return pl.BlockSpec((*one, p.step, dim), lambda b, h, w, s, first: (b, first[0] + h, p.block(w, s), 0))
 
 
 def _params():
@@ -262,11 +283,10 @@ def _params():
     )
 
 
-def _cost(x, p: Placement, pair_bytes: int) -> pl.CostEstimate:
-    batch, heads, _, dim = x.shape
-    pairs = batch * heads * p.rows * p.picks
+def _cost(p: Placement, heads: int, dim: int, pair_bytes: int) -> pl.CostEstimate:
+    rows = p.places.shape[0] * heads * p.rows
     return pl.CostEstimate(
-        flops=0, transcendentals=0, bytes_accessed=x.size * x.dtype.itemsize + pairs * (4 + dim * pair_bytes)
+        flops=0, transcendentals=0, bytes_accessed=rows * (2 * dim + p.picks * (4 + dim * pair_bytes))
     )
 
 
@@ -288,6 +308,7 @@ class _Sizes:
 
 
 def _spread_kernel(
+    first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
     runs_smem_ref,  # [1, 3 * chunks], of the window
     tails_smem_ref,  # [1, 2 * chunks], of the head
@@ -304,6 +325,7 @@ def _spread_kernel(
 ):
     assert x_vmem_ref.shape == (p.step, rows_vmem_ref.shape[1])
     assert p.step % _GROUP == 0
+    del first_head_smem_ref
     b, h, w, s = (pl.program_id(i) for i in range(4))
     out_hbm_ref = out_hbm_ref.at[b, h]
     last_step = s == pl.num_programs(3) - 1
@@ -328,14 +350,16 @@ def _spread_kernel(
                 rows_vmem_ref[pl.ds(place, 1), :] = x[row : row + 1]
         return 0
 
-    if p.at_once:
+    @pl.when(_end_of_runs(runs_smem_ref, p) > 0)
+    def _():
+        if not p.at_once:
+            lax.fori_loop(0, p.step // _GROUP, some_rows, 0)
+            return
         window = rows_vmem_ref[...]
         for pick in range(p.picks):
             places = places_smem_ref[0, pl.ds(pick * p.step, p.step)]
             window = window.at[places].set(x_vmem_ref[...].astype(jnp.float32))
         rows_vmem_ref[...] = window
-    else:
-        lax.fori_loop(0, p.step // _GROUP, some_rows, 0)
 
     @pl.when(last_step)
     def _():
@@ -409,44 +433,14 @@ def _await(source, target, rows, semaphore) -> None:
 # --------------------------------------------------------------------------------------------------------- and back
 
 
-def packed_width(dim: int, dtype) -> int:
-    """Columns of a pair's row of output and log-sum-exp."""
-    return dim if jnp.dtype(dtype).itemsize == 2 else _up(dim, LANES) + LANES
-
-
-def pack(out, lse, dtype):
-    """Rows [n, D] of type `dtype` and log-sum-exps [n, 1], float32 both, as rows of 32-bit numbers.
-
-    bfloat16 takes the upper half of each number; the lower halves of the first two hold those of the log-sum-exp.
-    """
-    if jnp.dtype(dtype).itemsize == 4:
-        gap = packed_width(out.shape[1], dtype) - LANES - out.shape[1]
-        parts = [out, *([jnp.zeros((out.shape[0], gap), jnp.float32)] if gap else [])]
-        return jnp.concatenate([*parts, jnp.broadcast_to(lse, (out.shape[0], LANES))], axis=1)
-    upper = pltpu.bitcast(out.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32)
-    bits = jnp.broadcast_to(pltpu.bitcast(lse, jnp.uint32), upper.shape)
-    lane = lax.broadcasted_iota(jnp.int32, upper.shape, 1)
-    half = jnp.where(lane == 0, bits >> 16, jnp.where(lane == 1, bits & 0xFFFF, jnp.uint32(0)))
-    return pltpu.bitcast(upper | half, jnp.float32)
-
-
-def unpack(rows, dim: int, dtype):
-    """Rows [n, D] and, across their columns, log-sum-exps of what `pack` made."""
-    if jnp.dtype(dtype).itemsize == 4:
-        first = rows.shape[1] - LANES
-        return rows[:, :dim], jnp.broadcast_to(rows[:, first : first + 1], (rows.shape[0], dim))
-    bits = pltpu.bitcast(rows, jnp.uint32)
-    out = pltpu.bitcast(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-    upper, lower = (jnp.broadcast_to(x, bits.shape) for x in (bits[:, :1] << 16, bits[:, 1:2] & 0xFFFF))
-    return out, pltpu.bitcast(upper | lower, jnp.float32)
-
-
 @typed
 def merge(
-    pairs: Float32[Array, "B H S E"],
+    pairs: Float32[Array, "B G S E"],
     placement: Placement,
-    anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None,
+    anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
+    heads: Heads | None = None,
     *,
+    into: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
     dim: int,
     dtype: Any,
     interpret: Any = False,
@@ -454,91 +448,126 @@ def merge(
     """One softmax over each query's pairs and anchors: output and base-2 log-sum-exp; 0 and -inf for neither.
 
     Args:
-        pairs: What `pack` made of the pairs' outputs.
-        anchors: Their outputs and base-2 log-sum-exps, -inf for rows without.
+        pairs: What `packing.pack` made of the pairs' outputs [B, G, slots, E], of a group of heads.
+        anchors: Their outputs and base-2 log-sum-exps, -inf for rows without. Those of the group become the results,
+            in the same memory; those of other heads stay.
+        heads: The group; None: all.
+        into: Without anchors, the results of other heads.
         dim, dtype: D and the type of outputs.
     """
-    inputs = [] if anchors is None else [anchors[0], anchors[1][:, :, None]]
-    batch, heads = pairs.shape[:2]
+    batch, all_heads = placement.places.shape[:2]
     shapes = (
-        jax.ShapeDtypeStruct((batch, heads, placement.rows, dim), dtype),
-        jax.ShapeDtypeStruct((batch, heads, 1, placement.rows), jnp.float32),
+        jax.ShapeDtypeStruct((batch, all_heads, placement.rows, dim), dtype),
+        jax.ShapeDtypeStruct((batch, all_heads, 1, placement.rows), jnp.float32),
     )
-    out, lse = _collect(_merge_rows, "moc_merge", pairs, placement, inputs, shapes, -jnp.inf, dim, dtype, interpret)
+    given = anchors or into
+    out, lse = _collect(
+        functools.partial(_merge_rows, dim=dim, dtype=dtype),
+        "moc_merge",
+        pairs,
+        placement,
+        heads or Heads(0, all_heads),
+        [] if anchors is None else [anchors[0], anchors[1][:, :, None]],
+        [] if given is None else [given[0], given[1][:, :, None]],
+        shapes,
+        nothing=-jnp.inf,
+        interpret=interpret,
+    )
     return out, lse[:, :, 0]
 
 
 @typed
 def add(
-    pairs: Float32[Array, "B H S D"],
+    pairs: Float32[Array, "B G S D"],
     placement: Placement,
     anchors: Float[Array, "B H R D"] | None,
+    heads: Heads | None = None,
     *,
+    into: Float[Array, "B H R D"] | None = None,
     dtype: Any,
     interpret: Any = False,
 ) -> Float[Array, "B H R D"]:
-    """The sum of each query's pairs and its anchors' row."""
-    batch, heads, _, dim = pairs.shape
-    shape = jax.ShapeDtypeStruct((batch, heads, placement.rows, dim), dtype)
-    inputs = [] if anchors is None else [anchors]
-    return _collect(_add_rows, "moc_add", pairs, placement, inputs, (shape,), 0.0, dim, dtype, interpret)[0]
+    """The sum of each query's pairs and its anchors' row, for a group of heads; other heads are `into`'s."""
+    batch, all_heads = placement.places.shape[:2]
+    dim = pairs.shape[3]
+    return _collect(
+        functools.partial(_add_rows, dim=dim, dtype=dtype),
+        "moc_add",
+        pairs,
+        placement,
+        heads or Heads(0, all_heads),
+        [] if anchors is None else [anchors],
+        [] if into is None else [into],
+        (jax.ShapeDtypeStruct((batch, all_heads, placement.rows, dim), dtype),),
+        nothing=0.0,
+        interpret=interpret,
+    )[0]
 
 
-def _collect(body, name: str, pairs, placement: Placement, inputs, shapes, nothing: float, dim: int, dtype, interpret):
-    p = placement
-    batch, heads, _, width = pairs.shape
+def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, shapes, *, nothing: float, interpret):
+    """body(rows of pairs, inputs, outputs) for each block of queries of the group's heads."""
+    width = pairs.shape[3]
     chunks, windows, steps = p.runs.shape[3] // _RUN, p.runs.shape[2], p.steps
     some = min(LANES, p.step)
+    same = bool(into) and inputs and into[0] is inputs[0]  # results go where inputs come from
+    into = inputs if same else into
 
     def block(x):
-        """Of the queries' arrays: [B, H, rows, D] or [B, H, 1, rows]."""
-        one = (pl.squeezed, pl.squeezed)
-        if x.shape[2] == 1:
-            return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s: (b, h, 0, p.block(w, s)))
-        return pl.BlockSpec((*one, p.step, x.shape[3]), lambda b, h, w, s: (b, h, p.block(w, s), 0))
+        return _queries(p, None if x.shape[2] == 1 else x.shape[3])
 
+    first = 5 + (0 if same else len(inputs))  # of `into` among all operands
     return pl.pallas_call(
         functools.partial(
             _collect_kernel,
             p=_Sizes.of(p, interpret),
-            body=functools.partial(body, dim=dim, dtype=dtype),
+            body=body,
             inputs=len(inputs),
+            unread=0 if same else len(into),
             nothing=nothing,
         ),
         name=name,
         out_shape=shapes,
-        grid=(batch, heads, windows, steps),
-        in_specs=[
-            _in_smem(p.picks * p.step, lambda b, h, w, s: w * steps + s),
-            _in_smem(_RUN * chunks, lambda b, h, w, s: w),
-            _in_smem(_RUN * chunks, lambda b, h, w, s: jnp.minimum(w + 1, windows - 1)),
-            pl.BlockSpec(memory_space=pl.ANY),
-            *map(block, inputs),
-        ],
-        out_specs=tuple(map(block, shapes)),
-        scratch_shapes=[
-            pltpu.VMEM((2, p.room, width), jnp.float32),
-            pltpu.VMEM((p.picks * some, width), jnp.float32),
-            pltpu.SemaphoreType.DMA((2,)),
-        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(pairs.shape[0], heads.count, windows, steps),
+            in_specs=[
+                _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
+                _in_smem(_RUN * chunks, lambda w, s: w),
+                _in_smem(_RUN * chunks, lambda w, s: jnp.minimum(w + 1, windows - 1)),
+                pl.BlockSpec(memory_space=pl.ANY),
+                *map(block, inputs),
+                *([] if same else [pl.BlockSpec(memory_space=pl.ANY)] * len(into)),
+            ],
+            out_specs=tuple(map(block, shapes)),
+            scratch_shapes=[
+                pltpu.VMEM((2, p.room, width), jnp.float32),
+                pltpu.VMEM((p.picks * some, width), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        input_output_aliases={first + i: i for i in range(len(into))},
         compiler_params=_params(),
-        cost_estimate=_cost(shapes[0], p, 4),
+        cost_estimate=_cost(p, heads.count, shapes[0].shape[3], 4),
         interpret=interpret,
-    )(_rows(p.places), _rows(p.runs), _rows(p.runs), pairs, *inputs)
+    )(heads.operand, _rows(p.places), _rows(p.runs), _rows(p.runs), pairs, *inputs, *([] if same else into))
 
 
 def _collect_kernel(
+    first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
     runs_smem_ref,  # [1, 3 * chunks], of the window
     next_smem_ref,  # the same, of the next window
     pairs_hbm_ref,  # [B, H, slots, E]
-    *refs,  # of the queries' blocks: inputs, outputs; then scratch
+    *refs,  # of the queries' blocks: inputs, where outputs go, outputs; then scratch
     p: _Sizes,
     body,
     inputs: int,
+    unread: int,
     nothing: float,
 ):
+    del first_head_smem_ref
     *blocks, window_vmem_ref, some_vmem_ref, semaphores = refs
+    sources, results = blocks[:inputs], blocks[inputs + unread :]
     b, h, w, s = (pl.program_id(i) for i in range(4))
     pairs_hbm_ref = pairs_hbm_ref.at[b, h]
     here = lax.rem(w, 2)
@@ -581,14 +610,21 @@ def _collect_kernel(
         else:
             lax.fori_loop(0, size // _GROUP, few_rows, 0)
             rows = [some_vmem_ref[pl.ds(pick * size, size)] for pick in range(p.picks)]
-        body(rows, blocks[:inputs], blocks[inputs:], pl.ds(first, size))
+        body(rows, sources, results, pl.ds(first, size))
         return 0
 
-    blocks_before = w * pl.num_programs(3) + s
+    def no_rows(i, _):
+        body([], sources, results, pl.ds(pl.multiple_of(i * size, size), size))
+        return 0
 
-    @pl.when(blocks_before < p.blocks)  # the last window's steps beyond the queries leave the last block as it is
-    def _():
-        lax.fori_loop(0, p.step // size, some_rows, 0)
+    def run(each):
+        lax.fori_loop(0, p.step // size, each, 0)
+
+    # The last window's steps beyond the queries leave the last block as it is.
+    there = w * pl.num_programs(3) + s < p.blocks
+    picked = _end_of_runs(runs_smem_ref, p) > 0
+    pl.when(there & picked)(lambda: run(some_rows))
+    pl.when(there & ~picked)(lambda: run(no_rows))
 
 
 def _nothing(shape, value: float):
@@ -603,13 +639,17 @@ def _nothing(shape, value: float):
 
 
 def _merge_rows(rows, inputs, outputs, block, *, dim: int, dtype) -> None:
-    size = rows[0].shape[0]
+    size = block.size
     some = min(size, _MERGED)
-    anchor_lse: Any = _across_rows(inputs[1][:, block]) if inputs else None
+    if not rows and not inputs:
+        outputs[0][block] = jnp.zeros((size, dim), dtype)
+        outputs[1][:, block] = jnp.full((1, size), -jnp.inf)
+        return
+    anchor_lse: Any = packing.across_rows(inputs[1][:, block]) if inputs else None
     lses = []
     for first in range(0, size, some):
         here = slice(first, first + some)
-        parts = [unpack(x[here], dim, dtype) for x in rows]
+        parts = [packing.unpack(x[here], dim, dtype) for x in rows]
         if inputs:
             out = inputs[0][pl.ds(block.start + first, some)].astype(jnp.float32)
             parts.append((out, jnp.broadcast_to(anchor_lse[here], out.shape)))
@@ -621,32 +661,9 @@ def _merge_rows(rows, inputs, outputs, block, *, dim: int, dtype) -> None:
         merged = functools.reduce(jnp.add, shares) / jnp.where(total == 0, 1.0, total)  # a NaN stays one
         outputs[0][pl.ds(block.start + first, some)] = merged.astype(dtype)
         lses.append(base + jnp.log2(total))
-    outputs[1][:, block] = along_lanes(jnp.concatenate(lses, axis=0))
+    outputs[1][:, block] = packing.along_lanes(jnp.concatenate(lses, axis=0))
 
 
 def _add_rows(rows, inputs, outputs, block, *, dim: int, dtype) -> None:
     rows = [x[:, :dim] for x in rows] + [x[block].astype(jnp.float32) for x in inputs]
-    outputs[0][block] = functools.reduce(jnp.add, rows).astype(dtype)
-
-
-def along_lanes(x):
-    """x [rows, columns], equal on all columns of a row, as [1, rows]."""
-    width = min(x.shape[0], LANES)
-    if x.shape[1] < width:
-        x = jnp.broadcast_to(x[:, :1], (x.shape[0], width))
-    parts = [
-        jnp.sum(jnp.where(_diagonal(width), x[i : i + width, :width], 0.0), axis=0, keepdims=True)
-        for i in range(0, x.shape[0], width)
-    ]
-    return jnp.concatenate(parts, axis=1)
-
-
-def _across_rows(x):
-    """x [1, rows] as [rows, 1], for up to 128 rows."""
-    width = x.shape[1]
-    return jnp.sum(jnp.where(_diagonal(width), jnp.broadcast_to(x, (width, width)), 0.0), axis=1, keepdims=True)
-
-
-def _diagonal(width: int):
-    row = lax.broadcasted_iota(jnp.int32, (width, width), 0)
-    return row == lax.broadcasted_iota(jnp.int32, (width, width), 1)
+    outputs[0][block] = functools.reduce(jnp.add, rows, jnp.zeros((block.size, dim), jnp.float32)).astype(dtype)

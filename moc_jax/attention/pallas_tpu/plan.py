@@ -27,19 +27,30 @@ from moc_jax.shapes import Array, Bool, Int
 _PART = 24  # blocks of queries that a tile of text keys walks in one go: about as many as a shot has
 
 
+class Moves(NamedTuple):
+    """Runs of rows that lie elsewhere: row source + i is row target + i. Runs of no size say nothing."""
+
+    source: Int[Array, "B S"]
+    target: Int[Array, "B S"]
+    size: Int[Array, "B S"]
+
+    @property
+    def back(self) -> "Moves":
+        return Moves(self.target, self.source, self.size)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Order:
     """Where queries lie: captions first, each from a multiple of a text tile on, then video."""
 
-    token_of_row: Int[Array, "B R"]  # -1: none
-    row_of_token: Int[Array, "B N"]  # 0 for padding tokens
+    moves: Moves  # of tokens to rows, both ascending
     chunk_of_row: Int[Array, "B R"]  # the first chunk of the row's segment; -1: none
     text_rows: int = dataclasses.field(metadata={"static": True})  # rows before the video's; whole tiles of video
 
     @property
     def rows(self) -> int:
-        return self.token_of_row.shape[1]
+        return self.chunk_of_row.shape[1]
 
 
 class Cut(NamedTuple):
@@ -49,7 +60,13 @@ class Cut(NamedTuple):
     row: Int[Array, "B G"]  # first row of memory, a multiple of 8
     begin: Int[Array, "B G"]  # keys of the tile: rows [begin, end) of memory; none if unused
     end: Int[Array, "B G"]
-    row_of_token: Int[Array, "B N"]  # where a token's row lies among the rows of all tiles; 0 if in none
+
+    def moves(self, rows: int) -> Moves:
+        """From the rows of all tiles to the tokens, which ascend."""
+        first = rows * jnp.arange(self.row.shape[1])[None]
+        moves = Moves(first + self.begin - self.row, self.begin, self.end - self.begin)
+        order = jnp.argsort(jnp.where(moves.size > 0, moves.target, jnp.iinfo(jnp.int32).max), axis=1)
+        return Moves(*(jnp.take_along_axis(x, order, axis=1) for x in moves))
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +79,7 @@ class Plan:
     video: Tiles  # queries of video over keys
     anchored: Bool[Array, "B R"]  # rows that have anchors
     keys: Tiles  # keys over queries
-    key_row: Int[Array, "B N"]  # where a token's gradients lie among the rows of `keys`
+    key_moves: Moves  # from the rows of `keys` to the tokens
     anchors: bool = dataclasses.field(metadata={"static": True})  # False: nothing has any, whatever the lengths
     text_parts: int = dataclasses.field(metadata={"static": True})  # times that the first tile of text is repeated
     text_tiles: int = dataclasses.field(metadata={"static": True})  # how many of `keys` text has each time
@@ -76,18 +93,23 @@ def plan(table: ChunkTable, cfg: MoCConfig, blocks: Blocks) -> Plan:
     some = jnp.any(runs.begin < runs.end, axis=1)
     any_anchors = cfg.mode == "dense" or cfg.self_anchor != "none" or table.text_tokens > 0 or cfg.top_k == 0
     text, video = slice(0, order.text_rows), slice(order.text_rows, None)
-    keys, key_row, parts, tiles = _key_tiles(table, cfg, lead, begin, end, order, blocks)
+    keys, key_moves, parts, tiles = _key_tiles(table, cfg, begin, end, order, blocks)
     return Plan(
         order=order,
         text=_query_tiles(order.chunk_of_row[:, text], runs, blocks.text_queries),
         video=_query_tiles(order.chunk_of_row[:, video], runs, blocks.queries),
         anchored=(order.chunk_of_row >= 0) & jnp.take_along_axis(some, jnp.maximum(order.chunk_of_row, 0), axis=1),
         keys=keys,
-        key_row=key_row,
+        key_moves=key_moves,
         anchors=any_anchors,
         text_parts=parts,
         text_tiles=tiles,
     )
+
+
+def key_rows(tokens: int, text_tokens: int, blocks: Blocks) -> int:
+    """Rows of the arrays of keys: whole tiles of memory, and no fewer than a block or the tiles of text have."""
+    return max(_up(tokens, ROWS), blocks.most_keys, _up(text_tokens, blocks.gradient_keys))
 
 
 def by_shot(cfg: MoCConfig) -> bool:
@@ -111,12 +133,13 @@ def reader_tiles(placement: Placement, cut: Cut) -> Tiles:
     return Tiles(jnp.stack([*lines, jnp.where(used, begin, 0), jnp.where(used, end, 0)], axis=-1))
 
 
-def cut_chunks(table: ChunkTable, rows: int) -> Cut:
+def cut_chunks(table: ChunkTable, blocks: Blocks) -> Cut:
     """Every video chunk cut into tiles of keys."""
+    rows, tokens = blocks.pick_gradient_keys, table.chunk_of.shape[1]
     video = table.kind == VIDEO
-    of = jnp.where(table.valid & (table.token_kind == VIDEO), table.chunk_of, -1)
-    most = min(table.kind.shape[1], table.chunk_of.shape[1])
-    return _cut(jnp.where(video, table.start, 0), jnp.where(video, table.start + table.length, 0), of, rows, most)
+    begin, end = (jnp.where(video, x, 0) for x in (table.start, table.start + table.length))
+    last = key_rows(tokens, table.text_tokens, blocks) - rows
+    return _cut(begin, end, tokens, rows, min(table.kind.shape[1], tokens), last)
 
 
 def _segments(table: ChunkTable, by_shot: bool):
@@ -153,24 +176,17 @@ def _order(table: ChunkTable, lead, begin, end, by_shot: bool, blocks: Blocks) -
         room = jnp.where(table.kind == kind, _up(size, align), 0)
         first = jnp.where(table.kind == kind, offset + jnp.cumsum(room, axis=1) - room, first)
 
-    of = jnp.where(table.valid, jnp.take_along_axis(lead, jnp.maximum(table.chunk_of, 0), axis=1), -1)
-    token = jnp.arange(tokens)[None]
-    row = token + jnp.take_along_axis(first - begin, jnp.maximum(of, 0), axis=1)
-
     # Segments start at whole tiles, so finding the segment of each tile is enough.
     step = blocks.text_queries
     tile = jnp.arange(0, rows, step)[None, None]
     here = (first[..., None] <= tile) & (tile < (first + _up(size, step))[..., None])  # [B, C, tiles]
     segment = jnp.argmax(here, axis=1)
     there = jnp.repeat(jnp.any(here, axis=1), step, axis=1)
-    first_of, begin_of, size_of = (
-        jnp.repeat(jnp.take_along_axis(x, segment, axis=1), step, axis=1) for x in (first, begin, size)
-    )
-    inside = jnp.arange(rows)[None] - first_of
-    there &= inside < size_of
+    first_of, size_of = (jnp.repeat(jnp.take_along_axis(x, segment, axis=1), step, axis=1) for x in (first, size))
+    there &= jnp.arange(rows)[None] - first_of < size_of
+    parts = [(begin, first, jnp.where(table.kind == kind, size, 0)) for kind in (TEXT, VIDEO)]
     return Order(
-        token_of_row=jnp.where(there, begin_of + inside, -1).astype(jnp.int32),
-        row_of_token=jnp.where(of >= 0, row, 0).astype(jnp.int32),
+        moves=Moves(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))),
         chunk_of_row=jnp.where(there, jnp.repeat(segment, step, axis=1), -1).astype(jnp.int32),
         text_rows=text_rows,
     )
@@ -185,36 +201,43 @@ def _query_tiles(chunk_of_row: Int[Array, "B R"], runs: Runs, size: int) -> Tile
     return Tiles(jnp.moveaxis(lines, 1, 2).reshape(*lead.shape, 2 * lines.shape[1])[:, None])
 
 
-def _key_tiles(table: ChunkTable, cfg: MoCConfig, lead, begin, end, order: Order, blocks: Blocks):
-    """(tiles, row of each token, times that text's tiles are repeated, number of them)."""
+def _key_tiles(table: ChunkTable, cfg: MoCConfig, begin, end, order: Order, blocks: Blocks):
+    """(tiles, moves of their rows to tokens, times that text's tiles are repeated, number of them)."""
     readers = reader_runs(table, cfg)
     # The same runs as rows of the order: a run's first and last token belong to somebody, so they have rows.
-    last = jnp.take_along_axis(order.row_of_token[:, None], jnp.maximum(readers.end - 1, 0), axis=2) + 1
-    first = jnp.take_along_axis(
-        order.row_of_token[:, None], jnp.minimum(readers.begin, table.chunk_of.shape[1] - 1), axis=2
-    )
     some = readers.begin < readers.end
-    readers = Runs(jnp.where(some, first, 0), jnp.where(some, last, 0))
+    readers = Runs(
+        jnp.where(some, _row_of(readers.begin, order), 0), jnp.where(some, _row_of(readers.end - 1, order) + 1, 0)
+    )
 
     captions, segments = _most(table, by_shot(cfg))
-    of = jnp.where(table.valid, jnp.take_along_axis(lead, jnp.maximum(table.chunk_of, 0), axis=1), -1)
+    tokens, rows = table.chunk_of.shape[1], blocks.gradient_keys
+    last_row = key_rows(table.chunk_of.shape[1], table.text_tokens, blocks) - blocks.gradient_keys
     all_alike = cfg.visibility == "scene" and (cfg.mode == "dense" or cfg.text_anchor == "all")
     if not all_alike or table.text_tokens == 0:
-        cut = _cut(begin, end, of, blocks.gradient_keys, captions + segments)
-        return Tiles(_lines(cut, readers)[:, None]), cut.row_of_token, 0, 0
+        cut = _cut(begin, end, tokens, rows, captions + segments, last_row)
+        return Tiles(_lines(cut, readers)[:, None]), cut.moves(rows), 0, 0
 
     # Keys of text that all read have more readers than any others by far: their tiles come in parts, each with its
     # share of the readers, so that all tiles take about as many steps.
     is_text = table.kind == TEXT
     text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1)
-    count = -(-table.text_tokens // blocks.gradient_keys)
+    count = -(-table.text_tokens // rows)
     parts = -(-order.rows // (_PART * blocks.gradient_queries))
     text = _text_lines(readers, is_text, text_end, parts, count, order.rows, blocks)
-    cut = _cut(begin, jnp.where(is_text, begin, end), of, blocks.gradient_keys, segments)
-    token = jnp.arange(table.chunk_of.shape[1])[None]
-    shift = parts * count * blocks.gradient_keys
-    row = jnp.where(token < text_end[:, None], token, cut.row_of_token + shift)
-    return Tiles(jnp.concatenate([text, _lines(cut, readers)], axis=1)[:, None]), row, parts, count
+    cut = _cut(begin, jnp.where(is_text, begin, end), tokens, rows, segments, last_row)
+    of_text, of_video = rows * jnp.arange(count)[None], cut.moves(rows)
+    of_text = Moves(of_text, of_text, jnp.clip(text_end[:, None] - of_text, 0, rows))
+    of_video = of_video._replace(source=of_video.source + parts * count * rows)
+    moves = [jnp.concatenate([jnp.broadcast_to(x, of_text.size.shape), y], axis=1) for x, y in zip(of_text, of_video)]
+    return Tiles(jnp.concatenate([text, _lines(cut, readers)], axis=1)[:, None]), Moves(*moves), parts, count
+
+
+def _row_of(token: Int[Array, "B R C"], order: Order) -> Int[Array, "B R C"]:
+    """Rows of tokens that have some."""
+    source, target, size = (x[:, None, None] for x in order.moves)
+    inside = (source <= token[..., None]) & (token[..., None] < source + size)
+    return jnp.sum(jnp.where(inside, target - source, 0), axis=-1) + token
 
 
 def _text_lines(readers: Runs, is_text, text_end, parts: int, count: int, rows: int, blocks: Blocks):
@@ -243,9 +266,11 @@ def _lines(cut: Cut, readers: Runs):
     return jnp.concatenate([jnp.stack([cut.row, cut.begin, cut.end], axis=-1), runs], axis=-1)
 
 
-def _cut(begin, end, owner_of_token, rows: int, most: int) -> Cut:
-    """Tiles of `rows` rows for the runs [begin, end) of each owner, at most `most` of which are not empty."""
-    tokens = owner_of_token.shape[1]
+def _cut(begin, end, tokens: int, rows: int, most: int, last_row: int) -> Cut:
+    """Tiles of `rows` rows for the runs [begin, end) of each owner, at most `most` of which are not empty.
+
+    No tile starts after `last_row`: one that would starts there, and its keys are its last rows.
+    """
     first = begin // ROWS * ROWS
     counts = jnp.where(begin < end, -(-(end - first) // rows), 0)
     ends = jnp.cumsum(counts, axis=1)
@@ -258,17 +283,11 @@ def _cut(begin, end, owner_of_token, rows: int, most: int) -> Cut:
         jnp.take_along_axis(x, owner, axis=1) for x in (first, ends - counts, begin, end)
     )
     row = first_here + rows * (tile[None] - before_here)
-
-    of = jnp.maximum(owner_of_token, 0)
-    token = jnp.arange(tokens)[None]
-    there = (owner_of_token >= 0) & (token < jnp.take_along_axis(end, of, axis=1))
-    place = token + jnp.take_along_axis((ends - counts) * rows - first, of, axis=1)
     return Cut(
         owner,
-        jnp.where(used, row, 0),
+        jnp.where(used, jnp.minimum(row, last_row), 0),
         jnp.where(used, jnp.maximum(begin_here, row), 0),
         jnp.where(used, jnp.minimum(end_here, row + rows), 0),
-        jnp.where(there, place, 0),
     )
 
 

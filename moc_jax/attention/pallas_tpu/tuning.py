@@ -86,6 +86,8 @@ def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype) -> Blocks:
     in_one = scene.chunk.length <= _MOST
     anchors = _forward(chip, "anchors", size, scene.segment, scene.anchors)
     picks = _forward(chip, "picks" if in_one else "anchors", size, scene.pickers, [scene.chunk])
+    if in_one:
+        picks = _with_short(chip, picks, table.max_chunk)
     text = _forward(chip, "anchors", size, scene.caption, [scene.all], most_queries=LANES)
     keys = _Run(scene.segment.length + ROWS - 1, scene.segment.known)
     gradient_keys, anchor_gradients = _backward(chip, "anchors", size, keys, scene.segment, tile=anchors.queries)
@@ -193,6 +195,14 @@ def _forward(
 
     tilings = [forward_tiling(chip, kernel, q, kv) for q, kv in options]
     return min((t for t in tilings if size.forward(t) <= device.vmem_limit()), key=cost)
+
+
+def _with_short(chip: str, picks: flash.Tiling, longest_chunk: int) -> flash.Tiling:
+    """Chunks that begin at a multiple of 8 may need 128 rows less than others."""
+    rows = picks.keys - LANES
+    if not longest_chunk <= rows < picks.keys:
+        return picks
+    return dataclasses.replace(picks, short=(rows, forward_tiling(chip, "picks", picks.queries, rows).compute_keys))
 
 
 def forward_tiling(chip: str, kernel: Kernel, queries: int, keys: int) -> flash.Tiling:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.attention.pallas_tpu import flash, pairs
+from moc_jax.attention.pallas_tpu import flash, packing
 from moc_jax.attention.pallas_tpu.tiles import Tiles
 from tests.attention.tolerances import assert_close
 
@@ -76,10 +76,10 @@ def test_runs(interpreter, tiling, scale):
 
 
 @pytest.mark.parametrize("scale", [1, 64], ids=["unit", "huge"])
-@pytest.mark.parametrize("compute_keys", [8, 16])
-def test_single_blocks_of_some_heads(interpreter, scale, compute_keys):
+@pytest.mark.parametrize(("compute_keys", "short"), [(8, None), (16, None), (16, (8, 8))])
+def test_single_blocks_of_some_heads(interpreter, scale, compute_keys, short):
     q, k, v = inputs(PER_HEAD, 16, heads=3, scale=scale)
-    tiling = flash.Tiling(queries=16, keys=16, compute_queries=8, compute_keys=compute_keys)
+    tiling = flash.Tiling(queries=16, keys=16, compute_queries=8, compute_keys=compute_keys, short=short)
     got = run(q, k, v, PER_HEAD, interpreter, first_head=1, longest_run=9, tiling=tiling)
     hold(got, plain(q, k, v, PER_HEAD, 16, first_head=1), scale)
 
@@ -90,6 +90,26 @@ def test_scores_that_grow_by_more_than_float32_holds(interpreter):
     q[..., 0], k[..., 0] = 100.0, np.linspace(-40, 40, KEYS)
     tiling = flash.Tiling(queries=16, keys=16, compute_queries=16, compute_keys=8)
     hold(run(*map(jnp.asarray, (q, k, v)), SHARED, interpreter, tiling=tiling), plain(q, k, v, SHARED, 16), 1024)
+
+
+@pytest.mark.parametrize("longest_run", [None, 20], ids=["several", "single"])
+def test_blocks_end_where_keys_do(interpreter, longest_run):
+    """The last block starts before its keys, if there are no rows behind them."""
+    tiles = np.array([[[[90, 96], [75, 95], [88, 89], [0, 96 if longest_run is None else 3]]]] * BATCH)
+    q, k, v = inputs(tiles, 16)
+    tiling = flash.Tiling(queries=16, keys=32, compute_queries=16, compute_keys=16)
+    got = run(q, k, v, tiles, interpreter, longest_run=longest_run, tiling=tiling)
+    hold(got, plain(q, k, v, tiles, 16))
+
+
+def test_other_queries_stay(interpreter):
+    """Two calls fill one array: tiles of 8 before tiles of 16."""
+    q, k, v = inputs(SHARED[:, :, :2], 16)
+    late = run(q, k, v, SHARED[:, :, 1:2], interpreter, first_tile=1, tiling=flash.Tiling(16, 16, 16, 16))
+    early = SHARED[:, :, :2]
+    out = run(q, k, v, early, interpreter, into=late, tiling=flash.Tiling(8, 16, 8, 16))
+    want = plain(q, k, v, np.concatenate([early, SHARED[:, :, [1, 1]]], axis=2), 8)
+    hold(out, want)
 
 
 def test_a_nan_query_spoils_no_other(interpreter):
@@ -120,7 +140,7 @@ def test_bfloat16_packed(interpreter):
     used = ~np.isnan(plain(q, k, v, SHARED, 16)[1])
     np.testing.assert_array_equal(out[used], np.asarray(apart[0], np.float32)[used])
     np.testing.assert_array_equal(lse[used], np.asarray(apart[1])[used])
-    assert pairs.packed_width(DIM, jnp.bfloat16) == packed.shape[-1] == DIM
+    assert packing.packed_width(DIM, jnp.bfloat16) == packed.shape[-1] == DIM
 
 
 def test_a_second_run_is_bitwise_equal(interpreter):

@@ -1,0 +1,116 @@
+"""Mean keys of chunks in one kernel: each chunk is a run of rows, so a block of memory that is read once.
+
+A chunk's block starts at a multiple of 8 rows and may hold rows of other chunks; those are left out by selection, so
+that a NaN stays in its own chunk. Chunks longer than a block take several, which add up in VMEM. Sums are float32, in
+a fixed order. Bytes: k once, and up to 15 rows more per chunk.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.pallas_tpu.batching import more_scenes
+from moc_jax.attention.pallas_tpu.device import ROWS
+from moc_jax.scene import VIDEO, ChunkTable
+from moc_jax.shapes import Array, Float, Float32, typed
+
+_MOST_ROWS = 2048  # of a block
+_GROUP = 64  # rows added up at a time
+
+
+@typed
+def descriptors(k: Float[Array, "B N H D"], table: ChunkTable, *, interpret: Any = None) -> Float32[Array, "B H C D"]:
+    """Equation (1) for video chunks, the only ones that can be picked; 0 for all others and for empty ones."""
+    return more_scenes(functools.partial(_means, interpret=device.interpreter() if interpret is None else interpret))(
+        k, table
+    )
+
+
+def _means(k, table: ChunkTable, interpret):
+    batch, tokens, heads, dim = k.shape
+    chunks, rows = table.kind.shape[1], min(_up(table.max_chunk + ROWS - 1, _GROUP), _MOST_ROWS)
+    k = jnp.swapaxes(k, 1, 2)
+    more = max(-tokens % ROWS, rows - tokens)
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, more), (0, 0))) if more else k
+    last = k.shape[2] - rows
+    group = _heads_of_group(heads, rows * max(dim, device.LANES) * k.dtype.itemsize)
+    length = jnp.where(table.kind == VIDEO, table.length, 0)
+    lines = jnp.stack([jnp.where(length > 0, table.start, 0), length], axis=-1).astype(jnp.int32)
+    steps = -(-(table.max_chunk + ROWS - 1) // rows)
+
+    def first_row(lines_ref, b, c, s):
+        return lax.div(lines_ref[2 * (b * chunks + c)], jnp.int32(ROWS)) * ROWS + s * rows
+
+    def keys_at(b, g, c, s, lines_ref):
+        return b, g * group, pl.multiple_of(jnp.minimum(first_row(lines_ref, b, c, s), last), ROWS), 0
+
+    sums = pl.pallas_call(
+        functools.partial(_kernel, chunks=chunks, rows=rows, last=last, first_row=first_row),
+        name="moc_pool",
+        out_shape=jax.ShapeDtypeStruct((batch, chunks, heads, 1, dim), jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads // group, chunks, steps),
+            in_specs=[pl.BlockSpec((pl.squeezed, pl.Element(group), pl.Element(rows), pl.Element(dim)), keys_at)],
+            out_specs=pl.BlockSpec((pl.squeezed, pl.squeezed, group, 1, dim), lambda b, g, c, s, _: (b, c, g, 0, 0)),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=device.vmem_limit(),
+            disable_bounds_checks=True,  # the interpreter checks them
+        ),
+        cost_estimate=pl.CostEstimate(flops=k.size, transcendentals=0, bytes_accessed=k.size * k.dtype.itemsize),
+        interpret=interpret,
+    )(lines.reshape(-1), k)
+    return jnp.swapaxes(sums[:, :, :, 0], 1, 2) / jnp.maximum(length, 1)[:, None, :, None]
+
+
+def _heads_of_group(heads: int, bytes_per_head: int) -> int:
+    """Half of the heads at most, so that two cores share them, whose blocks fit twice into a quarter of VMEM."""
+    fit = max(1, device.vmem_limit() // 8 // bytes_per_head)
+    return max(n for n in range(1, max(1, heads // 2) + 1) if heads % n == 0 and n <= fit)
+
+
+def _kernel(lines_ref, keys_vmem_ref, sums_vmem_ref, *, chunks: int, rows: int, last: int, first_row):
+    heads, _, dim = keys_vmem_ref.shape
+    assert keys_vmem_ref.shape[1] == rows
+    assert sums_vmem_ref.shape == (heads, 1, dim)
+    b, c, s = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    begin, length = (lines_ref[2 * (b * chunks + c) + i] for i in range(2))
+    first = first_row(lines_ref, b, c, s)
+    row = jnp.minimum(first, last)
+    low, high = jnp.maximum(begin, first) - row, jnp.minimum(begin + length - row, rows)
+
+    def one_head(head, _):
+        def some_rows(i, total):
+            start = pl.multiple_of(i * _GROUP, _GROUP)
+            x = keys_vmem_ref[head, pl.ds(start, _GROUP)].astype(jnp.float32)
+            index = start + lax.broadcasted_iota(jnp.int32, x.shape, 0)
+            x = jnp.where((index >= low) & (index < high), x, 0.0)
+            return total + jnp.sum(x.reshape(-1, ROWS, dim), axis=0)
+
+        blocks = lax.div(low, jnp.int32(_GROUP)), lax.div(high + _GROUP - 1, jnp.int32(_GROUP))
+        total = lax.fori_loop(*blocks, some_rows, jnp.zeros((ROWS, dim), jnp.float32))
+        total = jnp.sum(total, axis=0, keepdims=True)
+
+        @pl.when(s == 0)
+        def _():
+            sums_vmem_ref[head] = total
+
+        @pl.when(s > 0)
+        def _():
+            sums_vmem_ref[head] += total
+
+        return 0
+
+    lax.fori_loop(0, heads, one_head, 0)
+
+
+def _up(x: int, unit: int) -> int:
+    return -(-x // unit) * unit
