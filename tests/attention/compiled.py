@@ -98,8 +98,16 @@ def attention_and_gradients(q, k, v, table, cfg, dout, key=None):
         return outputs_and_gradients(q, k, v, table, cfg, dout, key)
 
 
+_output = jax.jit(moc_attention, static_argnames="cfg", compiler_options=_FAST)
+
+
 def attention(q, k, v, table, cfg, *, key=None):
-    """The output as numpy; from the program that also takes gradients, to compile only one."""
+    """The output as numpy; from the program that also takes gradients, to compile only one.
+
+    TPU kernels get a program without gradients: interpreted, those take twice as long again.
+    """
+    if cfg.backend == "pallas_tpu":
+        return np.asarray(_output(q, k, v, table, cfg, key=key))
     return np.asarray(attention_and_gradients(q, k, v, table, cfg, np.zeros_like(v), key)[0])
 
 
