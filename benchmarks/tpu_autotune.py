@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import tyro
 
 from benchmarks import results
@@ -35,6 +36,7 @@ _AT_ONCE = (
     *((128, 256, 1), (128, 256, 2), (128, 512, 0), (128, 512, 1)),
 )
 """Keys, queries, and parts ahead. Larger parts spill more, smaller ones wait for the matrix units."""
+_PICKS_AT_ONCE = ((256, 256, 2), (256, 256, 3), (256, 256, 4), (256, 128, 4), (128, 256, 4), (256, 512, 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ class _Search:
             schedule = compile_for(self.chip, self.kernel, self.way, blocks, timeout=self.timeout).schedule
         except CompilationError as error:
             return str(error)
-        return scene_cycles(self.kernel, self.way, blocks, schedule)
+        return scene_cycles(self.chip, self.kernel, self.way, blocks, schedule)
 
 
 def first_stage(kernel: str, way: Pass, best: Blocks | None) -> Iterable[Blocks]:
@@ -108,10 +110,12 @@ def first_stage(kernel: str, way: Pass, best: Blocks | None) -> Iterable[Blocks]
     for kv in _CHUNKS if kernel == "picks" else (1024,):
         if kernel == "splash":
             yield from (Blocks(1024, kv, at) for at in _divisors(kv, (256, 512, 1024)))
+        elif way == "forward" and kernel == "picks":
+            short = kv - 128  # of chunks as long as the block allows, and of those that begin at a multiple of 8
+            if short % 256 == 0:
+                yield from (Blocks(1024, kv, 128, rows, ahead, short=(short, at)) for at, rows, ahead in _PICKS_AT_ONCE)
         elif way == "forward":
-            for at, rows, ahead in _AT_ONCE:
-                if kv % at == 0 and (at > 128 or kv % 256):  # 128 keys where nothing wider divides
-                    yield Blocks(1024, kv, at, rows, ahead)
+            yield from (Blocks(1024, kv, at, rows, ahead) for at, rows, ahead in _AT_ONCE)
         else:
             at_once = _divisors(kv, (256, 512, 768, 1024))
             yield from (Blocks(1024, kv, at, transposed=t) for at in at_once for t in (False, True))
@@ -144,6 +148,7 @@ def tables(files: Sequence[dict[str, Any]]) -> str:
         lines += ["", f"{name} = {{  # {what}"]
         for file in files:
             best = file["entries"][f"{kernel} {way}"]["best"]
+            best["short_compute"] = best["short"][1] if best.get("short") else None
             sizes = ", ".join(str(best[field]) for field in fields)
             lines.append(f'    "{file["chip"].removeprefix("TPU ")}": ({sizes}),')
         lines.append("}")
@@ -153,14 +158,15 @@ def tables(files: Sequence[dict[str, Any]]) -> str:
 _FORWARD, _BACKWARD = ("q", "kv", "rows", "compute", "ahead"), ("q", "kv", "compute", "transposed")
 _TABLES = (
     ("ANCHORS", "anchors", "forward", _FORWARD, "queries, keys, queries and keys at once, parts ahead"),
-    ("PICKS", "picks", "forward", _FORWARD, "the same; blocks of keys that hold a chunk of 1280"),
+    ("PICKS", "picks", "forward", (*_FORWARD, "short_compute"), "the same, and keys at once of short blocks; for 1280"),
     ("ANCHOR_GRADIENTS", "anchors", "backward", _BACKWARD, "queries, keys, keys at once, transposed"),
-    ("PICK_GRADIENTS", "picks", "backward", _BACKWARD, "the same; blocks of keys that hold a chunk of 1280"),
+    ("PICK_GRADIENTS", "picks", "backward", _BACKWARD, "the same; for chunks of 1280"),
 )
 
 
 def run(argv: Sequence[str]) -> None:
     """The command line."""
+    jax.config.update("jax_platforms", "cpu")  # the TPU runtime would look for one
     args = tyro.cli(Arguments, args=list(argv), description=__doc__)
     main(args, shlex.join(["python", "-m", "benchmarks.tpu_autotune", *argv]))
 

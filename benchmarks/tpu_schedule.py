@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import tyro
 
 from benchmarks import results
@@ -105,12 +106,13 @@ def measure(chip: str, kernel: str, way: Pass, blocks: Blocks, *, head_dim: int,
         return {**entry, "error": str(error)}
     schedule = dataclasses.asdict(compiled.schedule)
     schedule["slot_fill"] = {kind: round(fill, 4) for kind, fill in schedule["slot_fill"].items()}
-    costs = as_json(cost(CHIPS[chip], kernel, way, blocks, compiled.schedule))
+    costs = as_json(cost(chip, kernel, way, blocks, compiled.schedule))
     return {**entry, **schedule, **costs, "memory": compiled.memory}
 
 
 def run(argv: Sequence[str]) -> None:
     """The command line."""
+    jax.config.update("jax_platforms", "cpu")  # the TPU runtime would look for one
     args = tyro.cli(Arguments, args=list(argv), description=__doc__)
     main(args, shlex.join(["python", "-m", "benchmarks.tpu_schedule", *argv]))
 

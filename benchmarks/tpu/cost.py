@@ -1,21 +1,25 @@
 """What a schedule costs: cycles per (query, key) pair, and a step's bytes beside its tile.
 
 Two prices of 2^20 pairs. The first is of the step alone, every row of its blocks counted: it compares kernels. The
-second is of the reference scene (README, Speed): initialisation and write-out in some steps, queries and keys that fill
-no whole block, all over the pairs that count: it compares block sizes.
+second is of the reference scene (README, Speed), walked tile by tile as the program would: initialisation, write-out,
+and queries and keys that fill no whole block, all over the pairs that count. It compares block sizes.
 """
 
 import dataclasses
 from typing import Any
 
-from benchmarks.tpu.compiler import Chip
+from benchmarks.settings import SETTINGS
+from benchmarks.tpu.compiler import CHIPS
 from benchmarks.tpu.kernels import Blocks, Pass
 from benchmarks.tpu.listing import Schedule
+from benchmarks.tpu.turns import Scene, walk, walk_cycles
+from moc_jax.attention.pallas_tpu import flash, flash_backward, tuning
 
 PAIRS = 2**20
-_SHOT, _TEXT, _SHOTS, _CHUNK, _PICKS = 22_500, 504, 8, 1250, 5
+_SHOT, _TEXT, _SHOTS, _CHUNK = 22_500, 504, 8, 1250
 _TOKENS = _SHOTS * _SHOT + _TEXT
-_QUERIES = _TOKENS * _PICKS * _CHUNK // (_SHOTS * _SHOT)  # of a head that pick a chunk
+_SETTING = SETTINGS["multi_shot"]
+_NAMES: dict[Pass, str] = {"forward": "forward", "backward": "gradients"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class Cost:
     """Of one kernel at one size of blocks."""
 
     step_per_pairs: float
-    """Cycles of a step, per 2^20 pairs of its blocks; forward picks initialise in every step, which counts."""
+    """Cycles of a step, per 2^20 pairs that it computes; what forward picks do beside their tile counts."""
     scene_per_pairs: float
     """Cycles of the reference scene, per 2^20 pairs that count."""
     bytes_moved: int
@@ -36,15 +40,17 @@ class Cost:
     """Whether the tile takes longer than the transfers, also what is left of it when the last copy to VMEM starts."""
 
 
-def cost(chip: Chip, kernel: str, way: Pass, blocks: Blocks, schedule: Schedule) -> Cost:
-    """The cost of a schedule."""
+def cost(name: str, kernel: str, way: Pass, blocks: Blocks, schedule: Schedule) -> Cost:
+    """The cost of a schedule on a chip."""
+    chip = CHIPS[name]
     seconds, rate = 1 / chip.clock, chip.info.mem_bw_bytes_per_second
     always = sum(schedule.conditional_cycles) if (kernel, way) == ("picks", "forward") else 0
+    keys = blocks.short[0] if blocks.short and way == "forward" else blocks.kv
     moved = sum(schedule.bytes_in) + sum(schedule.bytes_out)
     last = schedule.bytes_in[-1] / rate if schedule.bytes_in else 0.0
     return Cost(
-        step_per_pairs=(schedule.step_cycles + always) * PAIRS / (blocks.q * blocks.kv),
-        scene_per_pairs=scene_cycles(kernel, way, blocks, schedule),
+        step_per_pairs=(schedule.step_cycles + always) * PAIRS / (blocks.q * keys),
+        scene_per_pairs=scene_cycles(name, kernel, way, blocks, schedule),
         bytes_moved=moved,
         tile_microseconds=1e6 * schedule.tile_cycles * seconds,
         transfer_microseconds=1e6 * moved / rate,
@@ -52,20 +58,36 @@ def cost(chip: Chip, kernel: str, way: Pass, blocks: Blocks, schedule: Schedule)
     )
 
 
-def scene_cycles(kernel: str, way: Pass, blocks: Blocks, schedule: Schedule) -> float:
-    """Cycles per 2^20 pairs of the reference scene. A tile stays while steps walk the other side's blocks."""
-    tile, step = (blocks.q, blocks.kv) if way == "forward" else (blocks.kv, blocks.q)
+def scene_cycles(chip: str, kernel: str, way: Pass, blocks: Blocks, schedule: Schedule) -> float:
+    """Cycles per 2^20 pairs of the reference scene."""
     if kernel == "splash":
-        stay, walks = _TOKENS, [_TOKENS]
-    elif kernel == "anchors":
-        stay, walks = _SHOT, [_TEXT, _SHOT] if way == "forward" else [_SHOT]
+        tile, step = (blocks.q, blocks.kv) if way == "forward" else (blocks.kv, blocks.q)
+        tiles, steps = (-(-_TOKENS // size) for size in (tile, step))
+        cycles = tiles * (steps * schedule.step_cycles + sum(schedule.conditional_cycles))
+        return cycles * PAIRS / _TOKENS**2
+    scene = Scene(_SETTING, 1, 128, chip, _sizes(kernel, way, blocks))
+    cycles = walk_cycles(schedule, walk(f"moc_{_NAMES[way]}_{kernel}", scene))
+    if kernel == "anchors":
+        pairs = _SHOTS * _SHOT * (_SHOT + (_TEXT if way == "forward" else 0))
     else:
-        stay, walks = (_QUERIES, [_CHUNK]) if way == "forward" else (_CHUNK, [_QUERIES])
-    whole = kernel == "picks" and blocks.kv >= _CHUNK  # a block holds a chunk
-    tiles = 1 if whole and way == "backward" else stay / tile + 0.5  # on average the last one is half full
-    steps = 1 if whole and way == "forward" else sum(max(1, length / step + 0.5) for length in walks)
-    cycles = tiles * (steps * schedule.step_cycles + sum(schedule.conditional_cycles))
-    return cycles * PAIRS / (stay * sum(walks))
+        pairs = int((scene.routes >= 0).sum()) * _CHUNK
+    return cycles * PAIRS / pairs
+
+
+def _sizes(kernel: str, way: Pass, blocks: Blocks) -> tuning.Blocks:
+    """Those of one kernel, others to go with them."""
+    forward = blocks.forward if way == "forward" else flash.Tiling(blocks.q, 1024, 256, 256)
+    backward = blocks.backward if way == "backward" else flash_backward.Tiling(block=blocks.q, at_once=128)
+    keys = blocks.kv if way == "backward" else 1024
+    return tuning.Blocks(
+        anchors=forward,
+        text=flash.Tiling(128, 1024, 128, 256),
+        picks=forward,
+        gradient_keys=keys,
+        anchor_gradients=backward,
+        pick_gradient_keys=keys,
+        pick_gradients=backward,
+    )
 
 
 def as_json(cost: Cost) -> dict[str, Any]:

@@ -40,8 +40,12 @@ class Blocks:
     """Parts whose scores are computed ahead, forward."""
     transposed: bool | None = None
     """Whether sums have the head's dimension for rows, backward."""
+    short: tuple[int, int] | None = None
+    """Keys of blocks that leave the last ones out, and how many of them are computed at once, forward picks."""
 
     def __post_init__(self):
+        if self.short:
+            object.__setattr__(self, "short", tuple(self.short))  # a list, from JSON
         if self.q % 128 or self.kv % 128 or self.compute % 128 or min(self.q, self.compute) < 128:
             raise ValueError(f"blocks {self}: all sizes must be multiples of 128, the rows of a lane tile")
         if self.kv % self.compute:
@@ -66,7 +70,8 @@ class Blocks:
     def of(cls, tiling: flash.Tiling | flash_backward.Tiling, keys: int | None = None) -> Self:
         """Those of a tiling of ours; the backward one is for tiles of so many keys."""
         if isinstance(tiling, flash.Tiling):
-            return cls(tiling.queries, tiling.keys, tiling.compute_keys, tiling.compute_queries, tiling.ahead)
+            at_once = tiling.compute_keys, tiling.compute_queries, tiling.ahead
+            return cls(tiling.queries, tiling.keys, *at_once, short=tiling.short)
         if keys is None:
             raise ValueError(f"{tiling}: says nothing of the keys of a tile")
         return cls(tiling.block, keys, tiling.at_once, transposed=tiling.transposed)
@@ -74,7 +79,7 @@ class Blocks:
     @property
     def forward(self) -> flash.Tiling:
         """As our forward kernel takes them."""
-        return flash.Tiling(self.q, self.kv, self.rows or self.q, self.compute, self.ahead or 0)
+        return flash.Tiling(self.q, self.kv, self.rows or self.q, self.compute, self.ahead or 0, self.short)
 
     @property
     def backward(self) -> flash_backward.Tiling:
@@ -82,8 +87,9 @@ class Blocks:
         return flash_backward.Tiling(block=self.q, at_once=self.compute, transposed=bool(self.transposed))
 
     def __str__(self) -> str:
+        size = f"{self.q}x{self.kv}x{self.compute}" + (f" ({self.short[0]}x{self.short[1]})" if self.short else "")
         more = [f"{self.rows} rows"] * (self.rows is not None) + [f"{self.ahead} ahead"] * (self.ahead is not None)
-        return ", ".join([f"{self.q}x{self.kv}x{self.compute}", *more, *["transposed"] * bool(self.transposed)])
+        return ", ".join([size, *more, *["transposed"] * bool(self.transposed)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,8 @@ class Schedule:
     """Of each copy to HBM."""
     total_bundles: int
     """Of the whole kernel."""
+    inner_cycles: tuple[int, ...] = ()
+    """Of one turn of each loop but the first, the grid, in the order in which they begin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +148,7 @@ def read(bundles: str, slots: str, granule: int) -> Schedule:
         bytes_in=sizes["hbm_to_vmem"],
         bytes_out=sizes["vmem_to_hbm"],
         total_bundles=len(rows),
+        inner_cycles=tuple(loop.cycles for loop in _loops(rows)[1:]),
     )
 
 
@@ -193,9 +196,13 @@ class Loop:
 
 def loops(bundles: str, slots: str) -> list[Loop]:
     """All loops of a kernel, in the order in which they begin."""
+    return _loops(parse_bundles(bundles, parse_slots(slots)[1]))
+
+
+def _loops(rows: list["Bundle"]) -> list[Loop]:
     found: list[Loop] = []
     around: list[Loop] = []
-    for row in parse_bundles(bundles, parse_slots(slots)[1]):
+    for row in rows:
         while around and (row.depth < around[-1].depth or (row.mark == "LB" and row.depth == around[-1].depth)):
             around.pop()
         if row.mark == "LB":

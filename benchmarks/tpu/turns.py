@@ -16,8 +16,9 @@ from benchmarks.inputs import make_inputs
 from benchmarks.settings import Setting
 from benchmarks.tpu import listing
 from moc_jax.attention import routing
-from moc_jax.attention.pallas_tpu import device, flash, pairs, ranks, router, tiles, tuning
+from moc_jax.attention.pallas_tpu import device, flash, moves, pairs, pool, ranks, router, tiles, tuning
 from moc_jax.attention.pallas_tpu.plan import Plan, key_rows, plan
+from moc_jax.scene import VIDEO
 
 _CHUNKS_AT_ONCE = 8  # that `look_up` goes through in a turn
 
@@ -46,6 +47,8 @@ class Scene:
     heads: int
     dim: int
     chip: str
+    sizes: tuning.Blocks | None = None
+    """Instead of those that the chip has."""
 
     @functools.cached_property
     def table(self):
@@ -53,6 +56,8 @@ class Scene:
 
     @functools.cached_property
     def blocks(self) -> tuning.Blocks:
+        if self.sizes is not None:
+            return self.sizes
         with device.compiled_for(self.chip):
             return tuning.blocks(self.setting.moc, self.table, self.dim, jnp.bfloat16)
 
@@ -119,15 +124,7 @@ def cycles(kernel: str, scene: Scene, bundles: str, slots: str, granule: int) ->
     """
     name = re.sub(r"\..*", "", kernel)
     if name in _WALKS:
-        schedule, walk = listing.read(bundles, slots, granule), _WALKS[name](scene)
-        tile = min(schedule.tile_cycles, *schedule.alternative_cycles, schedule.tile_cycles)
-        between = schedule.step_cycles - schedule.tile_cycles
-        found = between * (walk.steps + walk.idle) + tile * (walk.steps - walk.other_steps)
-        found += sum(schedule.conditional_cycles) * walk.tiles
-        loops = listing.loops(bundles, slots)[1:]
-        if len(loops) < len(walk.others):
-            raise ValueError(f"kernel {name} has {len(loops)} inner loops, but {len(walk.others)} are counted")
-        return found + sum(loop.cycles * n for loop, n in zip(loops, walk.others))
+        return walk_cycles(listing.read(bundles, slots, granule), _WALKS[name](scene))
     if name not in _TURNS:
         raise ValueError(f"kernel {name}: known are {', '.join([*_WALKS, *_TURNS])}")
     found, turns = listing.loops(bundles, slots), _TURNS[name](scene)
@@ -139,9 +136,29 @@ def cycles(kernel: str, scene: Scene, bundles: str, slots: str, granule: int) ->
 # ------------------------------------------------------------------------------------------------- kernels of tiles
 
 
+def walk(kernel: str, scene: Scene) -> Walk:
+    """What one of the kernels of tiles executes in a scene."""
+    return _WALKS[kernel](scene)
+
+
+def walk_cycles(schedule: listing.Schedule, walk: Walk) -> float:
+    """Of a walk by a kernel's schedule.
+
+    Raises:
+        ValueError: the kernel has fewer loops than are counted.
+    """
+    if len(schedule.inner_cycles) < len(walk.others):
+        raise ValueError(f"{len(walk.others)} inner loops are counted, but there are {schedule.inner_cycles}")
+    tile = min(schedule.tile_cycles, *schedule.alternative_cycles, schedule.tile_cycles)
+    between = schedule.step_cycles - schedule.tile_cycles
+    found = between * (walk.steps + walk.idle) + tile * (walk.steps - walk.other_steps)
+    others = sum(cycles * n for cycles, n in zip(schedule.inner_cycles, walk.others))
+    return found + others + sum(schedule.conditional_cycles) * walk.tiles
+
+
 def _queries(found: tiles.Tiles, tiling: flash.Tiling, last_block: int, heads: int) -> Walk:
     """Blocks of keys that are not all a run's go part by part."""
-    runs = np.asarray(found.table[0, 0]).reshape(found.count, -1, 2)
+    runs = np.asarray(found.table[0, 0], int).reshape(found.count, -1, 2)
     steps, partial, parts = np.zeros(found.count, int), 0, 0
     for tile, lines in enumerate(runs):
         for begin, end in lines[lines[:, 0] < lines[:, 1]]:
@@ -162,7 +179,7 @@ def _queries(found: tiles.Tiles, tiling: flash.Tiling, last_block: int, heads: i
 def _keys(found: tiles.Tiles, block: int, heads: int) -> Walk:
     runs = found.table[0, 0, :, 3:]
     _, counts = tiles.blocks_of(runs[:, 0::2], runs[:, 1::2], block)
-    return _walk(np.asarray(counts.sum(axis=1)), heads)
+    return _walk(np.asarray(counts, int).sum(axis=1), heads)
 
 
 def _walk(steps: np.ndarray, heads: int) -> Walk:
@@ -260,7 +277,28 @@ def _collect(s: Scene) -> tuple[int, ...]:
     return windows * s.window // s.step, *fetches, some, some * (block // pairs._GROUP), none
 
 
+def _pool(s: Scene) -> tuple[int, ...]:
+    """Runs of all video chunks, some rows at a time."""
+    length = np.asarray(s.table.length[0])[np.asarray(s.table.kind[0]) == VIDEO]
+    rows = -(-(s.table.max_chunk + device.ROWS - 1) // pool._GROUP) * pool._GROUP
+    steps = -(-(s.table.max_chunk + device.ROWS - 1) // min(rows, pool._MOST_ROWS))
+    groups = s.heads // max(1, s.heads // 2)
+    heads = s.heads * s.chunks * steps
+    return groups * s.chunks * steps, heads, s.heads * int((-(-length // pool._GROUP) + 1).sum())
+
+
+def _move(s: Scene) -> tuple[int, ...]:
+    """The grid, clearing, pieces, some rows of a piece, heads."""
+    rows, tile = s.plan.order.rows, moves._ROWS_OF_TILE
+    tiles, pieces = -(-rows // tile), -(-rows // tile) + 2 * s.setting.shots + 1
+    blocks = pieces * (tile // moves._ROWS_AT_ONCE)
+    groups = 2
+    return groups * tiles, 0, groups * pieces, groups * blocks, s.heads * blocks
+
+
 _TURNS = {
+    "moc_pool": _pool,
+    "moc_move": _move,
     "moc_router": _router,
     "moc_ranks": _ranks,
     "moc_look_up": _look_up,

@@ -36,8 +36,8 @@ from moc_jax.attention.pallas_tpu.tiles import Heads
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 _GROUP = 16  # rows of the unrolled loops: a register of bfloat16
-STEP = 512  # rows of a grid step
-_MERGED = 32  # rows merged at once: more take more registers than there are
+STEP = 1024  # rows of a grid step
+_MERGED = 16  # rows merged at once: more take more registers than there are
 _MOST_WINDOW = 8192
 _RUN = 3  # columns of a run: rows, place in the window, slot
 _row_by_row = contextvars.ContextVar("row_by_row", default=False)
@@ -324,7 +324,6 @@ def _spread_kernel(
     fill: float,
 ):
     assert x_vmem_ref.shape == (p.step, rows_vmem_ref.shape[1])
-    assert p.step % _GROUP == 0
     del first_head_smem_ref
     b, h, w, s = (pl.program_id(i) for i in range(4))
     out_hbm_ref = out_hbm_ref.at[b, h]
@@ -345,9 +344,9 @@ def _spread_kernel(
         first = pl.multiple_of(i * _GROUP, _GROUP)
         x = x_vmem_ref[pl.ds(first, _GROUP)].astype(jnp.float32)
         for row in range(_GROUP):
+            places = _places_of(places_smem_ref, first + row, p)
             for pick in range(p.picks):
-                place = places_smem_ref[0, pick * p.step + first + row]
-                rows_vmem_ref[pl.ds(place, 1), :] = x[row : row + 1]
+                rows_vmem_ref[pl.ds(places[pick * p.step], 1), :] = x[row : row + 1]
         return 0
 
     @pl.when(_end_of_runs(runs_smem_ref, p) > 0)
@@ -386,6 +385,12 @@ def _spread_kernel(
         for one in (0, 1):
             _await(ready_vmem_ref.at[one], out_hbm_ref, leaving_smem_ref[one], semaphores.at[one])
         _each_run(tails_smem_ref, 2, p, lambda first, rows: _await(fill_vmem_ref, out_hbm_ref, rows, semaphores.at[2]))
+
+
+def _places_of(places_smem_ref, row, p: _Sizes):
+    """A row's places, at multiples of `step`: addresses then differ from row to row by one, which takes one addition
+    per row; addresses of each place by itself would take as long as loading it."""
+    return places_smem_ref.at[0, pl.ds(row, (p.picks - 1) * p.step + 1)]
 
 
 def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
@@ -597,11 +602,13 @@ def _collect_kernel(
         first = pl.multiple_of(i * size, size)
 
         def few_rows(j, _):
+            at = pl.multiple_of(j * _GROUP, _GROUP)
+            target = some_vmem_ref.at[pl.ds(at, (p.picks - 1) * size + _GROUP)]
             for row in range(_GROUP):
+                places = _places_of(places_smem_ref, first + at + row, p)
                 for pick in range(p.picks):
-                    at = j * _GROUP + row
-                    place = places_smem_ref[0, pick * p.step + first + at]
-                    some_vmem_ref[pl.ds(pick * size + at, 1), :] = window_vmem_ref[here, pl.ds(place, 1), :]
+                    place = places[pick * p.step]
+                    target[pl.ds(pick * size + row, 1), :] = window_vmem_ref.at[here][pl.ds(place, 1), :]
             return 0
 
         if p.at_once:

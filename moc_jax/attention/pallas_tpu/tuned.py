@@ -11,12 +11,12 @@ ANCHORS = {  # queries, keys, queries and keys at once, parts ahead
     "v6e": (2048, 2048, 256, 256, 1),
 }
 
-PICKS = {  # the same; blocks of keys that hold a chunk of 1280
-    "tpu7x": (2048, 1408, 256, 128, 2),
-    "v4": (1024, 1408, 512, 128, 0),
-    "v5e": (2048, 1408, 256, 128, 2),
-    "v5p": (2048, 1408, 256, 128, 2),
-    "v6e": (2048, 1408, 512, 128, 1),
+PICKS = {  # the same, and keys at once of short blocks; for 1280
+    "tpu7x": (1024, 1408, 256, 128, 4, 256),
+    "v4": (1024, 1408, 256, 128, 4, 256),
+    "v5e": (1024, 1408, 256, 128, 4, 256),
+    "v5p": (1024, 1408, 256, 128, 4, 256),
+    "v6e": (1024, 1408, 256, 128, 4, 256),
 }
 
 ANCHOR_GRADIENTS = {  # queries, keys, keys at once, transposed
@@ -27,7 +27,7 @@ ANCHOR_GRADIENTS = {  # queries, keys, keys at once, transposed
     "v6e": (1024, 2048, 512, True),
 }
 
-PICK_GRADIENTS = {  # the same; blocks of keys that hold a chunk of 1280
+PICK_GRADIENTS = {  # the same; for chunks of 1280
     "tpu7x": (1024, 1536, 512, True),
     "v4": (512, 1408, 128, False),
     "v5e": (1024, 1408, 128, False),

@@ -18,9 +18,9 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 
 Kernel = Literal["anchors", "picks"]
-# Where sizes come from, and what is computed at once; from the second table that alone, where it divides more keys:
-# blocks that hold the chunks the first is for have an odd number of registers.
-_FORWARD = {"anchors": (tuned.ANCHORS,), "picks": (tuned.PICKS, tuned.ANCHORS)}
+_FORWARD = {"anchors": tuned.ANCHORS, "picks": tuned.PICKS}
+# From the second table only what is computed at once, where it divides more keys: the first is for blocks that hold
+# certain chunks.
 _BACKWARD = {"anchors": (tuned.ANCHOR_GRADIENTS,), "picks": (tuned.PICK_GRADIENTS, tuned.ANCHOR_GRADIENTS)}
 
 _MOST = 2048  # rows of any block
@@ -183,7 +183,7 @@ def _forward(
     chip: str, kernel: Kernel, size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
 ) -> flash.Tiling:
     """The tiling of the least cost that fits: queries in tiles, over blocks of keys."""
-    most, most_keys, *_ = _FORWARD[kernel][0][chip]
+    most, most_keys, *_ = _FORWARD[kernel][chip]
     most = max(most, _whole(queries))
     options = itertools.product(
         _candidates([queries], min(most, most_queries)), _candidates(keys, max(most_keys, *map(_whole, keys)))
@@ -207,18 +207,13 @@ def _with_short(chip: str, picks: flash.Tiling, longest_chunk: int) -> flash.Til
 
 def forward_tiling(chip: str, kernel: Kernel, queries: int, keys: int) -> flash.Tiling:
     """Blocks of these sizes, with what is computed at once on the chip cut down to what divides them."""
-    return max(
-        (
-            flash.Tiling(
-                queries=queries,
-                keys=keys,
-                compute_queries=_divisor(queries, at_once),
-                compute_keys=_divisor(keys, keys_at_once),
-                ahead=ahead,
-            )
-            for _, _, at_once, keys_at_once, ahead in (table[chip] for table in _FORWARD[kernel])
-        ),
-        key=lambda t: t.compute_keys,
+    _, _, at_once, keys_at_once, ahead, *of_short = _FORWARD[kernel][chip]
+    return flash.Tiling(
+        queries=queries,
+        keys=keys,
+        compute_queries=_divisor(queries, at_once),
+        compute_keys=max(_divisor(keys, most) for most in (keys_at_once, *of_short)),
+        ahead=ahead,
     )
 
 
