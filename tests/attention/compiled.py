@@ -25,6 +25,7 @@ from moc_jax.attention import api, xla
 from moc_jax.attention.pallas_gpu import device
 from moc_jax.attention.pallas_tpu import device as tpu
 from moc_jax.attention.pallas_tpu import flash, flash_backward, tuning
+from tests.attention import pieces
 from tests.attention.interpreter import INTERPRETER
 
 # All kernels are held to the whole suite where they run: those for Hopper on such a GPU.
@@ -83,7 +84,15 @@ def _widened(q, *others):
     return tuple(jnp.pad(x, padding) for x in (q * jnp.asarray(scale, q.dtype), *others))
 
 
-routing = jax.jit(route, static_argnames="cfg", compiler_options=_FAST)
+_routing = jax.jit(route, static_argnames="cfg", compiler_options=_FAST)
+
+
+def routing(q, k, table, cfg, *, key=None):
+    """The routes, from a program for the config or, of TPU kernels, for all that pick so many."""
+    if cfg.backend != "pallas_tpu":
+        return _routing(q, k, table, cfg, key=key)
+    with pieces.apart():
+        return route(jnp.asarray(q), jnp.asarray(k), table, cfg, key=key)
 
 
 def outputs_and_gradients(q, k, v, table, cfg, dout, key=None):
@@ -93,21 +102,24 @@ def outputs_and_gradients(q, k, v, table, cfg, dout, key=None):
 
 
 @jax.jit(static_argnames="cfg", compiler_options=_FAST)
-def attention_and_gradients(q, k, v, table, cfg, dout, key=None):
+def _attention_and_gradients(q, k, v, table, cfg, dout, key=None):
     with mock.patch.object(xla, "default_tiling", return_value=_SMALL):
         return outputs_and_gradients(q, k, v, table, cfg, dout, key)
 
 
-_output = jax.jit(moc_attention, static_argnames="cfg", compiler_options=_FAST)
+def attention_and_gradients(q, k, v, table, cfg, dout, key=None):
+    """As `outputs_and_gradients`, compiled: as one program or, with TPU kernels, in pieces."""
+    if cfg.backend != "pallas_tpu":
+        return _attention_and_gradients(q, k, v, table, cfg, dout, key)
+    with pieces.apart():
+        return outputs_and_gradients(*map(jnp.asarray, (q, k, v)), table, cfg, jnp.asarray(dout), key)
 
 
 def attention(q, k, v, table, cfg, *, key=None):
-    """The output as numpy; from the program that also takes gradients, to compile only one.
-
-    TPU kernels get a program without gradients: interpreted, those take twice as long again.
-    """
+    """The output as numpy; from the program that also takes gradients, to compile only one."""
     if cfg.backend == "pallas_tpu":
-        return np.asarray(_output(q, k, v, table, cfg, key=key))
+        with pieces.apart():
+            return np.asarray(moc_attention(*map(jnp.asarray, (q, k, v)), table, cfg, key=key))
     return np.asarray(attention_and_gradients(q, k, v, table, cfg, np.zeros_like(v), key)[0])
 
 

@@ -25,12 +25,12 @@ TWO_SHOTS = [cut(2, (1, [4, 6, 3, 5]), (2, [5, 2, 7, 4])), cut(0, (0, [8, 8]), (
 
 
 def weights(cfg, scenes, seed=0):
-    """The attention weights [B, H, N, N] themselves: with the identity for values, outputs are weights."""
-    q, k, _ = qkv(seed, scenes, shape=(TOKENS, HEADS, TOKENS), backend=cfg.backend)
-    v = np.broadcast_to(np.eye(TOKENS, dtype=q.dtype)[:, None], q.shape)
-    q, k = ((x / TOKENS**0.25).astype(v.dtype) for x in (q, k))
-    out, routes = attention(q, k, v, table_of(scenes), cfg), routing(q, k, table_of(scenes), cfg)
-    return np.moveaxis(np.asarray(out), 2, 1), np.asarray(routes)
+    """The attention weights [B, H, N, N] themselves: with columns of the identity for values, outputs are weights."""
+    q, k, _ = qkv(seed, scenes, backend=cfg.backend)
+    q, k = ((x / HEAD_DIM**0.25).astype(q.dtype) for x in (q, k))
+    some = np.split(np.eye(TOKENS, dtype=q.dtype)[:, None], TOKENS // HEAD_DIM, axis=-1)
+    outs = [attention(q, k, np.broadcast_to(v, q.shape), table_of(scenes), cfg) for v in some]
+    return np.moveaxis(np.concatenate(outs, axis=-1), 2, 1), np.asarray(routing(q, k, table_of(scenes), cfg))
 
 
 def tokens_of(scene, chunks):
@@ -52,6 +52,7 @@ def test_weights_lie_on_anchors_and_picks_and_nowhere_else(backend, cfg):
     assert_close(got.sum(-1, dtype=np.float64), got.any(-1), "sum of the weights", dtype=str(got.dtype))
 
 
+@pytest.mark.slow_interpreted("chunk")
 @pytest.mark.parametrize(("self_anchor", "dense"), [("shot", DENSE[0]), ("chunk", DENSE[1])])
 def test_all_chunks_selected_is_dense(backend, self_anchor, dense):
     all_chunks = MoCConfig(top_k=8, self_anchor=self_anchor, causal_routing=False, visibility=dense.visibility)
@@ -194,6 +195,7 @@ def test_a_later_shot_never_influences_an_earlier_ones_routes(backend, self_anch
         np.testing.assert_array_equal(np.moveaxis(after, 1, 2)[earlier], np.moveaxis(before, 1, 2)[earlier])
 
 
+@pytest.mark.slow_interpreted(PAST[1])
 @pytest.mark.parametrize("cfg", PAST, ids=name)
 def test_past_visibility_shuts_out_later_shots(backend, cfg):
     cfg = with_backend(cfg, backend)
@@ -253,6 +255,7 @@ def test_duplicated_chunks_are_picked_in_order(backend):
     np.testing.assert_array_equal(routes, want)
 
 
+@pytest.mark.slow_interpreted(MANY_PICKS[1])
 @pytest.mark.parametrize("cfg", MANY_PICKS, ids=name)
 def test_top_k_beyond_the_candidates_takes_them_all(backend, cfg):
     q, k, v = qkv(0, TWO_SHOTS, backend=backend)

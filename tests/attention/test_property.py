@@ -48,12 +48,26 @@ def check(cfg, scenes, kind, seed, backends):
             assert_close(grad, want_grad, f"{backend} {which}", table=GRADIENT, scale=scale)
 
 
-@pytest.mark.parametrize("backends", FAMILIES, ids="-".join)
+INTERPRETED = [family for family in FAMILIES if family == ["pallas_tpu"]]
+
+
+@pytest.mark.parametrize("backends", [family for family in FAMILIES if family not in INTERPRETED], ids="-".join)
 @pytest.mark.parametrize("cfg", COVERING, ids=name)
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @example(scenes=PAIR, kind="normal", seed=0)
 @given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))
 def test_random_scenes(backends, cfg, scenes, kind, seed):
+    check(cfg, scenes, kind, seed, backends)
+
+
+# Those with as many picks as others share their programs.
+@pytest.mark.slow_interpreted(*(cfg for cfg in COVERING if cfg not in [*DENSE, PAST[0]] and cfg.top_k != 2))
+@pytest.mark.parametrize("backends", INTERPRETED, ids="-".join)
+@pytest.mark.parametrize("cfg", COVERING, ids=name)
+@hypothesis.settings(max_examples=1, deadline=None, derandomize=True)
+@example(scenes=PAIR, kind="normal", seed=0)
+@given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))
+def test_random_scenes_interpreted(backends, cfg, scenes, kind, seed):
     check(cfg, scenes, kind, seed, backends)
 
 

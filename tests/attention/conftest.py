@@ -1,0 +1,19 @@
+"""Tests of interpreted TPU kernels share programs, so one process runs them all, and those that add least are slow."""
+
+import pytest
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow_interpreted(parameters): slow for interpreted TPU kernels; all, if none")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "pallas_tpu" not in (parameters.get("backend"), *parameters.get("backends", ())):
+            continue
+        item.add_marker(pytest.mark.xdist_group("interpreted"))
+        slow = item.get_closest_marker("slow_interpreted")
+        if slow and (not slow.args or any(value in slow.args for value in parameters.values())):
+            item.add_marker(pytest.mark.slow)
