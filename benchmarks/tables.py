@@ -194,6 +194,38 @@ def schedule_best_table(files: Iterable[Entry]) -> list[str]:
     return markdown(head, rows)
 
 
+def estimate_table(files: Iterable[Entry]) -> list[str]:
+    """Lines of markdown: the whole operation beside splash attention, by chip; files of benchmarks.tpu_estimate."""
+    head = ["chip", "cores", "pass", "MoC", "splash, dense", "ratio", "anchors", "picks", "routing and pairs", "XLA"]
+    rows = []
+    for file in files:
+        for way in ("forward", "backward"):
+            if way not in file["entries"]:
+                continue
+            e = file["entries"][way]
+            parts = dict.fromkeys(("anchors", "picks", "pairs"), 0.0)
+            for name, found in e["kernels"].items():
+                known = [part for part in ("anchors", "picks") if name.endswith(part)]
+                parts[known[0] if known else "anchors" if name.endswith("text") else "pairs"] += found["ms"]
+            of_xla = e["xla_ms"] + e["xla_without_estimate_ms"]
+            times = [f"{ms:,.1f} ms" for ms in (*parts.values(), of_xla)]
+            name = {"forward": "forward", "backward": "forward + backward"}[way]
+            whole = f"{e['total_ms']:,.1f} ms", f"{e['splash_ms']:,.1f} ms", f"{e['ratio']:.2f}x"
+            rows.append([file["chip"].removeprefix("TPU "), str(e["cores"]), name, *whole, *times])
+    return markdown(head, rows)
+
+
+def estimate_parts_table(file: Entry) -> list[str]:
+    """Lines of markdown: what each kernel of a chip's programs is expected to take."""
+    rows = []
+    for way, e in file["entries"].items():
+        for name, found in sorted(e["kernels"].items(), key=lambda x: -x[1]["ms"]):
+            rows.append([name, way, f"{found['calls']:.0f}", f"{found['cycles'] / 1e6:.2f}", f"{found['ms']:.2f} ms"])
+        rows.append(["XLA's operations", way, "", "", f"{e['xla_ms']:.2f} ms"])
+        rows.append(["those without its estimate", way, "", "", f"{e['xla_without_estimate_ms']:.2f} ms"])
+    return markdown([f"{file['chip']}: part", "pass", "calls", "million cycles", "time"], rows)
+
+
 def _compiled(entries: Iterable[Entry], kernel: str, way: str) -> list[Entry]:
     return [e for e in entries if (e["kernel"], e["pass"]) == (kernel, way) and "error" not in e]
 

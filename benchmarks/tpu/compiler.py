@@ -30,6 +30,8 @@ class Chip:
     """Bytes in which listings count copies."""
     rows_per_cycle: int = 1
     """That each matrix unit multiplies at the peak."""
+    cores: int = 1
+    """That share a program as one device."""
 
     @property
     def info(self) -> pltpu.TpuInfo:
@@ -44,9 +46,9 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4:1x1x1", granule=512),
+    "v4": Chip("v4:1x1x1", granule=512, cores=2),
     "v5e": Chip("v5e:1x1"),
-    "v5p": Chip("v5p:1x1x1"),
+    "v5p": Chip("v5p:1x1x1", cores=2),
     "v6e": Chip("v6e:1x1", rows_per_cycle=2),
     "tpu7x": Chip("tpu7x:1x1x1", rows_per_cycle=2),
 }
@@ -93,7 +95,7 @@ def compile_for(
         except subprocess.TimeoutExpired as error:
             raise CompilationError(f"{name}: not compiled in {timeout:g} s") from error
         if done.returncode != 0:
-            raise CompilationError(f"{name}: {_reason(done.stderr)}")
+            raise CompilationError(f"{name}: {reason(done.stderr)}")
         found = json.loads(file.read_text())
         bundles, slots = (path.read_text() for path in listing.find(listings, found["kernel"]))
         return Compiled(schedule=listing.read(bundles, slots, CHIPS[chip].granule), memory=found["memory"])
@@ -120,7 +122,7 @@ def environment(listings: pathlib.Path | None = None) -> dict[str, str]:
     }
 
 
-def _reason(stderr: str) -> str:
+def reason(stderr: str) -> str:
     """The line of the exception."""
     lines = [line.strip() for line in stderr.splitlines() if "Error" in line]
     return lines[-1] if lines else stderr[-500:].strip()

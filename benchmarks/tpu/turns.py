@@ -6,6 +6,7 @@ turn of each loop; a test holds the loops that a kernel has against what is coun
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -16,7 +17,7 @@ from benchmarks.inputs import make_inputs
 from benchmarks.settings import Setting
 from benchmarks.tpu import listing
 from moc_jax.attention import routing
-from moc_jax.attention.pallas_tpu import device, flash, moves, pairs, pool, ranks, router, tiles, tuning
+from moc_jax.attention.pallas_tpu import attend, device, flash, moves, pairs, pool, ranks, router, tiles, tuning
 from moc_jax.attention.pallas_tpu.plan import Plan, key_rows, plan
 from moc_jax.scene import VIDEO
 
@@ -102,6 +103,15 @@ class Scene:
         counts = [np.bincount(picks[picks >= 0], minlength=self.chunks) for picks in by_window]
         return -(-np.stack(counts) // device.ROWS) * device.ROWS
 
+    @functools.cached_property
+    def groups(self) -> int:
+        """Of heads."""
+        shape = jax.ShapeDtypeStruct((1, self.heads, *self.table.chunk_of.shape[1:], self.setting.moc.top_k), jnp.int32)
+        with device.compiled_for(self.chip):
+            place = functools.partial(attend._place, table=self.table, blocks=self.blocks, dim=self.dim)
+            placement = jax.eval_shape(lambda routes: place(routes, self.plan.order), shape)
+        return attend._head_groups(self.heads, placement, self.dim, jnp.bfloat16)
+
     def pick_tiles(self, size: int) -> np.ndarray:
         """Tiles of slots of each chunk."""
         return -(-self.runs.sum(axis=0) // size)
@@ -114,6 +124,12 @@ def random_routes(setting: Setting, dim: int) -> np.ndarray:
     inputs = make_inputs("random", table.chunk_of.shape[1], 1, dim)
     found = jax.jit(lambda q, k: routing.route(q, k, table, setting.moc, block=2048))(inputs.q, inputs.k)
     return np.asarray(found)[0, 0]
+
+
+def calls(kernel: str, scene: Scene) -> int:
+    """How often a kernel of a program runs: those of pairs once per group of heads."""
+    by_group = ("moc_spread", "moc_merge", "moc_add", "moc_forward_picks", "moc_gradients_picks")
+    return scene.groups if kernel.startswith(by_group) else 1
 
 
 def cycles(kernel: str, scene: Scene, bundles: str, slots: str, granule: int) -> float:
@@ -296,9 +312,22 @@ def _move(s: Scene) -> tuple[int, ...]:
     return groups * tiles, 0, groups * pieces, groups * blocks, s.heads * blocks
 
 
+def _move_lanes(s: Scene) -> tuple[int, ...]:
+    """The grid, pieces, some vectors of a piece."""
+    lines, columns = s.heads * s.setting.moc.top_k, s.plan.order.rows
+    rows = -(-lines // device.ROWS)
+    fit = max(1, moves._BUFFER // (4 * rows * device.ROWS) // moves._COLUMNS)
+    tile = min(fit * moves._COLUMNS, moves._MOST_COLUMNS, columns)
+    tiles = -(-columns // tile)
+    pieces = tiles + 2 * s.setting.shots + 1
+    at_once = math.gcd(tile // device.LANES, max(1, moves._REGISTERS // rows))
+    return tiles, pieces, pieces * (tile // device.LANES // at_once)
+
+
 _TURNS = {
     "moc_pool": _pool,
     "moc_move": _move,
+    "moc_move_lanes": _move_lanes,
     "moc_router": _router,
     "moc_ranks": _ranks,
     "moc_look_up": _look_up,

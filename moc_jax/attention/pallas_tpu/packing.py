@@ -15,7 +15,8 @@ def packed_width(dim: int, dtype) -> int:
 def pack(out, lse, dtype):
     """Rows [n, D] of type `dtype` and log-sum-exps [n, 1], float32 both, as rows of 32-bit numbers.
 
-    bfloat16 takes the upper half of each number; the lower halves of the first two hold those of the log-sum-exp.
+    bfloat16 takes the upper half of each number. The lower halves hold the log-sum-exp: its upper half in the left half
+    of a row, its lower half in the right one, so that one turn of a row by half brings every column what it lacks.
     """
     if jnp.dtype(dtype).itemsize == 4:
         gap = packed_width(out.shape[1], dtype) - LANES - out.shape[1]
@@ -23,9 +24,7 @@ def pack(out, lse, dtype):
         return jnp.concatenate([*parts, jnp.broadcast_to(lse, (out.shape[0], LANES))], axis=1)
     upper = pltpu.bitcast(out.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32)
     bits = jnp.broadcast_to(pltpu.bitcast(lse, jnp.uint32), upper.shape)
-    lane = lax.broadcasted_iota(jnp.int32, upper.shape, 1)
-    half = jnp.where(lane == 0, bits >> 16, jnp.where(lane == 1, bits & 0xFFFF, jnp.uint32(0)))
-    return pltpu.bitcast(upper | half, jnp.float32)
+    return pltpu.bitcast(upper | jnp.where(_left(bits), bits >> 16, bits & 0xFFFF), jnp.float32)
 
 
 def unpack(rows, dim: int, dtype):
@@ -35,8 +34,21 @@ def unpack(rows, dim: int, dtype):
         return rows[:, :dim], jnp.broadcast_to(rows[:, first : first + 1], (rows.shape[0], dim))
     bits = pltpu.bitcast(rows, jnp.uint32)
     out = pltpu.bitcast(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-    upper, lower = (jnp.broadcast_to(x, bits.shape) for x in (bits[:, :1] << 16, bits[:, 1:2] & 0xFFFF))
-    return out, pltpu.bitcast(upper | lower, jnp.float32)
+    here = bits & 0xFFFF
+    there = _turned(here)
+    return out, pltpu.bitcast(jnp.where(_left(bits), here << 16 | there, there << 16 | here), jnp.float32)
+
+
+def _left(x):
+    return lax.broadcasted_iota(jnp.int32, x.shape, 1) < x.shape[1] // 2
+
+
+def _turned(x):
+    """x with the halves of its rows exchanged."""
+    half = x.shape[1] // 2
+    if x.shape[1] % LANES == 0:
+        return pltpu.bitcast(pltpu.roll(pltpu.bitcast(x, jnp.int32), half, 1), jnp.uint32)
+    return jnp.concatenate([x[:, half:], x[:, :half]], axis=1)
 
 
 def along_lanes(x):

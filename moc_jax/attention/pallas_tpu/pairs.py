@@ -641,7 +641,7 @@ def _nothing(shape, value: float):
     lane = lax.broadcasted_iota(jnp.int32, shape, 1)
     wide = lane >= shape[1] - LANES if shape[1] > LANES else lane < 0
     upper = pltpu.bitcast(jnp.full(shape, -jnp.inf, jnp.float32), jnp.uint32) >> 16
-    packed = pltpu.bitcast(jnp.where(lane == 0, upper, jnp.uint32(0)), jnp.float32)
+    packed = pltpu.bitcast(jnp.where(lane < shape[1] // 2, upper, jnp.uint32(0)), jnp.float32)
     return jnp.where(wide, jnp.float32(value), packed)
 
 

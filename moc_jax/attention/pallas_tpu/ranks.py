@@ -50,10 +50,12 @@ class Tiling:
     @classmethod
     def of(cls, tokens: int, slots: int) -> Self:
         """What suits so many tokens with so many picks: blocks as long as the unrolled code stays small."""
-        block = min(4096 if slots <= 8 else 1024, -(-tokens // _LANES) * _LANES)
-        if block > _SUBLANES * _LANES:  # what a block must be a multiple of, if there are several
-            block = block // (_SUBLANES * _LANES) * (_SUBLANES * _LANES)
-        return cls(block=block)
+        most, unit = 4096 if slots <= 8 else 1024, _SUBLANES * _LANES
+        if tokens <= unit:
+            return cls(block=-(-tokens // _LANES) * _LANES)
+        # What a block must be a multiple of, if there are several; of those, what pads least, and then the largest.
+        sizes = range(min(most, tokens) // unit * unit, 0, -unit)
+        return cls(block=min(sizes, key=lambda block: -(-tokens // block) * block))
 
 
 @typed

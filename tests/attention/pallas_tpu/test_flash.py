@@ -134,7 +134,7 @@ def test_bfloat16_packed(interpreter):
     packed = run(q, k, v, SHARED, interpreter, packed=True, tiling=tiling)
     bits = np.asarray(packed).view(np.uint32)
     out = (bits & 0xFFFF0000).view(np.float32)
-    lse = ((bits[..., 0] << 16) | (bits[..., 1] & 0xFFFF)).view(np.float32)
+    lse = ((bits[..., 0] << 16) | (bits[..., -1] & 0xFFFF)).view(np.float32)
     hold((out, lse), plain(q, k, v, SHARED, 16), dtype="bfloat16")
     apart = run(q, k, v, SHARED, interpreter, tiling=tiling)
     used = ~np.isnan(plain(q, k, v, SHARED, 16)[1])

@@ -93,8 +93,8 @@ def test_spread(interpreter, dtype, one_by_one):
 
 def packed(out, lse):
     bits = out.astype(np.float32).view(np.uint32) & 0xFFFF0000
-    bits[..., 0] |= lse.view(np.uint32) >> 16
-    bits[..., 1] |= lse.view(np.uint32) & 0xFFFF
+    bits[..., : DIM // 2] |= lse.view(np.uint32)[..., None] >> 16
+    bits[..., DIM // 2 :] |= lse.view(np.uint32)[..., None] & 0xFFFF
     return bits.view(np.float32)
 
 

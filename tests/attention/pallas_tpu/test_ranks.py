@@ -62,7 +62,7 @@ def test_nothing_to_rank():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "slots", "block"), [(64, 5, 128), (1_100, 5, 1024), (180_504, 7, 4096), (180_504, 24, 1024)]
+    ("tokens", "slots", "block"), [(64, 5, 128), (1_100, 5, 1024), (180_504, 7, 3072), (180_504, 24, 1024)]
 )
 def test_blocks_suit_the_sizes(tokens, slots, block):
     assert kernel.Tiling.of(tokens, slots) == kernel.Tiling(block=block)
