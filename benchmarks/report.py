@@ -13,7 +13,17 @@ from typing import Any
 import tyro
 
 from benchmarks import results
-from benchmarks.tables import attention_tables, model_tables, quoted_table, separated, short_table
+from benchmarks.tables import (
+    attention_tables,
+    estimate_parts_table,
+    estimate_table,
+    model_tables,
+    quoted_table,
+    schedule_best_table,
+    schedule_table,
+    separated,
+    short_table,
+)
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 PLOT = "scaling.png"
@@ -45,6 +55,13 @@ def report(folder: pathlib.Path) -> str:
         for file in results.load(folder, script):
             entries = list(file["entries"].values())
             lines += [f"## {script}: {file['card']}", "", *tables(entries), "", *_provenance(entries), ""]
+    schedules, estimates = (results.load(folder, f"tpu_{name}") for name in ("schedule", "estimate"))
+    if schedules:
+        tables = separated([schedule_best_table(schedules), schedule_table(schedules)])
+        lines += ["## TPUs, by the compiler's schedule", "", *tables, "", *_provenance_of_files(schedules), ""]
+    if estimates:
+        tables = separated([estimate_table(estimates), *map(estimate_parts_table, estimates)])
+        lines += ["## TPUs, the whole operation, estimated", "", *tables, "", *_provenance_of_files(estimates), ""]
     return "\n".join(lines)
 
 
@@ -68,7 +85,40 @@ def readme_block(folder: pathlib.Path) -> str:
     for file in results.load(folder, "model"):
         entries = list(file["entries"].values())
         lines += [f"A whole model on one {file['card']}:", "", *model_tables(entries), "", *_provenance(entries), ""]
+    lines += _tpu_block(folder)
     return "\n".join(lines).strip() or "*Not measured yet.*"
+
+
+def _tpu_block(folder: pathlib.Path) -> list[str]:
+    """What the README shows of TPUs."""
+    lines: list[str] = []
+    estimates, schedules = (results.load(folder, f"tpu_{name}") for name in ("estimate", "schedule"))
+    if estimates:
+        lines += [
+            "One layer's attention on TPUs at 180,504 tokens, random routes, **estimated** by the compiler's schedule;"
+            " no TPU was at hand:",
+            "",
+            *estimate_table(estimates),
+            "",
+            *_provenance_of_files(estimates),
+            "",
+        ]
+    if schedules:
+        sizes = [(kernel, 1024, 1024) for kernel in ("anchors", "picks")]
+        lines += [
+            "Each kernel's tile beside splash attention's in blocks of the same rows, and a step's cycles per 2^20"
+            " pairs where they are fewest:",
+            "",
+            *separated([schedule_table(schedules, sizes), schedule_best_table(schedules)]),
+            "",
+            *_provenance_of_files(schedules),
+            "",
+        ]
+    return lines
+
+
+def _provenance_of_files(files: Sequence[dict[str, Any]]) -> list[str]:
+    return _provenance([entry for file in files for entry in file["entries"].values()])
 
 
 def with_block(text: str, block: str) -> str:
@@ -158,7 +208,7 @@ def _provenance(entries: Sequence[dict[str, Any]]) -> list[str]:
     seen: dict[tuple[str, str], dict[str, str]] = {}
     for entry in entries:
         seen.setdefault((entry["command"], entry["date"]), entry["versions"])
-    shown = ("jax", "driver")
+    shown = ("jax", "libtpu", "driver")
     return [
         f"- `{command}`, {date}" + "".join(f", {name} {versions[name]}" for name in shown if name in versions)
         for (command, date), versions in seen.items()

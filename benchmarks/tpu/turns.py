@@ -64,7 +64,7 @@ class Scene:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        return plan(self.table, self.setting.moc, self.blocks)
+        return jax.jit(lambda table: plan(table, self.setting.moc, self.blocks))(self.table)
 
     @property
     def chunks(self) -> int:
