@@ -110,7 +110,7 @@ class Scene:
         with device.compiled_for(self.chip):
             place = functools.partial(attend._place, table=self.table, blocks=self.blocks, dim=self.dim)
             placement = jax.eval_shape(lambda routes: place(routes, self.plan.order), shape)
-        return attend._head_groups(self.heads, placement, self.dim, jnp.bfloat16)
+            return attend._head_groups(self.heads, placement, self.dim, jnp.bfloat16)
 
     def pick_tiles(self, size: int) -> np.ndarray:
         """Tiles of slots of each chunk."""
@@ -128,7 +128,7 @@ def random_routes(setting: Setting, dim: int) -> np.ndarray:
 
 def calls(kernel: str, scene: Scene) -> int:
     """How often a kernel of a program runs: those of pairs once per group of heads."""
-    by_group = ("moc_spread", "moc_merge", "moc_add", "moc_forward_picks", "moc_gradients_picks")
+    by_group = ("moc_columns", "moc_spread", "moc_merge", "moc_add", "moc_forward_picks", "moc_gradients_picks")
     return scene.groups if kernel.startswith(by_group) else 1
 
 
@@ -144,6 +144,8 @@ def cycles(kernel: str, scene: Scene, bundles: str, slots: str, granule: int) ->
     if name not in _TURNS:
         raise ValueError(f"kernel {name}: known are {', '.join([*_WALKS, *_TURNS])}")
     found, turns = listing.loops(bundles, slots), _TURNS[name](scene)
+    if len(found) == len(turns) - 1 and 0 in turns:  # a loop that never turns may be none
+        turns = tuple(n for n in turns if n)
     if len(found) != len(turns):
         raise ValueError(f"kernel {name} has {len(found)} loops, but {len(turns)} are counted")
     return sum(loop.cycles * n for loop, n in zip(found, turns))
@@ -250,6 +252,15 @@ _WALKS = {
 # -------------------------------------------------------------------------------- kernels of loops, in their order
 
 
+def _columns(s: Scene) -> tuple[int, ...]:
+    """Of all slots, used or not, 2048 at a time."""
+    size = s.blocks.picks.queries
+    most = s.table.chunk_of.shape[1] * s.setting.moc.top_k
+    capacity = -(-(most + s.windows * s.chunks * (device.ROWS - 1)) // size) + s.chunks
+    rows = capacity * size
+    return (s.heads * (rows // next(n for n in (2048, 1024, 512, 256, 128) if rows % n == 0)),)
+
+
 def _router(s: Scene) -> tuple[int, ...]:
     tiling = router.Tiling.of(s.table.chunk_of.shape[1], s.setting.moc.top_k)
     last = np.asarray(routing.candidate_runs(s.table, s.setting.moc)[2])[0]
@@ -313,7 +324,7 @@ def _move(s: Scene) -> tuple[int, ...]:
 
 
 def _move_lanes(s: Scene) -> tuple[int, ...]:
-    """The grid, pieces, some vectors of a piece."""
+    """The grid, clearing, pieces, some vectors of a piece."""
     lines, columns = s.heads * s.setting.moc.top_k, s.plan.order.rows
     rows = -(-lines // device.ROWS)
     fit = max(1, moves._BUFFER // (4 * rows * device.ROWS) // moves._COLUMNS)
@@ -321,10 +332,11 @@ def _move_lanes(s: Scene) -> tuple[int, ...]:
     tiles = -(-columns // tile)
     pieces = tiles + 2 * s.setting.shots + 1
     at_once = math.gcd(tile // device.LANES, max(1, moves._REGISTERS // rows))
-    return tiles, pieces, pieces * (tile // device.LANES // at_once)
+    return tiles, 0, pieces, pieces * (tile // device.LANES // at_once)
 
 
 _TURNS = {
+    "moc_columns": _columns,
     "moc_pool": _pool,
     "moc_move": _move,
     "moc_move_lanes": _move_lanes,

@@ -31,7 +31,8 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, typed
 
-_BUFFER = 5 * 2**29  # bytes of a buffer of pairs' outputs
+_BUFFER = 5 * 2**29  # bytes of a buffer of pairs' outputs, and not more than
+_SHARE = 24  # this part of the chip's memory
 _STATISTICS = device.LANES  # columns of a query's log-sum-exp and delta: what a row of memory has at least
 
 
@@ -39,6 +40,7 @@ class _Static(NamedTuple):
     blocks: Blocks
     longest_chunk: int
     text_tokens: int
+    anchor_keys: int  # of a query, about
     interpret: Any
 
 
@@ -58,7 +60,8 @@ def attend(
     """
     device.check(q, k, v)
     blocks = tuning.blocks(cfg, table, q.shape[-1], q.dtype)
-    static = _Static(blocks, table.max_chunk, table.text_tokens, device.interpreter())
+    keys = tuning.anchor_keys(cfg, table)
+    static = _Static(blocks, table.max_chunk, table.text_tokens, keys, device.interpreter())
 
     def layout(routes, table):
         plan_ = plan(table, cfg, blocks)
@@ -74,7 +77,8 @@ def attend(
 def _head_groups(heads: int, placement: Placement, dim: int, dtype) -> int:
     """The fewest equal groups of heads whose pairs' outputs fit the buffer; one head each if none do."""
     per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(dim, dtype) * 4
-    return next((g for g in range(1, heads) if heads % g == 0 and heads // g * per_head <= _BUFFER), heads)
+    most = min(_BUFFER, device.memory() // _SHARE)
+    return next((g for g in range(1, heads) if heads % g == 0 and heads // g * per_head <= most), heads)
 
 
 def _place(routes, order: Order, table: ChunkTable, blocks: Blocks, dim: int) -> Placement | None:
@@ -137,7 +141,8 @@ def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
 def _anchors(queries, keys, values, plan: Plan, static: _Static):
     """Output and log-sum-exp of the anchors [B, H, R, D] and [B, H, R]; anything and -inf for rows without."""
     blocks = static.blocks
-    run = functools.partial(flash.forward, queries, keys, values, interpret=static.interpret)
+    mean = static.anchor_keys
+    run = functools.partial(flash.forward, queries, keys, values, mean_keys=mean, interpret=static.interpret)
     first_head = jnp.zeros(1, jnp.int32)
     first_tile = plan.order.text_rows // blocks.queries
     out, lse = run(plan.video, first_head, first_tile=first_tile, tiling=blocks.anchors, name="moc_forward_anchors")
@@ -221,6 +226,7 @@ def _anchor_gradients(inputs: _Inputs, plan: Plan, static: _Static):
         rows=blocks.gradient_keys,
         tiling=blocks.anchor_gradients,
         accumulate=True,
+        pairs=inputs.queries.shape[2] * static.anchor_keys,
         name="moc_gradients_anchors",
         interpret=static.interpret,
     )
@@ -230,16 +236,17 @@ def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, st
     """Of pairs [B, G, S, D] and of the keys of all chunks' tiles, for a group of heads."""
     blocks = static.blocks
     spread = functools.partial(pairs.spread, placement=placement, heads=heads, interpret=static.interpret)
-    statistics = jnp.stack([inputs.lse, inputs.delta], axis=-1)
+    statistics = jnp.stack([heads.of(inputs.lse), heads.of(inputs.delta)], axis=-1)
     statistics = jnp.pad(statistics, ((0, 0),) * 3 + ((0, _STATISTICS - 2),))
     statistics = spread(statistics, fill_first_lane=math.inf)
+    lse, delta = packing.columns(statistics, 2, interpret=static.interpret)
     return flash_backward.gradients(
         spread(inputs.queries),
         inputs.keys,
         inputs.values,
         spread(inputs.d_out),
-        statistics[..., 0],
-        statistics[..., 1],
+        lse,
+        delta,
         reader_tiles(heads.of(placement), cut),
         heads.operand,
         rows=blocks.pick_gradient_keys,

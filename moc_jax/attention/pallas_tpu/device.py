@@ -24,6 +24,7 @@ CHIPS = {  # by the start of `device_kind`
     "TPU v7x": "tpu7x",
 }
 _FOR_UNKNOWN_CHIPS = "v5e"
+_TWO_CORES = ("v4", "v5p")  # of one device
 
 _interpreter: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("interpreter", default=None)
 _compiled_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("compiled_for", default=None)
@@ -94,6 +95,13 @@ def check(q: Array, k: Array, v: Array) -> None:
             f'backend "pallas_tpu" knows bfloat16 and float32 and head dimensions up to 256, not q {q.dtype}, '
             f'k {k.dtype}, v {v.dtype} with {q.shape[-1]}; cast to bfloat16, or use backend="xla"'
         )
+
+
+def memory() -> int:
+    """Bytes of HBM of a device of the chip."""
+    version = pltpu.ChipVersion(chip().removeprefix("tpu"))
+    of_core = pltpu.get_tpu_info_for_chip(version, 1).hbm_capacity_bytes
+    return of_core * (2 if chip() in _TWO_CORES else 1)
 
 
 def vmem_limit() -> int:

@@ -129,6 +129,7 @@ def forward(
     *,
     first_tile: int = 0,
     longest_run: int | None = None,
+    mean_keys: int | None = None,
     packed: bool = False,
     tiling: Tiling,
     name: str = "moc_forward",
@@ -142,6 +143,7 @@ def forward(
         k, v: Keys and values; N is a multiple of 8 and at least `tiling.keys`.
         tiles: The runs of keys of each tile [begin, end).
         longest_run: No run is longer, if known: where a block holds it, steps keep no state.
+        mean_keys: Of a tile, for the compiler's estimate.
         packed: Both in one array, as `packing.pack` makes it.
         tiling: Sizes of blocks; `tiling.queries` rows are a tile.
         name: Of the kernel, in profiles and listings.
@@ -202,7 +204,7 @@ def forward(
             vmem_limit_bytes=device.vmem_limit(),
             disable_bounds_checks=True,  # the interpreter checks them
         ),
-        cost_estimate=_cost(q, k, tiles, job, longest_run),
+        cost_estimate=_cost(q, job, mean_keys or longest_run or -(-k.shape[2] // max(1, tiles.count))),
         interpret=interpret,
     )(table, first_head.astype(jnp.int32), q, k, v, *others)
     return found[0] if packed else (found[0], found[1][:, :, 0])
@@ -252,16 +254,16 @@ def _block(table_ref, line, j, job: _Job):
     return row, jnp.maximum(begin, first) - row, jnp.minimum(end - row, keys), blocks
 
 
-def _cost(q, k, tiles: Tiles, job: _Job, longest_run: int | None) -> pl.CostEstimate:
-    """Of tiles that are all used, each with runs of the length given, or with its share of the keys."""
-    batch, heads, rows, _ = q.shape
-    longest = longest_run or -(-k.shape[2] // max(1, tiles.count))
-    pairs = batch * heads * tiles.count * job.tiling.queries * longest
-    size = q.dtype.itemsize
+def _cost(q, job: _Job, keys: int) -> pl.CostEstimate:
+    """Of tiles that are all used and read so many keys each."""
+    batch, heads, _, dim = q.shape
+    rows = job.tiles * job.tiling.queries
+    size, width = q.dtype.itemsize, packing.packed_width(dim, job.dtype)
+    per_row = dim * size + (4 * width if job.packed else dim * size + 4)
     return pl.CostEstimate(
-        flops=4 * pairs * job.dim,
-        transcendentals=pairs,
-        bytes_accessed=batch * heads * (rows * job.dim * 2 * size + rows * 4 + 2 * k.shape[2] * job.dim * size),
+        flops=4 * batch * heads * rows * keys * dim,
+        transcendentals=batch * heads * rows * keys,
+        bytes_accessed=batch * heads * (rows * per_row + 2 * job.tiles * keys * dim * size),
     )
 
 

@@ -1,10 +1,15 @@
 """A row's log-sum-exp beside its output: packed into one row of memory, or laid along lanes."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention.pallas_tpu.device import LANES
+from moc_jax.shapes import Array, Float32, typed
 
 
 def packed_width(dim: int, dtype) -> int:
@@ -49,6 +54,34 @@ def _turned(x):
     if x.shape[1] % LANES == 0:
         return pltpu.bitcast(pltpu.roll(pltpu.bitcast(x, jnp.int32), half, 1), jnp.uint32)
     return jnp.concatenate([x[:, half:], x[:, :half]], axis=1)
+
+
+@typed
+def columns(
+    x: Float32[Array, "B H S 128"], count: int, *, interpret: Any = False
+) -> tuple[Float32[Array, "B H S"], ...]:
+    """The first `count` columns, each along lanes; XLA would copy all of x in a layout of one number per row."""
+    batch, heads, rows, _ = x.shape
+    block = next(n for n in (2048, 1024, 512, 256, LANES, rows) if rows % n == 0)
+    at_once = min(block, LANES)
+
+    def kernel(x_vmem_ref, out_vmem_ref):
+        for i in range(0, block, at_once):
+            out_vmem_ref[:, i : i + at_once] = x_vmem_ref[i : i + at_once].T[:count]
+
+    one = (pl.squeezed, pl.squeezed)
+    found = pl.pallas_call(
+        kernel,
+        name="moc_columns",
+        out_shape=jax.ShapeDtypeStruct((batch, heads, count, rows), jnp.float32),
+        grid=(batch, heads, rows // block),
+        in_specs=[pl.BlockSpec((*one, block, LANES), lambda b, h, i: (b, h, i, 0))],
+        out_specs=pl.BlockSpec((*one, count, block), lambda b, h, i: (b, h, 0, i)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=x.nbytes),
+        interpret=interpret,
+    )(x)
+    return tuple(found[:, :, i] for i in range(count))
 
 
 def along_lanes(x):

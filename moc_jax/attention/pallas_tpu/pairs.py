@@ -209,21 +209,21 @@ def _up(x, unit: int):
 
 @typed
 def spread(
-    x: Float[Array, "B H R D"],
+    x: Float[Array, "B _ R D"],
     placement: Placement,
     heads: Heads | None = None,
     *,
     fill_first_lane: float = 0.0,
     interpret: Any = False,
 ) -> Float[Array, "B G T D"]:
-    """x's rows at the slots of their pairs, for a group of heads, or all.
+    """x's rows at the slots of their pairs, for a group of heads, or all; x has all heads or the group's alone.
 
     Slots of a chunk's tiles that hold no pair are 0, but for `fill_first_lane` in the first column; slots of unused
     tiles are not written.
     """
-    batch, all_heads, _, dim = x.shape
+    batch, _, _, dim = x.shape
+    p, all_heads = placement, placement.places.shape[1]
     heads = heads or Heads(0, all_heads)
-    p = placement
     chunks, steps = p.runs.shape[3] // _RUN, p.steps
     zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
     return pl.pallas_call(
@@ -237,7 +237,7 @@ def spread(
                 _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
                 _in_smem(_RUN * chunks, lambda w, s: w),
                 _in_smem(2 * chunks, lambda w, s: 0),
-                _queries(p, dim),
+                _queries(p, dim, x.shape[1] == all_heads),
                 pl.BlockSpec(zeros.shape, lambda *_: (0, 0)),
             ],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
@@ -267,9 +267,11 @@ def _in_smem(columns: int, row):
     )
 
 
-def _queries(p: Placement, dim: int | None):
-    """A step's rows of arrays [B, H, R, D], or of [B, H, 1, R], which have no D."""
+def _queries(p: Placement, dim: int | None, all_heads: bool = True):
+    """A step's rows of arrays [B, H, R, D], or of [B, H, 1, R], which have no D; or of the group's heads alone."""
     one = (pl.squeezed, pl.squeezed)
+    if not all_heads:
+        return pl.BlockSpec((*one, p.step, dim), lambda b, h, w, s, first: (b, h, p.block(w, s), 0))
     if dim is None:
         return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s, first: (b, first[0] + h, 0, p.block(w, s)))
     return pl.BlockSpec((*one, p.step, dim), lambda b, h, w, s, first: (b, first[0] + h, p.block(w, s), 0))

@@ -103,6 +103,11 @@ def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype) -> Blocks:
     )
 
 
+def anchor_keys(cfg: MoCConfig, table: ChunkTable) -> int:
+    """How many keys a video query's anchors have, about."""
+    return sum(run.length for run in _Scene.of(cfg, table).anchors)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """Rows that are walked, or cut into tiles, from their first on."""

@@ -25,7 +25,7 @@ PICKS = collections.Counter(
     f"moc_{name}" for name in ("pool", "router", "move_lanes", "ranks", "look_up", "spread", "forward_picks", "merge")
 )
 ANCHOR_GRADIENTS = collections.Counter(moc_gradients_anchors=1, moc_move=5)
-PICK_GRADIENTS = collections.Counter(moc_spread=3, moc_add=1, moc_gradients_picks=1, moc_move=2)
+PICK_GRADIENTS = collections.Counter(moc_spread=3, moc_add=1, moc_columns=1, moc_gradients_picks=1, moc_move=2)
 
 
 def kernels(jaxpr) -> collections.Counter:
