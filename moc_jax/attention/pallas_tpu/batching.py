@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-def more_scenes[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+def more_scenes[R](function: Callable[..., R]) -> Callable[..., R]:
     """A function of trees of arrays [B, ...] to such trees; under vmap it is called with [V * B, ...].
 
     What it does must not depend on B but for the sizes of the first axes.
