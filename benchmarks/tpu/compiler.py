@@ -113,6 +113,7 @@ def environment(listings: pathlib.Path | None = None) -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",  # those around are for this machine
         "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags if listings else ''}".strip(),
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so that processes needn't wait for each other
         # Don't look for a TPU host around this machine.

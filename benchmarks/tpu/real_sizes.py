@@ -2,14 +2,15 @@
 
     python -m benchmarks.tpu.real_sizes CHIP FILE [SCENE/PART ...]
 
-A program is the router, or attention with its gradients, so that every kernel of the backend is in one, with the shapes
-that it really has. The process's environment must be `compiler.environment()`. FILE gets, as JSON, what each program
-needs in HBM, or why it doesn't compile.
+A program is attention with its routing, forward or with its gradients, so that every kernel of the backend is in one,
+with the shapes that it really has. The process's environment must be `compiler.environment()`. FILE gets, as JSON, the
+names of each program's kernels and what it needs in HBM, or why it doesn't compile.
 """
 
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +21,10 @@ import jax.numpy as jnp
 
 from benchmarks.settings import SETTINGS, Setting, multi_shot
 from benchmarks.tpu.worker import compiled, memory
-from moc_jax.attention.pallas_tpu import attend, router
+from moc_jax.attention.api import moc_attention
+
+HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
+"""GiB of a device, by Google's pages on each; tpu7x: one of a chip's two cores, a device of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,27 +46,28 @@ SCENES = {
     "wide_heads": Scene(setting=SETTINGS["wan"], heads=2, dim=256),
     "narrow_heads": Scene(setting=SETTINGS["wan"], heads=2, dim=64),
 }
-PARTS = ("router", "attention")
+PARTS = ("forward", "gradients")
 
 
 def program(scene: Scene, part: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function and the shapes of its arguments."""
-    cfg, table = scene.setting.moc, scene.setting.table()
-    batch, tokens = table.chunk_of.shape
-    chunks = table.kind.shape[1]
+    cfg, table = dataclasses.replace(scene.setting.moc, backend="pallas_tpu"), scene.setting.table()
     table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), table)
-    q = jax.ShapeDtypeStruct((batch, tokens, scene.heads, scene.dim), scene.dtype)
-    phi = jax.ShapeDtypeStruct((batch, scene.heads, chunks, scene.dim), jnp.float32)
-    routes = jax.ShapeDtypeStruct((batch, scene.heads, tokens, cfg.top_k), jnp.int32)
+    q = jax.ShapeDtypeStruct((*table.chunk_of.shape, scene.heads, scene.dim), scene.dtype)
 
-    def route(q, phi, table):
-        return router.select(q, phi, table, cfg)
+    def forward(q, k, v, table):
+        return moc_attention(q, k, v, table, cfg)
 
-    def gradients(q, k, v, d_out, routes, table):
-        out, backward = jax.vjp(lambda q, k, v: attend.attend(q, k, v, routes, table, cfg), q, k, v)
+    def gradients(q, k, v, d_out, table):
+        out, backward = jax.vjp(lambda q, k, v: forward(q, k, v, table), q, k, v)
         return out, backward(d_out)
 
-    return (route, (q, phi, table)) if part == "router" else (gradients, (q, q, q, q, routes, table))
+    return (forward, (q, q, q, table)) if part == "forward" else (gradients, (q, q, q, q, table))
+
+
+def kernels(program: jax.stages.Compiled) -> list[str]:
+    """Names of the backend's kernels in a program."""
+    return sorted(set(re.findall(r"%(moc_[a-z_]*[a-z])", program.as_text())))
 
 
 def main(chip: str, file: str, *names: str) -> None:
@@ -72,7 +77,8 @@ def main(chip: str, file: str, *names: str) -> None:
         scene, part = name.split("/")
         begin = time.process_time()
         try:
-            found[name] = {"memory": memory(compiled(chip, *program(SCENES[scene], part)))}
+            done = compiled(chip, *program(SCENES[scene], part))
+            found[name] = {"kernels": kernels(done), "memory": memory(done)}
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
         found[name]["seconds"] = round(time.process_time() - begin, 1)

@@ -37,12 +37,13 @@ def compiled(chip: str, function: Callable[..., Any], arguments: Any) -> jax.sta
 
 
 def memory(program: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes in HBM: arguments, outputs, temporary."""
+    """Bytes in HBM: arguments, outputs, temporary, and all together, less what temporary arrays share with outputs."""
     found = program.memory_analysis()
     return {
         "arguments": found.argument_size_in_bytes,
         "outputs": found.output_size_in_bytes,
         "temporary": found.temp_size_in_bytes,
+        "total": found.total_allocation_bytes,
     }
 
 
