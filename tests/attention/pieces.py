@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import numpy as np
 
-from moc_jax.attention.pallas_tpu import attend, flash, flash_backward, moves, pairs, pool, router
+from moc_jax.attention.pallas_tpu import attend, flash, flash_backward, moves, packing, pairs, pool, router
 
 _PIECES = (
     (attend, "plan"),
@@ -19,6 +19,7 @@ _PIECES = (
     (flash_backward, "gradients"),
     (moves, "move"),
     (moves, "move_lanes"),
+    (packing, "columns"),
     (pairs, "place"),
     (pairs, "spread"),
     (pairs, "merge"),

@@ -16,7 +16,7 @@ PICKS = ["moc_forward_picks", "moc_look_up", "moc_merge", "moc_move_lanes", "moc
 FORWARD = {*ROUTING, *ANCHORS, *PICKS}
 KERNELS = {
     "forward": FORWARD,
-    "gradients": {*FORWARD, "moc_add", "moc_gradients_anchors", "moc_gradients_picks"},
+    "gradients": {*FORWARD, "moc_add", "moc_columns", "moc_gradients_anchors", "moc_gradients_picks"},
 }
 LONG = ["multi_shot/gradients", "minutes/gradients"]  # 180 504 and 1 443 640 tokens
 # Minutes each. Between them, each of two chips and each of two lengths.
