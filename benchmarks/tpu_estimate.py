@@ -53,14 +53,14 @@ class Arguments:
 def main(args: Arguments, command: str) -> None:
     """Compiles, prints and stores."""
     work = list(itertools.product(args.chips, args.passes))
+    found: dict[str, dict[str, Any]] = {chip: {} for chip in args.chips}
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        entries = list(pool.map(lambda one: estimate(*one, args.timeout), work))
-    for entry, (chip, way) in zip(entries, work, strict=True):
-        results.store(args.out, "tpu_estimate", way, command, entry, chip=f"TPU {chip}")
-    files = [
-        {"chip": f"TPU {chip}", "entries": {way: e for (c, way), e in zip(work, entries) if c == chip}}
-        for chip in args.chips
-    ]
+        running = {pool.submit(estimate, chip, way, args.timeout): (chip, way) for chip, way in work}
+        for one in concurrent.futures.as_completed(running):
+            chip, way = running[one]
+            found[chip][way] = one.result()
+            results.store(args.out, "tpu_estimate", way, command, found[chip][way], chip=f"TPU {chip}")
+    files = [{"chip": f"TPU {chip}", "entries": entries} for chip, entries in found.items()]
     print("\n".join(separated([estimate_table(files), *(estimate_parts_table(file) for file in files)])))
 
 

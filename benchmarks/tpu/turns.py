@@ -143,12 +143,11 @@ def cycles(kernel: str, scene: Scene, bundles: str, slots: str, granule: int) ->
         return walk_cycles(listing.read(bundles, slots, granule), _WALKS[name](scene))
     if name not in _TURNS:
         raise ValueError(f"kernel {name}: known are {', '.join([*_WALKS, *_TURNS])}")
-    found, turns = listing.loops(bundles, slots), _TURNS[name](scene)
-    if len(found) == len(turns) - 1 and 0 in turns:  # a loop that never turns may be none
-        turns = tuple(n for n in turns if n)
-    if len(found) != len(turns):
+    found, (turns, *others) = listing.loops(bundles, slots), _TURNS[name](scene)
+    matching = [n for n in (turns, *others) if len(n) == len(found)]
+    if not matching:
         raise ValueError(f"kernel {name} has {len(found)} loops, but {len(turns)} are counted")
-    return sum(loop.cycles * n for loop, n in zip(found, turns))
+    return sum(loop.cycles * n for loop, n in zip(found, matching[0]))
 
 
 # ------------------------------------------------------------------------------------------------- kernels of tiles
@@ -252,78 +251,81 @@ _WALKS = {
 # -------------------------------------------------------------------------------- kernels of loops, in their order
 
 
-def _columns(s: Scene) -> tuple[int, ...]:
+def _columns(s: Scene) -> list[tuple[int, ...]]:
     """Of all slots, used or not, 2048 at a time."""
     size = s.blocks.picks.queries
     most = s.table.chunk_of.shape[1] * s.setting.moc.top_k
     capacity = -(-(most + s.windows * s.chunks * (device.ROWS - 1)) // size) + s.chunks
     rows = capacity * size
-    return (s.heads * (rows // next(n for n in (2048, 1024, 512, 256, 128) if rows % n == 0)),)
+    return [(s.heads * (rows // next(n for n in (2048, 1024, 512, 256, 128) if rows % n == 0)),)]
 
 
-def _router(s: Scene) -> tuple[int, ...]:
+def _router(s: Scene) -> list[tuple[int, ...]]:
     tiling = router.Tiling.of(s.table.chunk_of.shape[1], s.setting.moc.top_k)
     last = np.asarray(routing.candidate_runs(s.table, s.setting.moc)[2])[0]
     of = np.asarray(s.table.chunk_of)[0]
     until = np.pad(np.where(of >= 0, last[np.maximum(of, 0)], 0), (0, -len(of) % tiling.block))
     used = -(-until.reshape(-1, tiling.block).max(axis=1) // tiling.chunks)
     merges = tiling.block // device.LANES // tiling.merged
-    return s.heads * len(used), s.heads * int(np.maximum(used - 1, 0).sum()), s.heads * int((used > 0).sum()) * merges
+    more = s.heads * int(np.maximum(used - 1, 0).sum())
+    return [(s.heads * len(used), more, s.heads * int((used > 0).sum()) * merges)]
 
 
-def _ranks(s: Scene) -> tuple[int, ...]:
+def _ranks(s: Scene) -> list[tuple[int, ...]]:
     tiling = ranks.Tiling.of(s.window, s.setting.moc.top_k)
     picks = s.routes.reshape(s.windows, s.window, -1).max(axis=2)
     picks = np.pad(picks, ((0, 0), (0, -s.window % tiling.block)), constant_values=-1)
     used = (picks.reshape(-1, tiling.block).max(axis=1) + tiling.chunks) // tiling.chunks
-    return s.heads * len(used), s.heads * int(np.maximum(used - 1, 0).sum())
+    return [(s.heads * len(used), s.heads * int(np.maximum(used - 1, 0).sum()))]
 
 
-def _look_up(s: Scene) -> tuple[int, ...]:
+def _look_up(s: Scene) -> list[tuple[int, ...]]:
     registers = s.heads * s.windows * s.window // (device.LANES * device.ROWS)
     blocks = s.window // device.LANES
     size = next(n for n in (32, 16, 8, blocks) if blocks % n == 0)
     steps = s.heads * s.windows * blocks // size
-    return steps, registers, registers * (s.chunks // _CHUNKS_AT_ONCE), registers * (s.chunks % _CHUNKS_AT_ONCE)
+    turns = steps, registers, registers * (s.chunks // _CHUNKS_AT_ONCE), registers * (s.chunks % _CHUNKS_AT_ONCE)
+    return [turns, turns[:3]]  # the few chunks that are left may be unrolled
 
 
-def _spread(s: Scene) -> tuple[int, ...]:
+def _spread(s: Scene) -> list[tuple[int, ...]]:
     windows, rows = s.heads * s.windows, s.heads * s.windows * s.window
     moved = s.heads * int((s.runs.sum(axis=1) > 0).sum()) * s.window
     runs, converted = windows * s.chunks, s.heads * int((-(-s.runs.sum(axis=1) // device.LANES)).sum())
     tails = s.heads * s.chunks
-    return rows // s.step, tails, runs, moved // pairs._GROUP, converted, runs, tails
+    return [(rows // s.step, tails, runs, moved // pairs._GROUP, converted, runs, tails)]
 
 
-def _collect(s: Scene) -> tuple[int, ...]:
+def _collect(s: Scene) -> list[tuple[int, ...]]:
     """Windows without any pair skip the rows of pairs."""
     windows, block = s.heads * s.windows, min(device.LANES, s.step)
     picked = np.repeat(s.runs.sum(axis=1) > 0, s.window // s.step)[: s.plan.order.rows // s.step]
     some, none = (s.heads * int(n) * (s.step // block) for n in (picked.sum(), (~picked).sum()))
     fetches = s.heads * s.chunks, windows * s.chunks
-    return windows * s.window // s.step, *fetches, some, some * (block // pairs._GROUP), none
+    return [(windows * s.window // s.step, *fetches, some, some * (block // pairs._GROUP), none)]
 
 
-def _pool(s: Scene) -> tuple[int, ...]:
+def _pool(s: Scene) -> list[tuple[int, ...]]:
     """Runs of all video chunks, some rows at a time."""
     length = np.asarray(s.table.length[0])[np.asarray(s.table.kind[0]) == VIDEO]
     rows = -(-(s.table.max_chunk + device.ROWS - 1) // pool._GROUP) * pool._GROUP
     steps = -(-(s.table.max_chunk + device.ROWS - 1) // min(rows, pool._MOST_ROWS))
     groups = s.heads // max(1, s.heads // 2)
     heads = s.heads * s.chunks * steps
-    return groups * s.chunks * steps, heads, s.heads * int((-(-length // pool._GROUP) + 1).sum())
+    return [(groups * s.chunks * steps, heads, s.heads * int((-(-length // pool._GROUP) + 1).sum()))]
 
 
-def _move(s: Scene) -> tuple[int, ...]:
+def _move(s: Scene) -> list[tuple[int, ...]]:
     """The grid, clearing, pieces, some rows of a piece, heads."""
     rows, tile = s.plan.order.rows, moves._ROWS_OF_TILE
     tiles, pieces = -(-rows // tile), -(-rows // tile) + 2 * s.setting.shots + 1
     blocks = pieces * (tile // moves._ROWS_AT_ONCE)
     groups = 2
-    return groups * tiles, 0, groups * pieces, groups * blocks, s.heads * blocks
+    turns = groups * tiles, 0, groups * pieces, groups * blocks, s.heads * blocks
+    return [turns, turns[:1] + turns[2:]]
 
 
-def _move_lanes(s: Scene) -> tuple[int, ...]:
+def _move_lanes(s: Scene) -> list[tuple[int, ...]]:
     """The grid, clearing, pieces, some vectors of a piece."""
     lines, columns = s.heads * s.setting.moc.top_k, s.plan.order.rows
     rows = -(-lines // device.ROWS)
@@ -332,9 +334,11 @@ def _move_lanes(s: Scene) -> tuple[int, ...]:
     tiles = -(-columns // tile)
     pieces = tiles + 2 * s.setting.shots + 1
     at_once = math.gcd(tile // device.LANES, max(1, moves._REGISTERS // rows))
-    return tiles, 0, pieces, pieces * (tile // device.LANES // at_once)
+    turns = tiles, 0, pieces, pieces * (tile // device.LANES // at_once)
+    return [turns, turns[:1] + turns[2:]]
 
 
+# Turns of each loop of a kernel; several answers where a loop may be missing.
 _TURNS = {
     "moc_columns": _columns,
     "moc_pool": _pool,
