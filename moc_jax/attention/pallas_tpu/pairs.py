@@ -58,9 +58,9 @@ def row_by_row():
 class Placement:
     """Where each pair lies."""
 
-    places: Int[Array, "B H S E"]  # of the pairs of each step of rows, slot i's after slot i - 1's, in their window
-    runs: Int[Array, "B H W R"]  # of each window and chunk: rows, place, slot
-    tails: Int[Array, "B H T"]  # of each chunk: slots behind its last run, first and count, to the end of a tile
+    places: Int[Array, "B H S 1 E"]  # of the pairs of each step of rows, slot i's after slot i - 1's, in their window
+    runs: Int[Array, "B H W 1 R"]  # of each window and chunk: rows, place, slot
+    tails: Int[Array, "B H 1 1 T"]  # of each chunk: slots behind its last run, first and count, to the end of a tile
     tile_chunk: Int[Array, "B H G"]  # the chunk of each tile; -1: unused
     chunk_begin: Int[Array, "B H C"]  # slots of each chunk's pairs
     chunk_end: Int[Array, "B H C"]
@@ -122,11 +122,17 @@ def place(
     capacity = -(-(most_pairs + windows * chunks * (ROWS - 1)) // tile) + chunks
     index = jnp.arange(capacity)
     tile_chunk = jnp.sum(until[:, :, None] <= index[None, None, :, None], axis=3)
-    tails = jnp.stack([begin + total, begin + tiles * tile], axis=-1)
+    # A block of scalar memory is the last two axes. Without the barrier XLA would lay them out anew for each group of
+    # heads.
+    tables = lax.optimization_barrier(
+        (
+            places.reshape(batch, heads, -1, 1, picks * step).astype(jnp.int32),
+            jnp.stack([run_rows, run_place, run_slot], axis=-1).reshape(batch, heads, windows, 1, -1).astype(jnp.int32),
+            jnp.stack([begin + total, tiles * tile - total], axis=-1).reshape(batch, heads, 1, 1, -1).astype(jnp.int32),
+        )
+    )
     return Placement(
-        places=places.reshape(batch, heads, -1, picks * step).astype(jnp.int32),
-        runs=jnp.stack([run_rows, run_place, run_slot], axis=-1).reshape(batch, heads, windows, -1).astype(jnp.int32),
-        tails=jnp.stack([tails[..., 0], tails[..., 1] - tails[..., 0]], axis=-1).reshape(batch, heads, -1),
+        *tables,
         tile_chunk=jnp.where(tile_chunk < chunks, tile_chunk, -1).astype(jnp.int32),
         chunk_begin=begin,
         chunk_end=begin + total,
@@ -224,7 +230,7 @@ def spread(
     batch, _, _, dim = x.shape
     p, all_heads = placement, placement.places.shape[1]
     heads = heads or Heads(0, all_heads)
-    chunks, steps = p.runs.shape[3] // _RUN, p.steps
+    chunks, steps = p.runs.shape[4] // _RUN, p.steps
     zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
     return pl.pallas_call(
         functools.partial(_spread_kernel, p=_Sizes.of(p, interpret), fill=fill_first_lane),
@@ -251,12 +257,7 @@ def spread(
         compiler_params=_params(),
         cost_estimate=_cost(p, heads.count, dim, x.dtype.itemsize),
         interpret=interpret,
-    )(heads.operand, _rows(p.places), _rows(p.runs), _rows(p.tails[:, :, None]), x, zeros)
-
-
-def _rows(x):
-    """[B, H, n, columns] -> [B, H, n, 1, columns]: a block of scalar memory is the last two axes."""
-    return x[:, :, :, None].astype(jnp.int32)
+    )(heads.operand, p.places, p.runs, p.tails, x, zeros)
 
 
 def _in_smem(columns: int, row):
@@ -306,7 +307,7 @@ class _Sizes:
     @classmethod
     def of(cls, p: Placement, interpret):
         at_once = bool(interpret) and not _row_by_row.get()
-        return cls(p.picks, p.step, p.room, p.runs.shape[3] // _RUN, p.rows // p.step, at_once)
+        return cls(p.picks, p.step, p.room, p.runs.shape[4] // _RUN, p.rows // p.step, at_once)
 
 
 def _spread_kernel(
@@ -514,7 +515,7 @@ def add(
 def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, shapes, *, nothing: float, interpret):
     """body(rows of pairs, inputs, outputs) for each block of queries of the group's heads."""
     width = pairs.shape[3]
-    chunks, windows, steps = p.runs.shape[3] // _RUN, p.runs.shape[2], p.steps
+    chunks, windows, steps = p.runs.shape[4] // _RUN, p.runs.shape[2], p.steps
     some = min(LANES, p.step)
     same = bool(into) and inputs and into[0] is inputs[0]  # results go where inputs come from
     into = inputs if same else into
@@ -556,7 +557,7 @@ def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, s
         compiler_params=_params(),
         cost_estimate=_cost(p, heads.count, shapes[0].shape[3], 4),
         interpret=interpret,
-    )(heads.operand, _rows(p.places), _rows(p.runs), _rows(p.runs), pairs, *inputs, *([] if same else into))
+    )(heads.operand, p.places, p.runs, p.runs, pairs, *inputs, *([] if same else into))
 
 
 def _collect_kernel(
