@@ -116,7 +116,7 @@ def test_auto_says_once_what_it_took(caplog):
     assert "TPU v5p" in said[0]
 
 
-@pytest.mark.parametrize("cfg", [MULTI_SHOT, NO_ANCHORS, DENSE[0]], ids=name)
+@pytest.mark.parametrize("cfg", [MULTI_SHOT, pytest.param(NO_ANCHORS, marks=pytest.mark.slow), DENSE[0]], ids=name)
 def test_sharded_over_eight_devices(cfg):
     """Scenes over four devices, heads over two, under shard_map: as exact as on one, and where it was asked for."""
     cfg = with_backend(cfg, "pallas_tpu")
@@ -146,6 +146,7 @@ def test_sharded_over_eight_devices(cfg):
         assert_close(got, expected, which, table=GRADIENT)
 
 
+@pytest.mark.slow
 def test_heads_in_groups(monkeypatch):
     """As long scenes need it, each head's pairs by themselves: the same bits."""
     cfg = with_backend(MULTI_SHOT, "pallas_tpu")
