@@ -88,6 +88,7 @@ LARGE = [
 ]
 
 
+@pytest.mark.slow_interpreted(SINGLE_SHOT, PAST[0], DENSE[1])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, PAST[0], DENSE[1]], ids=name)
 def test_large_scenes(backend, cfg):

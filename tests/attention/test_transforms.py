@@ -100,6 +100,7 @@ def test_layers_under_scan_and_remat(backend):
     assert_close(grads[1], want_grads[1], "dw", table=GRADIENT)
 
 
+@pytest.mark.slow_interpreted(DENSE[0])
 @pytest.mark.parametrize("cfg", [MULTI_SHOT, DENSE[0]], ids=name)
 def test_bfloat16(backend, cfg):
     """Scores and softmax stay float32: routes are exactly those of the same numbers in float32."""

@@ -15,7 +15,7 @@ from moc_jax.attention.pallas_tpu import device
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from tests.attention import oracle
-from tests.attention.compiled import outputs_and_gradients, route, with_backend
+from tests.attention.compiled import attention_and_gradients, outputs_and_gradients, route, with_backend
 from tests.attention.configs import DENSE, MULTI_SHOT, NO_ANCHORS, name
 from tests.attention.scenes import HEADS, PAIR, TOKENS, cut, qkv, table_of
 from tests.attention.tolerances import GRADIENT, assert_close
@@ -151,10 +151,9 @@ def test_heads_in_groups(monkeypatch):
     """As long scenes need it, each head's pairs by themselves: the same bits."""
     cfg = with_backend(MULTI_SHOT, "pallas_tpu")
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
-    run = functools.partial(outputs_and_gradients, table=table_of(PAIR), cfg=cfg, dout=v)
-    together = jax.jit(run)(q, k, v)
+    together = attention_and_gradients(q, k, v, table_of(PAIR), cfg, v)
     monkeypatch.setattr("moc_jax.attention.pallas_tpu.attend._BUFFER", 1)
-    apart = jax.jit(functools.partial(run))(q, k, v)
+    apart = attention_and_gradients(q, k, v, table_of(PAIR), cfg, v)
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart)):
         np.testing.assert_array_equal(a, b)
 
