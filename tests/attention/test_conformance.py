@@ -131,6 +131,7 @@ def test_permuting_tokens_within_an_unselected_chunk_changes_nothing(backend):
     np.testing.assert_array_equal(after[1], out[1])
 
 
+@pytest.mark.slow_interpreted
 def test_exchanging_unselected_chunks_changes_nothing(backend):
     """Two chunks of one length that score last trade places: who picks neither does not notice."""
     scene = cut(0, (0, [4, 4, 4, 4, 4, 4]))
@@ -281,6 +282,7 @@ CORNERS = {
 }
 
 
+@pytest.mark.slow_interpreted("one chunk", "one token", "text alone", "full")
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corner_scenes(backend, corner):
     scenes = CORNERS[corner]
@@ -305,6 +307,7 @@ def test_a_query_with_nothing_to_see_gives_zero(backend):
     assert np.isfinite(np.concatenate([np.ravel(g) for g in grads])).all()
 
 
+@pytest.mark.slow_interpreted
 def test_lengths_are_data(backend):
     """Scenes of other lengths run the same compiled program."""
     traces = []
