@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moc_jax.attention.heads import Heads, head_groups
 from moc_jax.attention.pallas_gpu import device, flash, flash_backward
 from moc_jax.attention.pallas_gpu.plan import Plan, pick_tiles, plan, reader_tiles
 from moc_jax.attention.pallas_gpu.tiles import ALIGN, TILE, Tuning
@@ -65,18 +66,13 @@ def attend(
     table = dataclasses.replace(table, chunk_of=jnp.pad(table.chunk_of, ((0, 0), more), constant_values=-1))
     with jax.named_scope("moc_attention"):
         slots = tile_capacity(rows * routes.shape[-1], table.kind.shape[1], TILE) * TILE
-        groups = _head_groups(heads, q.shape[0] * slots * dim * q.dtype.itemsize)
+        groups = head_groups(heads, q.shape[0] * slots * dim * q.dtype.itemsize, _BUFFER)
         static = _Static(groups, device.multiprocessors(), device.interpreter())
         tiles, schedule = plan(table, cfg), sort_picks(routes, table)
         if schedule is None and not tiles.anchors:
             return jnp.zeros(q[:, :tokens].shape, v.dtype)
         out = _attend(q, k, v, tiles, schedule, table, static)
     return out[:, :tokens]
-
-
-def _head_groups(heads: int, bytes_per_head: int) -> int:
-    """The fewest equal groups of heads whose sorted rows fit the buffer; one head each if none do."""
-    return next((g for g in range(1, heads) if heads % g == 0 and heads // g * bytes_per_head <= _BUFFER), heads)
 
 
 @typed
@@ -111,7 +107,7 @@ def _forward(q, k, v, plan, schedule, table, static):
             parts.append(Part(anchor_out, plan.query_row[:, None], plan.anchored[:, None], heads.first, anchor_lse))
         if schedule is not None:
             rows = queries_of_slots(schedule, heads)
-            work = _of(heads, pick_tiles(schedule, table))
+            work = heads.of(pick_tiles(schedule, table))
             out, lse = kernel(take_rows(q, rows, heads), k, v, work, heads.operand, sorted_rows=True)
             parts += [Part(out, slot, slot >= 0, 0, lse) for slot in slots_of_pairs(schedule, heads)]
         return merge(parts, heads.count, v.dtype)
@@ -156,10 +152,10 @@ def _attend_backward(static, residuals, d_out):
                 _take_scalars(lse, rows, heads),
                 _take_scalars(delta, rows, heads),
             )
-            work = _of(heads, pick_tiles(schedule, table))
+            work = heads.of(pick_tiles(schedule, table))
             d_pairs = for_queries(*pairs, work, heads.operand, sorted_rows=True)
             queries += [Part(d_pairs, slot, slot >= 0, 0) for slot in slots_of_pairs(schedule, heads)]
-            work = _of(heads, reader_tiles(schedule, plan.chunks))
+            work = heads.of(reader_tiles(schedule, plan.chunks))
             d_chunks = for_keys(*pairs, work, heads.operand, sorted_rows=True)
             for parts, of_chunks in zip(keys, d_chunks, strict=True):
                 parts.append(Part(of_chunks, plan.chunks.row_of_token[:, None], valid, 0))
@@ -174,18 +170,6 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 # ---------------------------------------------------------------------------------------------- groups of heads
-
-
-class Heads(NamedTuple):
-    """A group of heads; `first` is data, so that one program serves all groups."""
-
-    first: Array | int
-    count: int
-
-    @property
-    def operand(self) -> Int[Array, "1"]:
-        """What kernels are told."""
-        return jnp.full(1, self.first, jnp.int32)
 
 
 def _by_group(function, like, axes, heads: int, groups: int):
@@ -204,20 +188,15 @@ def _by_group(function, like, axes, heads: int, groups: int):
     return lax.fori_loop(0, groups, one, tuple(jnp.zeros(x.shape, x.dtype) for x in like))
 
 
-def _of(heads: Heads, x):
-    """The group's part of arrays [B, H, ...]."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, heads.first, heads.count, axis=1), x)
-
-
 def queries_of_slots(schedule: Schedule, heads: Heads) -> Int[Array, "B H S"]:
     """The query of each slot; 0 for empty slots."""
-    pair = _of(heads, schedule.pair_of_slot)
+    pair = heads.of(schedule.pair_of_slot)
     return jnp.maximum(pair, 0).reshape(*pair.shape[:2], -1) // schedule.slot_of_pair.shape[-1]
 
 
 def slots_of_pairs(schedule: Schedule, heads: Heads) -> list[Int[Array, "B H N"]]:
     """Where the pairs of each query lie; -1: nowhere."""
-    slots = _of(heads, schedule.slot_of_pair)
+    slots = heads.of(schedule.slot_of_pair)
     return [slots[..., i] for i in range(slots.shape[-1])]
 
 
@@ -294,7 +273,7 @@ def _add_text_parts(total, part: Part, plan: Plan, heads: Heads):
     if plan.text_parts < 2:
         return total
     batch, _, _, dim = part.rows.shape
-    rows = _of(heads, part.rows)[:, :, : plan.text_parts * plan.text_tiles * TILE].astype(jnp.float32)
+    rows = heads.of(part.rows)[:, :, : plan.text_parts * plan.text_tiles * TILE].astype(jnp.float32)
     rows = jnp.sum(rows.reshape(batch, heads.count, plan.text_parts, -1, dim)[:, :, 1:], axis=2).swapaxes(1, 2)
     text = slice(0, plan.text_tokens)  # what else lies in the last tile is video
     return total.at[:, text].add(jnp.where(part.there[:, 0, text, None, None], rows[:, text], 0.0))

@@ -56,6 +56,7 @@ class _Tiling:
 
     @classmethod
     def of(cls, chunks: int, head_dim: int) -> "_Tiling":
+        """As many chunks at once as shared memory and registers have room for."""
         column = _PARTS * head_dim * 2
         room = (_SMEM - _GROUPS * _ROWS * head_dim * 2) // column
         tiles = -(-chunks // _MOST_COLUMNS)

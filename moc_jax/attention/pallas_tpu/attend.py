@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moc_jax.attention.heads import Heads, head_groups
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, moves, packing, pairs, tuning
 from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.pallas_tpu.pairs import Placement
 from moc_jax.attention.pallas_tpu.plan import Moves, Order, Plan, cut_chunks, key_rows, pick_tiles, plan, reader_tiles
-from moc_jax.attention.pallas_tpu.tiles import Heads
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
@@ -74,11 +74,10 @@ def attend(
         return _attend(q, k, v, plan_, placement, table, static)
 
 
-def _head_groups(heads: int, placement: Placement, dim: int, dtype) -> int:
-    """The fewest equal groups of heads whose pairs' outputs fit the buffer; one head each if none do."""
+def _groups(heads: int, placement: Placement, dim: int, dtype) -> int:
+    """Groups of heads whose pairs' outputs fit the buffer."""
     per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(dim, dtype) * 4
-    most = min(_BUFFER, device.memory() // _SHARE)
-    return next((g for g in range(1, heads) if heads % g == 0 and heads // g * per_head <= most), heads)
+    return head_groups(heads, per_head, min(_BUFFER, device.memory() // _SHARE))
 
 
 def _place(routes, order: Order, table: ChunkTable, blocks: Blocks, dim: int) -> Placement | None:
@@ -134,7 +133,7 @@ def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
 
     start = anchors or (jnp.empty(queries.shape, v.dtype), jnp.empty(queries.shape[:3], jnp.float32))
     heads, dim = q.shape[2:]
-    out, lse = _by_group(one_group, start, heads, _head_groups(heads, placement, dim, v.dtype))
+    out, lse = _by_group(one_group, start, heads, _groups(heads, placement, dim, v.dtype))
     return _to_tokens(out, plan.order.moves.back, table, static), out, lse
 
 
@@ -203,7 +202,7 @@ def _all_pick_gradients(inputs: "_Inputs", of_anchors, placement: Placement, tab
     batch, heads, _, dim = inputs.queries.shape
     of_tokens = (batch, table.chunk_of.shape[1], heads, dim)
     start = jnp.empty(inputs.queries.shape, dtype), *(jnp.empty(of_tokens, dtype) for _ in range(2))
-    return _by_group(one_group, start, heads, _head_groups(heads, placement, dim, dtype))
+    return _by_group(one_group, start, heads, _groups(heads, placement, dim, dtype))
 
 
 class _Inputs(NamedTuple):

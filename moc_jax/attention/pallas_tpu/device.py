@@ -24,7 +24,7 @@ CHIPS = {  # by the start of `device_kind`
     "TPU v7x": "tpu7x",
 }
 _FOR_UNKNOWN_CHIPS = "v5e"
-_TWO_CORES = ("v4", "v5p")  # of one device
+CORES = {"v4": 2, "v5p": 2}  # that share a program as one device; else one
 
 _interpreter: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("interpreter", default=None)
 _compiled_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("compiled_for", default=None)
@@ -97,11 +97,11 @@ def check(q: Array, k: Array, v: Array) -> None:
         )
 
 
-def memory() -> int:
-    """Bytes of HBM of a device of the chip."""
-    version = pltpu.ChipVersion(chip().removeprefix("tpu"))
-    of_core = pltpu.get_tpu_info_for_chip(version, 1).hbm_capacity_bytes
-    return of_core * (2 if chip() in _TWO_CORES else 1)
+def memory(kind: str | None = None) -> int:
+    """Bytes of HBM of a device: of the kind of chip, or of the one that programs are traced for."""
+    kind = kind or chip()
+    version = pltpu.ChipVersion(kind.removeprefix("tpu"))
+    return pltpu.get_tpu_info_for_chip(version, 1).hbm_capacity_bytes * CORES.get(kind, 1)
 
 
 def vmem_limit() -> int:

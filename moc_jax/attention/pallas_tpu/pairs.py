@@ -29,10 +29,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moc_jax.attention.heads import Heads
 from moc_jax.attention.pallas_tpu import device, packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS
 from moc_jax.attention.pallas_tpu.ranks import ranks
-from moc_jax.attention.pallas_tpu.tiles import Heads
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 _GROUP = 16  # rows of the unrolled loops: a register of bfloat16

@@ -7,7 +7,6 @@ tiles with fewer repeat their last block, which copies nothing, and skip the wor
 """
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,22 +33,6 @@ class Tiles:
     def count(self) -> int:
         """Tiles per scene and head, used or not."""
         return self.table.shape[2]
-
-
-class Heads(NamedTuple):
-    """A group of heads; `first` is data, so that one program serves all groups."""
-
-    first: Array | int
-    count: int
-
-    @property
-    def operand(self) -> Int[Array, "1"]:
-        """What kernels are told."""
-        return jnp.full(1, self.first, jnp.int32)
-
-    def of(self, x):
-        """The group's part of arrays [B, H, ...]."""
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.first, self.count, axis=1), x)
 
 
 def flat(tiles: Tiles) -> Int[Array, "_"]:

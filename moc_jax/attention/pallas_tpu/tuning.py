@@ -134,6 +134,7 @@ class _Scene:
 
     @classmethod
     def of(cls, cfg: MoCConfig, table: ChunkTable) -> "_Scene":
+        """What a config makes of scenes of a table's shape."""
         tokens, chunks = table.chunk_of.shape[1], table.kind.shape[1]
         video = max(1, tokens - table.text_tokens)
         shots = table.max_shots or chunks

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moc_jax.attention import api
+from moc_jax.attention.heads import head_groups
 from moc_jax.attention.pallas_gpu import attend, plan
 from moc_jax.config import MoCConfig
 from moc_jax.scene import VIDEO
@@ -123,7 +124,7 @@ def test_groups_of_heads_and_routes_with_holes():
     cfg = MoCConfig(top_k=2, self_anchor="window", window=1, causal_routing=False, visibility="past")
     given, _, _ = check(Case(cfg, heads=2, change=holes, buffer=1))
     assert ((given[..., 0] < 0) & (given[..., 1] >= 0)).any()
-    assert (attend._head_groups(2, 64), attend._head_groups(12, attend._BUFFER // 4)) == (1, 3)
+    assert (head_groups(2, 64, 1024), head_groups(12, 256, 1024), head_groups(5, 2048, 1024)) == (1, 3, 5)
 
 
 def test_everyone_picks_one_chunk():
