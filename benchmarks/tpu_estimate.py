@@ -19,7 +19,6 @@ import math
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,10 +30,12 @@ import tyro
 from benchmarks import results
 from benchmarks.tables import estimate_parts_table, estimate_table, separated
 from benchmarks.tpu import compiler, hlo, listing, turns
-from benchmarks.tpu.compiler import CHIPS, CompilationError
+from benchmarks.tpu.compiler import CHIPS
 from benchmarks.tpu.kernels import PASSES, Pass
-from benchmarks.tpu.whole import DIM, HEADS, SETTING
+from benchmarks.tpu.real_sizes import SCENES
 
+_SCENE = SCENES["multi_shot"]
+_PARTS: dict[Pass, str] = {"forward": "forward", "backward": "gradients"}
 _BYTES = re.compile(r'%(?P<name>moc_[\w.\-]+) = .*"bytes_accessed":"(?P<bytes>\d+)"')
 
 
@@ -70,7 +71,7 @@ def estimate(chip: str, way: Pass, timeout: float) -> dict[str, Any]:
     Raises:
         CompilationError: the program doesn't compile in time.
     """
-    target, scene = CHIPS[chip], turns.Scene(SETTING, HEADS, DIM, chip)
+    target, scene = CHIPS[chip], turns.Scene(_SCENE.setting, _SCENE.heads, _SCENE.dim, chip)
     rate = target.info.mem_bw_bytes_per_second * target.cores
     with tempfile.TemporaryDirectory(prefix="tpu_estimate_") as temporary:
         folder = pathlib.Path(temporary)
@@ -95,8 +96,8 @@ def estimate(chip: str, way: Pass, timeout: float) -> dict[str, Any]:
         "pass": way,
         "setting": "multi_shot",
         "tokens": scene.table.chunk_of.shape[1],
-        "heads": HEADS,
-        "head_dim": DIM,
+        "heads": _SCENE.heads,
+        "head_dim": _SCENE.dim,
         "cores": target.cores,
         "kernels": {name: {key: round(x, 3) for key, x in found.items()} for name, found in kernels.items()},
         "xla_ms": round(of_xla, 3),
@@ -117,7 +118,7 @@ def splash_ms(chip: str, way: Pass, folder: pathlib.Path = results.FOLDER) -> tu
     (file,) = [f for f in results.load(folder, "tpu_schedule") if f["chip"] == f"TPU {chip}"] or [None]
     if file is None:
         raise RuntimeError(f"splash attention's schedule is not known for {chip}: run benchmarks.tpu_schedule first")
-    tokens, total, blocks = SETTING.shape.tokens, 0.0, []
+    tokens, total, blocks = _SCENE.setting.shape.tokens, 0.0, []
     for one in PASSES if way == "backward" else (way,):
         found = []
         for e in file["entries"].values():
@@ -127,30 +128,15 @@ def splash_ms(chip: str, way: Pass, folder: pathlib.Path = results.FOLDER) -> tu
                 cycles = math.ceil(tokens / tile) * (steps * e["step_cycles"] + sum(e["conditional_cycles"]))
                 found.append((cycles, {"pass": one, **e["blocks"]}))
         cycles, size = min(found, key=lambda x: x[0])
-        total += 1e3 * HEADS * cycles / CHIPS[chip].cores / CHIPS[chip].clock
+        total += 1e3 * _SCENE.heads * cycles / CHIPS[chip].cores / CHIPS[chip].clock
         blocks.append(size)
     return total, blocks
 
 
 def _compile(chip: str, way: Pass, folder: pathlib.Path, timeout: float) -> str:
     """The program's text; listings of its kernels go to the folder."""
-    if not compiler.installed():
-        raise RuntimeError("the TPU compiler is missing: pip install -e '.[tpu]'")
     file = folder / "program.txt"
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.tpu.whole", chip, way, str(file)],
-            cwd=pathlib.Path(__file__).parents[1],
-            env=compiler.environment(folder),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise CompilationError(f"{way} for {chip}: not compiled in {timeout:g} s") from error
-    if done.returncode != 0:
-        raise CompilationError(f"{way} for {chip}: {compiler.reason(done.stderr)}")
+    compiler.run("benchmarks.tpu.whole", [chip, _PARTS[way], str(file)], f"{way} for {chip}", timeout, folder)
     return file.read_text()
 
 

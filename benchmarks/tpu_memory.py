@@ -14,7 +14,6 @@ import itertools
 import json
 import pathlib
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,9 +24,8 @@ import tyro
 from benchmarks import results
 from benchmarks.tpu import compiler
 from benchmarks.tpu.compiler import CHIPS
-from benchmarks.tpu.real_sizes import HBM, PARTS, SCENES
-
-_ROOT = pathlib.Path(__file__).parents[1]
+from benchmarks.tpu.real_sizes import PARTS, SCENES
+from moc_jax.attention.pallas_tpu import device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +54,7 @@ def main(args: Arguments, command: str) -> None:
         for (chip, name), found in zip(work, pool.map(lambda one: ask(*one, args.timeout), work), strict=True):
             results.store(args.out, "tpu_memory", name, command, entry(chip, name, found), chip=f"TPU {chip}")
             gib = {what: round(size / 2**30, 2) for what, size in found.get("memory", {}).items()}
-            print(f"{chip} ({HBM[chip]} GiB) {name}: {gib or found['error']}", flush=True)
+            print(f"{chip} ({device.memory(chip) / 2**30:.0f} GiB) {name}: {gib or found['error']}", flush=True)
 
 
 def entry(chip: str, name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -64,33 +62,19 @@ def entry(chip: str, name: str, found: dict[str, Any]) -> dict[str, Any]:
     scene, part = name.split("/")
     of = SCENES[scene]
     sizes = {"tokens": of.setting.shape.tokens, "heads": of.heads, "head_dim": of.dim}
-    return {"scene": scene, "part": part, **sizes, "hbm": HBM[chip] * 2**30, **found}
+    return {"scene": scene, "part": part, **sizes, "hbm": device.memory(chip), **found}
 
 
 def ask(chip: str, name: str, timeout: float) -> dict[str, Any]:
     """The kernels of a program and the bytes that it needs, or an error.
 
     Raises:
-        RuntimeError: libtpu is missing, or the process died.
+        RuntimeError: libtpu is missing.
+        CompilationError: the process died or took longer than the timeout.
     """
-    if not compiler.installed():
-        raise RuntimeError("the TPU compiler is missing: pip install -e '.[tpu]'")
     with tempfile.TemporaryDirectory(prefix="tpu_memory_") as temporary:
         file = pathlib.Path(temporary) / "found.json"
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.tpu.real_sizes", chip, str(file), name],
-                cwd=_ROOT,
-                env=compiler.environment(),
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=timeout,
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"not compiled in {timeout:g} s"}
-        if done.returncode != 0:
-            raise RuntimeError(f"{name} for {chip}: {compiler.reason(done.stderr)}")
+        compiler.run("benchmarks.tpu.real_sizes", [chip, str(file), name], f"{name} for {chip}", timeout)
         return json.loads(file.read_text())[name]
 
 

@@ -12,12 +12,14 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.tpu import listing
 from benchmarks.tpu.kernels import Blocks, Pass
 from benchmarks.tpu.listing import Schedule
+from moc_jax.attention.pallas_tpu import device
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -30,13 +32,21 @@ class Chip:
     """Bytes in which listings count copies."""
     rows_per_cycle: int = 1
     """That each matrix unit multiplies at the peak."""
-    cores: int = 1
-    """That share a program as one device."""
+
+    @property
+    def kind(self) -> str:
+        """The chip's name in CHIPS."""
+        return self.topology.split(":")[0]
+
+    @property
+    def cores(self) -> int:
+        """That share a program as one device."""
+        return device.CORES.get(self.kind, 1)
 
     @property
     def info(self) -> pltpu.TpuInfo:
         """What Pallas knows of one core."""
-        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(self.topology.split(":")[0].removeprefix("tpu")), 1)
+        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(self.kind.removeprefix("tpu")), 1)
 
     @property
     def clock(self) -> float:
@@ -46,9 +56,9 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4:1x1x1", granule=512, cores=2),
+    "v4": Chip("v4:1x1x1", granule=512),
     "v5e": Chip("v5e:1x1"),
-    "v5p": Chip("v5p:1x1x1", cores=2),
+    "v5p": Chip("v5p:1x1x1"),
     "v6e": Chip("v6e:1x1", rows_per_cycle=2),
     "tpu7x": Chip("tpu7x:1x1x1", rows_per_cycle=2),
 }
@@ -74,31 +84,40 @@ def compile_for(
         RuntimeError: libtpu is missing.
         CompilationError: the kernel doesn't compile, with the compiler's reason, or takes longer than the timeout.
     """
-    if not installed():
-        raise RuntimeError("the TPU compiler is missing: pip install -e '.[tpu]'")
     with tempfile.TemporaryDirectory(prefix="tpu_schedule_") as temporary:  # hundreds of files per compilation
         listings = pathlib.Path(temporary) / "listings"
         listings.mkdir()
         file = pathlib.Path(temporary) / "compiled.json"
         what = [chip, kernel, way, json.dumps(dataclasses.asdict(blocks)), str(head_dim), str(file)]
-        name = f"{kernel} {way} {blocks} for {chip}"
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.tpu.worker", *what],
-                cwd=_ROOT,
-                env=environment(listings),
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=timeout,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise CompilationError(f"{name}: not compiled in {timeout:g} s") from error
-        if done.returncode != 0:
-            raise CompilationError(f"{name}: {reason(done.stderr)}")
+        run("benchmarks.tpu.worker", what, f"{kernel} {way} {blocks} for {chip}", timeout, listings)
         found = json.loads(file.read_text())
         bundles, slots = (path.read_text() for path in listing.find(listings, found["kernel"]))
         return Compiled(schedule=listing.read(bundles, slots, CHIPS[chip].granule), memory=found["memory"])
+
+
+def run(module: str, arguments: Sequence[str], name: str, timeout: float, listings: pathlib.Path | None = None) -> None:
+    """Runs a module that compiles in a process of its own; `name` says what, for errors; `timeout` in seconds.
+
+    Raises:
+        RuntimeError: libtpu is missing.
+        CompilationError: the process fails, with the compiler's reason, or takes longer than the timeout.
+    """
+    if not installed():
+        raise RuntimeError("the TPU compiler is missing: pip install -e '.[tpu]'")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            cwd=_ROOT,
+            env=environment(listings),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CompilationError(f"{name}: not compiled in {timeout:g} s") from error
+    if done.returncode != 0:
+        raise CompilationError(f"{name}: {_reason(done.stderr)}")
 
 
 def installed() -> bool:
@@ -123,7 +142,7 @@ def environment(listings: pathlib.Path | None = None) -> dict[str, str]:
     }
 
 
-def reason(stderr: str) -> str:
+def _reason(stderr: str) -> str:
     """The line of the exception."""
     lines = [line.strip() for line in stderr.splitlines() if "Error" in line]
     return lines[-1] if lines else stderr[-500:].strip()

@@ -84,8 +84,7 @@ class Bundle:
 
 def kernels(folder: pathlib.Path, start: str) -> list[str]:
     """Names of the kernels in a folder of listings, as far as they start so."""
-    pattern = re.compile(rf"\d+-(?P<kernel>{re.escape(start)}.*)-\d+-{re.escape(SLOTS)}\.txt")
-    return sorted({found["kernel"] for path in folder.iterdir() if (found := pattern.fullmatch(path.name))})
+    return sorted(name for name in _files(folder, SLOTS) if name.startswith(start))
 
 
 def find(folder: pathlib.Path, kernel: str) -> tuple[pathlib.Path, pathlib.Path]:
@@ -94,19 +93,17 @@ def find(folder: pathlib.Path, kernel: str) -> tuple[pathlib.Path, pathlib.Path]
     Raises:
         ValueError: no kernel or several are called so.
     """
-    found = []
-    for stage in (BUNDLES, SLOTS):
-        pattern = re.compile(rf"\d+-(?P<kernel>{re.escape(kernel)}.*)-\d+-{re.escape(stage)}\.txt")
-        paths = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
-        if len(paths) != 1:
-            known = sorted(
-                {m[1] for p in folder.iterdir() if (m := re.fullmatch(rf"\d+-(.*)-\d+-{stage}\.txt", p.name))}
-            )
-            raise ValueError(
-                f"{len(paths)} kernels start with {kernel!r}, it must be one; compiled were {', '.join(known)}"
-            )
-        found.append(paths[0])
-    return found[0], found[1]
+    names = kernels(folder, kernel)
+    if len(names) != 1:
+        known = ", ".join(kernels(folder, ""))
+        raise ValueError(f"{len(names)} kernels start with {kernel!r}, it must be one; compiled were {known}")
+    return _files(folder, BUNDLES)[names[0]], _files(folder, SLOTS)[names[0]]
+
+
+def _files(folder: pathlib.Path, stage: str) -> dict[str, pathlib.Path]:
+    """The listings of a stage, by kernel."""
+    pattern = re.compile(rf"\d+-(.*)-\d+-{re.escape(stage)}\.txt")
+    return {found[1]: path for path in folder.iterdir() if (found := pattern.fullmatch(path.name))}
 
 
 def read(bundles: str, slots: str, granule: int) -> Schedule:

@@ -23,9 +23,6 @@ from benchmarks.settings import SETTINGS, Setting, multi_shot
 from benchmarks.tpu.worker import compiled, memory
 from moc_jax.attention.api import moc_attention
 
-HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
-"""GiB of a device, by Google's pages on each; tpu7x: one of a chip's two cores, a device of its own."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scene:

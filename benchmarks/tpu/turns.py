@@ -75,17 +75,24 @@ class Scene:
         return key_rows(self.table.chunk_of.shape[1], self.table.text_tokens, self.blocks)
 
     @functools.cached_property
-    def window(self) -> int:
+    def placement(self) -> pairs.Placement:
+        """Shapes, of one scene."""
+        shape = jax.ShapeDtypeStruct((1, self.heads, *self.table.chunk_of.shape[1:], self.setting.moc.top_k), jnp.int32)
+        place = functools.partial(attend._place, table=self.table, blocks=self.blocks, dim=self.dim)
         with device.compiled_for(self.chip):
-            return pairs.window_rows(self.plan.order.rows, self.setting.moc.top_k, self.dim, self.chunks)
+            return jax.eval_shape(lambda routes: place(routes, self.plan.order), shape)
 
     @property
     def step(self) -> int:
-        return pairs.step_rows(self.plan.order.rows)
+        return self.placement.step
+
+    @property
+    def window(self) -> int:
+        return self.placement.steps * self.step
 
     @property
     def windows(self) -> int:
-        return -(-self.plan.order.rows // self.window)
+        return self.placement.runs.shape[2]
 
     @functools.cached_property
     def routes(self) -> np.ndarray:
@@ -103,14 +110,11 @@ class Scene:
         counts = [np.bincount(picks[picks >= 0], minlength=self.chunks) for picks in by_window]
         return -(-np.stack(counts) // device.ROWS) * device.ROWS
 
-    @functools.cached_property
+    @property
     def groups(self) -> int:
         """Of heads."""
-        shape = jax.ShapeDtypeStruct((1, self.heads, *self.table.chunk_of.shape[1:], self.setting.moc.top_k), jnp.int32)
         with device.compiled_for(self.chip):
-            place = functools.partial(attend._place, table=self.table, blocks=self.blocks, dim=self.dim)
-            placement = jax.eval_shape(lambda routes: place(routes, self.plan.order), shape)
-            return attend._head_groups(self.heads, placement, self.dim, jnp.bfloat16)
+            return attend._groups(self.heads, self.placement, self.dim, jnp.bfloat16)
 
     def pick_tiles(self, size: int) -> np.ndarray:
         """Tiles of slots of each chunk."""
@@ -210,9 +214,7 @@ def _picks(scene: Scene) -> Walk:
     tiling = scene.blocks.picks
     of_chunk = scene.pick_tiles(tiling.queries)
     used = scene.heads * int(of_chunk.sum())
-    most = scene.table.chunk_of.shape[1] * scene.setting.moc.top_k
-    capacity = -(-(most + scene.windows * scene.chunks * (device.ROWS - 1)) // tiling.queries) + scene.chunks
-    idle = scene.heads * capacity - used
+    idle = scene.heads * scene.placement.tile_chunk.shape[2] - used
     if not tiling.short:
         return Walk(tiles=used, steps=used, idle=idle)
     start, length = (np.asarray(x[0]) for x in (scene.table.start, scene.table.length))
@@ -253,10 +255,7 @@ _WALKS = {
 
 def _columns(s: Scene) -> list[tuple[int, ...]]:
     """Of all slots, used or not, 2048 at a time."""
-    size = s.blocks.picks.queries
-    most = s.table.chunk_of.shape[1] * s.setting.moc.top_k
-    capacity = -(-(most + s.windows * s.chunks * (device.ROWS - 1)) // size) + s.chunks
-    rows = capacity * size
+    rows = s.placement.slots
     return [(s.heads * (rows // next(n for n in (2048, 1024, 512, 256, 128) if rows % n == 0)),)]
 
 
