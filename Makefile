@@ -31,7 +31,7 @@ demo: $(CLIP)
 		--contact-sheet out/demo/contact_sheet.png --routing-picture out/demo/routing.png
 
 test: $(VENV)/ready $(TPU_COMPILER)
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 # On a Hopper GPU, with the jax that is installed there: `make test-gpu BIN=/usr/bin` takes the machine's Python.
 # Compiling takes the time, some four minutes on 16 cores. TPU kernels are interpreted, which `make test` does.

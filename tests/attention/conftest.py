@@ -1,4 +1,4 @@
-"""Tests of interpreted TPU kernels share programs, so one process runs them all, and those that add least are slow."""
+"""Compiling interpreted TPU kernels takes long: of their tests, those that add least are slow."""
 
 import pytest
 
@@ -13,7 +13,6 @@ def pytest_collection_modifyitems(items):
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if "pallas_tpu" not in (parameters.get("backend"), *parameters.get("backends", ())):
             continue
-        item.add_marker(pytest.mark.xdist_group("interpreted"))
         slow = item.get_closest_marker("slow_interpreted")
         if slow and (not slow.args or any(value in slow.args for value in parameters.values())):
             item.add_marker(pytest.mark.slow)
