@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
-    """Linux gives a process 65 530 mappings of memory; each program takes some, and LLVM crashes where there are none."""
+    """Linux gives a process 65 530 mappings of memory; each program takes some, and LLVM crashes without."""
     yield
     if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
