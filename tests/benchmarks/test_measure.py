@@ -1,43 +1,54 @@
 """Time, memory and what is compared."""
 
-import time
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import results
+from benchmarks import measure, results
 from benchmarks.measure import Effort, Program, both_ways, dense_attention, time_launches
 
 
-def test_samples_are_long_enough():
-    count = 0
+@pytest.fixture
+def launching(monkeypatch):
+    """launching(seconds, ...) -> what to launch, which takes these seconds in turn, by a clock that it moves alone."""
+    now = 0.0
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
 
-    def launch():
-        nonlocal count
-        count += 1
-        time.sleep(0.001)
+    def launches_of(*seconds):
+        turns = itertools.cycle(seconds)
 
-    timing = time_launches(launch, Effort(samples=4, sample_seconds=0.02))
-    assert timing.samples == 4
-    assert 8 <= timing.launches <= 20  # sleeping may take longer than a millisecond, never less
-    assert timing.median_ms >= 1
-    assert timing.low_ms <= timing.median_ms <= timing.high_ms
-    assert count >= 4 * timing.launches
+        def launch():
+            nonlocal now
+            now += next(turns)
+            launch.count += 1
+
+        launch.count = 0
+        return launch
+
+    return launches_of
 
 
-def test_long_programs_get_fewer_samples():
-    counts = []
+def test_samples_are_long_enough(launching):
+    launch = launching(0.001)
+    timing = time_launches(launch, Effort(samples=4, sample_seconds=0.0195))
+    assert (timing.samples, timing.launches) == (4, 20)
+    assert launch.count == 1 + 1 + 20 + 4 * 20  # one to warm up, one to see how long it takes, as many as fill a sample
+    assert [timing.low_ms, timing.median_ms, timing.high_ms] == pytest.approx([1, 1, 1])
 
-    def launch():
-        counts.append(1)
-        time.sleep(0.03)
 
-    assert time_launches(launch, Effort(samples=9, budget_seconds=0.0)).samples == 3
-    counts.clear()
+def test_median_and_extremes_are_per_launch(launching):
+    timing = time_launches(launching(0.03, 0.01, 0.02), Effort(samples=3, sample_seconds=0.005))
+    assert [timing.low_ms, timing.median_ms, timing.high_ms] == pytest.approx([10, 20, 30])
+
+
+def test_long_programs_get_fewer_samples(launching):
+    assert time_launches(launching(0.03), Effort(samples=9, budget_seconds=0.0)).samples == 3
+    launch = launching(0.03)
     assert time_launches(launch, Effort(samples=9, single_seconds=0.01)).samples == 1
-    assert len(counts) == 1
+    assert launch.count == 1
 
 
 def test_memory_of_a_program():

@@ -27,9 +27,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moc_jax.attention.routing import candidate_chunks
+from moc_jax.attention.routing import candidate_runs, pickable_chunks
 from moc_jax.config import MoCConfig
-from moc_jax.scene import VIDEO, ChunkTable
+from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 _ROWS = 64  # queries of one warpgroup: the M of wgmma
@@ -97,11 +97,11 @@ def select(
     step = _GROUPS * _ROWS
     steps = max(1, min(_MOST_STEPS, batch * heads * tokens // (step * _PROGRAMS)))
     blocks = -(-tokens // (step * steps))
-    first, second, end = _candidate_runs(table, cfg)
+    runs = [jnp.pad(run, ((0, 0), (0, 1))) for run in candidate_runs(table, cfg)]  # padding tokens: no candidates
     padding = blocks * steps * step - tokens
     of = jnp.pad(table.chunk_of, ((0, 0), (0, padding)), constant_values=-1)
     of = jnp.where(of < 0, phi.shape[2], of)
-    runs = jnp.stack([jnp.take_along_axis(run, of, axis=1) for run in (first, second, end)], axis=1)
+    runs = jnp.stack([jnp.take_along_axis(run, of, axis=1) for run in runs], axis=1)
     used = -(-jnp.max(runs[:, 2].reshape(batch, -1, step), axis=-1) // tiling.columns)  # [B, blocks * steps]
 
     rows = tokens + -tokens % _ROWS
@@ -142,25 +142,6 @@ def _check(q, chunks: int, cfg):
         )
 
 
-def _candidate_runs(table, cfg):
-    """For the queries of each chunk, their candidates as columns [0, first) and [second, end); each [B, C + 1].
-
-    Columns that nobody may pick can lie in a run. The last row is for padding tokens and has no candidates.
-    """
-    candidates = candidate_chunks(table, cfg)
-    chunks = candidates.shape[-1]
-    column = jnp.arange(chunks, dtype=jnp.int32)[None, None]
-    barred = _pickable(table)[:, None] & ~candidates
-    first = jnp.min(jnp.where(barred, column, chunks), axis=-1)
-    second = jnp.min(jnp.where(candidates & (column > first[:, :, None]), column, chunks), axis=-1)
-    end = jnp.max(jnp.where(candidates, column + 1, 0), axis=-1)
-    return tuple(jnp.pad(run, ((0, 0), (0, 1))) for run in (jnp.minimum(first, end), second, end))
-
-
-def _pickable(table):
-    return (table.kind == VIDEO) & (table.length > 0)
-
-
 def _parts(phi, table, tiling, dtype):
     """phi [B, H, C, D] as a sum of `_PARTS` 16-bit parts, largest first: [B * H * tiles * parts, columns, D].
 
@@ -168,7 +149,7 @@ def _parts(phi, table, tiling, dtype):
     put its largest mean just below float16's largest number.
     """
     batch, heads, chunks, head_dim = phi.shape
-    pickable = _pickable(table)[:, None, :, None]
+    pickable = pickable_chunks(table)[:, None, :, None]
     if dtype == jnp.float16:
         size = jnp.where(pickable & jnp.isfinite(phi), jnp.abs(phi), 0.0)
         _, exponent = jnp.frexp(jnp.max(size, axis=(2, 3), keepdims=True))
