@@ -107,7 +107,7 @@ def _tpu_block(folder: pathlib.Path) -> list[str]:
         sizes = [(kernel, 1024, 1024) for kernel in ("anchors", "picks")]
         lines += [
             "Each kernel's tile beside splash attention's in blocks of the same rows, and a step's cycles per 2^20"
-            " pairs where they are fewest:",
+            " pairs where they are fewest, of both kernels weighed by the pairs of the scene above:",
             "",
             *separated([schedule_table(schedules, sizes), schedule_best_table(schedules)]),
             "",

@@ -67,11 +67,14 @@ def scene_cycles(chip: str, kernel: str, way: Pass, blocks: Blocks, schedule: Sc
         return cycles * PAIRS / _TOKENS**2
     scene = Scene(_SETTING, 1, 128, chip, _sizes(kernel, way, blocks))
     cycles = walk_cycles(schedule, walk(f"moc_{_NAMES[way]}_{kernel}", scene))
+    return cycles * PAIRS / scene_pairs(kernel, way)
+
+
+def scene_pairs(kernel: str, way: Pass) -> int:
+    """The reference scene's pairs that count, of one head: with the kernel's step, not in a loop beside it."""
     if kernel == "anchors":
-        pairs = _SHOTS * _SHOT * (_SHOT + (_TEXT if way == "forward" else 0))
-    else:
-        pairs = int((scene.routes >= 0).sum()) * _CHUNK
-    return cycles * PAIRS / pairs
+        return _SHOTS * _SHOT * (_SHOT + (_TEXT if way == "forward" else 0))
+    return (_SHOTS - 1) * _SHOT * _SETTING.moc.top_k * _CHUNK  # the first shot has no candidates
 
 
 def _sizes(kernel: str, way: Pass, blocks: Blocks) -> tuning.Blocks:

@@ -237,8 +237,17 @@ def test_tables():
     assert len({row.count("|") for row in rows}) == 1
     assert schedule_table(_files(), [("anchors", 512, 512)]) == []
     (head, _, forward, _) = schedule_best_table(_files())
-    assert forward == "| v5p | forward | 1024 x 1024 | 5,400 | 1024 x 1024 | 4,900 | 0.91 |  |  |  |"
+    assert forward == "| v5p | forward | 1024 x 1024 | 5,400 | 1024 x 1024 | 4,900 | 0.91 |  |  |  |  |  |"
     assert head.count("|") == forward.count("|")
+
+
+def test_both_kernels_count_by_their_pairs():
+    (file,) = _files()
+    picks = file["entries"]["anchors 1024"] | {"kernel": "picks", "step_per_pairs": 6000.0}
+    (_, _, forward, _) = schedule_best_table([{**file, "entries": file["entries"] | {"picks": picks}}])
+    anchors, picks = 180_000 * 23_004, 157_500 * 5 * 1250
+    both = (4900 * anchors + 6000 * picks) / (anchors + picks)
+    assert forward.endswith(f"| 1024 x 1024 | 6,000 | 1.11 | {both:,.0f} | {both / 5400:.2f} |")
 
 
 @needs_libtpu
