@@ -28,6 +28,8 @@ _ROOT = pathlib.Path(__file__).parents[2]
 class Chip:
     topology: str
     """The smallest that libtpu knows."""
+    config: str = "default"
+    """How libtpu sets the chip up; v4's two cores are one device only if it is told so."""
     granule: int = 32
     """Bytes in which listings count copies."""
     rows_per_cycle: int = 1
@@ -56,7 +58,7 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4:1x1x1", granule=512),
+    "v4": Chip("v4:1x1x1", config="megacore", granule=512),
     "v5e": Chip("v5e:1x1"),
     "v5p": Chip("v5p:1x1x1"),
     "v6e": Chip("v6e:1x1", rows_per_cycle=2),

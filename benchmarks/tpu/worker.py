@@ -20,7 +20,7 @@ from moc_jax.attention.pallas_tpu import device
 
 
 def main(chip: str, kernel: str, way: str, blocks: str, head_dim: str, file: str) -> None:
-    """Compiles for one core of the chip."""
+    """Compiles for one device."""
     (of,) = (each for each in PASSES if each == way)
     program = KERNELS[kernel](of, Blocks(**json.loads(blocks)), int(head_dim))
     found = {"kernel": program.kernel, "memory": memory(compiled(chip, program.function, program.arguments))}
@@ -28,9 +28,11 @@ def main(chip: str, kernel: str, way: str, blocks: str, head_dim: str, file: str
 
 
 def compiled(chip: str, function: Callable[..., Any], arguments: Any) -> jax.stages.Compiled:
-    """The program for one core of a chip that isn't there; arguments are shapes."""
-    core = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[:1]
-    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(core), "core"), jax.P())
+    """The program for one device of chips that aren't there; arguments are shapes."""
+    of = CHIPS[chip]
+    devices = topologies.get_topology_desc(of.topology, "tpu", chip_config_name=of.config).devices[:1]
+    assert devices[0].num_cores == of.cores
+    sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), "device"), jax.P())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
     with device.compiled_for(chip):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()

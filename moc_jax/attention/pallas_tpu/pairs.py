@@ -39,6 +39,7 @@ _GROUP = 16  # rows of the unrolled loops: a register of bfloat16
 STEP = 1024  # rows of a grid step
 _MERGED = 16  # rows merged at once: more take more registers than there are
 _MOST_WINDOW = 8192
+_MOST_SHARE = 7 / 8  # of vector memory, for two buffers of a window's pairs
 _RUN = 3  # columns of a run: rows, place in the window, slot
 _row_by_row = contextvars.ContextVar("row_by_row", default=False)
 
@@ -104,7 +105,7 @@ def place(
     windows = routes.shape[2] // window
     by_window = routes.reshape(batch, heads * windows, window, picks)
     rank, counts = ranks(by_window, chunks, interpret=device.interpreter())
-    room = _up(window * picks, LANES) + _up(chunks * (ROWS - 1), LANES) + LANES
+    room = _room(window, picks, chunks)
     some = (lengths > 0)[:, None, None]
     run_rows = jnp.where(some, _up(counts, ROWS).reshape(batch, heads, windows, chunks), 0)
     run_place = jnp.cumsum(run_rows, axis=3) - run_rows
@@ -200,10 +201,25 @@ def step_rows(rows: int) -> int:
 
 
 def window_rows(rows: int, picks: int, dim: int, chunks: int) -> int:
-    """As many rows of a window as two buffers of its pairs leave room for beside the rest."""
-    most = device.vmem_limit() * 5 // 8 // (2 * _up(dim, LANES) * 4)
-    fit = (most - chunks * ROWS - 2 * LANES) // max(1, picks) // STEP * STEP
+    """As many rows of a window as two buffers of its pairs leave room for beside the rest.
+
+    Raises:
+        NotImplementedError: not even the smallest window fits, as every chunk needs up to 7 rows of padding.
+    """
+    limit, row = device.vmem_limit(), 2 * _up(dim, LANES) * 4
+    needed = _room(STEP, picks, chunks) * row
+    if needed > limit * _MOST_SHARE:
+        raise NotImplementedError(
+            f"{chunks} chunks and top_k {picks} need {needed / 2**20:.1f} MiB of vector memory, of which TPU "
+            f'{device.chip()} has {limit * _MOST_SHARE / 2**20:.1f} to spare: take larger chunks, or backend="xla"'
+        )
+    fit = (limit * 5 // 8 // row - chunks * ROWS - 2 * LANES) // max(1, picks) // STEP * STEP
     return max(STEP, min(_MOST_WINDOW, fit, _up(rows, STEP)))
+
+
+def _room(window: int, picks: int, chunks: int) -> int:
+    """Rows of a window's buffer: its pairs, padding, and rows for nobody's."""
+    return _up(window * picks, LANES) + _up(chunks * (ROWS - 1), LANES) + LANES
 
 
 def _up(x, unit: int):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.attention.pallas_tpu import pairs
+from moc_jax.attention.pallas_tpu import device, pairs
 
 BATCH, HEADS, ROWS, PICKS, CHUNKS, DIM, TILE = 2, 2, 96, 3, 7, 16, 16
 EMPTY = 4  # a chunk of no length, which some pick
@@ -153,3 +153,13 @@ def test_windows_fit_the_chip():
         rows = pairs.window_rows(200_000, picks, 128, chunks)
         assert rows % pairs.STEP == 0
         assert rows >= pairs.STEP
+
+
+def test_more_chunks_than_vector_memory_has_room_for_are_refused():
+    """64 shots, 1.44 M tokens in chunks of 1 250, fit all chips but v4, which has the least vector memory."""
+    with device.compiled_for("v5e"):
+        assert pairs.window_rows(1_500_000, 5, 128, 1253) == 8192
+    with device.compiled_for("v4"):
+        assert pairs.window_rows(1_200_000, 5, 128, 999) == pairs.STEP
+        with pytest.raises(NotImplementedError, match=r"1253 chunks and top_k 5 need 13\.\d MiB.* TPU v4 has 12\.2"):
+            pairs.window_rows(1_500_000, 5, 128, 1253)
