@@ -265,9 +265,9 @@ def spread(
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((p.room, dim), jnp.float32),
-                pltpu.VMEM((2, p.room, dim), x.dtype),
-                pltpu.SMEM((2,), jnp.int32),
-                pltpu.SemaphoreType.DMA((3,)),
+                pltpu.VMEM((p.room, dim), x.dtype),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
         compiler_params=_params(),
@@ -335,8 +335,8 @@ def _spread_kernel(
     fill_vmem_ref,  # [tile, D]
     out_hbm_ref,  # [B, H, slots, D]
     rows_vmem_ref,  # [room, D]: the window's pairs
-    ready_vmem_ref,  # [2, room, D]: the same, on their way out
-    leaving_smem_ref,  # [2]: rows on their way out of each of those
+    ready_vmem_ref,  # [room, D]: those of the window before, on their way out while this one's are stored
+    leaving_smem_ref,  # [1]: rows of that
     semaphores,  # of those, and of tails
     *,
     p: _Sizes,
@@ -347,12 +347,12 @@ def _spread_kernel(
     b, h, w, s = (pl.program_id(i) for i in range(4))
     out_hbm_ref = out_hbm_ref.at[b, h]
     last_step = s == pl.num_programs(3) - 1
-    parity = lax.rem(w, 2)
+    left, tails_left = semaphores.at[0], semaphores.at[1]
 
     @pl.when((w == 0) & (s == 0))
     def _():
-        leaving_smem_ref[0], leaving_smem_ref[1] = jnp.int32(0), jnp.int32(0)
-        send_tail = functools.partial(_send_tail, fill_vmem_ref, out_hbm_ref, semaphores.at[2])
+        leaving_smem_ref[0] = jnp.int32(0)
+        send_tail = functools.partial(_send_tail, fill_vmem_ref, out_hbm_ref, tails_left)
         _each_run(tails_smem_ref, 2, p, send_tail)
 
     @pl.when(s == 0)
@@ -381,29 +381,28 @@ def _spread_kernel(
 
     @pl.when(last_step)
     def _():
-        _await(ready_vmem_ref.at[parity], out_hbm_ref, leaving_smem_ref[parity], semaphores.at[parity])
+        _await(ready_vmem_ref, out_hbm_ref, leaving_smem_ref[0], left)
         total = _end_of_runs(runs_smem_ref, p)
         size = LANES
 
         def convert(i, _):
             rows = pl.ds(pl.multiple_of(i * size, size), size)
-            ready_vmem_ref[parity, rows] = rows_vmem_ref[rows].astype(ready_vmem_ref.dtype)
+            ready_vmem_ref[rows] = rows_vmem_ref[rows].astype(ready_vmem_ref.dtype)
             return 0
 
         lax.fori_loop(0, lax.div(total + size - 1, jnp.int32(size)), convert, 0)
 
         def send(rows, place, slot):
-            source = ready_vmem_ref.at[parity, pl.ds(place, rows)]
-            pltpu.make_async_copy(source, out_hbm_ref.at[pl.ds(slot, rows)], semaphores.at[parity]).start()
+            source = ready_vmem_ref.at[pl.ds(place, rows)]
+            pltpu.make_async_copy(source, out_hbm_ref.at[pl.ds(slot, rows)], left).start()
 
         _each_run(runs_smem_ref, _RUN, p, send)
-        leaving_smem_ref[parity] = total
+        leaving_smem_ref[0] = total
 
     @pl.when(last_step & (w == pl.num_programs(2) - 1))
     def _():
-        for one in (0, 1):
-            _await(ready_vmem_ref.at[one], out_hbm_ref, leaving_smem_ref[one], semaphores.at[one])
-        _each_run(tails_smem_ref, 2, p, lambda first, rows: _await(fill_vmem_ref, out_hbm_ref, rows, semaphores.at[2]))
+        _await(ready_vmem_ref, out_hbm_ref, leaving_smem_ref[0], left)
+        _each_run(tails_smem_ref, 2, p, lambda first, rows: _await(fill_vmem_ref, out_hbm_ref, rows, tails_left))
 
 
 def _places_of(places_smem_ref, row, p: _Sizes):
