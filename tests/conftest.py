@@ -23,7 +23,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _ON_GPU = pathlib.Path(__file__).parent / "attention"
 
-
 # Files that take minutes come first, so that no worker waits for another in the end.
 _FIRST = ("tests/training/", "tests/attention/pallas_tpu/test_compiles.py", "tests/benchmarks/")
 # Files whose tests have nothing in common.
@@ -41,11 +40,13 @@ def _unit(nodeid: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
+    if jax.default_backend() != "cpu":  # where many short tests run
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Units(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            return nodeid if os.environ.get("MOC_TEST_PLATFORM") == "gpu" else _unit(nodeid)
+            return _unit(nodeid)
 
     config.option.loadscopereorder = False  # the order is that of the collection
     return Units(config, log)
