@@ -37,7 +37,6 @@ class Scene:
 SCENES = {
     "multi_shot": Scene(setting=SETTINGS["multi_shot"]),  # 180 504 tokens, 154 chunks
     "minutes": Scene(setting=multi_shot(64), heads=1),  # 1 443 640 tokens; heads go one by one
-    "fewer_minutes": Scene(setting=multi_shot(51), heads=1),  # 999 chunks: v4 has room for some fifty more
     "single_shot": Scene(setting=SETTINGS["single_shot"]),
     "wan": Scene(setting=SETTINGS["wan"]),
     "float32": Scene(setting=SETTINGS["wan"], heads=2, dtype=jnp.float32),

@@ -18,6 +18,7 @@ from benchmarks.settings import Setting
 from benchmarks.tpu import listing
 from moc_jax.attention import routing
 from moc_jax.attention.pallas_tpu import attend, device, flash, moves, pairs, pool, ranks, router, tiles, tuning
+from moc_jax.attention.pallas_tpu.placement import Placement
 from moc_jax.attention.pallas_tpu.plan import Plan, key_rows, plan
 from moc_jax.scene import VIDEO
 
@@ -75,10 +76,10 @@ class Scene:
         return key_rows(self.table.chunk_of.shape[1], self.table.text_tokens, self.blocks)
 
     @functools.cached_property
-    def placement(self) -> pairs.Placement:
+    def placement(self) -> Placement:
         """Shapes, of one scene."""
         shape = jax.ShapeDtypeStruct((1, self.heads, *self.table.chunk_of.shape[1:], self.setting.moc.top_k), jnp.int32)
-        place = functools.partial(attend._place, table=self.table, blocks=self.blocks, dim=self.dim)
+        place = functools.partial(attend._place, table=self.table, blocks=self.blocks, dim=self.dim, dtype=jnp.bfloat16)
         order = self.plan.order
         with device.compiled_for(self.chip):
             return jax.eval_shape(lambda routes: place(routes, order), shape)

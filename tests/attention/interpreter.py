@@ -12,12 +12,23 @@ import operator
 import jax
 import numpy as np
 from jax._src import callback, effects, source_info_util
-from jax._src.pallas.mosaic.interpret import vector_clock
+from jax._src.pallas.mosaic.interpret import race_detection_state, vector_clock
 from jax.experimental.pallas import tpu as pltpu
 
+_RAISES = {"on_race": "raise"} if "on_race" in pltpu.InterpretParams.__dataclass_fields__ else {}
 INTERPRETER = pltpu.InterpretParams(
-    detect_races=True, on_race="raise", out_of_bounds_reads="raise", uninitialized_memory="nan"
+    detect_races=True, out_of_bounds_reads="raise", uninitialized_memory="nan", **_RAISES
 )
+
+
+def _set_or_raise(self, name, value):
+    if name == "races_found" and value:
+        raise RuntimeError("a data race; printed above")
+    object.__setattr__(self, name, value)
+
+
+if not _RAISES:  # before jax 0.12 races were printed and noted
+    race_detection_state.RaceDetectionState.__setattr__ = _set_or_raise
 
 # The interpreter's callbacks are effects, which kernels on a TPU don't have and jax.checkpoint refuses. Every run of a
 # kernel makes memory of its own, so that running it again in the backward pass is harmless.

@@ -24,7 +24,7 @@ from jax import lax
 from moc_jax.attention.heads import Heads, head_groups
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, moves, packing, pairs, tuning
 from moc_jax.attention.pallas_tpu.batching import more_scenes
-from moc_jax.attention.pallas_tpu.pairs import Placement
+from moc_jax.attention.pallas_tpu.placement import Placement, place, step_rows, window_size
 from moc_jax.attention.pallas_tpu.plan import Moves, Order, Plan, cut_chunks, key_rows, pick_tiles, plan, reader_tiles
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.config import MoCConfig
@@ -65,7 +65,7 @@ def attend(
 
     def layout(routes, table):
         plan_ = plan(table, cfg, blocks)
-        return plan_, _place(routes, plan_.order, table, blocks, q.shape[-1])
+        return plan_, _place(routes, plan_.order, table, blocks, q.shape[-1], q.dtype)
 
     with jax.named_scope("moc_attention"):
         plan_, placement = more_scenes(layout)(routes, table)
@@ -80,19 +80,22 @@ def _groups(heads: int, placement: Placement, dim: int, dtype) -> int:
     return head_groups(heads, per_head, min(_BUFFER, device.memory() // _SHARE))
 
 
-def _place(routes, order: Order, table: ChunkTable, blocks: Blocks, dim: int) -> Placement | None:
+def _place(routes, order: Order, table: ChunkTable, blocks: Blocks, dim: int, dtype) -> Placement | None:
     """Slots for the picks of the ordered queries; None if there are none whatever the lengths."""
     batch, heads, tokens, picks = routes.shape
     chunks = table.kind.shape[1]
     if picks == 0:
         return None
-    window = blocks.window or pairs.window_rows(order.rows, picks, dim, chunks)
-    step = blocks.window_step or pairs.step_rows(order.rows)
+    if blocks.window:
+        window, buffers = blocks.window, 2
+    else:
+        window, buffers = window_size(order.rows, picks, packing.packed_width(dim, dtype), chunks)
+    step = blocks.window_step or step_rows(order.rows, window)
     lines = jnp.swapaxes(routes.astype(jnp.int32), 2, 3).reshape(batch, heads * picks, tokens)
     lines = moves.move_lanes(lines, *order.moves, order.rows, -1, interpret=device.interpreter())
     routes = jnp.swapaxes(lines.reshape(batch, heads, picks, order.rows), 2, 3)
     most = table.chunk_of.shape[1] * picks
-    return pairs.place(routes, table.length, blocks.picks.queries, most, window=window, step=step)
+    return place(routes, table.length, blocks.picks.queries, most, window=window, buffers=buffers, step=step)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -1,26 +1,22 @@
 """Rows of queries -> (query, chunk) pairs sorted by chunk, and back, without a sort, a gather or a scatter.
 
-Each head's pairs lie in *slots*, chunk after chunk, each chunk's from a whole tile on, so that a tile of slots reads
-one chunk. Queries come in *windows*; a chunk's pairs of one window are a *run* of slots, rounded up to 8 rows.
+placement.py says where each pair lies; windows, runs and slots are explained there.
 
-(a) `place`. Prefix counts (ranks.py) say which slot of its run a pair takes; sums over windows and chunks say where
-    runs begin. Integer work on [windows, chunks], and on the pairs' chunks.
-(b) `spread`. Window by window, each row is stored once for each of its pairs at the pair's place in a buffer in VMEM
+(a) `spread`. Window by window, each row is stored once for each of its pairs at the pair's place in a buffer in VMEM
     that holds the window's runs one after the other; whole runs then go to their slots. A row costs a scalar load and
     a store: 1.6 cycles per pair. What a run holds beyond its pairs is filled.
-(c) `merge` and `add` are the way back: a window's runs come into VMEM while the window before is worked on, and each
+(b) `merge` and `add` are the way back: a window's runs come into VMEM while the window before is worked on, and each
     query loads its pairs' rows by the same places.
 
 Rows in VMEM have 32 bits per number: smaller ones share sublanes, of which none is stored alone. A pair's output and
-log-sum-exp travel as one row (packing.py). Bytes per pair: 2 D read and written by (b) in
-bfloat16, 4 D by (c). No FLOPs.
+log-sum-exp travel as one row (packing.py). Bytes per pair: 2 D read and written by (a) in
+bfloat16, 4 D by (b). No FLOPs.
 """
 
 import contextlib
 import contextvars
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -32,15 +28,11 @@ from jax.experimental.pallas import tpu as pltpu
 from moc_jax.attention.heads import Heads
 from moc_jax.attention.pallas_tpu import device, packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS
-from moc_jax.attention.pallas_tpu.ranks import ranks
-from moc_jax.shapes import Array, Float, Float32, Int, typed
+from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement, up
+from moc_jax.shapes import Array, Float, Float32, typed
 
 _GROUP = 16  # rows of the unrolled loops: a register of bfloat16
-STEP = 1024  # rows of a grid step
 _MERGED = 16  # rows merged at once: more take more registers than there are
-_MOST_WINDOW = 8192
-_MOST_SHARE = 7 / 8  # of vector memory, for two buffers of a window's pairs
-_RUN = 3  # columns of a run: rows, place in the window, slot
 _row_by_row = contextvars.ContextVar("row_by_row", default=False)
 
 
@@ -52,178 +44,6 @@ def row_by_row():
         yield
     finally:
         _row_by_row.reset(token)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where each pair lies."""
-
-    places: Int[Array, "B H S 1 E"]  # of the pairs of each step of rows, slot i's after slot i - 1's, in their window
-    runs: Int[Array, "B H W 1 R"]  # of each window and chunk: rows, place, slot
-    tails: Int[Array, "B H 1 1 T"]  # of each chunk: slots behind its last run, first and count, to the end of a tile
-    tile_chunk: Int[Array, "B H G"]  # the chunk of each tile; -1: unused
-    chunk_begin: Int[Array, "B H C"]  # slots of each chunk's pairs
-    chunk_end: Int[Array, "B H C"]
-    picks: int = dataclasses.field(metadata={"static": True})  # K
-    step: int = dataclasses.field(metadata={"static": True})
-    tile: int = dataclasses.field(metadata={"static": True})
-    room: int = dataclasses.field(metadata={"static": True})  # rows of a window's buffer; the last 8 are nobody's
-    rows: int = dataclasses.field(metadata={"static": True})  # R, of queries
-
-    @property
-    def slots(self) -> int:
-        return self.tile_chunk.shape[2] * self.tile
-
-    @property
-    def steps(self) -> int:
-        """Of a window; the last window's may reach beyond the queries."""
-        return self.places.shape[2] // self.runs.shape[2]
-
-    def block(self, window, step):
-        """The block of queries of a step; beyond the last, the last again."""
-        return jnp.minimum(window * self.steps + step, self.rows // self.step - 1)
-
-
-@typed
-def place(
-    routes: Int[Array, "B H R K"],
-    lengths: Int[Array, "B C"],
-    tile: int,
-    most_pairs: int,
-    *,
-    window: int,
-    step: int = STEP,
-) -> Placement:
-    """Places for the pairs of queries and the chunks that they pick; -1 and chunks of no length pick nothing.
-
-    No head has more than `most_pairs` pairs. `step` divides R and `window`, both in rows.
-    """
-    batch, heads, rows, picks = routes.shape
-    chunks = lengths.shape[1]
-    routes = jnp.pad(routes, ((0, 0), (0, 0), (0, -rows % window), (0, 0)), constant_values=-1)
-    windows = routes.shape[2] // window
-    by_window = routes.reshape(batch, heads * windows, window, picks)
-    rank, counts = ranks(by_window, chunks, interpret=device.interpreter())
-    room = _room(window, picks, chunks)
-    some = (lengths > 0)[:, None, None]
-    run_rows = jnp.where(some, _up(counts, ROWS).reshape(batch, heads, windows, chunks), 0)
-    run_place = jnp.cumsum(run_rows, axis=3) - run_rows
-    in_chunk = jnp.cumsum(run_rows, axis=2) - run_rows
-    total = jnp.sum(run_rows, axis=2)  # [B, H, C]
-    tiles = -(-total // tile)
-    until = jnp.cumsum(tiles, axis=2)
-    begin = (until - tiles) * tile
-    run_slot = begin[:, :, None] + in_chunk
-
-    first = jnp.where(some, run_place, -1).reshape(batch * heads * windows, chunks)
-    places = _look_up(by_window, rank, first, room - ROWS)  # [B * H * windows, K, window]
-    places = jnp.swapaxes(places.reshape(batch, heads * windows, picks, window // step, step), 2, 3)
-
-    capacity = -(-(most_pairs + windows * chunks * (ROWS - 1)) // tile) + chunks
-    index = jnp.arange(capacity)
-    tile_chunk = jnp.sum(until[:, :, None] <= index[None, None, :, None], axis=3)
-    # A block of scalar memory is the last two axes. Without the barrier XLA would lay them out anew for each group of
-    # heads.
-    tables = lax.optimization_barrier(
-        (
-            places.reshape(batch, heads, -1, 1, picks * step).astype(jnp.int32),
-            jnp.stack([run_rows, run_place, run_slot], axis=-1).reshape(batch, heads, windows, 1, -1).astype(jnp.int32),
-            jnp.stack([begin + total, tiles * tile - total], axis=-1).reshape(batch, heads, 1, 1, -1).astype(jnp.int32),
-        )
-    )
-    return Placement(
-        *tables,
-        tile_chunk=jnp.where(tile_chunk < chunks, tile_chunk, -1).astype(jnp.int32),
-        chunk_begin=begin,
-        chunk_end=begin + total,
-        picks=picks,
-        step=step,
-        tile=tile,
-        room=room,
-        rows=rows,
-    )
-
-
-def _look_up(routes: Int[Array, "B H W K"], rank, first: Int[Array, "X C"], nobody: int) -> Int[Array, "X K W"]:
-    """first[chunk] + rank for each pair that picks a chunk with first >= 0, else `nobody`; windows are B * H = X."""
-    batch, windows, rows, picks = routes.shape
-    lanes = min(LANES, rows)
-
-    def tokens_last(x):
-        return jnp.swapaxes(x.astype(jnp.int32), 2, 3).reshape(batch * windows, picks, rows // lanes, lanes)
-
-    block = next(n for n in (32, 16, 8, rows // lanes) if rows // lanes % n == 0)
-    spec = pl.BlockSpec((pl.squeezed, picks, block, lanes), lambda x, i: (x, 0, i, 0))
-    chunks = first.shape[1]
-    table = pl.BlockSpec((pl.squeezed, 1, chunks), lambda x, i: (x, 0, 0), memory_space=pltpu.SMEM)
-    found = pl.pallas_call(
-        functools.partial(_look_up_kernel, nobody=nobody),
-        name="moc_look_up",
-        out_shape=jax.ShapeDtypeStruct((batch * windows, picks, rows // lanes, lanes), jnp.int32),
-        grid=(batch * windows, rows // lanes // block),
-        in_specs=[table, spec, spec],
-        out_specs=spec,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * routes.size * chunks, transcendentals=0, bytes_accessed=3 * 4 * routes.size
-        ),
-        interpret=device.interpreter(),
-    )(first.astype(jnp.int32)[:, None], tokens_last(routes), tokens_last(rank))
-    return found.reshape(batch * windows, picks, rows)
-
-
-def _look_up_kernel(first_smem_ref, routes_vmem_ref, rank_vmem_ref, out_vmem_ref, *, nobody: int):
-    """Goes through the chunks, for some thousand pairs at a time: 2 instructions for 1024 pairs and a chunk."""
-    picks, rows, _ = routes_vmem_ref.shape
-    at_once = math.gcd(ROWS, rows)
-
-    def some(i, _):
-        here = pl.ds(pl.multiple_of(i * at_once, at_once), at_once)
-        routes = [routes_vmem_ref[pick, here] for pick in range(picks)]
-
-        def one_chunk(chunk, found):
-            value = first_smem_ref[0, chunk]
-            return tuple(jnp.where(route == chunk, value, x) for route, x in zip(routes, found, strict=True))
-
-        found = tuple(jnp.full(route.shape, -1, jnp.int32) for route in routes)
-        found = lax.fori_loop(0, first_smem_ref.shape[1], one_chunk, found, unroll=8)
-        for pick, x in enumerate(found):
-            out_vmem_ref[pick, here] = jnp.where(x < 0, nobody, x + rank_vmem_ref[pick, here])
-        return 0
-
-    lax.fori_loop(0, rows // at_once, some, 0)
-
-
-def step_rows(rows: int) -> int:
-    """Rows of a step: as many as divide all rows."""
-    return math.gcd(rows, STEP)
-
-
-def window_rows(rows: int, picks: int, dim: int, chunks: int) -> int:
-    """As many rows of a window as two buffers of its pairs leave room for beside the rest.
-
-    Raises:
-        NotImplementedError: not even the smallest window fits, as every chunk needs up to 7 rows of padding.
-    """
-    limit, row = device.vmem_limit(), 2 * _up(dim, LANES) * 4
-    needed = _room(STEP, picks, chunks) * row
-    if needed > limit * _MOST_SHARE:
-        raise NotImplementedError(
-            f"{chunks} chunks and top_k {picks} need {needed / 2**20:.1f} MiB of vector memory, of which TPU "
-            f'{device.chip()} has {limit * _MOST_SHARE / 2**20:.1f} to spare: take larger chunks, or backend="xla"'
-        )
-    fit = (limit * 5 // 8 // row - chunks * ROWS - 2 * LANES) // max(1, picks) // STEP * STEP
-    return max(STEP, min(_MOST_WINDOW, fit, _up(rows, STEP)))
-
-
-def _room(window: int, picks: int, chunks: int) -> int:
-    """Rows of a window's buffer: its pairs, padding, and rows for nobody's."""
-    return _up(window * picks, LANES) + _up(chunks * (ROWS - 1), LANES) + LANES
-
-
-def _up(x, unit: int):
-    return -(-x // unit) * unit
 
 
 # ----------------------------------------------------------------------------------------------------- to the slots
@@ -246,7 +66,7 @@ def spread(
     batch, _, _, dim = x.shape
     p, all_heads = placement, placement.places.shape[1]
     heads = heads or Heads(0, all_heads)
-    chunks, steps = p.runs.shape[4] // _RUN, p.steps
+    chunks, steps = p.runs.shape[4] // RUN, p.steps
     zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
     return pl.pallas_call(
         functools.partial(_spread_kernel, p=_Sizes.of(p, interpret), fill=fill_first_lane),
@@ -257,7 +77,7 @@ def spread(
             grid=(batch, heads.count, p.runs.shape[2], steps),
             in_specs=[
                 _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
-                _in_smem(_RUN * chunks, lambda w, s: w),
+                _in_smem(RUN * chunks, lambda w, s: w),
                 _in_smem(2 * chunks, lambda w, s: 0),
                 _queries(p, dim, x.shape[1] == all_heads),
                 pl.BlockSpec(zeros.shape, lambda *_: (0, 0)),
@@ -265,7 +85,7 @@ def spread(
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((p.room, dim), jnp.float32),
-                pltpu.VMEM((p.room, dim), x.dtype),
+                pltpu.VMEM((p.room if p.buffers == 2 else up(p.room, PARTS * LANES) // PARTS, dim), x.dtype),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
@@ -323,7 +143,7 @@ class _Sizes:
     @classmethod
     def of(cls, p: Placement, interpret):
         at_once = bool(interpret) and not _row_by_row.get()
-        return cls(p.picks, p.step, p.room, p.runs.shape[4] // _RUN, p.rows // p.step, at_once)
+        return cls(p.picks, p.step, p.room, p.runs.shape[4] // RUN, p.rows // p.step, at_once)
 
 
 def _spread_kernel(
@@ -335,7 +155,7 @@ def _spread_kernel(
     fill_vmem_ref,  # [tile, D]
     out_hbm_ref,  # [B, H, slots, D]
     rows_vmem_ref,  # [room, D]: the window's pairs
-    ready_vmem_ref,  # [room, D]: those of the window before, on their way out while this one's are stored
+    ready_vmem_ref,  # [room or a part of it, D]: those of the window before, or the last of them, on their way out
     leaving_smem_ref,  # [1]: rows of that
     semaphores,  # of those, and of tails
     *,
@@ -357,7 +177,7 @@ def _spread_kernel(
 
     @pl.when(s == 0)
     def _():
-        _each_run(runs_smem_ref, _RUN, p, lambda rows, place, _: _fill_end(rows_vmem_ref, rows, place, fill))
+        _each_run(runs_smem_ref, RUN, p, lambda rows, place, _: _fill_end(rows_vmem_ref, rows, place, fill))
 
     def some_rows(i, _):
         first = pl.multiple_of(i * _GROUP, _GROUP)
@@ -381,23 +201,30 @@ def _spread_kernel(
 
     @pl.when(last_step)
     def _():
-        _await(ready_vmem_ref, out_hbm_ref, leaving_smem_ref[0], left)
-        total = _end_of_runs(runs_smem_ref, p)
-        size = LANES
+        total, part = _end_of_runs(runs_smem_ref, p), ready_vmem_ref.shape[0]
 
-        def convert(i, _):
-            rows = pl.ds(pl.multiple_of(i * size, size), size)
-            ready_vmem_ref[rows] = rows_vmem_ref[rows].astype(ready_vmem_ref.dtype)
-            return 0
+        def make_ready(first):
+            _await(ready_vmem_ref, out_hbm_ref, leaving_smem_ref[0], left)
+            rows = jnp.minimum(total - first, part)
 
-        lax.fori_loop(0, lax.div(total + size - 1, jnp.int32(size)), convert, 0)
+            def convert(i, _):
+                at = pl.multiple_of(i * LANES, LANES)
+                some = rows_vmem_ref[pl.ds(first + at, LANES)]
+                ready_vmem_ref[pl.ds(at, LANES)] = some.astype(ready_vmem_ref.dtype)
+                return 0
+
+            lax.fori_loop(0, lax.div(rows + LANES - 1, jnp.int32(LANES)), convert, 0)
+            leaving_smem_ref[0] = rows
 
         def send(rows, place, slot):
             source = ready_vmem_ref.at[pl.ds(place, rows)]
             pltpu.make_async_copy(source, out_hbm_ref.at[pl.ds(slot, rows)], left).start()
 
-        _each_run(runs_smem_ref, _RUN, p, send)
-        leaving_smem_ref[0] = total
+        if part == p.room:
+            make_ready(0)
+            _each_run(runs_smem_ref, RUN, p, send)
+        else:
+            _in_parts(runs_smem_ref, p, total, part, make_ready, send)
 
     @pl.when(last_step & (w == pl.num_programs(2) - 1))
     def _():
@@ -419,15 +246,37 @@ def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
     def one(chunk, _):
         at = (chunk * columns + i for i in range(columns))
         run = [pl.multiple_of(runs_smem_ref[0, i] if runs is None else runs[i], ROWS) for i in at]
-        rows = run[0] if columns == _RUN else run[1]
+        rows = run[0] if columns == RUN else run[1]
         pl.when(rows > 0)(lambda: body(*run))
         return 0
 
     lax.fori_loop(0, p.chunks, one, 0)
 
 
+def _in_parts(runs_smem_ref, p: _Sizes, total, part: int, before, body) -> None:
+    """before(first row) and body(rows, place, slot) of each run, part by part of a window's rows."""
+
+    def one_part(i, chunk):
+        first = pl.multiple_of(i * part, LANES)
+        before(first)
+
+        def begins(chunk):
+            return (chunk < p.chunks) & (runs_smem_ref[0, jnp.minimum(chunk, p.chunks - 1) * RUN + 1] < first + part)
+
+        def one(chunk):
+            rows, place, slot = (runs_smem_ref[0, chunk * RUN + i] for i in range(RUN))
+            begin, end = jnp.maximum(place, first), jnp.minimum(place + rows, first + part)
+            run = end - begin, begin - first, slot + begin - place
+            pl.when(end > begin)(lambda: body(*(pl.multiple_of(x, ROWS) for x in run)))
+            return chunk + 1
+
+        return jnp.maximum(lax.while_loop(begins, one, chunk) - 1, 0)  # the last one's run may go on
+
+    lax.fori_loop(0, lax.div(total + part - 1, jnp.int32(part)), one_part, jnp.int32(0))
+
+
 def _end_of_runs(runs_smem_ref, p: _Sizes):
-    last = (p.chunks - 1) * _RUN
+    last = (p.chunks - 1) * RUN
     return runs_smem_ref[0, last] + runs_smem_ref[0, last + 1]
 
 
@@ -530,7 +379,7 @@ def add(
 def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, shapes, *, nothing: float, interpret):
     """body(rows of pairs, inputs, outputs) for each block of queries of the group's heads."""
     width = pairs.shape[3]
-    chunks, windows, steps = p.runs.shape[4] // _RUN, p.runs.shape[2], p.steps
+    chunks, windows, steps = p.runs.shape[4] // RUN, p.runs.shape[2], p.steps
     some = min(LANES, p.step)
     same = bool(into) and inputs and into[0] is inputs[0]  # results go where inputs come from
     into = inputs if same else into
@@ -555,17 +404,17 @@ def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, s
             grid=(pairs.shape[0], heads.count, windows, steps),
             in_specs=[
                 _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
-                _in_smem(_RUN * chunks, lambda w, s: w),
-                _in_smem(_RUN * chunks, lambda w, s: jnp.minimum(w + 1, windows - 1)),
+                _in_smem(RUN * chunks, lambda w, s: w),
+                _in_smem(RUN * chunks, lambda w, s: jnp.minimum(w + 1, windows - 1)),
                 pl.BlockSpec(memory_space=pl.ANY),
                 *map(block, inputs),
                 *([] if same else [pl.BlockSpec(memory_space=pl.ANY)] * len(into)),
             ],
             out_specs=tuple(map(block, shapes)),
             scratch_shapes=[
-                pltpu.VMEM((2, p.room, width), jnp.float32),
+                pltpu.VMEM((p.buffers, p.room, width), jnp.float32),
                 pltpu.VMEM((p.picks * some, width), jnp.float32),
-                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((p.buffers,)),
             ],
         ),
         input_output_aliases={first + i: i for i in range(len(into))},
@@ -593,26 +442,31 @@ def _collect_kernel(
     sources, results = blocks[:inputs], blocks[inputs + unread :]
     b, h, w, s = (pl.program_id(i) for i in range(4))
     pairs_hbm_ref = pairs_hbm_ref.at[b, h]
-    here = lax.rem(w, 2)
+    buffers = window_vmem_ref.shape[0]
+    here = lax.rem(w, jnp.int32(buffers))
 
     def fetch(runs_smem_ref, parity):
         def one(rows, place, slot):
             target = window_vmem_ref.at[parity, pl.ds(place, rows)]
             pltpu.make_async_copy(pairs_hbm_ref.at[pl.ds(slot, rows)], target, semaphores.at[parity]).start()
 
-        _each_run(runs_smem_ref, _RUN, p, one)
+        _each_run(runs_smem_ref, RUN, p, one)
 
     @pl.when((w == 0) & (s == 0))
     def _():
         shape = (ROWS, window_vmem_ref.shape[2])
-        for one in (0, 1):  # what pairs that pick nothing find
+        for one in range(buffers):  # what pairs that pick nothing find
             window_vmem_ref[one, pl.ds(p.room - ROWS, ROWS)] = _nothing(shape, nothing)
-        fetch(runs_smem_ref, here)
+        if buffers == 2:
+            fetch(runs_smem_ref, here)
 
     @pl.when(s == 0)
     def _():
+        if buffers == 1:
+            fetch(runs_smem_ref, here)
         _await(pairs_hbm_ref, window_vmem_ref.at[here], _end_of_runs(runs_smem_ref, p), semaphores.at[here])
-        pl.when(w + 1 < pl.num_programs(2))(lambda: fetch(next_smem_ref, 1 - here))
+        if buffers == 2:
+            pl.when(w + 1 < pl.num_programs(2))(lambda: fetch(next_smem_ref, 1 - here))
 
     size = some_vmem_ref.shape[0] // p.picks
 

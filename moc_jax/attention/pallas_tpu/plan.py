@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention.pallas_tpu.device import ROWS
-from moc_jax.attention.pallas_tpu.pairs import Placement
+from moc_jax.attention.pallas_tpu.placement import Placement
 from moc_jax.attention.pallas_tpu.tiles import Tiles
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.attention.runs import Runs, anchor_runs, reader_runs

@@ -20,8 +20,7 @@ KERNELS = {
     "gradients": {*FORWARD, "moc_add", "moc_columns", "moc_gradients_anchors", "moc_gradients_picks"},
 }
 LONG = ["multi_shot/gradients", "minutes/gradients"]  # 180 504 and 1 443 640 tokens
-LONG_ON_V4 = [LONG[0], "fewer_minutes/gradients"]
-LONG_CASES = [(chip, name) for chip in CHIPS for name in (LONG_ON_V4 if chip == "v4" else LONG)]
+LONG_CASES = list(itertools.product(CHIPS, LONG))
 # Minutes each. Between them, each of two chips and each of two lengths.
 UNMARKED = [("v5e", LONG[0]), ("v5p", LONG[1])]
 OTHERS = [

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from moc_jax.attention.pallas_tpu import device, pairs
+from moc_jax.attention.pallas_tpu.placement import STEP, step_rows, window_size
+from moc_jax.attention.pallas_tpu.placement import place as place_pairs
 
 BATCH, HEADS, ROWS, PICKS, CHUNKS, DIM, TILE = 2, 2, 96, 3, 7, 16, 16
 EMPTY = 4  # a chunk of no length, which some pick
@@ -22,9 +24,9 @@ def draw_routes(seed, rows=ROWS):
     return routes.astype(np.int32)
 
 
-def place(routes, window=64, step=32):
+def place(routes, window=64, step=32, buffers=2):
     lengths = jnp.where(jnp.arange(CHUNKS) == EMPTY, 0, 1)[None].repeat(BATCH, 0)
-    return pairs.place(routes, lengths, TILE, routes.shape[2] * PICKS, window=window, step=step)
+    return place_pairs(routes, lengths, TILE, routes.shape[2] * PICKS, window=window, step=step, buffers=buffers)
 
 
 def slots_of(placement, routes):
@@ -66,17 +68,18 @@ def test_slots_are_a_sort_by_chunk(interpreter):
         )
 
 
-@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize(("one_by_one", "buffers"), [(False, 2), (True, 2), (False, 1)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_spread(interpreter, dtype, one_by_one):
+def test_spread(interpreter, dtype, one_by_one, buffers):
     """Every pair's row is at its slot, and what the tiles hold beyond is filled."""
     rows = 32 if one_by_one else ROWS
+    windows = {32: 32, ROWS: 64 if buffers == 2 else ROWS}
     routes = draw_routes(1, rows)
     x = np.random.default_rng(2).standard_normal((BATCH, HEADS, rows, DIM)).astype(dtype)
 
     @jax.jit
     def run(routes, x):
-        p = place(routes, window=32) if one_by_one else place(routes)
+        p = place(routes, window=windows[rows], buffers=buffers)
         with pairs.row_by_row() if one_by_one else contextlib.nullcontext():
             return p, pairs.spread(x, p, fill_first_lane=np.inf, interpret=interpreter)
 
@@ -105,12 +108,14 @@ def wide(out, lse):
 
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize(
-    ("dtype", "one_by_one"), [(jnp.float32, False), (jnp.bfloat16, False), (jnp.bfloat16, True)], ids=str
+    ("dtype", "one_by_one", "buffers"),
+    [(jnp.float32, False, 2), (jnp.bfloat16, False, 2), (jnp.bfloat16, False, 1), (jnp.bfloat16, True, 2)],
+    ids=str,
 )
-def test_merge_and_add(interpreter, dtype, one_by_one, anchored):
+def test_merge_and_add(interpreter, dtype, one_by_one, buffers, anchored):
     rows = 32 if one_by_one else ROWS
     routes, rng = draw_routes(3, rows), np.random.default_rng(4)
-    p = jax.jit(lambda r: place(r, window=32) if one_by_one else place(r))(routes)
+    p = jax.jit(lambda r: place(r, window=32 if one_by_one else 64, buffers=buffers))(routes)
     out = rng.standard_normal((BATCH, HEADS, p.slots, DIM)).astype(dtype).astype(np.float32)
     lse = 8 * rng.standard_normal((BATCH, HEADS, p.slots)).astype(np.float32)
     own = rng.standard_normal((BATCH, HEADS, rows, DIM)).astype(dtype)
@@ -148,18 +153,28 @@ def test_merge_and_add(interpreter, dtype, one_by_one, anchored):
     np.testing.assert_allclose(total, there + (np.nan_to_num(own.astype(np.float32)) if anchored else 0), atol=1e-5)
 
 
-def test_windows_fit_the_chip():
-    for picks, chunks in ((5, 154), (8, 400), (24, 1161)):
-        rows = pairs.window_rows(200_000, picks, 128, chunks)
-        assert rows % pairs.STEP == 0
-        assert rows >= pairs.STEP
+@pytest.mark.parametrize("chip", ["v4", "v5e", "v5p", "v6e", "tpu7x"])
+def test_windows_fit_the_chip(chip):
+    with device.compiled_for(chip):
+        for picks, width, chunks in ((5, 128, 154), (5, 256, 154), (8, 128, 400), (24, 128, 1161), (5, 128, 1253)):
+            rows, buffers = window_size(200_000, picks, width, chunks)
+            assert rows % step_rows(200_704, rows) == 0
+            assert step_rows(200_704, rows) in (512, STEP)
+            buffer = 4 * width * (rows * picks + chunks * 7)
+            assert buffers * buffer < device.vmem_limit() - 2**21
+
+
+def test_many_chunks_have_one_buffer_where_vector_memory_is_short():
+    """64 shots, 1.44 M tokens in chunks of 1 250: v4 has an eighth of the others' vector memory."""
+    with device.compiled_for("v5e"):
+        assert window_size(1_500_000, 5, 128, 1253) == (8192, 2)
+    with device.compiled_for("v4"):
+        assert window_size(200_000, 5, 128, 154) == (2048, 2)
+        assert window_size(1_500_000, 5, 128, 1253) == (2048, 1)
 
 
 def test_more_chunks_than_vector_memory_has_room_for_are_refused():
-    """64 shots, 1.44 M tokens in chunks of 1 250, fit all chips but v4, which has the least vector memory."""
-    with device.compiled_for("v5e"):
-        assert pairs.window_rows(1_500_000, 5, 128, 1253) == 8192
     with device.compiled_for("v4"):
-        assert pairs.window_rows(1_200_000, 5, 128, 999) == pairs.STEP
-        with pytest.raises(NotImplementedError, match=r"1253 chunks and top_k 5 need 13\.\d MiB.* TPU v4 has 12\.2"):
-            pairs.window_rows(1_500_000, 5, 128, 1253)
+        assert window_size(3_000_000, 5, 128, 2800) == (256, 1)
+        with pytest.raises(NotImplementedError, match=r"3100 chunks and top_k 5 need 12\.\d MiB.* TPU v4 has 12\.0"):
+            window_size(3_000_000, 5, 128, 3100)
