@@ -20,7 +20,7 @@ _PIECES = (
     (moves, "move"),
     (moves, "move_lanes"),
     (packing, "columns"),
-    (pairs, "place"),
+    (attend, "place"),
     (pairs, "spread"),
     (pairs, "merge"),
     (pairs, "add"),
