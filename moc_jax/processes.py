@@ -52,11 +52,19 @@ def main_process_first[T](what: str, action: Callable[[], T]) -> T:
     Raises:
         ProcessError: another process failed. Whatever this process's own `action` raises is raised as it is.
     """
+    if jax.process_count() > 1 and jax.process_index() != 0:
+        _expect(what, 0)
+    return together(what, action)
+
+
+def together[T](what: str, action: Callable[[], T]) -> T:
+    """`action()` on all processes, of which some may take much longer; each returns once all have succeeded.
+
+    `what`, errors: as of `main_process_first`.
+    """
     if jax.process_count() == 1:
         return action()
     mine, others = jax.process_index(), set(range(jax.process_count())) - {jax.process_index()}
-    if mine != 0:
-        _expect(what, 0)
     outcome = "interrupted"
     try:
         result = action()

@@ -25,7 +25,7 @@ from moc_jax.data.manifest import Manifest, SceneEntry, codec_of
 from moc_jax.data.pipeline import make_pipeline
 from moc_jax.data.plan import TrainPlan
 from moc_jax.errors import disk_full
-from moc_jax.processes import gather
+from moc_jax.processes import gather, together
 from moc_jax.scene import Scene
 from moc_jax.sharding import check_batch, shard_batch
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, utilisation
@@ -183,12 +183,13 @@ class _Run:
 
     def _compiled(self, scene: Scene, moc: MoCConfig) -> jax.stages.Compiled:
         begin = time.perf_counter()
-        compiled = self._step.lower(self._blueprint.abstract, scene, moc).compile()
+        program = f"the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit}"
+        compiled = together(f"compile {program}", self._step.lower(self._blueprint.abstract, scene, moc).compile)
         memory: Any = compiled.memory_analysis()  # None where the backend can't tell
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
         self._metrics.say(
-            f"compiled the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit} in "
-            f"{time.perf_counter() - begin:.0f} s" + (f"; each device needs {si(held)}B" if memory else "")
+            f"compiled {program} in {time.perf_counter() - begin:.0f} s"
+            + (f"; each device needs {si(held)}B" if memory else "")
         )
         return compiled
 

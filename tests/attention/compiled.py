@@ -115,11 +115,17 @@ def attention_and_gradients(q, k, v, table, cfg, dout, key=None):
         return outputs_and_gradients(*map(jnp.asarray, (q, k, v)), table, cfg, jnp.asarray(dout), key)
 
 
-def attention(q, k, v, table, cfg, *, key=None):
+_attention = jax.jit(moc_attention, static_argnames="cfg")
+
+
+def attention(q, k, v, table, cfg, *, key=None, routes=None):
     """The output as numpy; from the program that also takes gradients, to compile only one."""
     if cfg.backend == "pallas_tpu":
         with pieces.apart():
-            return np.asarray(moc_attention(*map(jnp.asarray, (q, k, v)), table, cfg, key=key))
+            routes = None if routes is None else jnp.asarray(routes)
+            return np.asarray(moc_attention(*map(jnp.asarray, (q, k, v)), table, cfg, key=key, routes=routes))
+    if routes is not None:
+        return np.asarray(_attention(q, k, v, table, cfg, routes=routes))
     return np.asarray(attention_and_gradients(q, k, v, table, cfg, np.zeros_like(v), key)[0])
 
 

@@ -43,5 +43,6 @@ _NAMED = {name(cfg): cfg for cfg in COVERING}
 MULTI_SHOT = _NAMED["k2-shot-all-causal-scene"]
 SINGLE_SHOT = _NAMED["k2-chunk-all-any-scene"]
 PAST = [_NAMED["k1-shot-own+global-any-past"], _NAMED["k20-shot-none-causal-past"], DENSE[1]]
+WINDOW = _NAMED["k2-window1-own+global-causal-past"]
 NO_ANCHORS = _NAMED["k2-none-none-causal-scene"]
 MANY_PICKS = [_NAMED["k20-shot-none-causal-past"], _NAMED["k20-none-own+global-any-scene"]]

@@ -4,15 +4,23 @@ The interpreter calls back into Python for every access to memory. JAX puts the 
 before it calls; what the interpreter then does is numpy's, so here they come as they are, which is five times as fast.
 The interpreter for Hopper, which may run in the same process, insists on JAX's arrays and gets them. Each access is
 compared with all earlier ones of its buffer, which halves the time again if the comparison is a fast one.
+
+Half of all accesses are index maps' to prefetched scalars, which nothing writes: they are computed instead, but for the
+tests of single kernels (`every_access`), which must see a map that reads beyond its table.
 """
 
+import contextlib
+import contextvars
 import functools
 import operator
 
 import jax
 import numpy as np
-from jax._src import callback, effects, source_info_util
+from jax._src import callback, core, effects, source_info_util
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreting
 from jax._src.pallas.mosaic.interpret import race_detection_state, vector_clock
+from jax._src.state.discharge import discharge_state
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 _RAISES = {"on_race": "raise"} if "on_race" in pltpu.InterpretParams.__dataclass_fields__ else {}
@@ -58,3 +66,39 @@ def _ordered(self, other) -> bool:
 
 vector_clock.NpVectorClock.ordered = _ordered
 source_info_util.summarize = functools.lru_cache(source_info_util.summarize)
+
+_prefetched: contextvars.ContextVar[tuple] = contextvars.ContextVar("prefetched", default=())
+_every_access = contextvars.ContextVar("every_access", default=False)
+
+
+@contextlib.contextmanager
+def every_access():
+    """Programs traced and compiled inside have index maps whose reads are checked like all others."""
+    token = _every_access.set(True)
+    try:
+        yield
+    finally:
+        _every_access.reset(token)
+
+
+def _call(*args, grid_mapping, **options):
+    first = grid_mapping.num_dynamic_grid_bounds
+    token = _prefetched.set(args[first : first + grid_mapping.num_index_operands])
+    try:
+        return _usual_call(*args, grid_mapping=grid_mapping, **options)
+    finally:
+        _prefetched.reset(token)
+
+
+def _start_indices(block_mapping, loop_idx, *args, ctx, token):
+    if _every_access.get():
+        return _usual_start_indices(block_mapping, loop_idx, *args, ctx=ctx, token=token)
+    index_map = core.jaxpr_as_fun(discharge_state(block_mapping.index_map_jaxpr, strip_memory_space=True))
+    shape = block_mapping.block_shape
+    found = tuple(index_map(*loop_idx, *_prefetched.get())[: len(shape)])
+    starts = [i * b.block_size if isinstance(b, pl.Blocked) else i for i, b in zip(found, shape)]
+    return token, found, jax.numpy.array(starts, dtype=jax.numpy.int32)
+
+
+_usual_call, interpreting.interpret_pallas_call = interpreting.interpret_pallas_call, _call
+_usual_start_indices, interpreting._compute_start_indices = interpreting._compute_start_indices, _start_indices

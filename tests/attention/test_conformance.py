@@ -40,6 +40,7 @@ def tokens_of(scene, chunks):
 # ------------------------------------------------------------------------------------------------ who sees whom
 
 
+@pytest.mark.slow_interpreted(PAST[0])
 @pytest.mark.parametrize("cfg", [MULTI_SHOT, PAST[0], DENSE[0]], ids=name)
 def test_weights_lie_on_anchors_and_picks_and_nowhere_else(backend, cfg):
     got, routes = weights(with_backend(cfg, backend), TWO_SHOTS)
@@ -52,7 +53,7 @@ def test_weights_lie_on_anchors_and_picks_and_nowhere_else(backend, cfg):
     assert_close(got.sum(-1, dtype=np.float64), got.any(-1), "sum of the weights", dtype=str(got.dtype))
 
 
-@pytest.mark.slow_interpreted("chunk")
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize(("self_anchor", "dense"), [("shot", DENSE[0]), ("chunk", DENSE[1])])
 def test_all_chunks_selected_is_dense(backend, self_anchor, dense):
     all_chunks = MoCConfig(top_k=8, self_anchor=self_anchor, causal_routing=False, visibility=dense.visibility)
@@ -76,7 +77,7 @@ def test_routes_can_be_given(backend):
     q, k, v = qkv(0, TWO_SHOTS, backend=backend)
     routes = np.array(routing(-q, k, table_of(TWO_SHOTS), cfg))
     routes[:, :, ::3, 0] = -1
-    got = jax.jit(moc_attention, static_argnames="cfg")(q, k, v, table_of(TWO_SHOTS), cfg, routes=routes)
+    got = attention(q, k, v, table_of(TWO_SHOTS), cfg, routes=routes)
     assert_close(got, oracle.moc(q, k, v, TWO_SHOTS, cfg, routes).out, "output")
 
 

@@ -29,7 +29,7 @@ def test_eager_is_jit(backend):
     )
 
 
-@pytest.mark.slow_interpreted(SINGLE_SHOT)
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("cfg", [SINGLE_SHOT, DENSE[0]], ids=name)
 def test_a_second_run_is_bitwise_equal(backend, cfg):
     cfg = with_backend(cfg, backend)

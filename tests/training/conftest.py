@@ -1,5 +1,7 @@
 """Compiling is most of what these tests do: what one of them compiled, the others (and their child processes) take."""
 
+import os
+
 import jax
 import pytest
 
@@ -11,7 +13,9 @@ from tests.training.small import DATA, changed
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compiled")
+    here = tmp_path_factory.getbasetemp()
+    folder = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "compiled"
+    folder.mkdir(exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     yield folder
     jax.config.update("jax_compilation_cache_dir", None)

@@ -132,6 +132,7 @@ loop.shard_batch = poisoned
         assert "Nothing was saved yet" in out
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_several_processes_like_one(command, tmp_path):
     processes = two(command, tmp_path)
     wait_until(lambda: steps_logged(tmp_path) >= 1, processes[0])

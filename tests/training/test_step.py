@@ -43,12 +43,15 @@ def advance(state, scene, name="1", config=CONFIG):
         return step(state, shard_batch(scene, mesh), config.moc)
 
 
+MESHES = ["2x4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("8x1", "1x8"))]
+
+
 @functools.cache
 def two_steps(name):
     return run(make_scene(1), make_scene(2), name=name)
 
 
-@pytest.mark.parametrize("name", ["8x1", "2x4", "1x8"])
+@pytest.mark.parametrize("name", MESHES)
 def test_any_mesh_gives_the_losses_and_gradients_of_one_device(name):
     (one, told_one), (many, told_many) = two_steps("1"), two_steps(name)
     for a, b in zip(told_one, told_many):
@@ -64,7 +67,7 @@ def test_any_mesh_gives_the_losses_and_gradients_of_one_device(name):
     )
 
 
-@pytest.mark.parametrize("name", ["8x1", "2x4", "1x8"])
+@pytest.mark.parametrize("name", MESHES)
 def test_the_state_stays_where_the_table_puts_it(name):
     (state, _), (mesh, blueprint, _) = two_steps(name), program(name)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, blueprint.shardings))

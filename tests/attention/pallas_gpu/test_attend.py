@@ -106,6 +106,7 @@ def test_uneven_chunks():
     check(Case(MoCConfig(top_k=2), UNEVEN, sizes=UNEVEN_SIZES, part=200))
 
 
+@pytest.mark.slow
 def test_uneven_chunks_one_by_one():
     """The own chunk as anchor, captions of other shots shut out, float16."""
     cfg = MoCConfig(top_k=2, self_anchor="chunk", text_anchor="own+global", causal_routing=False, visibility="past")
@@ -158,6 +159,7 @@ def test_no_picks():
     check(Case(MoCConfig(top_k=0, text_anchor="own+global", visibility="past")))
 
 
+@pytest.mark.slow
 def test_a_second_run_is_bitwise_equal():
     case = Case(MoCConfig(top_k=1, self_anchor="none", text_anchor="none", causal_routing=False))
     for first, second in zip(run(case)[0], run(case)[0], strict=True):
