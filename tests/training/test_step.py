@@ -43,7 +43,7 @@ def advance(state, scene, name="1", config=CONFIG):
         return step(state, shard_batch(scene, mesh), config.moc)
 
 
-MESHES = ["2x4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("8x1", "1x8"))]
+SHARDED = ["2x4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("8x1", "1x8"))]
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def two_steps(name):
     return run(make_scene(1), make_scene(2), name=name)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", SHARDED)
 def test_any_mesh_gives_the_losses_and_gradients_of_one_device(name):
     (one, told_one), (many, told_many) = two_steps("1"), two_steps(name)
     for a, b in zip(told_one, told_many):
@@ -67,7 +67,7 @@ def test_any_mesh_gives_the_losses_and_gradients_of_one_device(name):
     )
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", SHARDED)
 def test_the_state_stays_where_the_table_puts_it(name):
     (state, _), (mesh, blueprint, _) = two_steps(name), program(name)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, blueprint.shardings))
