@@ -283,7 +283,7 @@ CORNERS = {
 }
 
 
-@pytest.mark.slow_interpreted("one chunk", "one token", "text alone", "full")
+@pytest.mark.slow_interpreted("one chunk", "one token", "text alone", "full", "empty shots")
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corner_scenes(backend, corner):
     scenes = CORNERS[corner]

@@ -61,7 +61,7 @@ def test_random_scenes(backends, cfg, scenes, kind, seed):
 
 
 # Those with as many picks as others share their programs.
-SOME = [MULTI_SHOT, SINGLE_SHOT, NO_ANCHORS, WINDOW, PAST[0], DENSE[0]]
+SOME = [MULTI_SHOT, NO_ANCHORS, WINDOW, PAST[0], DENSE[0]]
 
 
 @pytest.mark.slow_interpreted(*(cfg for cfg in COVERING if cfg not in SOME))

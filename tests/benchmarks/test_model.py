@@ -18,6 +18,7 @@ MOC = MoCConfig(chunk=ChunkConfig(size=8), top_k=1, backend="xla")
 ARGUMENTS = model.Arguments(model=TINY, moc=MOC, shots=3, frames=2, rows=8, columns=8, caption=2)
 
 
+@pytest.mark.slow
 def test_both_steps_are_stored(tmp_path):
     size = ["--shots", "2", "--frames", "2", "--rows", "4", "--columns", "4", "--caption", "2", "--repeats", "1"]
     network = ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--model.text-dim", "8"]

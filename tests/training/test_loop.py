@@ -91,6 +91,7 @@ def test_going_on_is_the_same_as_not_stopping(start, tmp_path):
     assert second[: len(first)] == first
 
 
+@pytest.mark.slow
 def test_eight_devices_train_like_one(start, tmp_path):
     one = start(train={"batch_size": 8, "steps": 3}, mesh=mesh_of(1))
     os.rename(tmp_path / "run", tmp_path / "one")

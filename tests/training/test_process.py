@@ -81,6 +81,7 @@ rm -r {disk}/2 {disk}/4 {disk}/6
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_in_words_and_costs_no_checkpoint(command, tmp_path):
     """On a real file system of 3 MB; needs the right to mount one in a namespace of its own."""
     process = command(tmp_path / "run")

@@ -41,6 +41,7 @@ def test_what_is_wrong_with_the_data_ends_all_processes_with_the_reason(command,
     assert time.monotonic() - begin < TIMEOUT / 5
 
 
+@pytest.mark.slow
 def test_an_empty_cache_is_filled_by_the_first_process(command, tmp_path):
     cache = ["--data.cache", str(tmp_path / "cache"), "--train.steps", "1", "--train.validate-every", "0"]
     first, _ = finish_both(two(command, tmp_path / "run", *cache))
@@ -117,6 +118,7 @@ def test_a_coordinator_alone_outside_of_a_cluster_is_told_in_words(command, tmp_
 # ------------------------------------------------------------------------------------------------ training together
 
 
+@pytest.mark.slow
 def test_nan_in_the_data_of_another_process_is_named(config_file, command, tmp_path):
     patch = """
 from moc_jax.training import loop

@@ -168,10 +168,11 @@ def test_a_second_run_is_bitwise_equal():
 
 FACTS = [
     test_conformance.test_gradient_to_an_unselected_chunk_is_exactly_zero,
-    pytest.param(test_conformance.test_routes_can_be_given, marks=pytest.mark.slow),
+    test_conformance.test_routes_can_be_given,
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fact", FACTS, ids=lambda fact: fact.__name__[5:])
 def test_conformance_runs_on_the_kernels(fact):
     """Two facts of the suite, which runs in full where there is a GPU: its small heads fit the kernels."""

@@ -116,7 +116,9 @@ def test_auto_says_once_what_it_took(caplog):
     assert "TPU v5p" in said[0]
 
 
-@pytest.mark.parametrize("cfg", [MULTI_SHOT, pytest.param(NO_ANCHORS, marks=pytest.mark.slow), DENSE[0]], ids=name)
+@pytest.mark.parametrize(
+    "cfg", [MULTI_SHOT, *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (NO_ANCHORS, DENSE[0]))], ids=name
+)
 def test_sharded_over_eight_devices(cfg):
     """Scenes over four devices, heads over two, under shard_map: as exact as on one, and where it was asked for."""
     cfg = with_backend(cfg, "pallas_tpu")
@@ -158,6 +160,7 @@ def test_heads_in_groups(monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_chunks_longer_than_a_block(monkeypatch):
     """Picks then keep state between blocks, and gradients of pairs add up over tiles of keys."""
     from tests.attention import compiled
