@@ -145,6 +145,7 @@ class _Run:
         return create_state(self._cfg, self._blueprint, params), told
 
     def to_the_end(self, stop: "_Stop") -> None:
+        """Steps until the last one, or until `stop`; returns once all is saved."""
         cfg = self._cfg.train
         stopping = False
         for batch in range(self._start_step, cfg.steps):

@@ -5,12 +5,12 @@ placement.py says where each pair lies; windows, runs and slots are explained th
 (a) `spread`. Window by window, each row is stored once for each of its pairs at the pair's place in a buffer in VMEM
     that holds the window's runs one after the other; whole runs then go to their slots. A row costs a scalar load and
     a store: 1.6 cycles per pair. What a run holds beyond its pairs is filled.
-(b) `merge` and `add` are the way back: a window's runs come into VMEM while the window before is worked on, and each
-    query loads its pairs' rows by the same places.
+(b) `merge` and `add` are the way back: a window's runs come into VMEM (with two buffers, while the window before
+    is worked on), and each query loads its pairs' rows by the same places.
 
 Rows in VMEM have 32 bits per number: smaller ones share sublanes, of which none is stored alone. A pair's output and
-log-sum-exp travel as one row (packing.py). Bytes per pair: 2 D read and written by (a) in
-bfloat16, 4 D by (b). No FLOPs.
+log-sum-exp travel as one row (packing.py). Bytes per pair: 2 D read and written by (a) in bfloat16, 4 D by (b).
+No FLOPs.
 """
 
 import contextlib

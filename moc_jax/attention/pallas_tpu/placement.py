@@ -192,10 +192,10 @@ def window_size(rows: int, picks: int, width: int, chunks: int) -> tuple[int, in
     def fitting(bytes_per_row: int) -> int:
         fit = max(0, limit // bytes_per_row - _room(0, picks, chunks)) // max(1, picks)
         steps = fit // STEP * STEP or 1 << fit.bit_length() >> 1
-        return min(_MOST_WINDOW, steps, up(rows, STEP))
+        return min(_MOST_WINDOW, steps, up(rows, STEP)) if steps >= LANES else 0
 
     one, two = fitting(row + row // PARTS), fitting(2 * row)
-    if one < LANES:
+    if not one:
         needed = _room(LANES, picks, chunks) * (row + row // PARTS)
         raise NotImplementedError(
             f"{chunks} chunks and top_k {picks} need {needed / 2**20:.1f} MiB of vector memory, of which TPU "
@@ -210,4 +210,5 @@ def _room(window: int, picks: int, chunks: int) -> int:
 
 
 def up(x, unit: int):
+    """x rounded up to a multiple."""
     return -(-x // unit) * unit
