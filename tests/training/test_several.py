@@ -63,6 +63,19 @@ data.prepare = slow
     finish_both(two(start, tmp_path, "--train.steps", "1", "--train.validate-every", "0"))
 
 
+@pytest.mark.slow
+def test_compiling_may_take_longer_than_any_collective_waits(config_file, command, tmp_path):
+    patch = """
+import time, jax
+def slow(*arguments, compile=jax.stages.Lowered.compile, **options):
+    time.sleep(40 if process == 1 else 0)
+    return compile(*arguments, **options)
+jax.stages.Lowered.compile = slow
+"""
+    start = patched(config_file, command.environment, patch)
+    finish_both(two(start, tmp_path, "--train.steps", "1", "--train.validate-every", "0"))
+
+
 # ------------------------------------------------------------------------------------------------ joining
 
 
