@@ -14,6 +14,7 @@ import importlib.util
 import io
 import os
 import pathlib
+import select
 import signal
 import sys
 import tempfile
@@ -49,7 +50,7 @@ def load_config(argv: Sequence[str]) -> Config:
     try:
         known, rest = first.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise ConfigError(f"{error.argument_name}: {error.message}: the file of an experiment") from error
+        raise ConfigError(f"{error.argument_name}: {error.message}, the file of an experiment") from error
     usage = "--config FILE takes a file of configs/ (or a run's config.json); every field below overrides it."
     if known.config is None:
         if not {"-h", "--help"} & set(rest):
@@ -156,6 +157,9 @@ def run(script: str) -> NoReturn:
     Codes: 0; those of `clean_exit`, with `script.FAILURES`; 2 without the packages that it needs; 141 when what read
     the output is gone, as shells have it; and `UNFORESEEN` with the place of a file that holds the traceback.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
@@ -171,7 +175,7 @@ def run(script: str) -> NoReturn:
         sys.stdout.flush()
     except SystemExit as end:
         code = end.code
-    except Exception as error:
+    except BaseException as error:
         code = _report(error)
     sys.exit(_flushed(code))
 
@@ -179,15 +183,16 @@ def run(script: str) -> NoReturn:
 def _check_packages(script: str) -> None:
     missing = [name for name in PACKAGES.split() if importlib.util.find_spec(name) is None]
     if missing:
+        named = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
         raise ConfigError(
-            f"this Python ({sys.executable}) lacks {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}: run `make setup` "
-            f"once, then .venv/bin/python {script}.py; or `pip install -e .` with this one"
+            f"this Python ({sys.executable}) lacks {named}: run `make setup` once, then .venv/bin/python {script}.py; "
+            "or `pip install -e .` with this one"
         )
 
 
 def _flushed(code: Any) -> Any:
     """The exit code once all output is out. What can't be goes nowhere, or Python would complain at its end."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
@@ -201,27 +206,27 @@ def _report(error: BaseException | None) -> int:
     if isinstance(error, BrokenPipeError) and _reader_gone():
         _say("stopped: what read the output is gone")
         return 128 + signal.SIGPIPE
-    if error is None or isinstance(error, SystemExit):
-        return UNFORESEEN
+    if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
+        return 130
     place = "".join(f" in {f.filename}, line {f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-1:])
-    what = " ".join(f"{type(error).__name__}: {error}".split())[:300] + place
+    what = " ".join("".join(traceback.format_exception_only(error)).split())[:300] + place
     try:
         with tempfile.NamedTemporaryFile("w", prefix="moc_jax-", suffix=".txt", delete=False, errors="replace") as file:
             file.write(f"moc_jax {moc_jax.__version__}, Python {sys.version}\n{sys.argv}\n")
             traceback.print_exception(error, file=file)
         kept = f"the traceback is in {file.name}; please report it"
-    except OSError as problem:
+    except Exception as problem:
         kept = f"its traceback could not be written: {problem}"
     _say(f"error: nobody foresaw this: {what}; {kept}")
     return UNFORESEEN
 
 
 def _reader_gone() -> bool:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    """Whether the pipe that takes our output has no other end; the error itself doesn't say which pipe it was."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _say(line: str) -> None:

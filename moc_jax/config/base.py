@@ -170,7 +170,7 @@ _SHORT = reprlib.Repr(maxstring=160, maxother=160, maxlong=40)
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """ "; did you mean ...?" for the one of `known` that `word` resembles, else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = difflib.get_close_matches(word[:100], list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -1,6 +1,7 @@
 """Settings of a run: data, diffusion, sampling, optimizer, training, mesh."""
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 from moc_jax.config.base import (
@@ -15,8 +16,8 @@ from moc_jax.config.base import (
     Range,
     Seed,
     Settings,
-    Size,
     check,
+    shown,
 )
 
 Axis = Annotated[int, Range(-1, 2**20, "-1: all that are left")]
@@ -146,6 +147,13 @@ class OptimizerConfig(Settings, at="optimizer"):
     accumulate: Annotated[int, Range(1, 10**6)] = 1
     """Batches whose gradients are averaged before one update."""
 
+    def check_together(self):
+        check(
+            self.clip_norm == 0 or self.clip_norm >= 1e-12,
+            f"optimizer.clip_norm is {self.clip_norm}, which leaves nothing of the gradients; give 0 for no "
+            "clipping, or 1e-12 and more",
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkStage(Settings, at="train.chunk_schedule"):
@@ -161,7 +169,7 @@ class TrainConfig(Settings, at="train"):
 
     steps: Count = 1000
     """Batches to train on; with `optimizer.accumulate` several of them make one update."""
-    batch_size: Size = 1
+    batch_size: Annotated[int, Range(1, 2**14)] = 1
     """Scenes per step, over all processes and devices."""
     seed: Seed = 0
     """Fixes initial weights, data order, timesteps and noise."""
@@ -227,6 +235,10 @@ class MeshConfig(Settings, at="mesh"):
             self.context == 1 and self.tensor == 1,
             f"mesh.context = {self.context} and mesh.tensor = {self.tensor}; these axes are named but "
             "not built yet: leave them at 1",
+        )
+        check(
+            re.fullmatch(r"(\S+:\d{1,5})?", self.coordinator) is not None,
+            f"mesh.coordinator is {shown(self.coordinator)}; it must be host:port",
         )
         check(
             not self.num_processes or self.process_id < self.num_processes,
