@@ -204,9 +204,12 @@ def _bool(value: Any, name: str) -> bool:
 def _int(value: Any, name: str) -> int:
     if isinstance(value, float) and value.is_integer():
         raise _wrong_type(int, value, name, f": write {int(value)}")
-    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+    if isinstance(value, bool):
         raise _wrong_type(int, value, name)
-    return operator.index(value)
+    try:
+        return operator.index(value)  # numpy's whole numbers too
+    except TypeError:
+        raise _wrong_type(int, value, name) from None
 
 
 def _float(value: Any, name: str) -> float:
