@@ -32,7 +32,7 @@ from moc_jax.config_json import config_from_json, config_to_json
 
 __all__ = ["clean_exit", "config_from_json", "config_to_json", "load_config", "parse", "read_config_file", "run"]
 
-UNFORESEEN = 70  # exit code: EX_SOFTWARE of sysexits.h
+UNEXPECTED = 70  # exit code: EX_SOFTWARE of sysexits.h
 # What is imported of the packages that pyproject.toml asks for.
 PACKAGES = "jax flax optax orbax grain array_record numpy einops jaxtyping beartype tyro yaml etils av scenedetect PIL"
 PACKAGES += " matplotlib tensorboardX tqdm"
@@ -155,7 +155,7 @@ def run(script: str) -> NoReturn:
     """The program of the module `script`: imports it, calls its `main(argv)`, and exits, never with a traceback.
 
     Codes: 0; those of `clean_exit`, with `script.FAILURES`; 2 without the packages that it needs; 141 when what read
-    the output is gone, as shells have it; and `UNFORESEEN` with the place of a file that holds the traceback.
+    the output is gone, as shells have it; and `UNEXPECTED` with the place of a file that holds the traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
@@ -202,7 +202,7 @@ def _flushed(code: Any) -> Any:
 
 
 def _report(error: BaseException | None) -> int:
-    """Says in one line what nobody foresaw, and where its traceback lies; returns the exit code."""
+    """Says in one line what nobody expected, and where its traceback lies; returns the exit code."""
     if isinstance(error, BrokenPipeError) and _reader_gone():
         _say("stopped: what read the output is gone")
         return 128 + signal.SIGPIPE
@@ -217,8 +217,8 @@ def _report(error: BaseException | None) -> int:
         kept = f"the traceback is in {file.name}; please report it"
     except Exception as problem:
         kept = f"its traceback could not be written: {problem}"
-    _say(f"error: nobody foresaw this: {what}; {kept}")
-    return UNFORESEEN
+    _say(f"error: unexpected {what}; {kept}")
+    return UNEXPECTED
 
 
 def _reader_gone() -> bool:

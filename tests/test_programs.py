@@ -61,7 +61,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(tmp_path, source, line):
     done = run_module(tmp_path, source)
     assert done.returncode == 70
     (report,) = reports(tmp_path)
-    assert re.fullmatch(r"error: nobody foresaw this: .*\n", done.stderr)
+    assert re.fullmatch(r"error: unexpected .*\n", done.stderr)
     assert line in done.stderr
     assert f"the traceback is in {report}" in done.stderr
     written = report.read_text()

@@ -109,7 +109,7 @@ def expanded(path: str, name: str = "the path") -> str:
         ok = b"\0" not in os.fsencode(path)
     except UnicodeEncodeError:
         ok = False
-    check(ok, f"{name} is {shown(path)}; no path can hold such a character")
+    check(ok, f"{name} is {shown(path)}; a path can't contain that character")
     if not path.startswith("~"):
         return path
     home = os.path.expanduser(path)

@@ -53,7 +53,7 @@ def _check_is_file(file: str, path: pathlib.Path) -> None:
     near = difflib.get_close_matches(str(path), there, n=1, cutoff=0.5)
     listed = f"{', '.join(there[:20])}{', ...' * (len(there) > 20)}" if there else "no .py file"
     hint = f"did you mean {near[0]}?" if near else f"{folder} holds {listed}"
-    what = "that is a folder" if path.is_dir() else "that is no file" if path.exists() else "there is no such file"
+    what = "that is a folder" if path.is_dir() else "that is not a file" if path.exists() else "there is no such file"
     raise ConfigError(f"--config {shown(file) if not file.strip() else file}: {what}; {hint}")
 
 

@@ -104,11 +104,11 @@ def test_what_is_no_file_is_named(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.py")
     for name, message in [
         ("folder.py", "that is a folder"),
-        ("pipe.py", "that is no file"),
+        ("pipe.py", "that is not a file"),
         ("owm.py", r"there is no such file; did you mean .*own\.py\?"),
         ("text.txt", r"give a \.py file"),
         ("x" * 300 + ".py", "can't be read: File name too long"),
-        ("a\0.py", "no path can hold such a character"),
+        ("a\0.py", "a path can't contain that character"),
         ("~nobody-of-that-name/own.py", "there is no such file"),
     ]:
         with pytest.raises(ConfigError, match=message):

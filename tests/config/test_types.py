@@ -80,7 +80,7 @@ CONFIG = Config()
         (lambda: Config(workdir=b"out"), "workdir is b'out'; it must be a path, as text"),
         (lambda: Config(workdir=""), "workdir is empty"),
         (lambda: Config(workdir="  "), "workdir is empty"),
-        (lambda: Config(workdir="a\0b"), "workdir is 'a\\x00b'; no path can hold such a character"),
+        (lambda: Config(workdir="a\0b"), "workdir is 'a\\x00b'; a path can't contain that character"),
         (lambda: DataConfig(cache=""), "data.cache is empty"),
         (lambda: MeshConfig(distributed=True, coordinator="host"), "mesh.coordinator is 'host'; it must be host:port"),
     ],
