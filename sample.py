@@ -7,18 +7,26 @@ are sampled as one batch; --out and the pictures are then folders, with one file
 the same bytes. Settings that are not given here are those of the checkpoint.
 """
 
-import dataclasses
 import sys
+
+if __name__ == "__main__":  # first of all, so that what goes wrong in the imports below is reported as well
+    if sys.version_info < (3, 12):  # noqa: UP036 - outside the environment it may be any
+        sys.exit("error: this needs Python 3.12 or newer: run `make setup` once, then .venv/bin/python sample.py")
+    from moc_jax.cli import run
+
+    run("sample")
+
+import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
 from moc_jax.checkpoint import CheckpointError, load_for_sampling
-from moc_jax.cli import clean_exit, parse
+from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
 from moc_jax.config import Config, ConfigError, MeshConfig
+from moc_jax.config.base import File, Folder, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
 from moc_jax.sampling.compare import comparison, mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
@@ -27,16 +35,18 @@ from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
 from moc_jax.sharding import make_mesh, replicated
 
+FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError  # exit code 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
-    checkpoint: str
+class Arguments(Settings):
+    checkpoint: Folder
     """A run's folder, its checkpoints folder, or one checkpoint's."""
-    storyboard: tuple[Path, ...] = ()
+    storyboard: tuple[File, ...] = ()
     """YAML files."""
     training_scene: int | None = None
     """Instead of a storyboard: the training scene of this number, by its captions, compared with the original."""
-    out: Path
+    out: File
     """The MP4 to write; with several storyboards, a folder."""
     step: int | None = None
     """Which checkpoint; none given: the newest."""
@@ -62,9 +72,9 @@ class Arguments:
     """What to steer away from; comes before a storyboard's own."""
     seed: int | None = None
     """Comes before a storyboard's own; a shot's own seed comes before both."""
-    contact_sheet: Path | None = None
+    contact_sheet: File | None = None
     """Also write a PNG with a few frames of each shot."""
-    routing_picture: Path | None = None
+    routing_picture: File | None = None
     """Also write a PNG of which shots each shot reads from, per layer."""
     overwrite: bool = False
     """Replace files that exist."""
@@ -127,8 +137,3 @@ def _overridden(board: Storyboard, args: Arguments) -> Storyboard:
 
 def _given(args: Arguments, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-if __name__ == "__main__":
-    with clean_exit(CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError):
-        main(sys.argv[1:])

@@ -6,8 +6,16 @@ Several hosts: the same command on each, with --mesh.distributed True (and --mes
 --mesh.process-id where the cluster does not tell them by itself). Folders must be on storage that all hosts share.
 """
 
-import dataclasses
 import sys
+
+if __name__ == "__main__":  # first of all, so that what goes wrong in the imports below is reported as well
+    if sys.version_info < (3, 12):  # noqa: UP036 - outside the environment it may be any
+        sys.exit("error: this needs Python 3.12 or newer: run `make setup` once, then .venv/bin/python train.py")
+    from moc_jax.cli import run
+
+    run("train")
+
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +84,3 @@ def make_preview(config: Config, manifest):
                     part.replace(folder / name)
 
     return preview
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -25,6 +25,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
+import moc_jax
 from moc_jax.config import Config, ConfigError, TrainConfig
 from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.digest import array_digest, text_digest, tree_digests
@@ -135,9 +136,8 @@ class Checkpoints:
             "shapes": {name: _shapes(tree) for name, tree in state.items()},
             "digests": {name: tree_digests(tree) for name, tree in state.items()},
             "codec": {name: array_digest(array) for name, array in codec_state.items()},
-            "versions": {
-                name: importlib.metadata.version(name) for name in ("moc_jax", "jax", "flax", "orbax-checkpoint")
-            },
+            "versions": {"moc_jax": moc_jax.__version__}
+            | {name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint")},
         }
         text = json.dumps(body)
         items = {**state, "codec": codec_state, "meta": {"body": text, "sha256": text_digest(text)}}

@@ -1,40 +1,56 @@
-"""Command lines: `--config configs/x.py --any.nested.field value` -> a `Config`, before jax starts.
+"""Command lines: `--config configs/x.py --any.nested.field value` -> a `Config`, before jax starts; and exit codes.
 
 Every field of the config is an option, with the comment below the field as its help; an unknown option fails and
 suggests the near one. Tuples of small records are written with colons: `--train.chunk-schedule 0:10 500:5`.
+
+Importing this takes the standard library alone, so that `run` can say what is missing.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import difflib
+import importlib
 import importlib.util
+import io
 import os
 import pathlib
-import re
+import select
+import signal
 import sys
+import tempfile
+import threading
+import traceback
 import typing
 from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
-import tyro
-
-from moc_jax import config as config_module
+import moc_jax
 from moc_jax.config import Config, ConfigError
+from moc_jax.config.base import field_kinds
+from moc_jax.config.file import read_config_text, run_config_file
 from moc_jax.config_json import config_from_json, config_to_json
 
-__all__ = ["clean_exit", "config_from_json", "config_to_json", "load_config", "parse", "read_config_file"]
+__all__ = ["clean_exit", "config_from_json", "config_to_json", "load_config", "parse", "read_config_file", "run"]
+
+UNEXPECTED = 70  # exit code: EX_SOFTWARE of sysexits.h
+# What is imported of the packages that pyproject.toml asks for.
+PACKAGES = "jax flax optax orbax grain array_record numpy einops jaxtyping beartype tyro yaml etils av scenedetect PIL"
+PACKAGES += " matplotlib tensorboardX tqdm"
 
 
 def load_config(argv: Sequence[str]) -> Config:
     """`--config FILE` (a Python file that defines `config: Config`, or a saved config.json), then overrides.
 
     Raises:
-        ConfigError: no such file, or no config in it.
+        ConfigError: no such file, no config in it, or several files given.
         SystemExit: code 2 for an option or value that can't be (tyro names it), code 0 after `--help`.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    known, rest = first.parse_known_args(list(argv))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config", action="append")
+    try:
+        known, rest = first.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}, the file of an experiment") from error
     usage = "--config FILE takes a file of configs/ (or a run's config.json); every field below overrides it."
     if known.config is None:
         if not {"-h", "--help"} & set(rest):
@@ -42,7 +58,9 @@ def load_config(argv: Sequence[str]) -> Config:
                 "no --config given: name an experiment, such as --config configs/demo.py (--help lists every field)"
             )
         return parse(Config, rest, default=Config(), description=usage, flags=False)
-    config, about = read_config_file(known.config)
+    if len(known.config) > 1:
+        raise ConfigError(f"--config is given {len(known.config)} times: {', '.join(known.config)}; give one file")
+    config, about = read_config_file(known.config[0])
     return parse(Config, rest, default=config, description=f"{about}\n\n{usage}" if about else usage, flags=False)
 
 
@@ -58,6 +76,8 @@ def parse[T](
 
     Bools are flags (`--dense`), or with `flags=False` options like all others (`--mesh.distributed True`).
     """
+    import tyro
+
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_records_rule)
     return tyro.cli(
@@ -68,6 +88,48 @@ def parse[T](
         registry=registry,
         config=() if flags else (tyro.conf.FlagConversionOff,),
     )
+
+
+def read_config_file(file: str) -> tuple[Config, str]:
+    """The config in `file`, .py or .json, and the docstring of a .py file.
+
+    Raises:
+        ConfigError: with the file, the line and the cause.
+    """
+    if pathlib.Path(file).suffix.lower() == ".json":
+        return config_from_json(read_config_text(file), name=file), ""
+    return run_config_file(file)
+
+
+def _records_rule(info: Any) -> Any:
+    """tuple[Record, ...], Record being a dataclass of ints, as words `1:2:3` in the order of its fields."""
+    import tyro
+
+    arguments = typing.get_args(info.type)
+    if typing.get_origin(info.type) is not tuple or len(arguments) != 2 or arguments[1] is not Ellipsis:
+        return None
+    record = arguments[0]
+    if not dataclasses.is_dataclass(record):
+        return None
+    kinds = field_kinds(typing.cast(type, record))
+    names = list(kinds)
+
+    def read(word: str):
+        values = word.split(":")
+        if len(values) != len(names) or not all(v.removeprefix("-").isdecimal() for v in values):
+            raise ValueError(f"{word!r} must be whole numbers {':'.join(names)}")
+        return record(**{name: int(value) for name, value in zip(names, values)})
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=f"[{':'.join(names).upper()} ...]",
+        instance_from_str=lambda words: tuple(read(word) for word in words),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(v, record) for v in value),
+        str_from_instance=lambda value: [":".join(str(getattr(v, name)) for name in names) for v in value],
+    )
+
+
+# ------------------------------------------------------------------------------------------------ how a program ends
 
 
 @contextlib.contextmanager
@@ -89,72 +151,84 @@ def clean_exit(*failures: type[Exception]) -> Iterator[None]:
         sys.exit(130)
 
 
-def read_config_file(file: str) -> tuple[Config, str]:
-    """The config that `file` defines, and the file's docstring."""
-    path = pathlib.Path(file)
-    if not path.is_file():
-        there = [str(p) for p in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(file, there, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"{path.parent} holds {', '.join(there) or 'no .py file'}"
-        raise ConfigError(f"--config {file}: there is no such file; {hint}")
-    if path.suffix == ".json":
-        return config_from_json(path.read_text(), name=file), ""
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(
-            f"--config {file}: not a Python file; give a .py file that defines `config`, or a config.json"
-        )
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, os.getcwd())  # a config may start from another one: from configs.demo import config as base
+def run(script: str) -> NoReturn:
+    """The program of the module `script`: imports it, calls its `main(argv)`, and exits, never with a traceback.
+
+    Codes: 0; those of `clean_exit`, with `script.FAILURES`; 2 without the packages that it needs; 141 when what read
+    the output is gone, as shells have it; and `UNEXPECTED` with the place of a file that holds the traceback.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+    threading.excepthook = lambda failed: _report(failed.exc_value)
+    sys.unraisablehook = lambda failed: _report(failed.exc_value)
+    code: Any = 0
     try:
-        spec.loader.exec_module(module)
-    except TypeError as error:
-        problem = _unknown_field(str(error))
-        if problem is None:
-            raise
-        raise ConfigError(f"--config {file}: {problem}") from error
-    finally:
-        sys.path.pop(0)
-    config = getattr(module, "config", None)
-    if not isinstance(config, Config):
+        with clean_exit():
+            _check_packages(script)
+            module = importlib.import_module(script)
+            with clean_exit(*getattr(module, "FAILURES", ())):
+                module.main(sys.argv[1:])
+        sys.stdout.flush()
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        code = _report(error)
+    sys.exit(_flushed(code))
+
+
+def _check_packages(script: str) -> None:
+    missing = [name for name in PACKAGES.split() if importlib.util.find_spec(name) is None]
+    if missing:
+        named = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
         raise ConfigError(
-            f"--config {file}: it must define `config`, a moc_jax.config.Config; found {type(config).__name__}"
+            f"this Python ({sys.executable}) lacks {named}: run `make setup` once, then .venv/bin/python {script}.py; "
+            "or `pip install -e .` with this one"
         )
-    return config, (module.__doc__ or "").strip()
 
 
-def _unknown_field(message: str) -> str | None:
-    """What is wrong with MoCConfig(topk=3), by the TypeError's message; None if that was something else."""
-    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", message)
-    kind = getattr(config_module, found[1], None) if found else None
-    if not (found and dataclasses.is_dataclass(kind)):
-        return None
-    names = [field.name for field in dataclasses.fields(kind)]
-    near = difflib.get_close_matches(found[2], names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}"
-    return f"{found[1]} has no setting {found[2]!r}; {hint}"
+def _flushed(code: Any) -> Any:
+    """The exit code once all output is out. What can't be goes nowhere, or Python would complain at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            code = code or _report(error)
+    return code
 
 
-def _records_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """tuple[Record, ...], Record being a dataclass of ints, as words `1:2:3` in the order of its fields."""
-    arguments = typing.get_args(info.type)
-    if typing.get_origin(info.type) is not tuple or len(arguments) != 2 or arguments[1] is not Ellipsis:
-        return None
-    record = arguments[0]
-    if not dataclasses.is_dataclass(record) or any(f.type is not int for f in dataclasses.fields(record)):
-        return None
-    names = [f.name for f in dataclasses.fields(record)]
+def _report(error: BaseException | None) -> int:
+    """Says in one line what nobody expected, and where its traceback lies; returns the exit code."""
+    if isinstance(error, BrokenPipeError) and _reader_gone():
+        _say("stopped: what read the output is gone")
+        return 128 + signal.SIGPIPE
+    if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
+        return 130
+    place = "".join(f" in {f.filename}, line {f.lineno}" for f in traceback.extract_tb(error.__traceback__)[-1:])
+    what = " ".join("".join(traceback.format_exception_only(error)).split())[:300] + place
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="moc_jax-", suffix=".txt", delete=False, errors="replace") as file:
+            file.write(f"moc_jax {moc_jax.__version__}, Python {sys.version}\n{sys.argv}\n")
+            traceback.print_exception(error, file=file)
+        kept = f"the traceback is in {file.name}; please report it"
+    except Exception as problem:
+        kept = f"its traceback could not be written: {problem}"
+    _say(f"error: unexpected {what}; {kept}")
+    return UNEXPECTED
 
-    def read(word: str):
-        values = word.split(":")
-        if len(values) != len(names) or not all(v.lstrip("-").isdigit() for v in values):
-            raise ValueError(f"{word!r} must be whole numbers {':'.join(names)}")
-        return record(**{name: int(value) for name, value in zip(names, values)})
 
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar=f"[{':'.join(names).upper()} ...]",
-        instance_from_str=lambda words: tuple(read(word) for word in words),
-        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(v, record) for v in value),
-        str_from_instance=lambda value: [":".join(str(getattr(v, name)) for name in names) for v in value],
-    )
+def _reader_gone() -> bool:
+    """Whether the pipe that takes our output has no other end; the error itself doesn't say which pipe it was."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

@@ -1,18 +1,18 @@
 """A config as JSON: what lies beside a run and inside each checkpoint. The round trip is exact.
 
-Reading is strict: an unknown key or a value of the wrong type is an error that names it. A key that is missing, because
-the file is older than the field, takes the field's default and is named in a warning.
+Reading is strict: an unknown key, a key given twice or a value of the wrong type is an error that names it. A key that
+is missing, because the file is older than the field, takes the field's default and is named in a warning. Types and
+ranges are checked by the config itself.
 """
 
 import dataclasses
-import difflib
 import json
-import types
 import typing
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 from moc_jax.config import Config, ConfigError
+from moc_jax.config.base import checked, field_kinds, nearest, shown
 
 
 def config_to_json(config: Config) -> str:
@@ -24,14 +24,18 @@ def config_from_json(text: str, *, name: str = "config.json") -> Config:
     """The config that `config_to_json` wrote.
 
     Raises:
-        ConfigError: not JSON, an unknown key (with the nearest known one), a value of the wrong type, or a setting
-            that can't be. `name` says in the message which file it was.
+        ConfigError: not JSON, an unknown key (with the nearest known one), a key given twice, a value of the wrong
+            type, or a setting that can't be. `name` says in the message which file it was.
     """
     try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
+        tree = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique)
+        return _dataclass(Config, tree, "", name)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name} is no config: it is nested too deeply") from error
+    except ValueError as error:  # no JSON, or a number of more digits than Python reads
         raise ConfigError(f"{name} is no JSON: {error}") from error
-    return _dataclass(Config, tree, "", name)
 
 
 def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
@@ -45,46 +49,40 @@ def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     return found
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ConfigError(f"the key {shown(twice)} is given twice in one object; keep one of them")
+    return tree
+
+
 def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{name}: {path or 'the file'} is {tree!r}; it must be an object with the fields of {kind.__name__}"
-        )
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+        what = f"{path or 'the file'} is {shown(tree)}"
+        raise ConfigError(f"{what}; it must be an object with the fields of {kind.__name__}")
+    kinds = field_kinds(kind)
     prefix = f"{path}." if path else ""
     for key in tree:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(fields)}"
-            raise ConfigError(f"{name}: unknown key {prefix}{key}; {hint}")
-    missing = [key for key in fields if key not in tree]
+        if key not in kinds:
+            hint = nearest(key, kinds).replace("mean ", f"mean {prefix}") or f"; known are {', '.join(kinds)}"
+            raise ConfigError(f"unknown key {prefix}{key}{hint}")
+    missing = [key for key in kinds if key not in tree]
+    for field in dataclasses.fields(kind):
+        if field.name in missing and field.default is dataclasses.MISSING:
+            raise ConfigError(f"{path} lacks {field.name}; it must be an object with {' and '.join(kinds)}")
     if missing:
         warnings.warn(f"{name} lacks {', '.join(prefix + m for m in missing)}: the defaults are used", stacklevel=2)
-    return kind(**{key: _value(fields[key], tree[key], prefix + key, name) for key in tree})
+    return kind(**{key: _value(kinds[key], tree[key], prefix + key, name) for key in tree})
 
 
 def _value(kind: Any, value: Any, path: str, name: str) -> Any:
-    """`value` as `kind` says: a nested dataclass, a tuple, a Literal or a plain int, float, bool or str."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    """`value`, checked here, where the place in the file is known, with a dataclass in the place of every object."""
     if dataclasses.is_dataclass(kind):
         return _dataclass(typing.cast(type, kind), value, path, name)
-    if origin is Literal:
-        if value not in arguments:
-            near = difflib.get_close_matches(str(value), [str(a) for a in arguments], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{name}: {path} is {value!r}; it must be one of {', '.join(map(str, arguments))}{hint}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigError(f"{name}: {path} is {value!r}; it must be a list")
-        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) != len(value):
-            raise ConfigError(f"{name}: {path} has {len(value)} entries; it must have {len(kinds)}")
-        return tuple(_value(k, v, f"{path}[{i}]", name) for i, (k, v) in enumerate(zip(kinds, value)))
-    if isinstance(kind, types.UnionType):
-        raise TypeError(f"{path}: {kind} can't be told apart in JSON; give the field one type")
-    accepted = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}[kind]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{name}: {path} is {value!r}; it must be of type {kind.__name__}")
-    return kind(value)
+    if typing.get_origin(kind) is tuple and isinstance(value, list):
+        record = typing.get_args(kind)[0]
+        if dataclasses.is_dataclass(record):
+            value = [_value(record, v, f"{path}[{i}]", name) for i, v in enumerate(value)]
+    return checked(kind, value, path)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moc_jax.config import ChunkConfig
+from moc_jax.config.base import INT32, Natural, Settings, check
 from moc_jax.shapes import Array, Bool, Float, Int, typed
 
 PAD, TEXT, VIDEO = 0, 1, 2  # kinds of chunk
@@ -24,14 +25,17 @@ GLOBAL, NO_SHOT = -1, -2  # `shot` of the global caption, and of padding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SceneShape:
-    """The static sizes of a scene, in tokens (after patching)."""
+class SceneShape(Settings):
+    """The static sizes of a scene, in tokens (after patching). Tokens are numbered with 32 bits."""
 
-    shots: int
-    frames: int  # all shots together
-    rows: int
-    columns: int
-    text_tokens: int
+    shots: Natural
+    frames: Natural  # all shots together
+    rows: Natural
+    columns: Natural
+    text_tokens: Natural
+
+    def check_together(self):
+        check(self.tokens <= INT32, f"{self} has {self.tokens:,} tokens; at most {INT32:,} are possible")
 
     @property
     def video_tokens(self) -> int:

@@ -6,7 +6,7 @@ and `sample.py` expose each field on the command line (`--moc.top-k 3`), with th
 
 import dataclasses
 
-from moc_jax.config.base import ConfigError, check
+from moc_jax.config.base import INT32, ConfigError, Folder, Settings, check
 from moc_jax.config.network import ChunkConfig, CodecConfig, MoCConfig, ModelConfig, TextConfig
 from moc_jax.config.run import (
     BucketConfig,
@@ -37,12 +37,14 @@ __all__ = [
     "TrainConfig",
 ]
 
+_LARGEST_BATCH = 2**36  # numbers, over all devices
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Settings):
     """One experiment."""
 
-    workdir: str = "out/run"
+    workdir: Folder = "out/run"
     """Checkpoints, logs, previews and the resolved config go here."""
     moc: MoCConfig = MoCConfig()
     model: ModelConfig = ModelConfig()
@@ -55,7 +57,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
 
-    def __post_init__(self):
+    def check_together(self):
         check(
             self.model.latent_channels == self.codec.channels,
             f"model.latent_channels = {self.model.latent_channels}, but codec.channels = {self.codec.channels}; "
@@ -77,6 +79,31 @@ class Config:
                 f"data.{name} = {size} does not divide by {unit} (codec.stride {self.codec.stride[axis]} x "
                 f"model.patch {self.model.patch[axis]}); the nearest that do are {low} and {low + unit}",
             )
+        for bucket in self.data.buckets:
+            self._check_bucket(bucket)
+
+    def _check_bucket(self, bucket: BucketConfig) -> None:
+        """A scene's arrays are indexed, and its tokens numbered, by 32-bit numbers."""
+        rows, columns = self.latent_size
+        numbers = bucket.frames * rows * columns * self.codec.channels
+        check(
+            numbers <= INT32,
+            f"data.buckets: {bucket.frames} frames of {rows}x{columns} latents with {self.codec.channels} channels are "
+            f"{numbers:,} numbers per scene; at most {INT32:,} are possible: give fewer frames, or a smaller "
+            "data.height x data.width",
+        )
+        numbers = bucket.text_tokens * self.text.dim
+        check(
+            numbers <= INT32,
+            f"data.buckets: {bucket.text_tokens} text tokens of text.dim {self.text.dim} are {numbers:,} numbers per "
+            f"scene; at most {INT32:,} are possible: give fewer text tokens",
+        )
+        most = self.train.batch_size * max(bucket.frames * rows * columns * self.codec.channels, numbers)
+        check(
+            most <= _LARGEST_BATCH,
+            f"train.batch_size {self.train.batch_size} scenes of a bucket of {bucket.frames} frames are {most:,} "
+            f"numbers; at most {_LARGEST_BATCH:,} are possible: give a smaller batch or smaller data.buckets",
+        )
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -1,4 +1,21 @@
-"""What every setting is checked with."""
+"""What every setting is checked with, once, when a value is built: type, choices, range, nesting.
+
+A field says all of it by its type hint: `int`, `bool`, `str`, `Literal[...]`, `tuple[...]`, another `Settings`, or one
+of these with a rule, `Annotated[int, Range(1, 8)]`. Python, the command line and JSON all pass here.
+"""
+
+import dataclasses
+import difflib
+import functools
+import numbers
+import operator
+import os
+import pathlib
+import reprlib
+import typing
+from typing import Annotated, Any, Literal
+
+INT32 = 2**31 - 1  # steps, sizes and positions are 32-bit numbers on the devices
 
 
 class ConfigError(ValueError):
@@ -9,3 +26,207 @@ def check(ok: bool, message: str) -> None:
     """Raises ConfigError with `message` unless `ok`."""
     if not ok:
         raise ConfigError(message)
+
+
+class Settings:
+    """Base of the frozen dataclasses that hold settings; `at` is where the fields hang: `moc.chunk`.
+
+    Building one converts each field to what its hint says (whole numbers to floats, lists to tuples), and raises
+    ConfigError for what can't be; so what is built can be written as JSON and read back equal.
+    """
+
+    _prefix = ""
+
+    def __init_subclass__(cls, *, at: str = "", **options: Any):
+        super().__init_subclass__(**options)
+        cls._prefix = f"{at}." if at else ""
+
+    def __post_init__(self):
+        for name, kind in field_kinds(type(self)).items():
+            object.__setattr__(self, name, checked(kind, getattr(self, name), self._prefix + name))
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Raises ConfigError where fields that are right one by one don't go together."""
+
+
+@functools.cache
+def field_kinds(kind: type) -> dict[str, Any]:
+    """The type hint of each field of a dataclass, rules included."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Limits of a number, themselves included; NaN and infinity lie in no range."""
+
+    low: float
+    """The least."""
+    high: float
+    """The greatest."""
+    note: str = ""
+    """What a value means that doesn't speak for itself: `0: no limit`."""
+
+    def __call__(self, kind: Any, value: Any, name: str) -> Any:
+        number = checked(kind, value, name)
+        if not self.low <= number <= self.high:
+            raise ConfigError(f"{name} is {shown(value)}; it must lie in {self}")
+        return number
+
+    def __str__(self) -> str:
+        low, high = (f"{x:.7g}" if isinstance(x, float) else f"{x}" for x in (self.low, self.high))
+        return f"{low}..{high}" + (f" ({self.note})" if self.note else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A path, which may begin with ~, or an address with ://."""
+
+    optional: bool = False
+    """May be empty."""
+
+    def __call__(self, kind: Any, value: Any, name: str) -> Any:
+        try:
+            path = os.fspath(value)
+        except TypeError:
+            path = None
+        if not isinstance(path, str):
+            raise ConfigError(f"{name} is {shown(value)}; it must be a path, as text")
+        if not path.strip() and not self.optional:
+            raise ConfigError(f"{name} is empty; name a file or folder (. is the current one)")
+        return kind(expanded(path, name))
+
+
+def expanded(path: str, name: str = "the path") -> str:
+    """`path` with the home folder in place of a leading ~ or ~user; addresses such as gs://bucket stay.
+
+    Raises:
+        ConfigError: no such user, or text that no path can be; `name` says in the message which path it was.
+    """
+    path = str.__str__(path)
+    try:
+        ok = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        ok = False
+    check(ok, f"{name} is {shown(path)}; a path can't contain that character")
+    if not path.startswith("~"):
+        return path
+    home = os.path.expanduser(path)
+    user = path.split("/")[0]
+    check(
+        home != path,
+        f"{name} is {shown(path)}, but {user} has no home folder here; write the whole path, or ./{user} for a file or "
+        "folder of that name",
+    )
+    return home
+
+
+Count = Annotated[int, Range(1, INT32)]
+Natural = Annotated[int, Range(0, INT32)]
+Every = Annotated[int, Range(0, INT32, "0: never")]
+Size = Annotated[int, Range(1, 2**16)]
+Stride = Annotated[int, Range(1, 256)]  # of patches
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Fraction = Annotated[float, Range(0, 1)]
+Below1 = Annotated[float, Range(0, 0.9999999)]  # what is nearer to 1 is 1 in float32
+Folder = Annotated[str, Place()]
+OptionalPath = Annotated[str, Place(optional=True)]
+File = Annotated[pathlib.Path, Place()]
+
+
+def checked(kind: Any, value: Any, name: str) -> Any:
+    """`value` as the type hint `kind` says, made of plain Python values.
+
+    Raises:
+        ConfigError: another type, none of the choices, outside the range; it begins with `name`.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return arguments[1](arguments[0], value, name)
+    if origin is Literal:
+        return _choice(arguments, value, name)
+    if origin is tuple:
+        return _entries(arguments, value, name)
+    if type(None) in arguments:  # a type or None
+        return None if value is None else checked(arguments[0], value, name)
+    if dataclasses.is_dataclass(kind):
+        # No subclass either: it would come back from JSON as another class.
+        check(type(value) is kind, f"{name} is {shown(value)}; it must be a {getattr(kind, '__name__', kind)}")
+        return value
+    return {int: _int, float: _float, bool: _bool, str: _text}[kind](value, name)
+
+
+def shown(value: Any) -> str:
+    """`value` for a message, shortened."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # numbers of more digits than Python prints, and whatever a foreign __repr__ raises
+        return f"one {type(value).__name__} too long to show"
+
+
+_SHORT = reprlib.Repr(maxstring=160, maxother=160, maxlong=40)
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+    """ "; did you mean ...?" for the one of `known` that `word` resembles, else nothing."""
+    near = difflib.get_close_matches(word[:100], list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _choice(choices: tuple[str, ...], value: Any, name: str) -> str:
+    if not isinstance(value, str) or value not in choices:
+        near = nearest(value.lower(), choices) if isinstance(value, str) else ""
+        raise ConfigError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}{near}")
+    return choices[choices.index(value)]
+
+
+def _entries(kinds: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        text = shown(value)
+        raise ConfigError(f"{name} is {text}; it must be a list: ({text},) in Python, [{text}] in JSON")
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    check(len(kinds) == len(value), f"{name} has {len(value)} entries; it must have {len(kinds)}")
+    return tuple(checked(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+
+
+def _wrong_type(kind: type, value: Any, name: str, fix: str = "") -> ConfigError:
+    return ConfigError(f"{name} is {shown(value)}; it must be of type {kind.__name__}{fix}")
+
+
+def _bool(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong_type(bool, value, name, ": True or False")
+    return value
+
+
+def _int(value: Any, name: str) -> int:
+    if isinstance(value, float) and value.is_integer():
+        raise _wrong_type(int, value, name, f": write {int(value)}")
+    if isinstance(value, bool):
+        raise _wrong_type(int, value, name)
+    try:
+        return operator.index(value)  # numpy's whole numbers too
+    except TypeError:
+        raise _wrong_type(int, value, name) from None
+
+
+def _float(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _wrong_type(float, value, name)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{name} is {shown(value)}, which is more than a float can hold") from None
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise _wrong_type(str, value, name, ": put it in quotes")
+    text = str.__str__(value)  # plain, also from a subclass
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} is {shown(text)}, which is not UTF-8 text") from None
+    return text

@@ -2,38 +2,39 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
-from moc_jax.config.base import check
+from moc_jax.config.base import Count, Fraction, Range, Settings, Size, Stride, check
+
+_WIDEST = 2**20  # numbers that one token is made of
+_MOST_WEIGHTS = 10**13
+_LARGEST_PATCH = 2**14  # its covariance takes 2 GiB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChunkConfig:
+class ChunkConfig(Settings, at="moc.chunk"):
     """How a shot's video is cut into chunks (MoC, arXiv 2508.21058, section 3.2: content-aligned chunking)."""
 
     unit: Literal["frames", "tokens"] = "tokens"
     """`frames`: whole latent frames; `tokens`: runs of tokens in raster order (t, h, w)."""
-    size: int = 1280
+    size: Count = 1280
     """The most frames (or tokens) that one chunk may hold."""
     remainder: Literal["even", "tail"] = "even"
     """A shot that is no multiple of `size`: equal parts as near as can be, or full parts and a short last one."""
 
-    def __post_init__(self):
-        check(self.size >= 1, f"moc.chunk.size is {self.size}; it must be at least 1 ({self.unit} per chunk)")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoCConfig:
+class MoCConfig(Settings, at="moc"):
     """Mixture of Contexts: what each query token of each head attends to."""
 
     mode: Literal["moc", "dense"] = "moc"
     """`dense` switches routing off: every token sees every visible token, with the same weights."""
     chunk: ChunkConfig = ChunkConfig()
-    top_k: int = 5
+    top_k: Annotated[int, Range(0, 2**20, "chunks")] = 5
     """Chunks each query of each head picks; 0 leaves the anchors alone."""
     self_anchor: Literal["shot", "chunk", "window", "none"] = "shot"
     """Video always attended: the own shot, the own chunk, the own chunk and its neighbours, or nothing."""
-    window: int = 1
+    window: Annotated[int, Range(0, 2**20, "chunks")] = 1
     """Chunks on either side of the own one, within the shot, for `self_anchor = window`."""
     text_anchor: Literal["all", "own+global", "none"] = "all"
     """Captions each video query always attends to."""
@@ -41,22 +42,17 @@ class MoCConfig:
     """Only chunks before the query's own may be picked, so that shots cannot lock onto each other."""
     visibility: Literal["scene", "past"] = "scene"
     """`scene`: joint denoising; `past`: a shot sees only the global caption and shots up to itself."""
-    drop_off_max: float = 0.5
+    drop_off_max: Fraction = 0.5
     """Training: p ~ U(0, drop_off_max); floor(p * top_k) random picks are dropped per query."""
-    drop_in_rate: float = 0.5
+    drop_in_rate: Annotated[float, Range(0, 1e6)] = 0.5
     """Training: Poisson rate of further random candidates added per query."""
-    max_drop_in: int = 2
+    max_drop_in: Annotated[int, Range(0, 2**10, "slots")] = 2
     """Training: static slots for drop-in; more than this many are cut."""
     backend: Literal["auto", "reference", "xla", "pallas_gpu", "pallas_tpu"] = "auto"
     """`reference` is the dense-mask float32 oracle; `xla` runs on any device with memory linear in tokens;
     `pallas_gpu` has kernels for Hopper GPUs, `pallas_tpu` for TPUs, and `auto` takes them there."""
 
-    def __post_init__(self):
-        check(self.top_k >= 0, f"moc.top_k is {self.top_k}; it counts chunks, so it must be 0 or more")
-        check(self.window >= 0, f"moc.window is {self.window}; it counts chunks, so it must be 0 or more")
-        check(0 <= self.drop_off_max <= 1, f"moc.drop_off_max is {self.drop_off_max}; it is a fraction in [0, 1]")
-        check(self.drop_in_rate >= 0, f"moc.drop_in_rate is {self.drop_in_rate}; a Poisson rate is 0 or more")
-        check(self.max_drop_in >= 0, f"moc.max_drop_in is {self.max_drop_in}; it counts slots, so it must be 0 or more")
+    def check_together(self):
         anchored = self.self_anchor != "none" or self.text_anchor != "none" or self.top_k > 0
         check(
             anchored or self.mode == "dense",
@@ -66,39 +62,32 @@ class MoCConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings, at="model"):
     """The multi-modal diffusion transformer: separate text and video weights, joint attention (LCT, SD3)."""
 
-    dim: int = 256
+    dim: Size = 256
     """Width of a token."""
-    depth: int = 6
+    depth: Annotated[int, Range(1, 2**12)] = 6
     """Blocks."""
-    heads: int = 4
+    heads: Size = 4
     """Attention heads, of size dim / heads."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Annotated[float, Range(1e-6, 1e3)] = 4.0
     """Hidden width of the MLP over `dim`."""
-    patch: tuple[int, int, int] = (1, 2, 2)
+    patch: tuple[Stride, Stride, Stride] = (1, 2, 2)
     """Latent frames, rows and columns per token."""
-    latent_channels: int = 16
+    latent_channels: Size = 16
     """Channels of the codec's latents."""
-    text_dim: int = 256
+    text_dim: Size = 256
     """Width of the text encoder's embeddings."""
-    rope_theta: float = 10_000.0
+    rope_theta: Annotated[float, Range(1.001, 1e12)] = 10_000.0
     """Base of the rotary frequencies; smaller tells near positions apart sooner."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type of matrix products; parameters, norms' statistics and modulation stay float32."""
     remat: Literal["none", "dots", "full"] = "full"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
 
-    def __post_init__(self):
-        for name in ("dim", "depth", "heads", "latent_channels", "text_dim"):
-            check(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        check(
-            len(self.patch) == 3 and min(self.patch) >= 1,
-            f"model.patch is {self.patch}; give three sizes >= 1 (t, h, w)",
-        )
+    def check_together(self):
         check(self.mlp_dim >= 1, f"model.mlp_ratio is {self.mlp_ratio}; mlp_ratio x dim must be at least 1")
-        check(self.rope_theta > 1, f"model.rope_theta is {self.rope_theta}; the base of the frequencies is above 1")
         check(
             self.dim % self.heads == 0,
             f"model.dim = {self.dim} is no multiple of model.heads = {self.heads}; "
@@ -107,6 +96,19 @@ class ModelConfig:
         check(
             self.head_dim % 2 == 0 and self.head_dim >= 6,
             f"head size model.dim / model.heads = {self.head_dim}; rotary embedding needs an even size of at least 6",
+        )
+        width = self.patch_size * self.latent_channels
+        check(
+            width <= _WIDEST,
+            f"model.patch {self.patch} x model.latent_channels {self.latent_channels} are {width:,} numbers per token; "
+            f"at most {_WIDEST:,} are possible: choose a smaller patch",
+        )
+        # What grows with their product: a block has two streams, each of attention, MLP and modulation.
+        weights = 2 * self.depth * self.dim * (10 * self.dim + 2 * self.mlp_dim)
+        check(
+            weights <= _MOST_WEIGHTS,
+            f"model.depth {self.depth}, model.dim {self.dim} and model.mlp_ratio {self.mlp_ratio:g} make about "
+            f"{weights:.2g} parameters; at most {_MOST_WEIGHTS:.2g} are possible: choose smaller ones",
         )
 
     @property
@@ -123,40 +125,40 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodecConfig:
+class CodecConfig(Settings, at="codec"):
     """Video <-> latents."""
 
     name: Literal["pca"] = "pca"
     """`pca`: linear autoencoder of space-time patches, fitted in closed form on the training clips."""
-    stride: tuple[int, int, int] = (4, 8, 8)
+    stride: tuple[Stride, Stride, Stride] = (4, 8, 8)
     """Frames, rows and columns per latent; the first frame stands alone, so clips have stride * n + 1 frames."""
-    channels: int = 16
+    channels: Size = 16
     """Latent channels."""
-    whiten: float = 0.5
+    whiten: Fraction = 0.5
     """Latents are divided by std ** whiten per channel: 0 keeps pixel energy, 1 makes all channels unit variance."""
 
-    def __post_init__(self):
-        check(len(self.stride) == 3 and min(self.stride) >= 1, f"codec.stride is {self.stride}; give three sizes >= 1")
+    def check_together(self):
+        size = 3 * math.prod(self.stride)
+        check(
+            size <= _LARGEST_PATCH,
+            f"codec.stride {self.stride} makes patches of {size:,} numbers, whose covariance is fitted; at most "
+            f"{_LARGEST_PATCH:,} are possible: choose smaller strides",
+        )
         limit = 3 * self.stride[1] * self.stride[2]
         check(
-            1 <= self.channels <= limit,
+            self.channels <= limit,
             f"codec.channels = {self.channels}; one frame's patch of {self.stride[1]}x{self.stride[2]}x3 pixels "
             f"has only {limit} components, so it must lie in 1..{limit}",
         )
-        check(0 <= self.whiten <= 1, f"codec.whiten is {self.whiten}; it is an exponent in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig:
+class TextConfig(Settings, at="text"):
     """Caption -> embeddings."""
 
     name: Literal["hash"] = "hash"
     """`hash`: each word, in any language, is hashed to a fixed random vector; nothing to download."""
-    dim: int = 256
+    dim: Size = 256
     """Width of an embedding."""
-    max_tokens: int = 64
+    max_tokens: Annotated[int, Range(1, 2**20)] = 64
     """The longest caption, in tokens; a longer one is an error."""
-
-    def __post_init__(self):
-        check(self.dim >= 1, f"text.dim is {self.dim}; it must be at least 1")
-        check(self.max_tokens >= 1, f"text.max_tokens is {self.max_tokens}; it must be at least 1")

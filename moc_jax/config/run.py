@@ -1,264 +1,234 @@
 """Settings of a run: data, diffusion, sampling, optimizer, training, mesh."""
 
 import dataclasses
-import math
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from moc_jax.config.base import check
+from moc_jax.config.base import (
+    INT32,
+    Below1,
+    Count,
+    Every,
+    Folder,
+    Fraction,
+    Natural,
+    OptionalPath,
+    Range,
+    Seed,
+    Settings,
+    check,
+    shown,
+)
+
+Axis = Annotated[int, Range(-1, 2**20, "-1: all that are left")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BucketConfig:
+class BucketConfig(Settings, at="data.buckets"):
     """One static shape that scenes are padded to; each bucket compiles once."""
 
-    shots: int = 8
+    shots: Annotated[int, Range(1, 2**20)] = 8
     """The most shots."""
-    frames: int = 64
+    frames: Count = 64
     """The most latent frames, all shots together."""
-    text_tokens: int = 256
+    text_tokens: Count = 256
     """The most text tokens, global caption and all shot captions together."""
-
-    def __post_init__(self):
-        for name in ("shots", "frames", "text_tokens"):
-            check(getattr(self, name) >= 1, f"data.buckets: {name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings, at="data"):
     """Video files -> scenes -> encoded shards -> batches."""
 
-    source: tuple[str, ...] = ()
+    source: tuple[Folder, ...] = ()
     """Video files or folders; a caption file `clip.yaml` or `clip.json` may lie beside `clip.mp4`."""
-    validation_source: tuple[str, ...] = ()
+    validation_source: tuple[Folder, ...] = ()
     """Held-out video files or folders; empty: `validation_fraction` of the files is held out instead."""
-    validation_fraction: float = 0.0
+    validation_fraction: Fraction = 0.0
     """Share of files held out for validation, chosen by a hash of the file's name."""
-    cache: str = "cache"
+    cache: Folder = "cache"
     """Folder of prepared folders (encoded shards and manifest), one per settings and sources; or itself one of them."""
-    height: int = 64
+    height: Annotated[int, Range(1, 2**14)] = 64
     """Rows of a frame after resize and centre-crop, in pixels."""
-    width: int = 160
+    width: Annotated[int, Range(1, 2**14)] = 160
     """Columns of a frame after resize and centre-crop, in pixels."""
-    fps: float = 12.0
+    fps: Annotated[float, Range(0.01, 1000)] = 12.0
     """Frames per second after resampling."""
-    min_shot_frames: int = 1
+    min_shot_frames: Count = 1
     """Shots with fewer frames (after resampling) are left out, and counted."""
-    max_shot_frames: int = 0
+    max_shot_frames: Annotated[int, Range(0, INT32, "0: no limit")] = 0
     """Longer shots are cut off at this many frames; 0: no limit."""
-    shot_threshold: float = 27.0
+    shot_threshold: Annotated[float, Range(1e-3, 1e6)] = 27.0
     """PySceneDetect ContentDetector's threshold: lower finds more cuts."""
-    shots_per_scene: int = 8
+    shots_per_scene: Annotated[int, Range(1, 2**20)] = 8
     """A file with more shots becomes several scenes of at most this many."""
     default_caption: str = "a video"
     """Global caption of a file that has no caption file."""
     default_shot_caption: str = "shot {shot}"
     """Caption of a shot that has none; {shot} counts from 1, {file} is the file's name."""
-    caption_dropout: float = 0.1
+    caption_dropout: Fraction = 0.1
     """Chance that a scene is shown with empty captions, which is what guidance steers away from."""
-    image_conditioning: float = 0.1
+    image_conditioning: Fraction = 0.1
     """Chance per shot that it is replaced by one of its frames."""
-    keyframes: int = 3
+    keyframes: Annotated[int, Range(1, 2**12)] = 3
     """Frames per shot that are also encoded alone, for image conditioning."""
     buckets: tuple[BucketConfig, ...] = ()
     """Static shapes; empty: one bucket that fits every scene of the manifest."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 2**10, "0: read in the training process")] = 0
     """Processes that read ahead; 0: read in the training process."""
 
-    def __post_init__(self):
+    def check_together(self):
         check(
-            self.height >= 1 and self.width >= 1,
-            f"data.height x width is {self.height}x{self.width}; both must be at least 1",
+            not self.max_shot_frames or self.min_shot_frames <= self.max_shot_frames,
+            f"data.min_shot_frames is {self.min_shot_frames}, but shots are cut off at data.max_shot_frames = "
+            f"{self.max_shot_frames}: none would be left",
         )
-        check(0 < self.fps < math.inf, f"data.fps is {self.fps}; it must be positive and finite")
-        check(self.shot_threshold > 0, f"data.shot_threshold is {self.shot_threshold}; it must be positive")
-        for name in ("caption_dropout", "image_conditioning", "validation_fraction"):
-            check(0 <= getattr(self, name) <= 1, f"data.{name} is {getattr(self, name)}; it must lie in [0, 1]")
-        check(self.shots_per_scene >= 1, f"data.shots_per_scene is {self.shots_per_scene}; it must be at least 1")
-        check(self.min_shot_frames >= 1, f"data.min_shot_frames is {self.min_shot_frames}; it must be at least 1")
-        check(self.max_shot_frames >= 0, f"data.max_shot_frames is {self.max_shot_frames}; 0 means no limit")
-        check(self.keyframes >= 1, f"data.keyframes is {self.keyframes}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
+class DiffusionConfig(Settings, at="diffusion"):
     """Rectified flow: z_t = (1 - t) z_0 + t noise, t in [0, 1], target noise - z_0."""
 
-    t_mean: float = 0.0
+    t_mean: Annotated[float, Range(-100, 100)] = 0.0
     """Mean of the normal whose sigmoid is t."""
-    t_std: float = 1.0
+    t_std: Annotated[float, Range(1e-6, 100)] = 1.0
     """Its standard deviation."""
-    t_shift: float = 1.0
+    t_shift: Annotated[float, Range(1e-6, 1e6)] = 1.0
     """Flow shift of training timesteps: t' = s t / (1 + (s - 1) t)."""
-    joint_probability: float = 0.0
+    joint_probability: Fraction = 0.0
     """Chance that all shots of a scene share one t (joint denoising); else each shot draws its own."""
-
-    def __post_init__(self):
-        check(self.t_std > 0, f"diffusion.t_std is {self.t_std}; it must be positive")
-        check(self.t_shift > 0, f"diffusion.t_shift is {self.t_shift}; it must be positive")
-        check(
-            0 <= self.joint_probability <= 1,
-            f"diffusion.joint_probability is {self.joint_probability}; it must lie in [0, 1]",
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(Settings, at="sample"):
     """Noise -> video."""
 
     solver: Literal["euler", "heun", "unipc", "dpm++"] = "unipc"
     """Order 1, 2, 2 and 2; heun evaluates the model twice per step."""
     schedule: Literal["auto", "diffusers-unipc", "diffusers-euler", "wan-unipc", "wan-dpm++"] = "auto"
     """The grid of noise levels; `auto`: the one that the solver is published with."""
-    steps: int = 30
+    steps: Annotated[int, Range(1, 10**5)] = 30
     """Steps of the solver from noise to video."""
-    guidance: float = 1.0
+    guidance: Annotated[float, Range(0, 1e4)] = 1.0
     """Classifier-free guidance: u + g (c - u); 1 switches it off and halves the cost."""
-    shift: float = 3.0
+    shift: Annotated[float, Range(1e-6, 1e6)] = 3.0
     """Flow shift of the sampling grid: larger spends more steps at high noise."""
     negative_prompt: str = ""
     """Steered away from when guidance is not 1."""
     order: Literal["joint", "shots"] = "joint"
     """`joint`: all shots are denoised together; `shots`: one after another, each conditioned on those before it."""
-    history_noise: float = 0.3
+    history_noise: Below1 = 0.3
     """Noise level t_c at which given and earlier shots are shown to the model (LCT: 0.1 to 0.5)."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes the noise of shots that give no seed of their own."""
-
-    def __post_init__(self):
-        check(self.steps >= 1, f"sample.steps is {self.steps}; it must be at least 1")
-        check(self.guidance >= 0, f"sample.guidance is {self.guidance}; it must be 0 or more")
-        check(0 <= self.history_noise < 1, f"sample.history_noise is {self.history_noise}; it must lie in [0, 1)")
-        check(self.shift > 0, f"sample.shift is {self.shift}; it must be positive")
-        check(0 <= self.seed < 2**32, f"sample.seed is {self.seed}; it must lie in 0..{2**32 - 1}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings, at="optimizer"):
     """AdamW with warm-up, decay, clipping and accumulation."""
 
-    learning_rate: float = 9e-5
+    learning_rate: Annotated[float, Range(1e-12, 1e3)] = 9e-5
     """Peak, reached after the warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up: stay, or fall as a cosine to `final_fraction` of the peak at the last step."""
-    warmup_steps: int = 100
+    warmup_steps: Natural = 100
     """Updates over which the rate rises linearly from 0."""
-    final_fraction: float = 0.0
+    final_fraction: Fraction = 0.0
     """Last rate over the peak, for `schedule = cosine`."""
-    b1: float = 0.9
+    b1: Below1 = 0.9
     """Decay of the gradients' mean."""
-    b2: float = 0.95
+    b2: Below1 = 0.95
     """Decay of the squared gradients' mean."""
-    eps: float = 1e-8
+    eps: Annotated[float, Range(1e-30, 1e3)] = 1e-8
     """Added to the root of the squared gradients' mean."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Range(0, 1e3)] = 0.01
     """Applies to matrices only: never to biases and norm scales."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, Range(0, 1e12, "0: no clipping")] = 1.0
     """Global gradient norm is clipped to this; 0: no clipping."""
-    accumulate: int = 1
+    accumulate: Annotated[int, Range(1, 10**6)] = 1
     """Batches whose gradients are averaged before one update."""
 
-    def __post_init__(self):
-        check(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
-        check(self.eps > 0, f"optimizer.eps is {self.eps}; it must be positive")
-        check(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must be 0 or more")
-        check(self.accumulate >= 1, f"optimizer.accumulate is {self.accumulate}; it must be at least 1")
-        check(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
+    def check_together(self):
         check(
-            0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it must lie in [0, 1]"
-        )
-        check(self.clip_norm >= 0, f"optimizer.clip_norm is {self.clip_norm}; 0 means no clipping")
-        check(
-            0 <= self.b1 < 1 and 0 <= self.b2 < 1, f"optimizer.b1, b2 are {self.b1}, {self.b2}; both must lie in [0, 1)"
+            self.clip_norm == 0 or self.clip_norm >= 1e-12,
+            f"optimizer.clip_norm is {self.clip_norm}, which leaves nothing of the gradients; give 0 for no "
+            "clipping, or 1e-12 and more",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChunkStage:
+class ChunkStage(Settings, at="train.chunk_schedule"):
     """From `step` on, chunks have at most `size` frames or tokens (one compilation per stage)."""
 
-    step: int
-    size: int
+    step: Natural
+    size: Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings, at="train"):
     """The training run."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Batches to train on; with `optimizer.accumulate` several of them make one update."""
-    batch_size: int = 1
+    batch_size: Annotated[int, Range(1, 2**14)] = 1
     """Scenes per step, over all processes and devices."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes initial weights, data order, timesteps and noise."""
-    init_from: str = ""
+    init_from: OptionalPath = ""
     """Another run's workdir or checkpoint: a new run starts from its weights (the average, if kept) and its codec."""
-    ema_decay: float = 0.999
+    ema_decay: Below1 = 0.999
     """Weights' moving average, warmed up as min(decay, (1 + step) / (10 + step)); 0: off."""
     chunk_schedule: tuple[ChunkStage, ...] = ()
     """Chunk size by step, overriding `moc.chunk.size`; empty: constant."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between TensorBoard points; metrics.jsonl holds every step."""
-    validate_every: int = 0
+    validate_every: Every = 0
     """Steps between validation losses; 0: never."""
-    validation_buckets: int = 8
+    validation_buckets: Annotated[int, Range(1, 2**12)] = 8
     """Fixed timesteps (bucket centres in (0, 1)) at which validation loss is measured."""
-    preview_every: int = 0
+    preview_every: Every = 0
     """Steps between preview videos; 0: never."""
-    preview_storyboard: str = ""
+    preview_storyboard: OptionalPath = ""
     """Storyboard for previews; empty: the first training scene's captions."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints; one is also written at the end and on SIGTERM."""
-    keep_last: int = 2
+    keep_last: Annotated[int, Range(1, INT32, "with none, no run could resume")] = 2
     """Newest checkpoints kept."""
-    keep_every: int = 0
+    keep_every: Annotated[int, Range(0, INT32, "0: none")] = 0
     """Checkpoints at multiples of this step are kept for good; 0: none."""
 
-    def __post_init__(self):
-        check(self.steps >= 1, f"train.steps is {self.steps}; it must be at least 1")
-        check(self.batch_size >= 1, f"train.batch_size is {self.batch_size}; it must be at least 1")
-        check(0 <= self.ema_decay < 1, f"train.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
-        for name in ("log_every", "checkpoint_every", "validation_buckets"):
-            check(getattr(self, name) >= 1, f"train.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("validate_every", "preview_every", "keep_every"):
-            check(getattr(self, name) >= 0, f"train.{name} is {getattr(self, name)}; 0 means never")
-        check(
-            self.keep_last >= 1,
-            f"train.keep_last is {self.keep_last}; it must be at least 1, or nothing could be resumed",
-        )
+    def check_together(self):
         steps = [stage.step for stage in self.chunk_schedule]
         check(
-            steps == sorted(set(steps))
-            and all(s >= 0 for s in steps)
-            and all(c.size >= 1 for c in self.chunk_schedule),
-            f"train.chunk_schedule has steps {steps}; steps must rise from 0 or more and sizes be at least 1",
+            steps == sorted(set(steps)),
+            f"train.chunk_schedule has steps {', '.join(map(str, steps))}; the steps must rise",
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Settings, at="mesh"):
     """Devices along each axis; the product is the number of devices. -1 (once): all that are left."""
 
-    data: int = -1
+    data: Axis = -1
     """Copies of the weights; the batch is split."""
-    fsdp: int = 1
+    fsdp: Axis = 1
     """Weights, optimizer state and batch are split."""
-    context: int = 1
+    context: Axis = 1
     """Tokens of one scene are split (reserved: must be 1)."""
-    tensor: int = 1
+    tensor: Axis = 1
     """Heads and MLP width are split (reserved: must be 1)."""
     distributed: bool = False
     """Call jax.distributed.initialize at start (several hosts)."""
     coordinator: str = ""
     """host:port of process 0; empty: found by the cluster's own environment."""
-    num_processes: int = 0
+    num_processes: Annotated[int, Range(0, 2**20, "0: left to the cluster")] = 0
     """Processes in all; 0: found by the cluster's own environment."""
-    process_id: int = -1
+    process_id: Annotated[int, Range(-1, 2**20, "-1: left to the cluster")] = -1
     """This process, from 0; -1: found by the cluster's own environment."""
 
-    def __post_init__(self):
+    def check_together(self):
         sizes = (self.data, self.fsdp, self.context, self.tensor)
         check(
-            all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
+            0 not in sizes and sizes.count(-1) <= 1,
             f"mesh sizes are {sizes}; each is at least 1, and one may be -1",
         )
         check(
@@ -266,8 +236,10 @@ class MeshConfig:
             f"mesh.context = {self.context} and mesh.tensor = {self.tensor}; these axes are named but "
             "not built yet: leave them at 1",
         )
-        check(self.num_processes >= 0, f"mesh.num_processes is {self.num_processes}; 0 leaves it to the cluster")
-        check(self.process_id >= -1, f"mesh.process_id is {self.process_id}; -1 leaves it to the cluster")
+        check(
+            re.fullmatch(r"(\S+:\d{1,5})?", self.coordinator) is not None,
+            f"mesh.coordinator is {shown(self.coordinator)}; it must be host:port",
+        )
         check(
             not self.num_processes or self.process_id < self.num_processes,
             f"mesh.process_id is {self.process_id}, but with mesh.num_processes {self.num_processes} it must lie in "

@@ -49,6 +49,8 @@ class TrainPlan:
         return Batch(bucket, scenes, first)
 
     def _scene(self, bucket: int, turn: int) -> int:
+        if self._sizes[bucket] == 1:  # no order to make for each of a large batch's passes
+            return 0
         epoch, place = divmod(turn, self._sizes[bucket])
         return int(_epoch_order(self._seed, bucket, self._sizes[bucket], epoch)[place])
 

@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 import yaml
 
 from moc_jax.config import ConfigError
+from moc_jax.config.base import expanded
 
 SEED_LIMIT = 2**32
 
@@ -205,7 +206,7 @@ class _Fields:
     def file(self, field: str, folder: Path) -> Path | None:
         if field not in self.content:
             return None
-        path = folder / Path(self.text(field)).expanduser()
+        path = folder / expanded(self.text(field), f"{self.name}: {self._path(field)}")
         if not path.is_file():
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
             hint = f"; did you mean {near[0]}?" if near else "; paths are relative to the storyboard's folder"

@@ -1,16 +1,17 @@
 """What a run is about to do and what that costs, told before the first step."""
 
 import dataclasses
-import importlib.metadata
 import math
 import pathlib
 import shutil
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+import moc_jax
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import backend_name
 from moc_jax.config import BucketConfig, Config, MoCConfig
@@ -82,7 +83,7 @@ def summary(
     cfg: Config, manifest: Manifest, buckets: list[Buckets], costs: Costs, mesh: Mesh, blueprint: Blueprint
 ) -> str:
     """Versions, devices, mesh, parameters, memory, scenes per bucket, and attention and FLOPs of every stage."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("moc_jax", "jax", "flax"))
+    versions = f"moc_jax {moc_jax.__version__}, jax {jax.__version__}, flax {flax.__version__}"
     device = mesh.devices.flat[0]
     lines = [
         f"{versions}; {mesh.size} x {device.device_kind} in {jax.process_count()} process(es); "

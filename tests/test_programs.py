@@ -1,0 +1,159 @@
+"""train.py and sample.py from outside: whatever happens ends with a line and an exit code, never with a traceback."""
+
+import importlib.metadata
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+import moc_jax
+from moc_jax.cli import PACKAGES
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def python(*arguments, stdout=subprocess.PIPE, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def run_module(folder, source, *arguments, **options):
+    """`source`, as the program that `run` runs."""
+    (folder / "program_under_test.py").write_text(source)
+    code = "import sys; from moc_jax.cli import run; sys.argv[0] = 'x'; run('program_under_test')"
+    return python("-c", code, *arguments, PYTHONPATH=f"{folder}:{ROOT}", TMPDIR=str(folder), **options)
+
+
+def reports(folder):
+    return list(folder.glob("moc_jax-*.txt"))
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("def main(argv): raise KeyError('odd')", "KeyError: 'odd' in "),
+        ("import not_there", "ModuleNotFoundError: No module named 'not_there' in "),
+        ("def main(argv: x = ", "SyntaxError"),
+        ("def main(argv): raise MemoryError", "MemoryError in "),
+        ("def main(argv): main(argv)", "RecursionError: maximum recursion depth exceeded"),
+        (
+            "def main(argv): raise ExceptionGroup('many', [ValueError('a\\nb')])",
+            "ExceptionGroup: many (1 sub-exception)",
+        ),
+        ("import os\ndef main(argv): r, w = os.pipe(); os.close(r); os.write(w, b'x')", "BrokenPipeError"),
+        ("def main(argv): raise GeneratorExit", "GeneratorExit in "),
+        ("def main(argv): raise OSError('\\udcff')", "OSError: \\udcff in "),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line_and_a_file(tmp_path, source, line):
+    done = run_module(tmp_path, source)
+    assert done.returncode == 70
+    (report,) = reports(tmp_path)
+    assert re.fullmatch(r"error: unexpected .*\n", done.stderr)
+    assert line in done.stderr
+    assert f"the traceback is in {report}" in done.stderr
+    written = report.read_text()
+    assert written.startswith(f"moc_jax {moc_jax.__version__}, Python 3.")
+    assert "Traceback" in written
+
+
+def test_errors_in_threads_and_destructors_are_lines_too(tmp_path):
+    source = """
+import threading
+class Odd:
+    def __del__(self): raise KeyError("gone")
+def main(argv):
+    Odd()
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+"""
+    done = run_module(tmp_path, source)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == len(reports(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "line"),
+    [
+        ("def main(argv): print('done \\udcff')", 0, ""),
+        ("def main(argv): raise SystemExit(3)", 3, ""),
+        ("def main(argv): raise SystemExit('as it is')", 1, "as it is\n"),
+        ("def main(argv): raise KeyboardInterrupt", 130, "interrupted; what was complete before is kept\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted; what was complete before is kept\n"),
+        ("FAILURES = (OSError,)\ndef main(argv): raise OSError('disk')", 1, "error: disk\n"),
+        (
+            "from moc_jax.config import Config\ndef main(argv): Config(workdir='')",
+            2,
+            "error: workdir is empty; name a ",
+        ),
+    ],
+)
+def test_what_was_foreseen_ends_as_before(tmp_path, source, code, line):
+    done = run_module(tmp_path, source)
+    assert done.returncode == code
+    assert done.stderr.startswith(line)
+    assert bool(done.stderr) == bool(line)
+    assert not reports(tmp_path)
+
+
+def test_without_a_place_for_the_traceback_the_line_still_comes(tmp_path):
+    source = "import tempfile\ntempfile.tempdir = '/not/there'\ndef main(argv): raise KeyError('odd')"
+    done = run_module(tmp_path, source)
+    assert done.returncode == 70
+    assert re.search(r"KeyError: 'odd' in .*; its traceback could not be written: .*not/there", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "words", [["train.py", "--help"], ["-c", "import sys; from moc_jax.cli import run; run('train')", "-h"]]
+)
+def test_a_reader_that_is_gone_is_no_traceback(words):
+    """As behind `| head`, for help too; the pipe is broken before the first byte."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = python(*words, stdout=writing)
+    os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == "stopped: what read the output is gone\n"
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_outside_the_environment_a_line_says_which_command_sets_up(script):
+    done = python("-S", script, "--help", PYTHONPATH="")  # -S: without installed packages
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"error: this Python \(.*\) lacks jax, flax, .*: run `make setup` once, then \.venv/bin/python {script}.*\n",
+        done.stderr,
+    )
+
+
+def test_the_packages_looked_for_are_those_that_the_project_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
+    found = importlib.metadata.packages_distributions()
+    imported = [{name.lower().replace("_", "-") for name in found[package]} for package in PACKAGES.split()]
+    assert len(imported) == len(asked)
+    assert all(names & asked for names in imported)
+
+
+def test_the_version_has_one_source():
+    """pyproject.toml takes it from the package, and nothing asks for the metadata of an installation."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "moc_jax.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", moc_jax.__version__)
+    for path in [*ROOT.glob("*.py"), *(ROOT / "moc_jax").rglob("*.py")]:
+        assert not re.search(r"version\([\"']moc_jax|\(\"moc_jax\",", path.read_text()), path
