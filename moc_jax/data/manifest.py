@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import typing
 import zipfile
 from collections.abc import Iterable
@@ -184,7 +185,7 @@ def _value(kind: Any, tree: Any, where: str) -> Any:
 def _check_consistent(manifest: Manifest) -> None:
     """Raises ValueError for what no program can have written."""
     for k, shard in enumerate(manifest.shards):
-        if Path(shard.file).name != shard.file or "\0" in shard.file or len(shard.file) > 200:
+        if not re.fullmatch(r"\w[\w.-]{0,199}", shard.file):
             raise ValueError(f"shards[{k}].file is {shown(shard.file)}; it must be the name of a file in the folder")
     for k, scene in enumerate(manifest.scenes):
         held = manifest.shards[scene.shard].records if 0 <= scene.shard < len(manifest.shards) else 0
