@@ -75,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
     boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]
+    for board in boards:  # a long one takes a while before the first step is shown
+        print(f"{board.name}: {len(board.shots):,} shots", flush=True)
     names = [path.stem for path in args.storyboard] or [f"scene-{args.training_scene}"]
     videos = target_files(args.out, names, ".mp4", overwrite=args.overwrite)
     sheets = target_files(args.contact_sheet, names, ".png", overwrite=args.overwrite)

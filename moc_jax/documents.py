@@ -72,10 +72,12 @@ def checked_text(value: str) -> str:
     """`value` without the blanks around it.
 
     Raises:
-        DocumentError: it is too long, or holds half of a character.
+        DocumentError: it is too long, or holds NUL or half of a character.
     """
     if len(value) > MAX_TEXT:
         raise DocumentError(f"it has {len(value):,} characters; the limit is {MAX_TEXT:,}")
+    if "\0" in value:
+        raise DocumentError("it holds a NUL character; remove it")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise DocumentError("it holds half of a surrogate pair, which is no character")
     return value.strip()
@@ -88,7 +90,7 @@ def shown(value: Any) -> str:
 
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:
-        if x.bit_length() < 200:
+        if x.bit_length() < 400:
             return repr(x)
         return f"an integer of about {x.bit_length() * 3 // 10:,} digits"  # Python refuses to write the largest
 
