@@ -22,6 +22,7 @@ MAX_TEXT = 20_000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads ten times as fast
 _TEXT_TAGS = (None, "!", "tag:yaml.org,2002:str")
 _NUMBER = re.compile(r"[-+.]?[0-9][-+.:_0-9a-fA-FxX]*")
+_OCTAL = re.compile(r"[-+]?0[0-7_]+")
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -48,14 +49,14 @@ def read_text(file: Path) -> str:
         DocumentError: it cannot be read, is too large, or is not UTF-8.
     """
     try:
-        if not stat.S_ISREG(file.stat().st_mode):
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
             raise DocumentError("it is not a regular file")
-        with file.open("rb") as opened:
-            data = opened.read(MAX_BYTES + 1)
+        if status.st_size > MAX_BYTES:
+            raise DocumentError(f"it has {status.st_size:,} bytes; the limit is {MAX_BYTES:,}")
+        data = file.read_bytes()
     except OSError as error:
         raise DocumentError(error.strerror or str(error)) from error
-    if len(data) > MAX_BYTES:
-        raise DocumentError(f"it has more than {MAX_BYTES:,} bytes, which is the limit")
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             raise DocumentError(f"it is {encoding}; save it as UTF-8")
@@ -200,8 +201,8 @@ class _Checker:
                 self._count(self._sizes.get(event.anchor, 1), None, event)
             elif isinstance(event, yaml.ScalarEvent):
                 _check_tag(event, _TEXT_TAGS)
-                if event.implicit[0] and _NUMBER.fullmatch(event.value):
-                    _check_digits(event.value, _place(event))
+                if event.implicit[0]:
+                    _check_number(event.value, _place(event))
                 self._count(1, event.anchor, event)
             else:
                 _check_tag(event, (None,))
@@ -229,6 +230,14 @@ class _Checker:
             self._path[-1].values += values
             if self._path[-1].values > MAX_VALUES:
                 raise DocumentError(f"{_place(event)}with its aliases it has more than {MAX_VALUES:,} values")
+
+
+def _check_number(value: str, where: str) -> None:
+    if _NUMBER.fullmatch(value):
+        _check_digits(value, where)
+    if _OCTAL.fullmatch(value):
+        fix = f"write {value.lstrip('+-0') or 0}, or put it in quotes if it is text"
+        raise DocumentError(f"{where}YAML reads {value} in base 8; {fix}")
 
 
 class _Open:

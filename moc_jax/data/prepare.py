@@ -45,7 +45,7 @@ from moc_jax.data.shards import ShardWriter
 from moc_jax.data.shots import CutDetector, GivenCuts, split_shots
 from moc_jax.data.sources import Source, Sources, find_sources
 from moc_jax.data.video import VideoError, decode, resample
-from moc_jax.documents import shown
+from moc_jax.documents import printable, shown
 from moc_jax.shapes import Float32, UInt8
 from moc_jax.text import build_text_encoder
 
@@ -228,8 +228,7 @@ def _build(cfg: Config, sources: Sources, codec: Codec | None, fingerprint: str,
     try:
         codec = codec or fit_codec(cfg.codec, clips)
     except ValueError as error:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in survey.skipped.items())
-        raise DataError(f"no codec can be fitted on the training videos: {error}{reasons}") from error
+        raise DataError(f"no codec can be fitted on the training videos: {error}{_reasons(survey)}") from error
     collections.deque(clips, maxlen=0)  # a codec that is given, or needs no fitting, has read nothing yet
     state: dict[str, Any] = codec.state()
     with (folder / CODEC).open("wb") as file:
@@ -243,8 +242,7 @@ def _build(cfg: Config, sources: Sources, codec: Codec | None, fingerprint: str,
             survey.skipped[source.name] = error.reason if isinstance(error, VideoError) else str(error)
     writer.close()
     if not any(scene.split == "train" for scene in scenes):
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in survey.skipped.items())
-        raise DataError(f"no training scene is left of {len(sources)} files{reasons}")
+        raise DataError(f"no training scene is left of {len(sources)} files{_reasons(survey)}")
     cuts = [cut for name, cuts in survey.cuts.items() if name not in survey.skipped for cut in cuts]
     Manifest(
         folder=folder,
@@ -266,6 +264,10 @@ def _build(cfg: Config, sources: Sources, codec: Codec | None, fingerprint: str,
             "latent_frames": sum(scene.frames for scene in scenes),
         },
     ).save()
+
+
+def _reasons(survey: _Survey) -> str:
+    return "".join("\n  " + printable(f"{name}: {reason}") for name, reason in survey.skipped.items())
 
 
 def _encode(cfg: Config, codec: Codec, source: Source, cuts: list[_Cut], writer: ShardWriter) -> list[SceneEntry]:

@@ -11,6 +11,7 @@ from typing import Literal, overload
 from moc_jax.config import ConfigError, DataConfig
 from moc_jax.data.captions import CaptionError, Captions, caption_files, load_captions
 from moc_jax.data.folders import Place, count, find_places, some
+from moc_jax.documents import printable
 
 _SAMPLE = 1 << 20  # bytes hashed at the beginning, in the middle and at the end of a file
 
@@ -85,7 +86,8 @@ def find_sources(cfg: DataConfig) -> Sources:
             sources.append(Source(path=place.path, name=name, split=split, captions=captions, digest=digest))
     if not sources:
         raise ConfigError("no file of data.source can be read:\n  " + "\n  ".join(unreadable))
-    return Sources(tuple(sources), (*notes, *more, *unreadable, *_repeated(files, used), *_empty(sources, cfg)))
+    repeated, remarks = _repeated(files, used), _caption_notes(sources, cfg)
+    return Sources(tuple(sources), (*notes, *more, *unreadable, *repeated, *remarks))
 
 
 _Captioned = tuple[Place, Captions]
@@ -113,7 +115,7 @@ def _captioned(places: list[Place], cfg: DataConfig) -> list[_Captioned]:
         except CaptionError as error:
             problems.append(str(error))
     if problems:
-        raise CaptionError("\n".join(dict.fromkeys(problems)))
+        raise CaptionError("\n".join(map(printable, dict.fromkeys(problems))))
     return found
 
 
@@ -146,12 +148,19 @@ def _repeated(files: dict[Hashable, list[_Captioned]], used: dict[Hashable, list
     return notes
 
 
-def _empty(sources: list[Source], cfg: DataConfig) -> list[str]:
-    defaults = cfg.default_caption, (), None
-    captions = [source.captions for source in sources]
-    empty = [str(c.file) for c in captions if c.file and (c.caption, c.shots, c.cuts) == defaults]
-    named = f"{count(len(empty), 'caption file')} without a caption, the defaults are used: {some(empty)}"
-    return [named] if empty else []
+def _caption_notes(sources: list[Source], cfg: DataConfig) -> list[str]:
+    videos: dict[Path, list[str]] = {}
+    empty = []
+    for source in sources:
+        captions = source.captions
+        if captions.file:
+            videos.setdefault(captions.file, []).append(source.path.name)
+            if (captions.caption, captions.shots, captions.cuts) == (cfg.default_caption, (), None):
+                empty.append(str(captions.file))
+    notes = [f"{file} is the caption file of {some(names)}" for file, names in videos.items() if len(names) > 1]
+    if empty:
+        notes.append(f"{count(len(empty), 'caption file')} without a caption, the defaults are used: {some(empty)}")
+    return notes
 
 
 def _share(name: str) -> float:

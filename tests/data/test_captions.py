@@ -158,6 +158,7 @@ ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" f
         (".yaml", f"cuts: [{'9' * 400}]", r"a number has 400 digits; the limit is 64"),
         (".yaml", f"cuts: [0x{'f' * 20_000}]", r"a number has 20,002 digits; the limit is 64"),
         (".json", f'{{"cuts": [{"9" * 5000}]}}', r"a number has 5,000 digits; the limit is 64"),
+        (".yaml", "cuts: [010]", r"YAML reads 010 in base 8; write 10, or put it in quotes"),
         (".json", '{"cuts": [NaN]}', r"holds NaN, which is not JSON"),
         (".json", '{"cuts": [1e999]}', r"cuts is \[inf\]"),
         (".json", '{"caption": "\\ud83d"}', r"caption: it holds half of a surrogate pair"),
@@ -182,6 +183,15 @@ def test_other_encodings_say_how_to_save(tmp_path, encoding):
 def test_latin_letters_say_where(tmp_path):
     (tmp_path / "clip.txt").write_bytes("ein Café".encode("latin-1"))
     with pytest.raises(CaptionError, match=r"byte 7 \(0xe9\) is not UTF-8; save it as UTF-8"):
+        load_captions(tmp_path / "clip.mp4", CFG)
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    with (tmp_path / "clip.json").open("wb") as file:
+        file.truncate(40 << 20)
+    with pytest.raises(
+        CaptionError, match=r"clip.json cannot be read: it has 41,943,040 bytes; the limit is 33,554,432"
+    ):
         load_captions(tmp_path / "clip.mp4", CFG)
 
 

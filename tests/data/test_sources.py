@@ -157,6 +157,28 @@ class TestWhatIsTaken:
             assert part in notes
         assert "no video has the name of 2 caption files: a.mp4.txt, lost.txt" in notes
 
+    def test_captions_that_say_nothing_or_serve_two_videos(self, videos):
+        for name in ("a.mp4", "b.mp4", "b.webp"):
+            (videos / name).write_bytes(name.encode())
+        (videos / "a.txt").write_text("\n")
+        (videos / "b.txt").write_text("a dog")
+        notes = notes_of(find(videos))
+        assert "1 caption file without a caption, the defaults are used" in notes
+        assert f"{videos / 'b.txt'} is the caption file of b.mp4, b.webp" in notes
+
+    def test_folders_that_cannot_be_read_are_named(self, videos, monkeypatch):
+        scan = os.scandir
+
+        def refuse(folder):
+            if Path(folder).name == "closed":
+                raise PermissionError(13, "Permission denied")
+            return scan(folder)
+
+        (videos / "closed").mkdir()
+        (videos / "a.mp4").write_bytes(b"a")
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert "the folder closed cannot be read (Permission denied)" in notes_of(find(videos))
+
     def test_nothing_to_report(self, videos):
         (videos / "a.mp4").write_bytes(b"x")
         (videos / "a.JSON").write_text('{"caption": "x"}')
