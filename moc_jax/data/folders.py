@@ -54,7 +54,7 @@ def find_places(given: Iterable[str], field: str) -> tuple[list[Place], list[str
             walk = _Walk(root)
             if not walk.places:
                 held = f"; it holds {_counted(walk.other)}" if walk.other else ""
-                reasons = "".join(f"\n  {reason}" for reason in walk.left_out)
+                reasons = "".join(f"\n  {reason}" for reason in walk.left_out[:_MOST_NOTES])
                 raise ConfigError(
                     f"data.{field}: the folder {root} holds no video file{held}. A file of another suffix can be "
                     f"named itself{reasons}"
@@ -135,7 +135,7 @@ class _Walk:
         """What was not taken."""
         notes = [f"{self._root}: {reason}" for reason in self.left_out[:_MOST_NOTES]]
         if len(self.left_out) > _MOST_NOTES:
-            notes.append(f"{self._root}: and {len(self.left_out) - _MOST_NOTES:,} more that cannot be read")
+            notes.append(f"{self._root}: and {len(self.left_out) - _MOST_NOTES:,} more of this kind")
         if self.other:
             total = count(self.other.total(), "other file")
             notes.append(f"{self._root}: {total} not taken as video: {_counted(self.other)}")
