@@ -14,8 +14,7 @@ from av.video.codeccontext import VideoCodecContext
 _PROBED = 400  # packets of all video streams together after which a stream of one picture is known
 _LATE = 1000  # packets without a key frame after which none is waited for
 _USUAL_RATE = 25.0  # frames per second where a file says nothing
-_HIGHEST_RATE = 240.0  # beyond it, a header's rate is that of a clock
-_WIDEST = 16.0  # width of a pixel over its height, or the reverse, beyond which the header is wrong
+_RATES = 0.1, 240.0  # the least and the most that is believed; beyond it, a header gives the rate of its clock
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop it
 _STRICT_WITHOUT_DAMAGE = {"tiff"}  # decoders that otherwise refuse what their own encoder wrote
 TRANSPORT_STREAM = "mpegts"  # FFmpeg's name of the format
@@ -69,7 +68,7 @@ def decoder_of(stream: VideoStream) -> VideoCodecContext:
 def usual_step(stream: VideoStream) -> float:
     """Seconds from one frame to the next, as the header says."""
     rate = float(stream.average_rate or stream.guessed_rate or _USUAL_RATE)
-    return 1 / rate if 0 < rate <= _HIGHEST_RATE else 1 / _USUAL_RATE
+    return 1 / (rate if _RATES[0] <= rate <= _RATES[1] else _USUAL_RATE)
 
 
 def end_of(container: InputContainer, stream: VideoStream) -> float | None:
@@ -82,15 +81,6 @@ def end_of(container: InputContainer, stream: VideoStream) -> float | None:
     if stream.duration is not None and stream.time_base is not None:
         ends.append(float(((stream.start_time or 0) + stream.duration) * stream.time_base))
     return max(ends, default=None)
-
-
-def pixel_aspect(stream: VideoStream, note: Callable[[str], None]) -> float:
-    """Width of a pixel over its height."""
-    aspect = float(stream.sample_aspect_ratio or 1)
-    if 1 / _WIDEST <= aspect <= _WIDEST:
-        return aspect
-    note(f"its pixels are said to be {aspect:g} times as wide as high: they are taken as square")
-    return 1.0
 
 
 def packets(container: InputContainer, stream: VideoStream, note: Callable[[str], None]) -> Iterator[av.Packet]:

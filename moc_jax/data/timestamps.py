@@ -83,6 +83,7 @@ class _Stamps:
     def __init__(self, kind: str):
         self._kind = kind
         self._newest: float | None = None
+        self._frames_since = 0
         self.faults = 0  # stamps that do not advance, among all frames looked at
         self.steps = collections.deque[float](maxlen=64)  # forward ones, the newest last
         self.last: float | None = None  # among the frames shown
@@ -97,14 +98,15 @@ class _Stamps:
 
     def look_at(self, stamp: Stamp) -> None:
         value = self.of(stamp)
+        self._frames_since += 1
         if value is None:
             return
         if self._newest is not None:
             if value > self._newest:
-                self.steps.append(value - self._newest)
+                self.steps.append((value - self._newest) / self._frames_since)
             else:
                 self.faults += 1
-        self._newest = value
+        self._newest, self._frames_since = value, 0
 
     def set(self, stamp: Stamp, time: float, keep_offset: bool) -> None:
         value = self.of(stamp)
@@ -158,7 +160,7 @@ class _Clock:
             if count := self._repairs[kind]:
                 at, by = self._first[kind]
                 where = f"once, at {at:.2f} s" if count == 1 else f"{count} times, first at {at:.2f} s"
-                yield f"{text} ({where}{f', by {by:.2f} s' if by else ''})"
+                yield f"{text} ({where}{f'; {by:.2f} s' if by else ''})"
 
     def _repair(self, kind: str, by: float = 0.0) -> None:
         self._repairs[kind] += 1
@@ -167,7 +169,9 @@ class _Clock:
     def _choose(self, stamp: Stamp) -> _Stamps:
         if self._presented.faults > self._decoded.faults and self._decoded.any:
             return self._decoded
-        return self._presented if stamp.presented is not None or stamp.decoded is None else self._decoded
+        if stamp.presented is None and self._decoded.faults <= self._presented.faults:
+            return self._decoded
+        return self._presented
 
     def _move(self, kind: _Stamps, value: float | None, ahead: Sequence[Stamp]) -> bool:
         """Moves on to a stamp; whether the time shown is exactly what it says."""
@@ -205,4 +209,4 @@ class _Clock:
 
     def _usual(self, kind: _Stamps) -> float:
         """The median of the last steps: a header's rate may be any number."""
-        return min(statistics.median_low(kind.steps), _LONG_STILL) if kind.steps else self._step
+        return min(statistics.median_low(kind.steps), _SURE) if kind.steps else self._step

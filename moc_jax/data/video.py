@@ -14,7 +14,7 @@ import numpy as np
 from av.video.codeccontext import VideoCodecContext
 
 from moc_jax.data.frames import deinterlaced, fit, remarks
-from moc_jax.data.streams import TRANSPORT_STREAM, best_stream, decoder_of, end_of, packets, pixel_aspect, usual_step
+from moc_jax.data.streams import TRANSPORT_STREAM, best_stream, decoder_of, end_of, packets, usual_step
 from moc_jax.data.timestamps import Stamp, show_times
 from moc_jax.shapes import UInt8, typed
 
@@ -38,7 +38,7 @@ class VideoError(Exception):
 
 
 def decode(
-    path: str | os.PathLike, height: int, width: int, note: Callable[[str], None] = _log.warning
+    path: str | os.PathLike, height: int, width: int, note: Callable[[str], None] | None = None
 ) -> Iterator[tuple[float, float, np.ndarray]]:
     """Every frame of the file, one at a time, scaled to cover height x width and cropped to it around the centre.
 
@@ -59,7 +59,7 @@ def decode(
     def note_once(text: str) -> None:
         if text not in reported:
             reported.add(text)
-            note(text)
+            note(text) if note is not None else _log.warning("%s: %s", os.fspath(path), text)
 
     try:
         with av.open(f"file:{os.fspath(path)}") as container:  # a name may hold a colon, as addresses do
@@ -67,7 +67,7 @@ def decode(
             if stream is None:
                 known = "that can be decoded" if container.streams.video else ""
                 raise VideoError(path, f"it has no video stream {known}".rstrip())
-            aspect = pixel_aspect(stream, note_once)
+            aspect = float(stream.sample_aspect_ratio or 1)
             found = packets(container, stream, note_once)
             frames = _frames(path, found, decoder_of(stream), container.format.name == TRANSPORT_STREAM, note_once)
             fitted = ((_stamp(frame), fit(frame, aspect, height, width)) for frame in _remarked(frames, note_once))

@@ -3,6 +3,7 @@
 Most show `pictures`: frame k is gray with the bits of k as bars, which `numbers` reads back whatever was done to it.
 """
 
+import struct
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from av.stream import Disposition
 
 SIZE = (32, 64)
+GROUPS_OF_12 = {"g": "12", "bf": "2", "x264-params": "b-adapt=0:scenecut=0"}
 _BITS = 8
 
 
@@ -43,20 +45,22 @@ def write(
     pixels: str = "yuv420p",
     options: dict[str, str] | None = None,
     rotation: tuple[float, bool, bool] | None = None,
+    metadata: dict[str, str] | None = None,
     **context,
 ) -> Path:
     """One stream of RGB or RGBA frames; frame k at stamps[k] / clock seconds, by default one per tick."""
     with av.open(str(path), "w") as container:
-        _encode(container, frames, stamps, clock, codec, pixels, options, rotation, **context)
+        _encode(container, frames, stamps, clock, codec, pixels, options, rotation, metadata, **context)
     return path
 
 
-def _encode(container, frames, stamps, clock, codec, pixels, options=None, rotation=None, **context):
+def _encode(container, frames, stamps, clock, codec, pixels, options=None, rotation=None, metadata=None, **context):
     stream = container.add_stream(codec, rate=clock, options={"bf": "0", "crf": "10"} if options is None else options)
     stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
     stream.codec_context.time_base = Fraction(1, clock)
     for name, value in context.items():
         setattr(stream.codec_context, name, value)
+    stream.metadata.update(metadata or {})
     if rotation is not None:
         stream.set_display_rotation(*rotation)
     for k, array in enumerate(frames):
@@ -104,10 +108,9 @@ def restamped(path: Path, change, count: int = 20, options: dict[str, str] | Non
     return path
 
 
-def begins_mid_group(path: Path, *, codec: str = "libx264", options: dict[str, str] | None = None) -> tuple[Path, int]:
-    """A transport stream of 36 numbered frames, cut off in front of frame 5; the first key frame after it is 12."""
-    options = options or {"g": "12", "bf": "2", "x264-params": "b-adapt=0:scenecut=0"}
-    content = write(path, pictures(36), codec=codec, options=options).read_bytes()
+def begins_mid_group(path: Path, *, codec: str = "libx264", options: dict[str, str] | None = None) -> Path:
+    """A transport stream of 36 numbered frames in groups of 12, without its first five packets."""
+    content = write(path, pictures(36), codec=codec, options=options or GROUPS_OF_12).read_bytes()
     with av.open(str(path)) as container:
         positions = [packet.pos for packet in container.demux(video=0) if packet.size]
     path.write_bytes(content[positions[5] :])
@@ -148,23 +151,54 @@ def two_videos(path: Path) -> Path:
     return path
 
 
-def interlaced(path: Path, count: int = 10) -> Path:
-    """A bar that moves between the two fields of each frame: as stored, its edges are combs."""
+def fields(count: int) -> np.ndarray:
+    """A bar that moves between the two fields of each frame: its edges are combs."""
     frames = np.full((count, *SIZE, 3), 16, np.uint8)
     for k, frame in enumerate(frames):
         frame[0::2, 6 * k : 6 * k + 4] = frame[1::2, 6 * k + 3 : 6 * k + 7] = 235
-    return write(path, frames, options={"x264-params": "tff=1", "crf": "4", "bf": "0"})
+    return frames
+
+
+def interlaced(path: Path, stamps: Sequence[int] = range(10)) -> Path:
+    """`fields`, marked as such."""
+    options = {"x264-params": "tff=1", "crf": "4", "bf": "0"}
+    return write(path, fields(len(stamps)), stamps, options=options)
 
 
 def transparent(path: Path, codec: str = "qtrle", pixels: str = "argb") -> Path:
     """White over all, of which only the middle half can be seen."""
     frames = np.full((3, *SIZE, 4), 255, np.uint8)
     frames[:, :, : SIZE[1] // 4, 3] = frames[:, :, -SIZE[1] // 4 :, 3] = 0
-    return write(path, frames, codec=codec, pixels=pixels, options={})
+    return write(path, frames, codec=codec, pixels=pixels, options={}, metadata={"alpha_mode": "1"})
 
 
 def turned(path: Path, degrees: float, left_to_right: bool = False, upside_down: bool = False) -> Path:
     """White in the corner that is stored top left, and a display matrix that moves it."""
     frames = np.zeros((3, *SIZE, 3), np.uint8)
-    frames[:, :12, :12] = 255
+    frames[:, :6, :12] = 255
     return write(path, frames, rotation=(degrees, left_to_right, upside_down))
+
+
+def jumps_past_its_end(path: Path) -> Path:
+    """A Matroska file whose header says 0.5 s, and whose fourth frame comes two hours after the third."""
+    content = stamped(path, [0, 100, 200, 7_200_000, 7_200_100]).read_bytes()
+    at = content.index(b"\x44\x89\x88") + 3  # Duration, a float of 8 bytes, in milliseconds
+    path.write_bytes(content[:at] + struct.pack(">d", 500.0) + content[at + 8 :])
+    return path
+
+
+def lost_packets(path: Path) -> Path:
+    """A transport stream of 36 numbered frames, key frames at 0, 12 and 24, without the middle of frame 5."""
+    content = write(path, pictures(36), options=GROUPS_OF_12 | {"bf": "0"}).read_bytes()
+    with av.open(str(path)) as container:
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    path.write_bytes(content[: positions[5]] + content[positions[5] + 188 :])
+    return path
+
+
+def changes_size(path: Path) -> Path:
+    """A transport stream of ten frames of SIZE, then ten of twice that."""
+    small = write(path, pictures(10), options=GROUPS_OF_12).read_bytes()
+    large = pictures(10, 10).repeat(2, axis=1).repeat(2, axis=2)
+    path.write_bytes(small + write(path, large, options=GROUPS_OF_12).read_bytes())
+    return path
