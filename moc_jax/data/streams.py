@@ -33,15 +33,20 @@ def best_stream(container: InputContainer, note: Callable[[str], None]) -> Video
         moving = _moving(container.name, moving)
     best = container.streams.best("video")
     if best not in (moving or streams):
-        best = next(iter(moving or streams), None)
+        best = max(moving or streams, key=_pixels, default=None)
     if best is not None and len(moving) > 1:
-        others = ", ".join(str(stream.index) for stream in moving if stream is not best)
-        context = best.codec_context
-        note(
-            f"it holds {len(moving)} videos: stream {best.index} ({context.name}, {context.width}x{context.height}) "
-            f"is used, which FFmpeg calls the best, and not {others}"
-        )
+        others = ", ".join(_named(stream) for stream in moving if stream is not best)
+        note(f"it holds {len(moving)} videos: {_named(best)} is used, not {others}")
     return best
+
+
+def _pixels(stream: VideoStream) -> int:
+    return stream.codec_context.width * stream.codec_context.height
+
+
+def _named(stream: VideoStream) -> str:
+    context = stream.codec_context
+    return f"stream {stream.index} ({context.name}, {context.width}x{context.height})"
 
 
 def _moving(name: str, streams: list[VideoStream]) -> list[VideoStream]:
@@ -58,7 +63,8 @@ def decoder_of(stream: VideoStream) -> VideoCodecContext:
     if {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1":
         name = _ALPHA_DECODERS.get(context.name)
         context = context if name is None else cast(VideoCodecContext, av.CodecContext.create(name, "r"))
-    context.thread_type = "AUTO"
+    # A recording that was cut has damage at its end. With a thread per frame it would be reported too late to know.
+    context.thread_type = "SLICE" if stream.container.format.name == TRANSPORT_STREAM else "AUTO"
     # By default FFmpeg paints over damage, and with several threads it forgets some of it.
     if context.name not in _STRICT_WITHOUT_DAMAGE:
         context.options = {"err_detect": "explode"}

@@ -89,18 +89,29 @@ def _frames(
 ) -> Iterator[av.VideoFrame]:
     count = 0
     early: list[int] = []  # when the packets that come ahead of the first frame are to be shown
+    failed = None
     for packet in packets:
+        if failed is not None and packet.size:  # not the end of a recording, but damage within
+            raise failed
         if packet.is_corrupt and not may_be_torn:  # the file ends in its middle
             raise VideoError(path, f"it is cut off or damaged after frame {count}")
         if not count and packet.pts is not None and not packet.is_discard:
             early.append(packet.pts)
-        for frame in decoder.decode(packet):
+        try:
+            frames = decoder.decode(packet)
+        except av.FFmpegError as error:
+            if not may_be_torn:
+                raise
+            failed, frames = error, []
+        for frame in frames:
             if frame.is_corrupt:
                 raise VideoError(path, f"frame {count} is damaged")
             if not count and frame.pts is not None and (lost := sum(pts < frame.pts for pts in early)):
                 note(f"frames ahead of the first one that can be decoded are left out ({lost})")
             yield frame
             count += 1
+    if failed is not None:
+        note("it ends in the middle of a frame, which is left out")
 
 
 def _remarked(frames: Iterable[av.VideoFrame], note: Callable[[str], None]) -> Iterator[av.VideoFrame]:

@@ -1,5 +1,6 @@
 """Which stream is read, from which packet on, and that nothing is left out without a word."""
 
+import av
 import pytest
 
 from moc_jax.data.video import VideoError, decode, read_video
@@ -83,7 +84,7 @@ def test_a_cover_is_no_video(tmp_path, end, flagged):
 def test_the_best_of_two_videos(tmp_path, end):
     numbers_, _, notes = _read(odd_files.two_videos(tmp_path / f"a.{end}"))
     assert numbers_ == list(range(100, 120))
-    assert notes == ["it holds 2 videos: stream 1 (h264, 64x32) is used, which FFmpeg calls the best, and not 0"]
+    assert notes == ["it holds 2 videos: stream 1 (h264, 64x32) is used, not stream 0 (h264, 64x32)"]
 
 
 _CLOSED = {"g": "12", "bf": "2", "x264-params": "b-adapt=0:scenecut=0"}
@@ -101,6 +102,26 @@ def test_a_recording_that_begins_in_the_middle(tmp_path, codec, options):
     assert note.startswith(
         "it begins in the middle of a group of pictures: frames that cannot be decoded are left out ("
     )
+
+
+def test_a_recording_that_ends_in_the_middle_of_a_frame(tmp_path):
+    """Wherever it is cut, what comes before is read."""
+    path = odd_files.write(tmp_path / "whole.ts", odd_files.pictures(24), options=odd_files.GROUPS_OF_12)
+    content = path.read_bytes()
+    for left in range(len(content) // 2, len(content), len(content) // 24):
+        (tmp_path / "a.ts").write_bytes(content[:left])
+        numbers_, _, notes = _read(tmp_path / "a.ts")
+        assert numbers_[:8] == list(range(8))
+        assert set(notes) <= {"it ends in the middle of a frame, which is left out"}
+
+
+def test_without_any_key_frame_it_is_refused(tmp_path):
+    path = odd_files.write(tmp_path / "a.ts", odd_files.pictures(12), codec="mpeg2video", options={"g": "100"})
+    with av.open(str(path)) as container:
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    path.write_bytes(path.read_bytes()[positions[2] :])
+    with pytest.raises(VideoError, match="cannot be decoded"):
+        _read(path)
 
 
 def test_lost_packets_cost_the_rest_of_their_group(tmp_path):
