@@ -12,7 +12,7 @@ from moc_jax.shapes import UInt8
 
 _MOST_SCALED = 16  # times as many pixels as the result: a longer strip is cropped before it is scaled, not afterwards
 _SLANT = 0.02  # of a display matrix that turns by about a degree more than a whole number of quarters
-_HDR = {16: "PQ, SMPTE ST 2084", 18: "HLG, ARIB STD-B67"}  # transfer characteristics by the numbers of ISO 23001-8
+_HDR = {16: "PQ, smpte2084", 18: "HLG, arib-std-b67"}  # transfer characteristics by the numbers of ISO 23001-8
 _NO_FRAME = BlockingIOError, EOFError  # the filter wants another frame; it has given the last one
 
 
@@ -68,7 +68,8 @@ def remarks(frame: av.VideoFrame) -> Iterator[str]:
     a, b, c, d = _matrix(frame)
     straight, turned = abs(a) + abs(d), abs(b) + abs(c)
     if min(straight, turned) > _SLANT * max(straight, turned):
-        yield f"it is to be shown turned by {frame.rotation} degrees: only quarter turns are made"
+        angle = math.degrees(math.atan2(-b, a))  # counterclockwise
+        yield f"it is to be shown turned by {angle:.0f} degrees: only quarter turns are made"
 
 
 def fit(frame: av.VideoFrame, aspect: float, height: int, width: int) -> UInt8[np.ndarray, "Y X 3"]:

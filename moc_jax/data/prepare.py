@@ -5,8 +5,8 @@
 (c) Every video is decoded again and encoded, one shot at a time, into ArrayRecord shards.
 (d) The folder gets its name, `<data.cache>/<fingerprint of settings and sources>`, when it is complete.
 
-A file that is damaged or too short is left out with its reason; the run goes on. In memory are `data.max_shot_frames`
-frames at a time, however long a shot is; with no such limit (0), one whole shot.
+A file that is damaged or too short is left out with its reason; the run goes on. Memory is bounded by one part of
+`data.max_shot_frames`, however long a shot is; with no such limit (0), by the longest shot.
 """
 
 import collections

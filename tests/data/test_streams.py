@@ -1,5 +1,7 @@
 """Which stream is read, from which packet on, and that nothing is left out without a word."""
 
+import os
+
 import av
 import pytest
 
@@ -145,11 +147,12 @@ def test_gradual_refresh_has_no_key_frame_at_first(tmp_path):
     assert 5 + early + withheld == numbers_[0]
 
 
-def test_names_that_look_like_addresses(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [b"take:1.mp4", b"caf\xe9.mp4", b"%03d.mp4", b"-.mp4"])
+def test_names_of_any_kind(tmp_path, monkeypatch, name):
+    """One that looks like an address, one that is no UTF-8, one that looks like a pattern, one that means a pipe."""
     monkeypatch.chdir(tmp_path)
-    path = odd_files.write(tmp_path / "a.mp4", odd_files.pictures(3))
-    path.rename(tmp_path / "take:1.mp4")
-    assert numbers(read_video("take:1.mp4", *SIZE, 25)) == [0, 1, 2]
+    odd_files.write(tmp_path / "a.mp4", odd_files.pictures(3)).rename(os.fsdecode(name))
+    assert numbers(read_video(os.fsdecode(name), *SIZE, 25)) == [0, 1, 2]
 
 
 def test_unknown_codec(tmp_path):
