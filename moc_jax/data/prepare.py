@@ -2,10 +2,11 @@
 
 (a) Every caption file is read and checked.
 (b) Every video is decoded shot by shot, which finds the cuts and fits the codec on the training clips.
-(c) Every video is decoded again and encoded, one shot in memory at a time, into ArrayRecord shards.
+(c) Every video is decoded again and encoded, one shot at a time, into ArrayRecord shards.
 (d) The folder gets its name, `<data.cache>/<fingerprint of settings and sources>`, when it is complete.
 
-A file that is damaged or too short is left out with its reason; the run goes on.
+A file that is damaged or too short is left out with its reason; the run goes on. Memory is bounded by one part of
+`data.max_shot_frames`, however long a shot is; with no such limit (0), by the longest shot.
 """
 
 import collections
@@ -42,7 +43,7 @@ from moc_jax.data.manifest import (
     settings_of,
 )
 from moc_jax.data.shards import ShardWriter
-from moc_jax.data.shots import CutDetector, GivenCuts, split_shots
+from moc_jax.data.shots import CutDetector, GivenCuts, begin_shots
 from moc_jax.data.sources import Source, Sources, find_sources
 from moc_jax.data.video import VideoError, decode, resample
 from moc_jax.documents import printable, shown
@@ -175,10 +176,10 @@ class _Survey:
         for source in tqdm(self._sources, desc="finding shots", unit="file", disable=None):
             cuts: list[_Cut] = []
             try:
-                for shot in self._shots(source):
-                    cuts.append(_Cut(len(shot), self._usable(len(shot))))
+                for count, beginning in self._shots(source):
+                    cuts.append(_Cut(count, self._usable(count)))
                     if cuts[-1].used and source.split == "train":
-                        yield pixels_to_unit(shot[: cuts[-1].used])
+                        yield pixels_to_unit(beginning[: cuts[-1].used])
             except VideoError as error:
                 self.skipped[source.name] = error.reason
                 continue
@@ -196,10 +197,11 @@ class _Survey:
             named = ", ".join(bare[:3]) + ", ..." * (len(bare) > 3)
             self.notes.append(f"{len(bare)} of {len(self.cuts)} files have no caption file but the defaults: {named}")
 
-    def _shots(self, source: Source) -> Iterator[UInt8[np.ndarray, "F Y X 3"]]:
+    def _shots(self, source: Source) -> Iterator[tuple[int, UInt8[np.ndarray, "F Y X 3"]]]:
         data, cuts = self._cfg.data, source.captions.cuts
         is_cut = CutDetector(data.shot_threshold) if cuts is None else GivenCuts(cuts)
-        return split_shots(source.path, data.height, data.width, data.fps, is_cut)
+        frames = decode(source.path, data.height, data.width, lambda text: self.notes.append(f"{source.name}: {text}"))
+        return begin_shots(frames, (data.height, data.width), data.fps, is_cut, data.max_shot_frames or None)
 
     def _usable(self, frames: int) -> int:
         if frames < self._least:
@@ -301,7 +303,8 @@ def _encode(cfg: Config, codec: Codec, source: Source, cuts: list[_Cut], writer:
 def _read_again(cfg: Config, source: Source, cuts: list[_Cut]) -> Iterator[UInt8[np.ndarray, "F Y X 3"]]:
     """The usable shots, cut where the survey found them."""
     data = cfg.data
-    frames = resample(decode(source.path, data.height, data.width), data.fps)
+    reported_by_the_survey = decode(source.path, data.height, data.width, note=lambda text: None)
+    frames = resample(reported_by_the_survey, data.fps)
     repeated = (frame for _, frame, times in frames for _ in range(times))
     for cut in cuts:
         shot = list(itertools.islice(repeated, cut.used))
