@@ -28,6 +28,7 @@ from moc_jax.codecs import CodecMismatch, load_codec
 from moc_jax.config import Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
+from moc_jax.documents import printable
 from moc_jax.sampling.compare import comparison, mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
@@ -85,6 +86,8 @@ def main(argv: Sequence[str]) -> None:
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
     boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]
+    for board in boards:  # a long one takes a while before the first step is shown
+        print(f"{printable(board.name)}: {len(board.shots):,} shots", flush=True)
     names = [path.stem for path in args.storyboard] or [f"scene-{args.training_scene}"]
     videos = target_files(args.out, names, ".mp4", overwrite=args.overwrite)
     sheets = target_files(args.contact_sheet, names, ".png", overwrite=args.overwrite)
@@ -106,7 +109,8 @@ def main(argv: Sequence[str]) -> None:
         samples = sampler(params, boards)
         for sample, path in zip(samples, videos):
             write_video(path, sample.video, config.data.fps)
-            print(f"{path}: {len(sample.shots)} shots, {len(sample.video)} frames at {config.data.fps:g} fps")
+            made = f"{len(sample.shots)} shots, {len(sample.video)} frames at {config.data.fps:g} fps"
+            print(f"{printable(str(path))}: {made}")
         for sample, path in zip(samples, sheets):
             board = sample.storyboard
             rows = [*([("training scene", original)] if original else []), ("sample", sample.shots)]

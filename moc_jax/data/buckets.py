@@ -6,6 +6,7 @@ from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.data.manifest import DataError, Manifest, SceneEntry
 from moc_jax.data.pack import misfit
 from moc_jax.data.sources import Split
+from moc_jax.documents import printable
 from moc_jax.text import build_text_encoder
 
 
@@ -34,7 +35,8 @@ class Buckets:
                     "  warning: most of what is computed there is padding; add smaller data.buckets, or cut off long "
                     "shots with data.max_shot_frames"
                 )
-        return "\n".join(lines + [f"  dropped {name}: {reason}" for name, reason in self.dropped.items()])
+        dropped = [f"  dropped {name}: {reason}" for name, reason in self.dropped.items()]
+        return "\n".join(map(printable, lines + dropped))
 
 
 def resolved(cfg: Config, manifest: Manifest) -> Config:

@@ -8,22 +8,25 @@
       - caption: A cyclist looks back.
     cuts: [1.2, 3.04]                           # optional, seconds: the shots' borders, instead of detecting them
 
-All keys are optional; what is missing is filled with `DataConfig.default_caption` and `default_shot_caption`.
+All keys are optional; what is missing is filled with `DataConfig.default_caption` and `default_shot_caption`. A plain
+text file, `clip.txt`, is the caption of the whole video, its lines joined. Capitals in the suffix make no difference,
+and an empty file gives the defaults.
 """
 
 import dataclasses
 import difflib
 import itertools
-import json
 import math
+import os
+import string
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moc_jax.config import DataConfig
+from moc_jax.documents import DocumentError, checked_text, read_document, read_text, shown
 
-_SUFFIXES = (".yaml", ".yml", ".json")
+SUFFIXES = (".yaml", ".yml", ".json", ".txt")
 
 
 class CaptionError(ValueError):
@@ -43,28 +46,36 @@ class Captions:
     """Borders between shots in seconds; None: detect them."""
     default_shot: str
     video: str
+    """The video's file name without its suffix."""
 
     def shot(self, index: int) -> str:
         """The caption of shot `index`, counted from 0."""
         if index < len(self.shots):
             return self.shots[index]
-        return self.default_shot.format(shot=index + 1, file=self.video)
+        # A name that is not UTF-8 has no letters for its other bytes.
+        name = os.fsencode(self.video).decode("utf-8", "replace")
+        return _fill_in(self.default_shot, {"shot": str(index + 1), "file": name})
 
 
-def load_captions(video: Path, cfg: DataConfig) -> Captions:
+def load_captions(video: Path, cfg: DataConfig, beside: Mapping[str, Sequence[Path]] | None = None) -> Captions:
     """The captions of `video`, from the file beside it if there is one.
+
+    Args:
+        video: the video as it was found: a link's captions lie beside the link.
+        cfg: the defaults.
+        beside: `caption_files` of its folder, for who reads many; None looks there.
 
     Raises:
         CaptionError: the file, or the default in the config, is not as described above.
     """
     try:
-        cfg.default_shot_caption.format(shot=1, file=video.stem)
-    except (KeyError, IndexError, ValueError) as error:
+        _fill_in(cfg.default_shot_caption, {"shot": "1", "file": ""})
+    except ValueError as error:
         raise CaptionError(
-            f"data.default_shot_caption = {cfg.default_shot_caption!r} cannot be filled in ({error}); "
+            f"data.default_shot_caption = {shown(cfg.default_shot_caption)} cannot be filled in ({error}); "
             "it may hold {shot} and {file}, and braces of its own are doubled"
         ) from None
-    found = [path for suffix in _SUFFIXES if (path := video.with_suffix(suffix)).is_file()]
+    found = (caption_files(video.parent) if beside is None else beside).get(video.stem, ())
     if len(found) > 1:
         raise CaptionError(f"{video} has several caption files: {', '.join(p.name for p in found)}; keep one")
     content = _parse(found[0]) if found else {}
@@ -78,11 +89,48 @@ def load_captions(video: Path, cfg: DataConfig) -> Captions:
     )
 
 
+def caption_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder that look like captions, by the name of the video that they belong to, suffix left out.
+
+    Raises:
+        CaptionError: the folder cannot be read.
+    """
+    found: dict[str, list[Path]] = {}
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return found
+    except OSError as error:
+        raise CaptionError(f"{folder} cannot be searched for captions: {error.strerror}") from error
+    paths = [path for name in names if (path := folder / name).suffix.lower() in SUFFIXES]
+    for path in sorted(paths, key=lambda path: (SUFFIXES.index(path.suffix.lower()), path.name)):
+        found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def _fill_in(template: str, values: dict[str, str]) -> str:
+    """Puts `values` in the place of {names}: no attributes, no formats, nothing but these names.
+
+    Raises:
+        ValueError: another name, or a brace alone.
+    """
+    filled = []
+    for text, name, spec, conversion in string.Formatter().parse(template):
+        filled.append(text)
+        if name is not None:
+            if name not in values or spec or conversion:
+                raise ValueError(f"{{{name[:60]}}} is not one of {', '.join(f'{{{known}}}' for known in values)}")
+            filled.append(values[name])
+    return "".join(filled)
+
+
 def _parse(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        if file.suffix.lower() == ".txt":
+            text = checked_text(" ".join(read_text(file).split()))
+            return {"caption": text} if text else {}
+        content = read_document(file)
+    except DocumentError as error:
         raise CaptionError(f"{file} cannot be read: {error}") from error
     content = {} if content is None else content
     _check_keys(file, "the file", content, ("caption", "shots", "cuts"))
@@ -91,7 +139,7 @@ def _parse(file: Path) -> dict[str, Any]:
         parsed["caption"] = _text(file, "caption", content["caption"])
     if "shots" in content:
         if not isinstance(content["shots"], list):
-            raise CaptionError(f"{file}: shots is {content['shots']!r}; it must be a list, one entry per shot")
+            raise CaptionError(f"{file}: shots is {shown(content['shots'])}; it must be a list, one entry per shot")
         parsed["shots"] = tuple(_shot(file, f"shots[{k}]", entry) for k, entry in enumerate(content["shots"]))
     if "cuts" in content:
         parsed["cuts"] = _cuts(file, content["cuts"])
@@ -105,25 +153,30 @@ def _parse(file: Path) -> dict[str, Any]:
 
 def _check_keys(file: Path, where: str, content: Any, known: tuple[str, ...]) -> None:
     if not isinstance(content, dict):
-        raise CaptionError(f"{file}: {where} holds {content!r}; it must hold the keys {', '.join(known)}")
+        raise CaptionError(f"{file}: {where} holds {shown(content)}; it must hold the keys {', '.join(known)}")
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(str(key)[:60], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            raise CaptionError(f"{file}: {where} has the unknown key {key!r}; {hint}")
+            if len(content) == 1 and isinstance(content[key], str):  # YAML took text with a colon for a key and a value
+                hint += f'; if it is text, put it in quotes: "{str(key)[:60]}: {content[key][:60]}"'
+            raise CaptionError(f"{file}: {where} has the unknown key {shown(key)}; {hint}")
 
 
 def _text(file: Path, where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise CaptionError(
-            f"{file}: {where} is {value!r} ({type(value).__name__}); it must be text, in quotes if need be"
+            f"{file}: {where} is {shown(value)} ({type(value).__name__}); it must be text, in quotes if need be"
         )
-    return value.strip()
+    try:
+        return checked_text(value)
+    except DocumentError as error:
+        raise CaptionError(f"{file}: {where}: {error}") from error
 
 
 def _shot(file: Path, where: str, entry: Any) -> str:
     if isinstance(entry, str):
-        return entry.strip()
+        return _text(file, where, entry)
     _check_keys(file, where, entry, ("caption",))
     if "caption" not in entry:
         raise CaptionError(f"{file}: {where} lacks its caption")
@@ -133,5 +186,5 @@ def _shot(file: Path, where: str, entry: Any) -> str:
 def _cuts(file: Path, value: Any) -> tuple[float, ...]:
     numbers = isinstance(value, list) and all(type(cut) in (int, float) for cut in value)
     if not (numbers and all(a < b < math.inf for a, b in itertools.pairwise([0, *value]))):
-        raise CaptionError(f"{file}: cuts is {value!r}; it must be a list of rising times in seconds, all above 0")
+        raise CaptionError(f"{file}: cuts is {shown(value)}; it must be a list of rising times in seconds, all above 0")
     return tuple(float(cut) for cut in value)

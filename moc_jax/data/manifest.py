@@ -2,12 +2,15 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
+import re
+import typing
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -15,9 +18,11 @@ from tqdm import tqdm
 from moc_jax.codecs import Codec, load_codec
 from moc_jax.config import CodecConfig, Config, DataConfig
 from moc_jax.data.sources import Split
+from moc_jax.documents import printable, shown
 
-VERSION = 1
+VERSION = 2
 MANIFEST, CODEC = "manifest.json", "codec.npz"
+COUNTS = {"files", "shots", "short_shots", "frames", "cut_frames", "latent_frames"}
 
 
 class DataError(Exception):
@@ -99,39 +104,38 @@ class Manifest:
             *(f"  skipped {name}: {reason}" for name, reason in self.skipped.items()),
             *(f"  note: {note}" for note in self.notes),
         ]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def save(self) -> None:
-        """Writes manifest.json into the folder."""
-        content = dataclasses.asdict(self) | {"version": VERSION}
+        """Writes manifest.json into the folder, with a digest of what it says."""
+        content = dataclasses.asdict(self)
         del content["folder"]
-        (self.folder / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        content = {"version": VERSION, "sha256": _digest(content), **content}
+        (self.folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def load_manifest(folder: str | Path) -> Manifest:
     """Reads manifest.json and checks that all shards are there in full.
 
     Raises:
-        DataError: the manifest is missing, damaged or of another version, or a shard's size differs; names the file.
+        DataError: the manifest is missing, damaged, edited or of another version, or a shard's size differs; names the
+            file.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("version") != VERSION:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {shown(content)}")
+        if content.pop("version", None) != VERSION:
             raise DataError(
                 f"{path} was written by another version of this program; delete {folder} and prepare the data anew"
             )
-        scenes = (s | {"shots": tuple(ShotEntry(**shot) for shot in s["shots"])} for s in content.pop("scenes"))
-        manifest = Manifest(
-            folder=folder,
-            scenes=tuple(SceneEntry(**s) for s in scenes),
-            shards=tuple(ShardEntry(**s) for s in content.pop("shards")),
-            latent_shape=tuple(content.pop("latent_shape")),
-            notes=tuple(content.pop("notes")),
-            **content,
-        )
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        if content.pop("sha256", None) != _digest(content):
+            raise ValueError("it was changed after it was written: its digest does not match")
+        manifest = Manifest(folder=folder, **_fields(Manifest, content, "", left_out=("folder",)))
+        _check_consistent(manifest)
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete {folder} and prepare the data anew") from error
     for shard in manifest.shards:
         file = folder / shard.file
@@ -140,6 +144,59 @@ def load_manifest(folder: str | Path) -> Manifest:
             state = "is missing" if size is None else f"has {size} bytes instead of {shard.size}"
             raise DataError(f"the shard {file} {state}; delete {folder} and prepare the data anew")
     return manifest
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _fields(kind: type, tree: Any, where: str, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields of the dataclass `kind`, each of its type; raises ValueError naming the first that is not."""
+    hints = _hints(kind)
+    names = hints.keys() - set(left_out)
+    if not isinstance(tree, dict) or tree.keys() != names:
+        raise ValueError(f"{where or 'it'} must have the fields {', '.join(sorted(names))}, not {shown(tree)}")
+    return {name: _value(hints[name], tree[name], f"{where}.{name}".lstrip(".")) for name in tree}
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _value(kind: Any, tree: Any, where: str) -> Any:
+    """What JSON holds, as `kind` says: a dataclass, tuple, dict, Literal, int or str."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return typing.cast(type, kind)(**_fields(typing.cast(type, kind), tree, where))
+    if origin is tuple and isinstance(tree, list):
+        kinds = arguments[:1] * len(tree) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(tree):
+            return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, tree)))
+    if origin is dict and isinstance(tree, dict):
+        return {key: _value(arguments[1], value, f"{where}[{shown(key)}]") for key, value in tree.items()}
+    if kind is Any or (origin is Literal and tree in arguments) or (kind in (int, str) and type(tree) is kind):
+        return tree
+    raise ValueError(f"{where} is {shown(tree)}; it must be {getattr(kind, '__name__', kind)}")
+
+
+def _check_consistent(manifest: Manifest) -> None:
+    """Raises ValueError for what no program can have written."""
+    for k, shard in enumerate(manifest.shards):
+        if not re.fullmatch(r"\w[\w.-]{0,199}", shard.file):
+            raise ValueError(f"shards[{k}].file is {shown(shard.file)}; it must be the name of a file in the folder")
+    for k, scene in enumerate(manifest.scenes):
+        held = manifest.shards[scene.shard].records if 0 <= scene.shard < len(manifest.shards) else 0
+        if not 0 <= scene.record < held:
+            raise ValueError(f"scenes[{k}] is record {scene.record} of shard {scene.shard}, which there is not")
+        if not scene.shots or min(shot.frames for shot in scene.shots) < 1:
+            raise ValueError(f"scenes[{k}] must have shots of at least one frame")
+    if len({scene.name for scene in manifest.scenes}) < len(manifest.scenes):
+        raise ValueError("two scenes have one name")
+    if missing := COUNTS - manifest.counts.keys():
+        raise ValueError(f"counts lacks {', '.join(sorted(missing))}")
 
 
 def verify(manifest: Manifest, shards: Iterable[int]) -> None:

@@ -2,19 +2,22 @@
 
 (a) Every caption file is read and checked.
 (b) Every video is decoded shot by shot, which finds the cuts and fits the codec on the training clips.
-(c) Every video is decoded again and encoded, one shot in memory at a time, into ArrayRecord shards.
+(c) Every video is decoded again and encoded, one shot at a time, into ArrayRecord shards.
 (d) The folder gets its name, `<data.cache>/<fingerprint of settings and sources>`, when it is complete.
 
-A file that is damaged or too short is left out with its reason; the run goes on.
+A file that is damaged or too short is left out with its reason; the run goes on. Memory is bounded by one part of
+`data.max_shot_frames`, however long a shot is; with no such limit (0), by the longest shot.
 """
 
 import collections
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +27,12 @@ import numpy as np
 from tqdm import tqdm
 
 from moc_jax.codecs import Codec, crop_frames, fit_codec, pixels_to_unit
-from moc_jax.config import Config
+from moc_jax.config import Config, ConfigError
 from moc_jax.data.captions import CaptionError
 from moc_jax.data.manifest import (
     CODEC,
     MANIFEST,
+    VERSION,
     DataError,
     Manifest,
     SceneEntry,
@@ -39,9 +43,10 @@ from moc_jax.data.manifest import (
     settings_of,
 )
 from moc_jax.data.shards import ShardWriter
-from moc_jax.data.shots import CutDetector, GivenCuts, split_shots
-from moc_jax.data.sources import Source, find_sources
+from moc_jax.data.shots import CutDetector, GivenCuts, begin_shots
+from moc_jax.data.sources import Source, Sources, find_sources
 from moc_jax.data.video import VideoError, decode, resample
+from moc_jax.documents import printable, shown
 from moc_jax.shapes import Float32, UInt8
 from moc_jax.text import build_text_encoder
 
@@ -59,7 +64,7 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
         ConfigError, CaptionError: before any video is opened.
         DataError: a prepared folder that does not fit, no usable training video, or a disk that is full.
     """
-    cache = Path(cfg.data.cache).expanduser()
+    cache = _cache(cfg)
     if (cache / MANIFEST).is_file():
         manifest = load_manifest(cache)
         check_settings(manifest, cfg)
@@ -71,13 +76,13 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
         return manifest
     sources = find_sources(cfg.data)
     _check_lengths(sources, cfg)
-    identity: list[Any] = [settings_of(cfg), sorted((s.name, s.split, s.digest) for s in sources)]
+    identity: list[Any] = [VERSION, settings_of(cfg), sorted((s.name, s.split, s.digest) for s in sources)]
     if codec is not None:
         identity.append(codec.fingerprint)
     fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     folder, partial = cache / fingerprint, cache / f".{fingerprint}.partial"
     if (folder / MANIFEST).is_file():
-        return load_manifest(folder)
+        return _reported(folder, sources)
     try:
         with _only_one(cache):
             if not (folder / MANIFEST).is_file():
@@ -95,19 +100,46 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
             f"the encoded scenes cannot be written to {cache}: {error}. Nothing half-written was left there; "
             "make room, or point data.cache to another disk"
         ) from error
-    return load_manifest(folder)
+    return _reported(folder, sources)
+
+
+def _cache(cfg: Config) -> Path:
+    try:
+        cache = Path(cfg.data.cache)
+        str(cache).encode()  # ArrayRecord takes no other names
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            cache.lstat()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.cache = {shown(cfg.data.cache)} cannot be a folder: {error}") from error
+    return cache
+
+
+def _reported(folder: Path, sources: Sources) -> Manifest:
+    """The manifest, with notes on the sources as they are now: other files may have come or gone since it was made."""
+    manifest = load_manifest(folder)
+    return dataclasses.replace(manifest, notes=(*sources.notes, *manifest.notes))
 
 
 @contextlib.contextmanager
 def _only_one(cache: Path) -> Iterator[None]:
     """Processes that share the cache wait here for the one that prepares, and then find its work."""
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = cache / ".lock"
+    try:
+        # Neither emptied nor followed: under this name may lie a link to a file that is somebody's.
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DataError(f"{lock} is a link; it must be a file of its own, so remove it") from error
+        raise
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
-def _check_lengths(sources: list[Source], cfg: Config) -> None:
+def _check_lengths(sources: Sources, cfg: Config) -> None:
     encoder = build_text_encoder(cfg.text)
     for source in sources:
         captions = source.captions
@@ -132,7 +164,7 @@ class _Cut:
 class _Survey:
     """Reads all sources once: finds the shots, and hands the training clips to the codec's fit on the way."""
 
-    def __init__(self, cfg: Config, sources: list[Source]):
+    def __init__(self, cfg: Config, sources: Sources):
         self._cfg, self._sources = cfg, sources
         self._least = max(cfg.data.min_shot_frames, cfg.codec.stride[0] * (cfg.model.patch[0] - 1) + 1)
         self.cuts: dict[str, list[_Cut]] = {}
@@ -144,10 +176,10 @@ class _Survey:
         for source in tqdm(self._sources, desc="finding shots", unit="file", disable=None):
             cuts: list[_Cut] = []
             try:
-                for shot in self._shots(source):
-                    cuts.append(_Cut(len(shot), self._usable(len(shot))))
+                for count, beginning in self._shots(source):
+                    cuts.append(_Cut(count, self._usable(count)))
                     if cuts[-1].used and source.split == "train":
-                        yield pixels_to_unit(shot[: cuts[-1].used])
+                        yield pixels_to_unit(beginning[: cuts[-1].used])
             except VideoError as error:
                 self.skipped[source.name] = error.reason
                 continue
@@ -165,10 +197,11 @@ class _Survey:
             named = ", ".join(bare[:3]) + ", ..." * (len(bare) > 3)
             self.notes.append(f"{len(bare)} of {len(self.cuts)} files have no caption file but the defaults: {named}")
 
-    def _shots(self, source: Source) -> Iterator[UInt8[np.ndarray, "F Y X 3"]]:
+    def _shots(self, source: Source) -> Iterator[tuple[int, UInt8[np.ndarray, "F Y X 3"]]]:
         data, cuts = self._cfg.data, source.captions.cuts
         is_cut = CutDetector(data.shot_threshold) if cuts is None else GivenCuts(cuts)
-        return split_shots(source.path, data.height, data.width, data.fps, is_cut)
+        frames = decode(source.path, data.height, data.width, lambda text: self.notes.append(f"{source.name}: {text}"))
+        return begin_shots(frames, (data.height, data.width), data.fps, is_cut, data.max_shot_frames or None)
 
     def _usable(self, frames: int) -> int:
         if frames < self._least:
@@ -191,14 +224,13 @@ class _Survey:
 # ------------------------------------------------------------------------------------------------ (c) encoding
 
 
-def _build(cfg: Config, sources: list[Source], codec: Codec | None, fingerprint: str, folder: Path) -> None:
+def _build(cfg: Config, sources: Sources, codec: Codec | None, fingerprint: str, folder: Path) -> None:
     survey = _Survey(cfg, sources)
     clips = survey.clips()
     try:
         codec = codec or fit_codec(cfg.codec, clips)
     except ValueError as error:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in survey.skipped.items())
-        raise DataError(f"no codec can be fitted on the training videos: {error}{reasons}") from error
+        raise DataError(f"no codec can be fitted on the training videos: {error}{_reasons(survey)}") from error
     collections.deque(clips, maxlen=0)  # a codec that is given, or needs no fitting, has read nothing yet
     state: dict[str, Any] = codec.state()
     with (folder / CODEC).open("wb") as file:
@@ -212,8 +244,7 @@ def _build(cfg: Config, sources: list[Source], codec: Codec | None, fingerprint:
             survey.skipped[source.name] = error.reason if isinstance(error, VideoError) else str(error)
     writer.close()
     if not any(scene.split == "train" for scene in scenes):
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in survey.skipped.items())
-        raise DataError(f"no training scene is left of {len(sources)} files{reasons}")
+        raise DataError(f"no training scene is left of {len(sources)} files{_reasons(survey)}")
     cuts = [cut for name, cuts in survey.cuts.items() if name not in survey.skipped for cut in cuts]
     Manifest(
         folder=folder,
@@ -235,6 +266,10 @@ def _build(cfg: Config, sources: list[Source], codec: Codec | None, fingerprint:
             "latent_frames": sum(scene.frames for scene in scenes),
         },
     ).save()
+
+
+def _reasons(survey: _Survey) -> str:
+    return "".join("\n  " + printable(f"{name}: {reason}") for name, reason in survey.skipped.items())
 
 
 def _encode(cfg: Config, codec: Codec, source: Source, cuts: list[_Cut], writer: ShardWriter) -> list[SceneEntry]:
@@ -268,7 +303,8 @@ def _encode(cfg: Config, codec: Codec, source: Source, cuts: list[_Cut], writer:
 def _read_again(cfg: Config, source: Source, cuts: list[_Cut]) -> Iterator[UInt8[np.ndarray, "F Y X 3"]]:
     """The usable shots, cut where the survey found them."""
     data = cfg.data
-    frames = resample(decode(source.path, data.height, data.width), data.fps)
+    reported_by_the_survey = decode(source.path, data.height, data.width, note=lambda text: None)
+    frames = resample(reported_by_the_survey, data.fps)
     repeated = (frame for _, frame, times in frames for _ in range(times))
     for cut in cuts:
         shot = list(itertools.islice(repeated, cut.used))

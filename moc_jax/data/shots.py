@@ -1,7 +1,7 @@
 """Where one shot of a video ends and the next begins."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from scenedetect import ContentDetector, FrameTimecode
@@ -55,10 +55,39 @@ def split_shots(
     Raises:
         VideoError: see `decode`.
     """
-    shot = [np.empty((0, height, width, 3), np.uint8)]  # so that a shot shorter than one new frame keeps its number
-    for start, frame, times in resample(decode(path, height, width), fps):
+    frames = decode(path, height, width)
+    return (shot for _, shot in begin_shots(frames, (height, width), fps, is_cut, most=None))
+
+
+def begin_shots(
+    frames: Iterable[tuple[float, float, np.ndarray]],
+    size: tuple[int, int],
+    fps: float,
+    is_cut: CutDetector | GivenCuts,
+    most: int | None,
+) -> Iterator[tuple[int, UInt8[np.ndarray, "F Y X 3"]]]:
+    """How long each shot is, and how it begins. What is held does not grow with the shot beyond `most` frames.
+
+    Args:
+        frames: as `decode` gives them.
+        size: their height and width.
+        fps: the rate of the result.
+        is_cut: says where a shot begins.
+        most: frames of a shot that are given; None gives all.
+
+    Yields:
+        (count, beginning): the number of the shot's frames, and the first `most` of them.
+    """
+    count, beginning = 0, []
+    for start, frame, times in resample(frames, fps):
         if is_cut(start, frame):
-            yield np.concatenate(shot)
-            shot = shot[:1]
-        shot += [frame[None]] * times
-    yield np.concatenate(shot)
+            ended, count, beginning = (count, _stack(beginning, size)), 0, []
+            yield ended  # a shot shorter than one new frame has none, and keeps its number
+        room = times if most is None else min(times, most - len(beginning))
+        beginning += [frame] * room
+        count += times
+    yield count, _stack(beginning, size)
+
+
+def _stack(frames: list[np.ndarray], size: tuple[int, int]) -> UInt8[np.ndarray, "F Y X 3"]:
+    return np.stack(frames) if frames else np.empty((0, *size, 3), np.uint8)

@@ -2,15 +2,17 @@
 
 import collections
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, overload
 
 from moc_jax.config import ConfigError, DataConfig
-from moc_jax.data.captions import CaptionError, Captions, load_captions
+from moc_jax.data.captions import CaptionError, Captions, caption_files, load_captions
+from moc_jax.data.folders import Place, count, find_places, some
+from moc_jax.documents import printable
 
-_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".wmv", ".flv", ".gif"}
 _SAMPLE = 1 << 20  # bytes hashed at the beginning, in the middle and at the end of a file
 
 Split = Literal["train", "validation"]
@@ -21,6 +23,7 @@ class Source:
     """One video file."""
 
     path: Path
+    """Where it was found: a link, if it was found as one."""
     name: str
     """Its path below the folder it was found in, or its file name: the same wherever the data lies."""
     split: Split
@@ -29,8 +32,30 @@ class Source:
     """Changes when the file or its caption file does."""
 
 
-def find_sources(cfg: DataConfig) -> list[Source]:
-    """All video files of `data.source` and `data.validation_source`, in the order of their names.
+@dataclasses.dataclass(frozen=True)
+class Sources(Sequence[Source]):
+    """The files of a run."""
+
+    files: tuple[Source, ...]
+    notes: tuple[str, ...]
+    """What was found and not taken, and what was found twice."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @overload
+    def __getitem__(self, index: int) -> Source: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Source]: ...
+    def __getitem__(self, index):
+        return self.files[index]
+
+
+def find_sources(cfg: DataConfig) -> Sources:
+    """All video files of `data.source` and `data.validation_source`, in the order given and by name.
+
+    A file that is reached by several ways, such as links, is one source, with the caption file of whichever place has
+    one; with different captions beside it in several places it is a source for each.
 
     Raises:
         ConfigError: no sources, a path that does not exist, a folder without videos, or a file in both splits.
@@ -38,55 +63,109 @@ def find_sources(cfg: DataConfig) -> list[Source]:
     """
     if not cfg.source:
         raise ConfigError("data.source is empty; give at least one video file or a folder of video files")
-    training, held_out = dict(_walk(cfg.source, "source")), dict(_walk(cfg.validation_source, "validation_source"))
-    both = sorted(str(path) for path in set(training) & set(held_out))
+    training, notes = find_places(cfg.source, "source")
+    held_out, more = find_places(cfg.validation_source, "validation_source")
+    _check_apart(training, held_out)
+    files: dict[Hashable, list[_Captioned]] = {}
+    for place, captions in _captioned([*training, *held_out], cfg):
+        files.setdefault(place.identity, []).append((place, captions))
+    used = {identity: _distinct(places) for identity, places in files.items()}
+    taken = collections.Counter(place.name for places in used.values() for place, _ in places)
+    held = {place.identity for place in held_out}
+    sources, unreadable = [], []
+    for identity, places in used.items():
+        share = _share(places[0][0].name)  # one file lies in one split, whatever its captions
+        split = "validation" if identity in held or (not held and share < cfg.validation_fraction) else "train"
+        for place, captions in places:
+            name = place.name if taken[place.name] == 1 else place.path.as_posix()  # two folders may hold one name
+            try:
+                digest = _digest(place.path, captions.file)
+            except OSError as error:
+                unreadable.append(f"{place.path} cannot be read ({error.strerror})")
+                continue
+            sources.append(Source(path=place.path, name=name, split=split, captions=captions, digest=digest))
+    if not sources:
+        raise ConfigError("no file of data.source can be read:\n  " + "\n  ".join(unreadable))
+    repeated, remarks = _repeated(files, used), _caption_notes(sources, cfg)
+    return Sources(tuple(sources), (*notes, *more, *unreadable, *repeated, *remarks))
+
+
+_Captioned = tuple[Place, Captions]
+
+
+def _check_apart(training: list[Place], held_out: list[Place]) -> None:
+    trained = {place.identity: place.path for place in training}
+    both = [_same(trained[place.identity], place.path) for place in held_out if place.identity in trained]
     if both:
         raise ConfigError(
-            f"data.source and data.validation_source share {', '.join(both[:3])}; a video can't be held out and shown"
+            f"data.source and data.validation_source share {some(both)}; a video can't be held out and shown"
         )
-    sources, problems = [], []
-    files = training | held_out
-    taken = collections.Counter(files.values())
-    for path, name in files.items():
-        name = name if taken[name] == 1 else path.as_posix()  # two folders may hold files of one name
+
+
+def _same(path: Path, other: Path) -> str:
+    return str(path) if path == other else f"{path} = {other}"
+
+
+def _captioned(places: list[Place], cfg: DataConfig) -> list[_Captioned]:
+    beside = functools.cache(caption_files)
+    found, problems = [], []
+    for place in places:
         try:
-            captions = load_captions(path, cfg)
+            found.append((place, load_captions(place.path, cfg, beside(place.path.parent))))
         except CaptionError as error:
             problems.append(str(error))
-            continue
-        split = (
-            "validation" if path in held_out or (not held_out and _share(name) < cfg.validation_fraction) else "train"
-        )
-        sources.append(
-            Source(path=path, name=name, split=split, captions=captions, digest=_digest(path, captions.file))
-        )
     if problems:
-        raise CaptionError("\n".join(problems))
-    return sources
+        raise CaptionError("\n".join(map(printable, dict.fromkeys(problems))))
+    return found
 
 
-def _walk(given: tuple[str, ...], field: str) -> Iterator[tuple[Path, str]]:
-    """(resolved path, name) of each video file; a file that is reached twice is yielded twice with the same path."""
-    for entry in given:
-        root = Path(entry).expanduser()
-        if root.is_file():
-            yield root.resolve(), root.name
-        elif root.is_dir():
-            files = sorted(
-                p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file() and p.name[0] != "."
+def _distinct(places: list[_Captioned]) -> list[_Captioned]:
+    """Of the places of one file, one for each text: own places before links, caption files before defaults."""
+    places = sorted(places, key=lambda found: found[0].linked)
+    captioned = [found for found in places if found[1].file] or places[:1]
+    kept: dict[tuple, _Captioned] = {}
+    for place, captions in captioned:
+        kept.setdefault((captions.caption, captions.shots, captions.cuts), (place, captions))
+    return list(kept.values())
+
+
+def _repeated(files: dict[Hashable, list[_Captioned]], used: dict[Hashable, list[_Captioned]]) -> list[str]:
+    notes = []
+    left = [
+        _same(place.path, used[identity][0][0].path)
+        for identity, places in files.items()
+        for place, _ in places
+        if not any(place is other for other, _ in used[identity])
+    ]
+    if left:
+        notes.append(f"{count(len(left), 'duplicate')} left out, each file is used once: {some(left)}")
+    for places in used.values():
+        if len(places) > 1:
+            notes.append(
+                f"duplicates of one file with different captions, used {len(places)} times: "
+                f"{some([str(place.path) for place, _ in places])}"
             )
-            if not files:
-                raise ConfigError(
-                    f"data.{field}: the folder {root} holds no video file ({' '.join(sorted(_SUFFIXES))})"
-                )
-            yield from ((p.resolve(), p.relative_to(root).as_posix()) for p in files)
-        else:
-            raise ConfigError(f"data.{field}: {root} does not exist (seen from {Path.cwd()})")
+    return notes
+
+
+def _caption_notes(sources: list[Source], cfg: DataConfig) -> list[str]:
+    videos: dict[Path, list[str]] = {}
+    empty = []
+    for source in sources:
+        captions = source.captions
+        if captions.file:
+            videos.setdefault(captions.file, []).append(source.path.name)
+            if (captions.caption, captions.shots, captions.cuts) == (cfg.default_caption, (), None):
+                empty.append(str(captions.file))
+    notes = [f"{file} is the caption file of {some(names)}" for file, names in videos.items() if len(names) > 1]
+    if empty:
+        notes.append(f"{count(len(empty), 'caption file')} without a caption, the defaults are used: {some(empty)}")
+    return notes
 
 
 def _share(name: str) -> float:
     """A number in [0, 1) that depends on the name alone, so that adding files moves no other file."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6]) / 2**48
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6]) / 2**48
 
 
 def _digest(video: Path, captions: Path | None) -> str:

@@ -2,20 +2,23 @@
 
 import contextlib
 import itertools
+import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
-from av.container import InputContainer
-from av.video import VideoStream
+from av.video.codeccontext import VideoCodecContext
 
+from moc_jax.data.frames import deinterlaced, fit, remarks
+from moc_jax.data.streams import TRANSPORT_STREAM, best_stream, decoder_of, end_of, packets, usual_step
+from moc_jax.data.timestamps import Stamp, show_times
 from moc_jax.shapes import UInt8, typed
 
-_LONGEST_GAP = 10.0  # seconds without a new frame: beyond it the time stamps are damaged, not slow
+_log = logging.getLogger(__name__)
 # cpu-independent: without it x264's rounding, and so the file, differs from one run to the next.
 _X264 = {"crf": "16", "preset": "medium", "x264-params": "cpu-independent=1"}
 # What swscale turns RGB into, by the numbers of ISO 23001-8, and limited range; untagged, players guess by size.
@@ -34,8 +37,16 @@ class VideoError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode(path: str | os.PathLike, height: int, width: int) -> Iterator[tuple[float, float, np.ndarray]]:
+def decode(
+    path: str | os.PathLike, height: int, width: int, note: Callable[[str], None] | None = None
+) -> Iterator[tuple[float, float, np.ndarray]]:
     """Every frame of the file, one at a time, scaled to cover height x width and cropped to it around the centre.
+
+    Args:
+        path: of a file in any format that FFmpeg reads.
+        height: rows of the result.
+        width: columns of the result.
+        note: called with each thing that the user should know about the file, once; by default it is logged.
 
     Yields:
         (start, end, frame): when it is shown, in seconds from the first frame on, and uint8 [Y X 3].
@@ -43,66 +54,79 @@ def decode(path: str | os.PathLike, height: int, width: int) -> Iterator[tuple[f
     Raises:
         VideoError: the file cannot be opened, holds no video stream or no frame, or is damaged.
     """
+    reported = set[str]()
+
+    def note_once(text: str) -> None:
+        if text not in reported:
+            reported.add(text)
+            note(text) if note is not None else _log.warning("%s: %s", os.fspath(path), text)
+
     try:
-        with av.open(os.fspath(path)) as container:
-            if not container.streams.video:
-                raise VideoError(path, "it has no video stream")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            # By default FFmpeg paints over damage, and with several threads it forgets some of it.
-            stream.codec_context.options = {"err_detect": "explode"}
-            usual = 1 / float(stream.average_rate or stream.guessed_rate or 25)
+        with av.open(f"file:{os.fspath(path)}") as container:  # a name may hold a colon, as addresses do
+            stream = best_stream(container, note_once)
+            if stream is None:
+                known = "that can be decoded" if container.streams.video else ""
+                raise VideoError(path, f"it has no video stream {known}".rstrip())
             aspect = float(stream.sample_aspect_ratio or 1)
-            origin, shown, lasts = None, None, usual
-            for number, frame in enumerate(_frames(path, container, stream)):
-                stamp = number * usual if frame.time is None else frame.time
-                origin = stamp if origin is None else origin
-                start = stamp - origin
-                if shown is not None:
-                    start = max(start, shown[0])
-                    if start - shown[0] > _LONGEST_GAP:
-                        raise VideoError(path, f"its time stamps jump from {shown[0]:.2f} s to {start:.2f} s")
-                    yield shown[0], start, shown[1]
-                shown = start, _fit(frame, aspect, height, width)
-                lasts = max(usual, float((frame.duration or 0) * (frame.time_base or 0)))
+            found = packets(container, stream, note_once)
+            frames = _frames(path, found, decoder_of(stream), container.format.name == TRANSPORT_STREAM, note_once)
+            fitted = ((_stamp(frame), fit(frame, aspect, height, width)) for frame in _remarked(frames, note_once))
+            shown = None
+            for shown in show_times(fitted, usual_step(stream), end_of(container, stream), note_once):
+                yield shown
             if shown is None:
                 raise VideoError(path, "it has no frames")
-            yield shown[0], shown[0] + lasts, shown[1]
     except (av.FFmpegError, OSError) as error:
         raise VideoError(path, f"it cannot be decoded ({error.strerror or error})") from error
 
 
-def _frames(path: str | os.PathLike, container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+def _frames(
+    path: str | os.PathLike,
+    packets: Iterable[av.Packet],
+    decoder: VideoCodecContext,
+    may_be_torn: bool,
+    note: Callable[[str], None],
+) -> Iterator[av.VideoFrame]:
     count = 0
-    for packet in container.demux(stream):
-        if packet.is_corrupt:  # the file ends in its middle
+    early: list[int] = []  # when the packets that come ahead of the first frame are to be shown
+    failed = None
+    for packet in packets:
+        if failed is not None and packet.size:  # not the end of a recording, but damage within
+            raise failed
+        if packet.is_corrupt and not may_be_torn:  # the file ends in its middle
             raise VideoError(path, f"it is cut off or damaged after frame {count}")
-        for frame in packet.decode():
+        if not count and packet.pts is not None and not packet.is_discard:
+            early.append(packet.pts)
+        try:
+            frames = decoder.decode(packet)
+        except av.FFmpegError as error:
+            if not may_be_torn:
+                raise
+            failed, frames = error, []
+        for frame in frames:
             if frame.is_corrupt:
                 raise VideoError(path, f"frame {count} is damaged")
+            if not count and frame.pts is not None and (lost := sum(pts < frame.pts for pts in early)):
+                note(f"frames ahead of the first one that can be decoded are left out ({lost})")
             yield frame
             count += 1
+    if failed is not None:
+        note("it ends in the middle of a frame, which is left out")
 
 
-def _fit(frame: av.VideoFrame, aspect: float, height: int, width: int) -> UInt8[np.ndarray, "Y X 3"]:
-    """Scales so that the frame covers the size, keeping its shape, then crops around the centre.
+def _remarked(frames: Iterable[av.VideoFrame], note: Callable[[str], None]) -> Iterator[av.VideoFrame]:
+    for frame in deinterlaced(frames):
+        for remark in remarks(frame):
+            note(remark)
+        yield frame
 
-    Args:
-        frame: as decoded.
-        aspect: width of its pixels over their height.
-        height: rows of the result.
-        width: columns of the result.
-    """
-    turned = frame.rotation % 180 == 90  # phones store portrait video lying on its side
-    goal_rows, goal_columns = (width, height) if turned else (height, width)
-    scale = max(goal_rows / frame.height, goal_columns / (frame.width * aspect))
-    rows = max(round(frame.height * scale), goal_rows)
-    columns = max(round(frame.width * aspect * scale), goal_columns)
-    method = "AREA" if scale < 1 else "BICUBIC"
-    image = frame.reformat(columns, rows, format="rgb24", interpolation=method).to_ndarray()
-    top, left = (rows - goal_rows) // 2, (columns - goal_columns) // 2
-    image = image[top : top + goal_rows, left : left + goal_columns]
-    return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))
+
+def _stamp(frame: av.VideoFrame) -> Stamp:
+    clock = frame.time_base or Fraction(0)
+    presented, decoded, lasts = (
+        None if ticks is None or not clock else float(ticks * clock) for ticks in (frame.pts, frame.dts, frame.duration)
+    )
+    return Stamp(presented=presented, decoded=decoded, lasts=lasts)
 
 
 def resample(frames: Iterable[tuple[float, float, np.ndarray]], fps: float) -> Iterator[tuple[float, np.ndarray, int]]:

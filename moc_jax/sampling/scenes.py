@@ -20,6 +20,9 @@ from moc_jax.scene import Scene, SceneLengths
 from moc_jax.shapes import Array, Float, Float32, Shaped, UInt8
 from moc_jax.text import TextEncoder
 
+TOKEN_LIMIT = 1 << 24  # video tokens of all storyboards; a minute of 480p video has 180 000
+BYTE_LIMIT = 8 << 30  # of the text, of a given video's pixels, and of the table of frames and shots
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +61,10 @@ def make_request(
 
     Raises:
         StoryboardError: a caption that is too long, a duration without a frame, a picture or video that cannot be
-            read or is too short, or a scene that does not fit `bucket`; names the storyboard and the place in it.
+            read or is too short, a scene that does not fit `bucket`, or more than fits any memory; names the
+            storyboard and the place in it.
     """
+    _check_size(storyboards, config, codec)
     shots = [_shot_latents(board, config, codec) for board in storyboards]
     texts = [_captions(board, encoder) for board in storyboards]
     negatives = [_negative(board, config, encoder) for board in storyboards]
@@ -109,19 +114,54 @@ def _keys(board: Storyboard, seed: int) -> list[np.ndarray]:
     return [np.asarray(jax.random.key_data(key)) for key in keys]
 
 
+def _check_size(storyboards: Sequence[Storyboard], config: Config, codec: Codec) -> None:
+    """Refuses, before anything is allocated, what no machine could sample: hours at full size, or a million shots."""
+    (rows, columns), (f, y, x) = config.latent_size, config.model.patch
+
+    def latent_frames(shot: Shot) -> int:
+        frames = _frames(shot, config, codec)
+        return codec.latent_frames(frames) if frames else f
+
+    latents = [sum(map(latent_frames, board.shots)) for board in storyboards]
+    most = max(latents)
+    longest = storyboards[latents.index(most)]
+    fix = "give fewer or shorter shots, or sample fewer storyboards at once"
+    tokens = len(storyboards) * most // f * (rows // y) * (columns // x)
+    if tokens > TOKEN_LIMIT:
+        raise StoryboardError(
+            f"{longest.name} has {most:,} latent frames, which are {tokens:,} tokens for {len(storyboards)} such "
+            f"scene(s); the limit is {TOKEN_LIMIT:,}: {fix}"
+        )
+    shots = max(len(board.shots) for board in storyboards)
+    _check_bytes(longest, "the table of its frames and shots", len(storyboards) * shots * most, fix)
+
+
+def _check_bytes(board: Storyboard, what: str, size: int, fix: str) -> None:
+    if size > BYTE_LIMIT:
+        raise StoryboardError(
+            f"{board.name}: {what} would need {size / (1 << 30):,.1f} GiB; the limit is {BYTE_LIMIT >> 30} GiB: {fix}"
+        )
+
+
 # ------------------------------------------------------------------------------------------------ text
 
 
 def _captions(board: Storyboard, encoder: TextEncoder) -> list[np.ndarray]:
-    named = [("caption", board.caption)]
-    named += [(f"shots[{s}].caption", shot.caption) for s, shot in enumerate(board.shots)]
-    return [_embed(board, where, caption, encoder) for where, caption in named]
+    embedded, size = [_embed(board, "caption", board.caption, encoder)], 0
+    for s, shot in enumerate(board.shots):
+        embedded.append(_embed(board, f"shots[{s}].caption", shot.caption, encoder))
+        size += embedded[-1].nbytes
+        _check_bytes(board, "its text", size, "give fewer shots or shorter captions")
+    return embedded
 
 
 def _negative(board: Storyboard, config: Config, encoder: TextEncoder) -> list[np.ndarray]:
     """The negative prompt in the place of every caption; when it is empty, that is training's caption dropout."""
     prompt = config.sample.negative_prompt if board.negative_prompt is None else board.negative_prompt
-    return [_embed(board, "negative_prompt", prompt, encoder)] * (1 + len(board.shots))
+    embedded = _embed(board, "negative_prompt", prompt, encoder)
+    size = embedded.nbytes * (1 + len(board.shots))
+    _check_bytes(board, "its negative_prompt, once for each shot,", size, "shorten it or give fewer shots")
+    return [embedded] * (1 + len(board.shots))
 
 
 def _embed(board: Storyboard, where: str, caption: str, encoder: TextEncoder) -> np.ndarray:
@@ -145,16 +185,20 @@ def _shot_latents(board: Storyboard, config: Config, codec: Codec) -> list[Float
     return latents
 
 
+def _frames(shot: Shot, config: Config, codec: Codec) -> int | None:
+    """Frames of a shot; 0: there is no such short shot; None: as many as its video has, or those of a picture."""
+    if shot.seconds is None:
+        return None
+    return frames_of(shot.seconds, config.data.fps, codec.stride[0], config.model.patch[0])
+
+
 def _latents(shot: Shot, config: Config, codec: Codec) -> Float32[np.ndarray, "_ Y X Z"]:
-    patch, fps = config.model.patch[0], config.data.fps
-    frames = None
-    if shot.seconds is not None:
-        frames = frames_of(shot.seconds, fps, codec.stride[0], patch)
-        if not frames:
-            raise StoryboardError(
-                f"seconds = {shot.seconds:g} is no frame at {fps:g} frames per second; the shortest shot is "
-                f"{0.5 / fps:.3g} seconds"
-            )
+    patch, fps, frames = config.model.patch[0], config.data.fps, _frames(shot, config, codec)
+    if frames == 0:
+        raise StoryboardError(
+            f"seconds = {shot.seconds:g} is no frame at {fps:g} frames per second; the shortest shot is "
+            f"{0.5 / fps:.3g} seconds"
+        )
     if shot.video is not None:
         return codec.encode(pixels_to_unit(_given_video(shot.video, shot.seconds, frames, config, codec)))
     if shot.image is None:
@@ -173,7 +217,12 @@ def _given_video(
     path: Path, seconds: float | None, frames: int | None, config: Config, codec: Codec
 ) -> UInt8[np.ndarray, "F Y X 3"]:
     data = config.data
-    video = read_video(path, data.height, data.width, data.fps, frames)
+    most = BYTE_LIMIT // (data.height * data.width * 3 * 4)
+    if (frames or 0) > most:
+        raise StoryboardError(f"{path} would give {frames:,} frames; the limit at this size is {most:,}")
+    video = read_video(path, data.height, data.width, data.fps, most + 1 if frames is None else frames)
+    if len(video) > most:
+        raise StoryboardError(f"{path} has more than {most:,} frames, which is the limit; cut it off with `seconds`")
     if frames is not None and len(video) < frames:
         raise StoryboardError(
             f"{path} has {len(video)} frames at {data.fps:g} frames per second, but seconds = {seconds:g} asks for "

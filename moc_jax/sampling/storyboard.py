@@ -21,6 +21,8 @@ Paths are relative to the file. Whatever is missing, mistyped or unknown is an e
 import dataclasses
 import difflib
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,8 +30,11 @@ import yaml
 
 from moc_jax.config import ConfigError
 from moc_jax.config.base import expanded
+from moc_jax.documents import DocumentError, checked_text, read_document, shown
 
 SEED_LIMIT = 2**32
+SHOT_LIMIT = 100_000
+SECONDS_LIMIT = 86_400  # of one shot
 
 
 class StoryboardError(ConfigError):
@@ -73,9 +78,15 @@ class Storyboard:
     def __post_init__(self):
         for where, part in (("", self), *((f"shots[{s}].", shot) for s, shot in enumerate(self.shots))):
             if part.seed is not None and not 0 <= part.seed < SEED_LIMIT:
-                raise StoryboardError(f"{self.name}: {where}seed is {part.seed}; it must lie in 0..{SEED_LIMIT - 1}")
+                raise StoryboardError(
+                    f"{self.name}: {where}seed is {shown(part.seed)}; it must lie in 0..{SEED_LIMIT - 1}"
+                )
+        for s, shot in enumerate(self.shots):
+            if shot.seconds is not None and not 0 < shot.seconds <= SECONDS_LIMIT:
+                raise StoryboardError(f"{self.name}: shots[{s}].seconds is {shown(shot.seconds)}; {_SECONDS}")
 
 
+_SECONDS = f"it must be a number of seconds above 0 and at most {SECONDS_LIMIT:,}, which is a day"
 _SCENE_FIELDS = ("caption", "negative_prompt", "seed", "shots")
 _SHOT_FIELDS = ("caption", "seconds", "seed", "image", "video")
 
@@ -84,16 +95,16 @@ def load_storyboard(file: str | Path) -> Storyboard:
     """Reads and checks a storyboard file.
 
     Raises:
-        StoryboardError: no such file, no YAML, or a field that is missing, mistyped or unknown; names it.
+        StoryboardError: no such file, no YAML, a field that is missing, mistyped or unknown, or a number or text beyond
+            its limit; names it.
     """
     path = Path(file)
-    if not path.is_file():
-        there = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(str(path), there, n=1)
-        raise StoryboardError(f"{path}: there is no such storyboard" + (f"; did you mean {near[0]}?" if near else ""))
+    if not _is_file(path):
+        near = _near(path, ".yaml", ".yml")
+        raise StoryboardError(f"{path}: there is no such storyboard" + (f"; did you mean {near}?" if near else ""))
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_document(path)
+    except DocumentError as error:
         raise StoryboardError(f"{path} cannot be read: {error}") from error
     return parse_storyboard(content, name=str(path), folder=path.parent)
 
@@ -108,6 +119,8 @@ def parse_storyboard(content: Any, *, name: str = "storyboard", folder: Path = P
     caption, shots = scene.text("caption"), scene.required("shots")
     if not isinstance(shots, list) or not shots:
         scene.fail("shots", "it must be a list of at least one shot, each starting with `- caption:`")
+    if len(shots) > SHOT_LIMIT:
+        raise StoryboardError(f"{name}: shots has {len(shots):,} entries; the limit is {SHOT_LIMIT:,}")
     parsed = tuple(_shot(name, folder, f"shots[{k}]", shot) for k, shot in enumerate(shots))
     if all(shot.is_reference for shot in parsed):
         raise StoryboardError(f"{name}: shots holds pictures to go by only; give at least one shot its `seconds`")
@@ -161,20 +174,23 @@ class _Fields:
         self.name, self.where, self.known = name, where, known
         if not isinstance(content, dict):
             place = where or "the file"
-            raise StoryboardError(f"{name}: {place} is {content!r}; it must hold the fields {', '.join(known)}")
+            raise StoryboardError(f"{name}: {place} is {shown(content)}; it must hold the fields {', '.join(known)}")
         self.content = content
         for key in content:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
+                key, value = shown(key).strip("'"), content[key]
+                near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {self._path(near[0])}?" if near else f"known fields: {', '.join(known)}"
+                if len(content) == 1 and isinstance(value, str):  # YAML took text with a colon for a field
+                    hint += "; if it is text, put it in quotes, after `caption:`"
                 raise StoryboardError(f"{name}: unknown field {self._path(key)}; {hint}")
 
-    def _path(self, field: Any) -> str:
-        return f"{self.where}.{field}" if self.where else str(field)
+    def _path(self, field: str) -> str:
+        return f"{self.where}.{field}" if self.where else field
 
     def fail(self, field: str, problem: str) -> NoReturn:
         value = self.content.get(field)
-        raise StoryboardError(f"{self.name}: {self._path(field)} is {value!r} ({type(value).__name__}); {problem}")
+        raise StoryboardError(f"{self.name}: {self._path(field)} is {shown(value)} ({type(value).__name__}); {problem}")
 
     def required(self, field: str) -> Any:
         if field not in self.content:
@@ -185,14 +201,17 @@ class _Fields:
         value = self.required(field)
         if not isinstance(value, str):
             self.fail(field, "it must be text, in quotes if need be")
-        return value.strip()
+        try:
+            return checked_text(value)
+        except DocumentError as error:
+            raise StoryboardError(f"{self.name}: {self._path(field)}: {error}") from error
 
     def seconds(self) -> float | None:
         value = self.content.get("seconds")
         if "seconds" not in self.content:
             return None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            self.fail("seconds", "it must be a number of seconds above 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= SECONDS_LIMIT:
+            self.fail("seconds", _SECONDS)
         return float(value)
 
     def seed(self) -> int | None:
@@ -206,21 +225,30 @@ class _Fields:
     def file(self, field: str, folder: Path) -> Path | None:
         if field not in self.content:
             return None
-        path = folder / expanded(self.text(field), f"{self.name}: {self._path(field)}")
-        if not path.is_file():
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; paths are relative to the storyboard's folder"
-            raise StoryboardError(f"{self.name}: {self._path(field)}: there is no file {path}{hint}")
+        given = self.text(field)
+        try:
+            path = folder / expanded(given, f"{self.name}: {self._path(field)}")
+        except ConfigError as error:
+            raise StoryboardError(str(error)) from None
+        if not _is_file(path):
+            near = _near(path)
+            hint = f"; did you mean {near}?" if near else "; paths are relative to the storyboard's folder"
+            raise StoryboardError(f"{self.name}: {self._path(field)}: there is no file {shown(str(path))}{hint}")
         return path
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets a later key replace an earlier one in silence; a forgotten dash before a shot would so lose a shot."""
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):  # not there, or no name that a file can have
+        return False
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for k, value in enumerate(keys):
-            if value in keys[:k]:
-                problem = f"the field {value!r} appears twice; does a `-` lack before a shot?"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.value[k][0].start_mark)
-        return super().construct_mapping(node, deep)
+
+def _near(path: Path, *suffixes: str) -> str | None:
+    """The file beside `path` whose name is most like its own."""
+    try:
+        names = [name for name in os.listdir(path.parent) if name.endswith(suffixes or "")]
+    except (OSError, ValueError):
+        return None
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return near[0] if near else None

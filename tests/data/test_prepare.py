@@ -21,6 +21,7 @@ from moc_jax.data.prepare import prepare
 from moc_jax.data.shards import ShardReader
 from moc_jax.data.video import VideoError, read_video
 from tests.data.clips import make_clip
+from tests.data.odd_files import stamped
 from tests.data.small import SIZE, make_videos, small_config, with_data
 
 prepare_module = importlib.import_module("moc_jax.data.prepare")  # the package offers the function by this name
@@ -393,3 +394,34 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
     assert long < 1.1 * short, f"{long / 1e6:.1f} MB against {short / 1e6:.1f} MB"
     pixels = 40 * 24 * 64 * 96 * 3
     assert long < pixels, f"{long / 1e6:.1f} MB for {pixels / 1e6:.1f} MB of pixels"
+
+
+def test_memory_does_not_grow_with_the_shot(tmp_path):
+    """One uncut shot, of which 9 frames are kept."""
+
+    def peak(folder, frames):
+        make_videos(folder, long=(frames,))
+        tracemalloc.start()
+        manifest = prepare(small_config(folder, height=64, width=96, max_shot_frames=9))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert manifest.counts["frames"] == frames
+        assert manifest.counts["cut_frames"] == frames - 9
+        return most
+
+    short, long = peak(tmp_path / "short", 30), peak(tmp_path / "long", 300)
+    assert long < 1.1 * short, f"{long / 1e6:.1f} MB against {short / 1e6:.1f} MB"
+
+
+def test_what_a_video_has_lost_is_noted_once(tmp_path):
+    """It is decoded twice."""
+    (tmp_path / "videos").mkdir()
+    stamped(tmp_path / "videos" / "a.mkv", [0, *range(40, 2000, 40), 1960, 14_000, 14_040])
+    manifest = prepare(small_config(tmp_path))
+    notes = [note for note in manifest.notes if "caption" not in note]
+    assert notes == [
+        "a.mkv: a frame is shown for more than 10 s (once, at 1.96 s; 12.04 s)",
+        "a.mkv: a frame has the time stamp of the next one and is not shown (once, at 1.96 s)",
+    ]
+    assert "note: a.mkv: a frame is shown" in manifest.summary()
+    assert manifest.counts["frames"] == 169

@@ -1,10 +1,12 @@
 """Cuts found where they were made, at any frame rate, and shots that together are the whole video."""
 
+import weakref
+
 import numpy as np
 import pytest
 
-from moc_jax.data.shots import CutDetector, GivenCuts, split_shots
-from moc_jax.data.video import read_video, write_video
+from moc_jax.data.shots import CutDetector, GivenCuts, begin_shots, split_shots
+from moc_jax.data.video import decode, read_video, write_video
 from tests.data.clips import make_clip, make_frames
 
 
@@ -56,3 +58,30 @@ def test_large_frames_are_looked_at_coarsely():
     for k, frame in enumerate(frames):
         wide = frame.repeat(16, axis=0).repeat(16, axis=1)
         assert small(k / 12, frame) == large(k / 12, wide) == (k == 8)
+
+
+def test_shots_are_counted_in_full_and_given_in_part(tmp_path):
+    make_clip(tmp_path / "a.mp4", shots=3, frames_per_shot=(26, 4, 30), fps=24.0)
+    shots = list(split_shots(tmp_path / "a.mp4", 32, 48, 24.0, GivenCuts([26 / 24, 30 / 24])))
+    frames = decode(tmp_path / "a.mp4", 32, 48)
+    begun = list(begin_shots(frames, (32, 48), 24.0, GivenCuts([26 / 24, 30 / 24]), most=10))
+    assert [(count, len(shot)) for count, shot in begun] == [(26, 10), (4, 4), (30, 10)]
+    for (_, beginning), shot in zip(begun, shots):
+        np.testing.assert_array_equal(beginning, shot[:10])
+
+
+@pytest.mark.parametrize("times", [1, 400])
+def test_no_more_of_a_shot_is_held_than_is_given(times):
+    """1000 frames, and frames that stand still, each shown 400 times."""
+    made, held = [], []
+
+    def frames():
+        for k in range(1000):
+            frame = np.full((4, 4, 3), k % 256, np.uint8)
+            made.append(weakref.ref(frame))
+            held.append(sum(ref() is not None for ref in made[-100:]))
+            yield k * times / 24, (k + 1) * times / 24, frame
+
+    ((count, shot),) = begin_shots(frames(), (4, 4), 24.0, GivenCuts([]), most=20)
+    assert (count, len(shot)) == (1000 * times, 20)
+    assert max(held) <= 22

@@ -11,6 +11,7 @@ import pytest
 
 from moc_jax.data.video import VideoError, decode, read_video, write_video
 from tests.data.clips import make_clip, make_frames
+from tests.data.odd_files import stamped
 
 
 def _gray_clip(path: Path, levels, stamps, size=(32, 32), clock=1000):
@@ -186,9 +187,24 @@ class TestDamage:
         (tmp_path / "a.mp4").write_bytes(content[: int(len(content) * left)])
         assert "it is cut off or damaged after frame" in self._reason(tmp_path / "a.mp4")
 
-    def test_jump_in_time(self, tmp_path):
-        _gray_clip(tmp_path / "a.mp4", [0, 20, 40], [0, 100, 3_600_000])
-        assert self._reason(tmp_path / "a.mp4") == "its time stamps jump from 0.10 s to 3600.00 s"
+
+def test_an_hour_on_one_frame_is_shown_as_such(tmp_path):
+    """The header's duration says so, too; see test_timestamps.py for jumps that it does not bear out."""
+    _gray_clip(tmp_path / "a.mp4", [0, 20, 40], [0, 100, 3_600_000])
+    notes = []
+    starts = [start for start, *_ in decode(tmp_path / "a.mp4", 32, 32, notes.append)]
+    assert starts == pytest.approx([0, 0.1, 3600])
+    assert notes == ["a frame is shown for more than 10 s (once, at 0.10 s; 3599.90 s)"]
+
+
+def test_notes_are_logged_where_nobody_takes_them(tmp_path, caplog):
+    path = stamped(tmp_path / "a.mkv", [0, 40, 40, 80])
+    read_video(path, 32, 32, 12.0)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert (
+        record.getMessage() == f"{path}: a frame has the time stamp of the next one and is not shown (once, at 0.04 s)"
+    )
 
 
 def test_error_survives_pickling():

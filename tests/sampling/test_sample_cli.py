@@ -1,6 +1,7 @@
 """sample.py as a user calls it, in this process, on a checkpoint of a tiny model."""
 
 import dataclasses
+import os
 import re
 
 import av
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 import sample
-from moc_jax.checkpoint import Checkpoints
+from moc_jax.checkpoint import CheckpointError, Checkpoints
 from moc_jax.cli import clean_exit
 from moc_jax.config import CodecConfig, ConfigError
 from moc_jax.data import codec_of, prepare
@@ -78,6 +79,15 @@ def test_from_checkpoint_and_storyboard_to_video_and_pictures(run_folder, boards
     before = (boards / "a.mp4").read_bytes()
     call(run_folder, *words, "--overwrite")
     assert (boards / "a.mp4").read_bytes() == before  # same seed, same bytes
+
+
+def test_a_long_storyboard_is_named_before_anything_is_loaded(boards, capsys):
+    """Whatever bytes its name has."""
+    name = boards / os.fsdecode(b"caf\xe9.yaml")
+    name.write_text("caption: a\nshots:\n" + "- {caption: b, seconds: 1}\n" * 1200)
+    with pytest.raises(CheckpointError):
+        call(boards / "no run", "--storyboard", name, "--out", boards / "a.mp4")
+    assert r"caf\udce9.yaml: 1,200 shots" in capsys.readouterr().out
 
 
 def test_several_storyboards_make_a_folder(run_folder, boards):

@@ -1,6 +1,8 @@
 """Storyboards: what a good one means, and that every mistake is named with its place."""
 
+import os
 import re
+import time
 
 import pytest
 
@@ -37,6 +39,8 @@ def folder(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "rider.png").write_bytes(b"a picture")
     (tmp_path / "finish.mp4").write_bytes(b"a video")
+    (tmp_path / "dangling.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.mp4")
     return tmp_path
 
 
@@ -70,6 +74,8 @@ def test_what_is_written_is_read_back(folder):
     assert load_storyboard(write(folder, storyboard_text(board))) == board
 
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" for k in range(20))
+SMALL_BOMB = "".join(line + "\n" for line in BOMB.splitlines()[:10])
 SHOTS = "shots:\n  - caption: a\n    seconds: 1\n  - caption: b\n    seconds: 1\n"
 
 
@@ -114,6 +120,36 @@ SHOTS = "shots:\n  - caption: a\n    seconds: 1\n  - caption: b\n    seconds: 1\
         ("caption: a\nshots:\n  - caption: b\n    seconds: 1\n    caption: c", ["'caption' appears twice", "line 5"]),
         ("caption: a\nshots: [{caption: b, image: pictures/rider.png}]", ["pictures to go by only", "`seconds`"]),
         ("caption: [", ["cannot be read"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, seconds: 1.0e+300}", ["shots[2].seconds is 1e+300", "most 86,400"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, seconds: 1e300}", ["shots[2].seconds is '1e300' (str)", "86,400"]),
+        ("caption: a\n" + SHOTS + f"  - {{caption: c, seconds: {'9' * 60}}}", ["shots[2].seconds is 999", "86,400"]),
+        (
+            "caption: a\n" + SHOTS + f"  - {{caption: c, seconds: {'9' * 400}}}",
+            ["line 7", "400 digits; the limit"],
+        ),
+        ("caption: a\n" + SHOTS + f"seed: 0x{'f' * 9000}", ["line 7", "9,002 digits; the limit is 64"]),
+        ("caption: a\n" + SHOTS + f"seed: {'9' * 60}", ["seed is 999", "must lie in 0..4294967295"]),
+        ("caption: a\nshots: " + "[" * 5000, ["line 2", "nests deeper than 20 levels"]),
+        ("caption: a\nshots: " + "{a: " * 5000, ["nests deeper than 20 levels"]),
+        (BOMB + "caption: *a20\n" + SHOTS, ["with its aliases it has more than 2,000,000 values"]),
+        (SMALL_BOMB + "caption: *a9\n" + SHOTS, ["unknown field a0"]),
+        ("caption: &a [*a]\n" + SHOTS, ["*a stands inside of itself"]),
+        (f"caption: {'x' * 30_000}\n" + SHOTS, ["caption: it has 30,000 characters; the limit is 20,000"]),
+        (f"caption: [{'x,' * 30_000}]\n" + SHOTS, ["caption is ['x', 'x', 'x', 'x', ...] (list)"]),
+        ("caption: 'a\\ud800'".replace("'", '"') + "\n" + SHOTS, ["cannot be read: line 1"]),
+        ('caption: "a\\0b"\n' + SHOTS, ["caption: it holds a NUL character"]),
+        ("caption: Scene 1: a dog\n" + SHOTS, ["line 1", 'put it in quotes: caption: "Scene 1: a dog"']),
+        ("caption: a\nshots:\n  - Scene 1: a dog", ["unknown field shots[0].Scene 1", "put it in quotes"]),
+        ("caption: 2024-13-45\n" + SHOTS, ["must be in quotes"]),
+        (f"caption: a\n? {'k' * 9000}\n: b\n" + SHOTS, ["unknown field kkk", "known fields"]),
+        ("caption: a\nshots:\n" + "  - {}\n" * 100_001, ["shots has 100,001 entries; the limit is 100,000"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, image: pictures}", ["shots[2].image: there is no file"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, image: ''}", ["shots[2].image: there is no file"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, image: dangling.png}", ["shots[2].image: there is no file"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, video: pipe.mp4}", ["shots[2].video: there is no file"]),
+        ("caption: a\n" + SHOTS + f"  - {{caption: c, video: {'x' * 5000}}}", ["shots[2].video: there is no file"]),
+        ("caption: a\n" + SHOTS + "  - {caption: c, video: ~no-such-user/x}", ["shots[2].video is", "no home folder"]),
+        ("caption: a\n" + SHOTS + '  - {caption: c, video: "a\\0/b"}', ["shots[2].video: it holds a NUL"]),
         ("", ["the file is None"]),
         ("- a", ["the file is ['a']"]),
     ],
@@ -125,6 +161,7 @@ def test_mistakes_are_named_with_their_place(folder, text, parts):
         load_storyboard(file)
     for part in parts:
         assert part in str(caught.value)
+    assert len(str(caught.value)) < 700
 
 
 def test_a_missing_file_suggests_the_near_one(folder):
@@ -172,3 +209,46 @@ def test_frames_survive_the_round_trip_through_seconds():
 def test_content_need_not_come_from_a_file():
     board = parse_storyboard({"caption": "a", "shots": [{"caption": "b", "seconds": 1}]})
     assert board.shots == (Shot(caption="b", seconds=1.0),)
+
+
+@pytest.mark.parametrize("value", [10**400, 16**9000, -(10**5000), [10**5000], 1e300], ids=range(5))
+def test_content_of_absurd_size_is_cut_short(value):
+    shots = [{"caption": "b", "seconds": 1}]
+    for content in (
+        {"caption": value, "shots": shots},
+        {"caption": "a", "shots": shots, "seed": value},
+        {"caption": "a", "shots": value},
+        {"caption": "a", "shots": [{"caption": "b", "seconds": value}]},
+        {"caption": "a", "shots": shots, 10**5000: 1},
+        value,
+    ):
+        with pytest.raises(StoryboardError) as caught:
+            parse_storyboard(content)
+        assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("seconds", [1e300, float("inf"), float("nan"), 10**400, 0.0, -1.0], ids=range(6))
+def test_durations_are_checked_however_a_storyboard_is_made(seconds):
+    with pytest.raises(StoryboardError, match=r"shots\[0\].seconds is .*; it must be a number of seconds above 0"):
+        Storyboard(caption="a", shots=(Shot(caption="b", seconds=seconds),))
+
+
+def test_twenty_thousand_shots_are_legal_and_quick(folder):
+    shot = "  - caption: the dog runs\n    seconds: 1.5\n    seed: 3\n"
+    file = write(folder, "caption: a\nshots:\n" + shot * 20_000)
+    start = time.process_time()
+    assert len(load_storyboard(file).shots) == 20_000
+    assert time.process_time() - start < 10  # it takes two seconds; pure Python's reader takes over twenty
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "folder.yaml", "pipe.mp4", "loop.yaml"])
+def test_storyboards_that_are_no_files(folder, name):
+    (folder / "folder.yaml").mkdir()
+    (folder / "loop.yaml").symlink_to("loop.yaml")
+    with pytest.raises(StoryboardError, match="there is no such storyboard"):
+        load_storyboard(folder / name)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(folder):
+    (folder / "scene.yaml").write_bytes(b"\xef\xbb\xbf" + ("caption: a\n" + SHOTS).encode())
+    assert load_storyboard(folder / "scene.yaml").caption == "a"

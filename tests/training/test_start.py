@@ -1,7 +1,6 @@
 """What a run starts from: another run's weights and codec, its own checkpoints, and never the wrong latents."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -12,7 +11,7 @@ from moc_jax.checkpoint import load_codec_state, load_for_sampling
 from moc_jax.codecs import CodecMismatch, load_codec
 from moc_jax.config import ConfigError
 from moc_jax.data import DataError, codec_of, prepare
-from moc_jax.data.manifest import CODEC, MANIFEST
+from moc_jax.data.manifest import CODEC, load_manifest
 from moc_jax.training.loop import train
 from moc_jax.training.metrics import read_metrics
 from moc_jax.training.start import check_initial, initial_codec
@@ -103,8 +102,7 @@ def test_a_cache_that_was_prepared_again_with_other_bits_is_refused(first, tmp_p
     state["rest_basis"] = np.nextafter(state["rest_basis"], np.float32(2))
     np.savez(folder / CODEC, **state)
     other = load_codec(first.codec, state).fingerprint
-    content = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(content | {"codec_fingerprint": other}))
+    dataclasses.replace(load_manifest(folder), codec_fingerprint=other).save()
 
     config = changed(first, train={"steps": 3}, data={"cache": str(tmp_path / "cache")})
     config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
