@@ -5,10 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CLIP := cache/demo/bikes.mp4
-# Tests compile kernels for TPUs, with a compiler that exists for x86-64; elsewhere they are skipped.
-TPU_COMPILER := $(if $(filter x86_64,$(shell uname -m)),$(VENV)/tpu)
-
-.PHONY: demo test test-slow test-gpu lint types setup clean
+.PHONY: demo test test-tpu test-slow test-gpu lint types setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.lock pyproject.toml
@@ -30,15 +27,19 @@ demo: $(CLIP)
 	$(BIN)/python sample.py --checkpoint out/demo --training-scene 0 --overwrite --out out/demo/sample.mp4 \
 		--contact-sheet out/demo/contact_sheet.png --routing-picture out/demo/routing.png
 
-test: $(VENV)/ready $(TPU_COMPILER)
+test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# Kernels and programs of real sizes by the compiler for TPUs, which exists for x86-64; no TPU is needed.
+test-tpu: $(VENV)/tpu
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 -m 'tpu_compiler and not slow'
 
 # On a Hopper GPU, with the jax that is installed there: `make test-gpu BIN=/usr/bin` takes the machine's Python.
 # Compiling takes the time, some four minutes on 16 cores. TPU kernels are interpreted, which `make test` does.
 test-gpu:
 	MOC_TEST_PLATFORM=gpu $(BIN)/python3 -m pytest -n 16 tests/attention --ignore tests/attention/pallas_tpu
 
-test-slow: $(VENV)/ready $(TPU_COMPILER)
+test-slow: $(VENV)/tpu
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/ready

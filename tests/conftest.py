@@ -24,7 +24,7 @@ _MAPPINGS = pathlib.Path("/proc/self/maps")
 _ON_GPU = pathlib.Path(__file__).parent / "attention"
 
 # Files that take minutes come first, so that no worker waits for another in the end.
-_FIRST = ("tests/training/", "tests/attention/pallas_tpu/test_compiles.py", "tests/benchmarks/")
+_FIRST = ("tests/training/", "tests/benchmarks/")
 # Files whose tests have nothing in common.
 _APART = ("tests/attention/pallas_gpu/test_attend.py", "tests/attention/pallas_tpu/test_compiles.py")
 _INTERPRETED = "interpreted TPU kernels"
@@ -61,6 +61,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not item.path.is_relative_to(_ON_GPU):
             item.add_marker(elsewhere)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """What one test compiled, the others, those of other workers and child processes take: it is most of the work."""
+    here = tmp_path_factory.getbasetemp()
+    folder = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "compiled"
+    folder.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    yield folder
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(autouse=True, scope="module")

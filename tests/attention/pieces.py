@@ -58,4 +58,5 @@ def _program(function, tree, static):
         args, options = jax.tree.unflatten(tree, [next(arrays) if leaf is None else leaf for leaf in static])
         return function(*args, **options)
 
+    run.__name__ = function.__name__  # what the log of compilations shows
     return jax.jit(run)

@@ -149,7 +149,7 @@ def test_tables():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not compiler.installed(), reason="needs libtpu: pip install -e '.[tpu]'")
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize("way", ["forward", "backward"])
 def test_every_kernel_is_counted(way):
     """Kernels have the loops whose turns are counted, and each one of the program is there."""

@@ -1,4 +1,4 @@
-"""benchmarks/tpu: the parser on listings, and, where libtpu is installed, a kernel that is really compiled."""
+"""benchmarks/tpu: the parser on listings, and a kernel that is really compiled."""
 
 import dataclasses
 import pathlib
@@ -19,7 +19,6 @@ MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU
     4     3     4     2     1     3     3     1     1     2
 == UTILIZATION:
 """
-needs_libtpu = pytest.mark.skipif(not compiler.installed(), reason="needs libtpu: pip install -e '.[tpu]'")
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +249,7 @@ def test_both_kernels_count_by_their_pairs():
     assert forward.endswith(f"| 1024 x 1024 | 6,000 | 1.11 | {both:,.0f} | {both / 5400:.2f} |")
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize(("chip", "cycles", "matrix_slots"), [("v5p", 548, 4), ("v5e", 548, 4)])
 def test_splash(chip, cycles, matrix_slots, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -270,7 +269,7 @@ def test_splash(chip, cycles, matrix_slots, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("tpu_schedule_*"))  # gigabytes of listings, if they stayed
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize(("kernel", "way"), [("anchors", "forward"), ("picks", "backward")])
 def test_our_kernels_are_read(kernel, way):
     """At sizes whose matrix work is known: no product is lost, none of another body or of a rare case counts."""
@@ -284,7 +283,7 @@ def test_our_kernels_are_read(kernel, way):
     assert [found.bytes_in.count(size) for size in (queries, keys)] == [1 if way == "forward" else 2, 2]
 
 
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_why_something_is_not_compiled_is_stored(tmp_path, capsys):
     chosen = ["--chips", "v5e", "--kernels", "picks", "--passes", "forward", "--blocks", "128x128", "--no-best"]
     tpu_schedule.run([*chosen, "--timeout", "0.01", "--out", str(tmp_path)])
@@ -296,7 +295,7 @@ def test_why_something_is_not_compiled_is_stored(tmp_path, capsys):
 
 
 @pytest.mark.slow  # the compiler finds out at the very end
-@needs_libtpu
+@pytest.mark.tpu_compiler
 def test_the_compiler_says_what_is_wrong():
     with pytest.raises(compiler.CompilationError, match=r"splash forward 1024x8192x1024 for v4: .*VmemOom"):
         compiler.compile_for("v4", "splash", "forward", Blocks(1024, 8192, 1024))

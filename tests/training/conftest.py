@@ -1,24 +1,11 @@
-"""Compiling is most of what these tests do: what one of them compiled, the others (and their child processes) take."""
+"""Videos, a config and a command that the tests of training share."""
 
-import os
-
-import jax
 import pytest
 
 from moc_jax.cli import config_to_json
 from tests.data.clips import make_clip
 from tests.training.processes import STEPS, environment, start_python
 from tests.training.small import DATA, changed
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    here = tmp_path_factory.getbasetemp()
-    folder = (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "compiled"
-    folder.mkdir(exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,10 @@ import itertools
 import pytest
 
 from benchmarks import tpu_memory
-from benchmarks.tpu import compiler
 from benchmarks.tpu.compiler import CHIPS
 from moc_jax.attention.pallas_tpu import device
 
-pytestmark = pytest.mark.skipif(not compiler.installed(), reason="needs libtpu: pip install -e '.[tpu]'")
+pytestmark = pytest.mark.tpu_compiler
 
 ROUTING = ["moc_pool", "moc_router"]
 ANCHORS = ["moc_forward_anchors", "moc_forward_text", "moc_move"]
