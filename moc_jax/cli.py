@@ -21,6 +21,7 @@ import tyro
 from moc_jax import config as config_module
 from moc_jax.config import Config, ConfigError
 from moc_jax.config_json import config_from_json, config_to_json
+from moc_jax.signals import Interrupted
 
 __all__ = ["clean_exit", "config_from_json", "config_to_json", "load_config", "parse", "read_config_file"]
 
@@ -74,7 +75,7 @@ def parse[T](
 def clean_exit(*failures: type[Exception]) -> Iterator[None]:
     """Prints an expected error as one message, no traceback; a wrong setting exits with code 2, `failures` with 1.
 
-    Ctrl-C, where nothing else is done about it, exits with 130.
+    Ctrl-C, where nothing else is done about it, exits with 130, SIGTERM with 143.
     """
     try:
         yield
@@ -84,9 +85,10 @@ def clean_exit(*failures: type[Exception]) -> Iterator[None]:
     except failures as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; what was complete before is kept", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        caught = error if isinstance(error, Interrupted) else Interrupted()
+        print(f"{caught}; what was complete before is kept", file=sys.stderr)
+        sys.exit(128 + caught.number)
 
 
 def read_config_file(file: str) -> tuple[Config, str]:

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moc_jax.codecs import Codec, crop_frames, fit_codec, pixels_to_unit
-from moc_jax.config import Config
+from moc_jax.config import Config, ConfigError
 from moc_jax.data.captions import CaptionError
 from moc_jax.data.manifest import (
     CODEC,
@@ -42,6 +43,7 @@ from moc_jax.data.shards import ShardWriter
 from moc_jax.data.shots import CutDetector, GivenCuts, split_shots
 from moc_jax.data.sources import Source, find_sources
 from moc_jax.data.video import VideoError, decode, resample
+from moc_jax.files import is_address, prove_folder
 from moc_jax.shapes import Float32, UInt8
 from moc_jax.text import build_text_encoder
 
@@ -59,8 +61,10 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
         ConfigError, CaptionError: before any video is opened.
         DataError: a prepared folder that does not fit, no usable training video, or a disk that is full.
     """
+    if is_address(cfg.data.cache):
+        raise ConfigError(f"data.cache {cfg.data.cache} is an address; encoded scenes need a folder of a file system")
     cache = Path(cfg.data.cache).expanduser()
-    if (cache / MANIFEST).is_file():
+    if os.path.isfile(cache / MANIFEST):
         manifest = load_manifest(cache)
         check_settings(manifest, cfg)
         if codec is not None and manifest.codec_fingerprint != codec.fingerprint:
@@ -69,6 +73,10 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
                 f"{codec.fingerprint}; point data.cache elsewhere"
             )
         return manifest
+    if not (
+        os.path.isdir(cache) and any(cache.glob(f"*/{MANIFEST}"))
+    ):  # a folder that is read-only may hold what is looked for
+        prove_folder(cache, setting="data.cache")
     sources = find_sources(cfg.data)
     _check_lengths(sources, cfg)
     identity: list[Any] = [settings_of(cfg), sorted((s.name, s.split, s.digest) for s in sources)]
@@ -78,11 +86,12 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
     folder, partial = cache / fingerprint, cache / f".{fingerprint}.partial"
     if (folder / MANIFEST).is_file():
         return load_manifest(folder)
+    prove_folder(cache, setting="data.cache")
     try:
         with _only_one(cache):
             if not (folder / MANIFEST).is_file():
-                # What lies under these names is what a killed run left half done.
-                for leftover in (folder, partial):
+                # What lies under these names is what killed runs left half done: nobody else is preparing now.
+                for leftover in (folder, *cache.glob(".*.partial")):
                     shutil.rmtree(leftover, ignore_errors=True)
                 partial.mkdir()
                 try:
