@@ -26,6 +26,7 @@ from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_pictu
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
 from moc_jax.sharding import make_mesh, replicated
+from moc_jax.signals import Signals, Stop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,15 +71,16 @@ class Arguments:
     """Replace files that exist."""
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     args = parse(Arguments, argv, description=__doc__)
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
     boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]
     names = [path.stem for path in args.storyboard] or [f"scene-{args.training_scene}"]
     videos = target_files(args.out, names, ".mp4", overwrite=args.overwrite)
-    sheets = target_files(args.contact_sheet, names, ".png", overwrite=args.overwrite)
-    routings = target_files(args.routing_picture, names, ".png", overwrite=args.overwrite)
+    png = {"suffix": ".png", "overwrite": args.overwrite}
+    sheets = target_files(args.contact_sheet, names, **png, setting="--contact-sheet")
+    routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
 
     checkpoint = load_for_sampling(args.checkpoint, args.step)
     config = configure(checkpoint.config, checkpoint.step, args)
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     if args.training_scene is not None:
         board, original = training_scene(config, codec, args.training_scene)
         boards = [_overridden(board, args)]
-    sampler = Sampler(config, codec, progress=True)
+    sampler = Sampler(config, codec, None, stop, progress=True)
 
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):
@@ -130,5 +132,6 @@ def _given(args: Arguments, *names: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with clean_exit(CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError):
-        main(sys.argv[1:])
+    expected = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError
+    with Signals(whole_process=True) as signals, clean_exit(*expected):
+        main(sys.argv[1:], signals)

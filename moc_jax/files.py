@@ -219,9 +219,9 @@ def _cause(error: Exception, text: str) -> str:
             return f"{error}. Install that package, or give a path of a file system"
         return f"{error or type(error).__name__}. Check the address and the rights to it"
     if isinstance(error, (FileExistsError, NotADirectoryError)):
-        return f"{_in_the_way(text)} is in the way and is no folder; move it, or give another path"
+        return f"{_in_the_way(text)} is a file; give another name"
     if isinstance(error, IsADirectoryError):
-        return "a folder has that name; give another one"
+        return "it is a folder; give another name"
     known = _FIXES.get(error.errno or 0) if isinstance(error, OSError) else None
     return known or f"{getattr(error, 'strerror', None) or error}; give another path"
 

@@ -1,0 +1,40 @@
+"""Every close runs, whatever the others do."""
+
+import pytest
+
+from moc_jax.training.closing import closing_all
+
+
+def failing(name, done, error=OSError):
+    def close():
+        done.append(name)
+        raise error(name)
+
+    return close
+
+
+def test_every_close_runs_newest_first_and_the_first_error_is_raised_with_the_others():
+    done = []
+    with pytest.raises(OSError, match="metrics") as caught, closing_all() as closes:
+        closes(failing("checkpoints", done, KeyboardInterrupt))
+        closes(lambda: done.append("data"))
+        closes(failing("metrics", done))
+    assert done == ["metrics", "data", "checkpoints"]
+    assert caught.value.__notes__ == ["While closing: KeyboardInterrupt: checkpoints"]
+
+
+def test_what_failed_inside_comes_first():
+    """Also half-way through a constructor: what was opened until then is closed."""
+    done = []
+    with pytest.raises(ValueError, match="the cause") as caught, closing_all() as closes:
+        closes(failing("file", done))
+        raise ValueError("the cause")
+    assert done == ["file"]
+    assert caught.value.__notes__ == ["While closing: OSError: file"]
+
+
+def test_nothing_wrong_is_nothing_raised():
+    done = []
+    with closing_all() as closes:
+        closes(lambda: done.append(1))
+    assert done == [1]
