@@ -59,7 +59,7 @@ def test_the_first_is_acknowledged_and_the_second_ends_at_once_in_native_code_to
 
 def test_another_signal_is_no_second_one(start):
     """docker stop after Ctrl-C asks for the same thing."""
-    process = start("with Signals() as s, s.deferred():\n    ready()\n    sys.stdin.readline()\n    print(s.asked())")
+    process = start("with Signals() as s, s.deferred():\n    ready()\n    native()")
     process.send_signal(signal.SIGINT)
     assert "interrupted: stopping" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
@@ -129,7 +129,9 @@ def test_what_was_not_interrupted_returns_or_raises_as_usual():
 def test_a_forked_child_ends_when_it_is_terminated(start):
     process = start(
         "import multiprocessing\nwith Signals() as s, s.deferred():\n"
-        "    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(100,))\n"
-        "    child.start()\n    child.terminate()\n    child.join()\n    ready()\n    print(child.exitcode, s.asked())"
+        "    fork = multiprocessing.get_context('fork')\n    runs = fork.Event()\n"
+        "    child = fork.Process(target=lambda: runs.set() or time.sleep(100))\n"
+        "    child.start()\n    runs.wait()\n    child.terminate()\n    child.join()\n"
+        "    ready()\n    print(child.exitcode, s.asked(), file=sys.stderr)"
     )
-    assert ended(process) == (0, "-15 False\n", "")
+    assert ended(process) == (0, "", "-15 False\n")

@@ -39,6 +39,7 @@ def _held(workdir: str) -> Iterator[Lock | None]:
     fresh = not is_address(workdir) and not os.path.lexists(workdir)
     prove_folder(workdir, setting="workdir")
     if is_address(workdir):
+        print(f"{workdir} is an address, where runs do not lock each other out: start one at a time", flush=True)
         _remove_parts(epath.Path(workdir) / "previews")
         yield None
         return

@@ -13,12 +13,19 @@ def failing(name, done, error=OSError):
     return close
 
 
+def close_all(*closes, error=None):
+    with closing_all() as take:
+        for close in closes:
+            take(close)
+        if error is not None:
+            raise error
+
+
 def test_every_close_runs_newest_first_and_the_first_error_is_raised_with_the_others():
     done = []
-    with pytest.raises(OSError, match="metrics") as caught, closing_all() as closes:
-        closes(failing("checkpoints", done, KeyboardInterrupt))
-        closes(lambda: done.append("data"))
-        closes(failing("metrics", done))
+    closes = failing("checkpoints", done, KeyboardInterrupt), lambda: done.append("data"), failing("metrics", done)
+    with pytest.raises(OSError, match="metrics") as caught:
+        close_all(*closes)
     assert done == ["metrics", "data", "checkpoints"]
     assert caught.value.__notes__ == ["While closing: KeyboardInterrupt: checkpoints"]
 
@@ -26,15 +33,13 @@ def test_every_close_runs_newest_first_and_the_first_error_is_raised_with_the_ot
 def test_what_failed_inside_comes_first():
     """Also half-way through a constructor: what was opened until then is closed."""
     done = []
-    with pytest.raises(ValueError, match="the cause") as caught, closing_all() as closes:
-        closes(failing("file", done))
-        raise ValueError("the cause")
+    with pytest.raises(ValueError, match="the cause") as caught:
+        close_all(failing("file", done), error=ValueError("the cause"))
     assert done == ["file"]
     assert caught.value.__notes__ == ["While closing: OSError: file"]
 
 
 def test_nothing_wrong_is_nothing_raised():
     done = []
-    with closing_all() as closes:
-        closes(lambda: done.append(1))
+    close_all(lambda: done.append(1))
     assert done == [1]

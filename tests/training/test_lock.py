@@ -228,12 +228,21 @@ def test_what_a_power_failure_leaves_is_free(tmp_path, content):
 # ------------------------------------------------------------------------------------------------ the workdir
 
 
-def test_the_lock_goes_whatever_happens(tmp_path):
-    for error in (RuntimeError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(error), claimed(str(tmp_path)):
-            assert holder(tmp_path)["pid"] == os.getpid()
+def use(folder, error=None):
+    with claimed(str(folder)):
+        assert holder(folder)["pid"] == os.getpid()
+        if error is not None:
             raise error
-        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_the_lock_goes_whatever_happens(tmp_path, error):
+    with pytest.raises(error):
+        use(tmp_path, error)
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(error):
+        use(tmp_path / "made", error)
+    assert os.listdir(tmp_path) == []  # a folder made for a run that never began goes too
 
 
 def test_a_start_clears_what_dead_runs_left_and_nothing_else(tmp_path):
@@ -249,13 +258,6 @@ def test_a_start_clears_what_dead_runs_left_and_nothing_else(tmp_path):
     kept = ["config.json", "notes.part", f".mine.{os.getppid()}.tmp", "previews/00000002.png"]
     for name in kept:
         (tmp_path / name).write_text("whole")
-    with claimed(str(tmp_path)):
-        pass
+    use(tmp_path)
     left = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()]
     assert sorted(left) == sorted(kept)
-
-
-def test_a_folder_made_for_a_run_that_never_began_is_removed(tmp_path):
-    with pytest.raises(RuntimeError), claimed(str(tmp_path / "run")):
-        raise RuntimeError
-    assert os.listdir(tmp_path) == []
