@@ -23,20 +23,21 @@ def main(argv: Sequence[str]) -> None:
     with clean_exit():
         config = load_config(argv)
 
-    # Only now: a wrong setting is reported before any device is touched.
-    with Signals(whole_process=True) as signals:
-        from moc_jax.checkpoint import CheckpointError
-        from moc_jax.codecs import CodecMismatch
-        from moc_jax.data import CaptionError, DataError, VideoError, prepare, resolved
-        from moc_jax.processes import ProcessError, join, main_process_first
-        from moc_jax.sampling.generate import SamplingError
-        from moc_jax.sharding import make_mesh
-        from moc_jax.training.lock import LockError
-        from moc_jax.training.loop import TrainingError, train
-        from moc_jax.training.start import initial_codec
-        from moc_jax.training.stop import RunStop
-        from moc_jax.training.workdir import claimed
-
+    with Signals(whole_process=True) as signals, clean_exit():
+        with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
+            # Only now: a wrong setting is reported before any device is touched.
+            from moc_jax.checkpoint import CheckpointError
+            from moc_jax.codecs import CodecMismatch
+            from moc_jax.data import CaptionError, DataError, VideoError, prepare, resolved
+            from moc_jax.processes import ProcessError, join, main_process_first
+            from moc_jax.sampling.generate import SamplingError
+            from moc_jax.sharding import make_mesh
+            from moc_jax.training.lock import LockError
+            from moc_jax.training.loop import TrainingError, train
+            from moc_jax.training.start import initial_codec
+            from moc_jax.training.stop import RunStop
+            from moc_jax.training.workdir import claimed
+        signals.check()
         data = CaptionError, DataError, VideoError
         with clean_exit(*data, CheckpointError, CodecMismatch, LockError, ProcessError, SamplingError, TrainingError):
             join(config.mesh)

@@ -54,7 +54,7 @@ class Signals:
         self.forward = False  # SIGINT also becomes SIGTERM, which jax tells to the other processes
         self._heard: int | None = None
         self._whole_process = whole_process
-        self._deferred = False
+        self._deferred, self._line = False, ""
         self._obeyed = threading.Event()
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
@@ -92,9 +92,9 @@ class Signals:
             self._pipe = None
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Here a signal is not raised, but answered by `asked`."""
-        self._deferred = True
+    def deferred(self, line: str = "stopping after this step and saving") -> Iterator[None]:
+        """Here a signal is not raised, but acknowledged by `line` (unless it is empty) and answered by `asked`."""
+        self._deferred, self._line = True, line
         try:
             yield
         finally:
@@ -158,8 +158,9 @@ class Signals:
             if not self._deferred:
                 threading.Thread(target=self._end_unless_obeyed, args=(number,), daemon=True).start()
                 continue
-            again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            _print(f"{Interrupted(number)}: stopping after this step and saving{again}")
+            if self._line:
+                again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+                _print(f"{Interrupted(number)}: {self._line}{again}")
             if self.forward:
                 os.kill(os.getpid(), signal.SIGTERM)
 

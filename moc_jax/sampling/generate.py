@@ -3,6 +3,7 @@
 The program is one call of the model, and the host goes from call to call: between two of them sampling can be stopped.
 """
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -153,7 +154,8 @@ class Sampler:
         leaves, tree = jax.tree.flatten(args)
         key = name, tree, tuple((np.shape(x), x.dtype, getattr(x, "sharding", None)) for x in leaves)
         if key not in self._programs:
-            self._programs[key] = self._stop.unless_asked(self._jitted[name].lower(*args).compile)
+            build = functools.partial(_built, self._jitted[name], jax.sharding.get_mesh(), *args)
+            self._programs[key] = self._stop.unless_asked(build)
         return self._programs[key](*args)
 
     def _velocity(self, params: Any, request: Request) -> VelocityFn:
@@ -252,6 +254,11 @@ def _check_finite(board: Storyboard, shots: Sequence[np.ndarray], params: Any) -
     raise SamplingError(
         f"{board.name}: the sample holds NaN or infinity in {', '.join(f'shots[{s}]' for s in bad)}: {cause}"
     )
+
+
+def _built(function: jax.stages.Wrapped, mesh: Any, *args: Any) -> jax.stages.Compiled:
+    with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):  # which each thread has its own of
+        return function.lower(*args).compile()
 
 
 def _placed(tree: Any) -> Any:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -246,8 +247,8 @@ class _Run:
     def _compiled(self, scene: Scene, moc: MoCConfig) -> jax.stages.Compiled:
         begin = time.perf_counter()
         program = f"the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit}"
-        compile_ = self._step.lower(self._blueprint.abstract, scene, moc).compile
-        compiled = self._stop.unless_asked(lambda: together(f"compile {program}", compile_))
+        build = functools.partial(self._built, self._step, self._blueprint.abstract, scene, moc)
+        compiled = self._stop.unless_asked(lambda: together(f"compile {program}", build))
         memory: Any = compiled.memory_analysis()  # None where the backend can't tell
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
         self._metrics.say(
@@ -255,6 +256,10 @@ class _Run:
             + (f"; each device needs {si(held)}B" if memory else "")
         )
         return compiled
+
+    def _built(self, function: jax.stages.Wrapped, *args: Any) -> jax.stages.Compiled:
+        with jax.set_mesh(self._mesh):  # which each thread has its own of
+            return function.lower(*args).compile()
 
     # -------------------------------------------------------------------------------------------- reporting
 
@@ -335,8 +340,8 @@ class _Run:
             batch = params, shard_batch(scene, self._mesh), np.int32(number)
             key = "validation", moc, batch[1].video.shape, batch[1].text.shape, batch[1].lengths.shot_frames.shape
             if key not in self._programs:
-                lowered = self._validation_step.lower(*batch, moc)
-                self._programs[key] = self._stop.unless_asked(lowered.compile)
+                build = functools.partial(self._built, self._validation_step, *batch, moc)
+                self._programs[key] = self._stop.unless_asked(build)
             results.append(jax.device_get(self._programs[key](*batch)))
         sums, shots = (np.sum(x, axis=0) for x in zip(*results))
         losses = sums.astype(np.float64) / max(shots, 1)
