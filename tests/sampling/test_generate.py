@@ -315,9 +315,8 @@ def test_a_compilation_is_left_when_stop_is_asked():
         sampler(make_params(), [TWO], bucket=BUCKET)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
-def test_call_by_call_is_the_same_as_in_one_program(solver):
-    config = with_sample(order="shots", solver=solver)
+def test_call_by_call_is_the_same_as_in_one_program():
+    config = with_sample(order="shots", solver="heun")
     sampler = Sampler(config, make_codec())
     request = make_request([THREE, TWO], config, make_codec(), build_text_encoder(config.text), BUCKET)
 

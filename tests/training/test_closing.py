@@ -1,8 +1,11 @@
 """Every close runs, whatever the others do."""
 
+import types
+
 import pytest
 
 from moc_jax.training.closing import closing_all
+from moc_jax.training.metrics import Metrics
 
 
 def failing(name, done, error=OSError):
@@ -43,3 +46,14 @@ def test_nothing_wrong_is_nothing_raised():
     done = []
     close_all(lambda: done.append(1))
     assert done == [1]
+
+
+def test_a_bar_that_cannot_be_closed_loses_no_log(tmp_path):
+    """As when the terminal is gone."""
+    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
+    metrics.write(1, {"loss": 1.0})
+    metrics._bar.close()
+    metrics._bar = types.SimpleNamespace(close=lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        metrics.close()
+    assert metrics._file.closed

@@ -150,3 +150,10 @@ def test_prepared_data_is_used_from_a_disk_that_is_read_only(prepared_config, mo
     module = sys.modules[prepare.__module__]
     monkeypatch.setattr(module, "prove_folder", lambda *_, **__: pytest.fail("it asked to write"))
     prepare(prepared_config)
+
+
+def test_what_killed_runs_left_in_the_data_cache_is_removed(prepared_config, tmp_path):
+    """Also of settings or videos that are others now."""
+    (tmp_path / ".0123456789abcdef.partial" / "deep").mkdir(parents=True)
+    manifest = prepare(changed(prepared_config, data={"cache": str(tmp_path)}))
+    assert sorted(os.listdir(tmp_path)) == [".lock", manifest.folder.name]
