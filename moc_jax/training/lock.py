@@ -128,7 +128,7 @@ class Lock:
         if not self._held:
             return
         self._over.set()
-        self._thread.join()
+        self._thread.join(5)  # storage that is out of reach must not keep the process
         self._held = False
         with contextlib.suppress(OSError, ConfigError), _exclusive(self._path) as file:
             if self._is_mine(_read(file)):
