@@ -35,6 +35,7 @@ from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_pictu
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
 from moc_jax.sharding import make_mesh, replicated
+from moc_jax.signals import Stop
 
 FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError  # exit code 1
 
@@ -81,7 +82,7 @@ class Arguments(Settings):
     """Replace files that exist."""
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     args = parse(Arguments, argv, description=__doc__)
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
@@ -90,8 +91,9 @@ def main(argv: Sequence[str]) -> None:
         print(f"{printable(board.name)}: {len(board.shots):,} shots", flush=True)
     names = [path.stem for path in args.storyboard] or [f"scene-{args.training_scene}"]
     videos = target_files(args.out, names, ".mp4", overwrite=args.overwrite)
-    sheets = target_files(args.contact_sheet, names, ".png", overwrite=args.overwrite)
-    routings = target_files(args.routing_picture, names, ".png", overwrite=args.overwrite)
+    png = {"suffix": ".png", "overwrite": args.overwrite}
+    sheets = target_files(args.contact_sheet, names, **png, setting="--contact-sheet")
+    routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
 
     checkpoint = load_for_sampling(args.checkpoint, args.step)
     config = configure(checkpoint.config, checkpoint.step, args)
@@ -101,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     if args.training_scene is not None:
         board, original = training_scene(config, codec, args.training_scene)
         boards = [_overridden(board, args)]
-    sampler = Sampler(config, codec, progress=True)
+    sampler = Sampler(config, codec, None, stop, progress=True)
 
     mesh = make_mesh(MeshConfig())
     with jax.set_mesh(mesh):

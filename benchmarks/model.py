@@ -34,7 +34,7 @@ from benchmarks.tables import model_tables
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import backend_name
 from moc_jax.config import ChunkConfig, Config, MeshConfig, MoCConfig, ModelConfig, TextConfig, TrainConfig
-from moc_jax.diffusion.samplers import euler, sigmas
+from moc_jax.diffusion.samplers import sigmas, solve
 from moc_jax.models import mmdit
 from moc_jax.models.presets import matrix_flops, parameter_count
 from moc_jax.scene import Scene, SceneLengths, chunk_table
@@ -143,7 +143,7 @@ def denoising(config: Config, state: TrainState, scene: Scene, effort: Effort) -
             t = jnp.full(lengths.shot_frames.shape, sigma)
             return nnx.merge(graph, params)(z, text, t, lengths, config.moc)
 
-        return euler(velocity, z, levels)
+        return solve(velocity, z, levels, "euler")
 
     inputs = state.params, scene.video, scene.text, scene.lengths
     program = _fitting(step.lower(*inputs), config.model)

@@ -29,6 +29,7 @@ from moc_jax.config import Config, ConfigError
 from moc_jax.config.base import field_kinds
 from moc_jax.config.file import read_config_text, run_config_file
 from moc_jax.config_json import config_from_json, config_to_json
+from moc_jax.signals import Interrupted, Signals
 
 __all__ = ["clean_exit", "config_from_json", "config_to_json", "load_config", "parse", "read_config_file", "run"]
 
@@ -136,23 +137,24 @@ def _records_rule(info: Any) -> Any:
 def clean_exit(*failures: type[Exception]) -> Iterator[None]:
     """Prints an expected error as one message, no traceback; a wrong setting exits with code 2, `failures` with 1.
 
-    Ctrl-C, where nothing else is done about it, exits with 130.
+    Ctrl-C, where nothing else is done about it, exits with 130, SIGTERM with 143.
     """
     try:
         yield
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(_message(error))
         sys.exit(2)
     except failures as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(_message(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; what was complete before is kept", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        caught = error if isinstance(error, Interrupted) else Interrupted()
+        print(f"{caught}; what was complete before is kept", file=sys.stderr)
+        sys.exit(128 + caught.number)
 
 
 def run(script: str) -> NoReturn:
-    """The program of the module `script`: imports it, calls its `main(argv)`, and exits, never with a traceback.
+    """The program of the module `script`: imports it, calls `main(argv, signals)`, and exits, never with a traceback.
 
     Codes: 0; those of `clean_exit`, with `script.FAILURES`; 2 without the packages that it needs; 141 when what read
     the output is gone, as shells have it; and `UNEXPECTED` with the place of a file that holds the traceback.
@@ -165,19 +167,22 @@ def run(script: str) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     threading.excepthook = lambda failed: _report(failed.exc_value)
     sys.unraisablehook = lambda failed: _report(failed.exc_value)
-    code: Any = 0
-    try:
-        with clean_exit():
-            _check_packages(script)
-            module = importlib.import_module(script)
-            with clean_exit(*getattr(module, "FAILURES", ())):
-                module.main(sys.argv[1:])
-        sys.stdout.flush()
-    except SystemExit as end:
-        code = end.code
-    except BaseException as error:
-        code = _report(error)
-    sys.exit(_flushed(code))
+    with Signals(whole_process=True) as signals:
+        code: Any = 0
+        try:
+            with clean_exit():
+                _check_packages(script)
+                with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
+                    module = importlib.import_module(script)
+                signals.check()
+                with clean_exit(*getattr(module, "FAILURES", ())):
+                    module.main(sys.argv[1:], signals)
+            sys.stdout.flush()
+        except SystemExit as end:
+            code = end.code
+        except BaseException as error:
+            code = _report(error)
+        sys.exit(_flushed(code))
 
 
 def _check_packages(script: str) -> None:
@@ -227,6 +232,11 @@ def _reader_gone() -> bool:
     for stream in (sys.stdout, sys.stderr):
         poll.register(stream.fileno(), 0)
     return bool(poll.poll(0))
+
+
+def _message(error: BaseException) -> str:
+    """The message, and what else went wrong on the way out."""
+    return "\n".join([f"error: {error}", *(f"  {note}" for note in getattr(error, "__notes__", ()))])
 
 
 def _say(line: str) -> None:

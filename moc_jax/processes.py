@@ -30,6 +30,7 @@ def join(cfg: MeshConfig) -> None:
     """
     if not cfg.distributed:
         return
+    jax.config.update("jax_enable_preemption_service", False)  # until training, SIGTERM ends a process as usual
     try:
         jax.distributed.initialize(
             cfg.coordinator or None,
@@ -41,6 +42,27 @@ def join(cfg: MeshConfig) -> None:
             f"mesh.distributed: {error} Nothing around this process tells it, so give --mesh.coordinator host:port, "
             "--mesh.num-processes and --mesh.process-id"
         ) from error
+
+
+class StopPoint:
+    """From here on jax takes SIGTERM, and all processes agree on one of their calls of `reached` to stop at.
+
+    jax's own manager would count Orbax's questions too, which are numbered by steps.
+    """
+
+    def __init__(self) -> None:
+        self._manager = distributed._jax.create_preemption_sync_manager()
+        self._manager.initialize(_store())
+        self._calls = 0
+
+    def reached(self) -> bool:
+        """Whether all stop here; all processes call this equally often."""
+        self._calls += 1
+        return self._manager.reached_sync_point(self._calls)
+
+    def close(self) -> None:
+        """To be called before the processes part."""
+        self._manager.shutdown()
 
 
 def main_process_first[T](what: str, action: Callable[[], T]) -> T:

@@ -17,7 +17,7 @@ UNDER_THE_ENTRY_POINTS = {
     "documents",
     "errors",
 }
-UNDER_THE_ENTRY_POINTS |= {"models", "processes", "sharding", "text"}
+UNDER_THE_ENTRY_POINTS |= {"files", "models", "processes", "sharding", "signals", "text"}
 # What each room may import, besides itself and the leaves.
 ALLOWED = {
     "config": set(),
@@ -31,9 +31,11 @@ ALLOWED = {
     "text": set(),
     "diffusion": set(),
     "documents": set(),
-    "data": {"codecs", "documents", "text"},
-    "cli": {"config_json"},
+    "data": {"codecs", "documents", "files", "text"},
+    "cli": {"config_json", "signals"},
     "errors": set(),
+    "files": set(),
+    "signals": set(),
     "processes": {"errors"},
     "digest": {"sharding"},
     "checkpoint": {"codecs", "config_json", "digest", "errors", "models", "processes", "sharding"},

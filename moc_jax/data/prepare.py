@@ -47,6 +47,7 @@ from moc_jax.data.shots import CutDetector, GivenCuts, begin_shots
 from moc_jax.data.sources import Source, Sources, find_sources
 from moc_jax.data.video import VideoError, decode, resample
 from moc_jax.documents import printable, shown
+from moc_jax.files import is_address, prove_folder
 from moc_jax.shapes import Float32, UInt8
 from moc_jax.text import build_text_encoder
 
@@ -65,7 +66,7 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
         DataError: a prepared folder that does not fit, no usable training video, or a disk that is full.
     """
     cache = _cache(cfg)
-    if (cache / MANIFEST).is_file():
+    if os.path.isfile(cache / MANIFEST):
         manifest = load_manifest(cache)
         check_settings(manifest, cfg)
         if codec is not None and manifest.codec_fingerprint != codec.fingerprint:
@@ -74,6 +75,10 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
                 f"{codec.fingerprint}; point data.cache elsewhere"
             )
         return manifest
+    if not (
+        os.path.isdir(cache) and any(cache.glob(f"*/{MANIFEST}"))
+    ):  # a folder that is read-only may hold what is looked for
+        prove_folder(cache, setting="data.cache")
     sources = find_sources(cfg.data)
     _check_lengths(sources, cfg)
     identity: list[Any] = [VERSION, settings_of(cfg), sorted((s.name, s.split, s.digest) for s in sources)]
@@ -83,11 +88,12 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
     folder, partial = cache / fingerprint, cache / f".{fingerprint}.partial"
     if (folder / MANIFEST).is_file():
         return _reported(folder, sources)
+    prove_folder(cache, setting="data.cache")
     try:
         with _only_one(cache):
             if not (folder / MANIFEST).is_file():
-                # What lies under these names is what a killed run left half done.
-                for leftover in (folder, partial):
+                # What lies under these names is what killed runs left half done: nobody else is preparing now.
+                for leftover in (folder, *cache.glob(".*.partial")):
                     shutil.rmtree(leftover, ignore_errors=True)
                 partial.mkdir()
                 try:
@@ -104,13 +110,15 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
 
 
 def _cache(cfg: Config) -> Path:
+    cache = Path(cfg.data.cache)
     try:
-        cache = Path(cfg.data.cache)
-        str(cache).encode()  # ArrayRecord takes no other names
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            cache.lstat()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"data.cache = {shown(cfg.data.cache)} cannot be a folder: {error}") from error
+        str(cache).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"data.cache = {shown(cfg.data.cache)} is no UTF-8 and can't hold encoded scenes; give another folder"
+        ) from error
+    if is_address(cfg.data.cache):
+        raise ConfigError(f"data.cache {cfg.data.cache} is an address; encoded scenes need a folder of a file system")
     return cache
 
 

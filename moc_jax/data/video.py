@@ -1,13 +1,11 @@
 """Video files <-> arrays of frames, through PyAV (FFmpeg)."""
 
-import contextlib
 import itertools
 import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -16,6 +14,7 @@ from av.video.codeccontext import VideoCodecContext
 from moc_jax.data.frames import deinterlaced, fit, remarks
 from moc_jax.data.streams import TRANSPORT_STREAM, best_stream, decoder_of, end_of, packets, usual_step
 from moc_jax.data.timestamps import Stamp, show_times
+from moc_jax.files import whole_file
 from moc_jax.shapes import UInt8, typed
 
 _log = logging.getLogger(__name__)
@@ -181,20 +180,3 @@ def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], f
             container.mux(stream.encode(None))
     except (av.FFmpegError, OSError) as error:
         raise VideoError(path, f"it cannot be written ({error.strerror or error})") from error
-
-
-@contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Where to write what shall lie under `path`: it appears there when the block ends well, else nothing is left.
-
-    Raises:
-        OSError: the folder or the file cannot be made.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

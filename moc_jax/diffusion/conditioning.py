@@ -12,14 +12,14 @@ it is a scene whose later shots are still pure noise.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from moc_jax.config import SampleConfig
 from moc_jax.diffusion.process import VelocityFn, add_noise, shot_mask
-from moc_jax.diffusion.samplers import grid_of, solve
+from moc_jax.diffusion.samplers import Solver, grid_of, solver_of
 from moc_jax.scene import SceneLengths, frame_shot
 from moc_jax.shapes import Array, Bool, Float, Int, Key, typed
 
@@ -58,6 +58,80 @@ def turns(known: Bool[Array, "B S"], lengths: SceneLengths, order: Literal["join
     return jnp.where(wanted, turn, -1)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Denoising:
+    """Denoises all shots that are not known; see the file's docstring for what the model is shown of the others.
+
+    As a loop, for a caller that wants to look up between two calls of the model; `sample_scene` is the same as one
+    function:
+
+        for each turn `now`:
+            carried = solver.start(noise)
+            for each row `at` of solver.constants: carried = call(velocity_fn, now, z_0, carried, at)
+            z_0 = end(now, z_0, carried)            from z_0 = begin() on
+    """
+
+    noise: Float[Array, "B F Y X Z"]
+    """Where the sampled shots start."""
+    history_noise: Float[Array, "B F Y X Z"]
+    """What known shots are noised with. Not `noise`: a sampled shot is a function of that."""
+    known: Known
+    """What is given."""
+    lengths: SceneLengths
+    """The scenes' shots; sizes are data, so all scenes of one bucket share a compiled program."""
+    cfg: SampleConfig
+    """Solver, grid, order and t_c (`history_noise`)."""
+
+    @property
+    def solver(self) -> Solver:
+        """What runs within a turn."""
+        return turn_solver(self.cfg)
+
+    @property
+    def turn(self) -> Int[Array, "B S"]:
+        """When each shot is denoised."""
+        return turns(self.known.shots, self.lengths, self.cfg.order)
+
+    def begin(self) -> Float[Array, "B F Y X Z"]:
+        """Clean latents as far as they are given, zeros elsewhere."""
+        given = _frames(self._mine, self.known.shots) | _frames(self._first, self.turn >= 0)
+        return jnp.where(given, self.known.video, 0)
+
+    def call(
+        self, velocity_fn: VelocityFn, now: Any, z_0: Array, carried: tuple[Array, ...], at: Any
+    ) -> tuple[Array, ...]:
+        """One call of the model, with its guidance, in turn `now`."""
+        done, active = self.turn < now, self.turn == now
+        free, eps = self._free(now), jnp.where(_frames(self._mine, done), self.history_noise, self.noise)
+
+        def velocity(z, sigma):
+            t = jnp.where(done, self.cfg.history_noise, jnp.where(active, sigma, 1.0))
+            z = jnp.where(free, z, add_noise(z_0, eps, t, self.lengths))  # at t = 1 this is the noise itself
+            return jnp.where(free, velocity_fn(z, t), 0)
+
+        return self.solver.call(velocity, carried, at)
+
+    def end(self, now: Any, z_0: Array, carried: tuple[Array, ...]) -> Float[Array, "B F Y X Z"]:
+        """Clean latents once turn `now` is over."""
+        return jnp.where(self._free(now), carried[0], z_0)
+
+    def _free(self, now: Any) -> Bool[Array, "B F 1 1 1"]:
+        return _frames(self._mine & ~self._first, self.turn == now)
+
+    @property
+    def _mine(self) -> Bool[Array, "B S F"]:
+        return shot_mask(self.lengths, self.noise.shape[1])
+
+    @property
+    def _first(self) -> Bool[Array, "B S F"]:
+        return _firsts(self._mine) & self.known.first_frames[:, :, None]
+
+
+def turn_solver(cfg: SampleConfig) -> Solver:
+    """The solver of each turn, over the grid that `cfg` asks for."""
+    return solver_of(grid_of(cfg), cfg.solver)
+
+
 @typed
 def sample_scene(
     velocity_fn: VelocityFn,
@@ -67,38 +141,23 @@ def sample_scene(
     lengths: SceneLengths,
     cfg: SampleConfig,
 ) -> Float[Array, "B F Y X Z"]:
-    """Denoises all shots that are not known; see the file's docstring for what the model is shown of the others.
+    """Clean latents of the scenes: what is known exactly as it was given, zeros on padding frames.
 
-    Args:
-        velocity_fn: the model, with its guidance.
-        noise: where the sampled shots start.
-        history_noise: what known shots are noised with. Not `noise`: a sampled shot is a function of that.
-        known: what is given.
-        lengths: the scenes' shots; sizes are data, so all scenes of one bucket share a compiled program.
-        cfg: solver, grid, order and t_c (`history_noise`).
-
-    Returns:
-        Clean latents: what is known exactly as it was given, zeros on padding frames.
+    Arguments: see `Denoising`.
     """
-    levels = grid_of(cfg)
-    turn = turns(known.shots, lengths, cfg.order)
-    mine = shot_mask(lengths, noise.shape[1])  # [B, S, F]
-    first = _firsts(mine) & known.first_frames[:, :, None]
+    denoising = Denoising(noise=noise, history_noise=history_noise, known=known, lengths=lengths, cfg=cfg)
+    solver = denoising.solver
+    constants = tuple(map(jnp.asarray, solver.constants))
 
     def denoise(now, z_0):
-        done, active = turn < now, turn == now
-        free = _frames(mine & ~first, active)
-        eps = jnp.where(_frames(mine, done), history_noise, noise)
+        carried, _ = jax.lax.scan(
+            lambda carried, at: (denoising.call(velocity_fn, now, z_0, carried, at), None),
+            solver.start(noise),
+            constants,
+        )
+        return denoising.end(now, z_0, carried)
 
-        def velocity(z, sigma):
-            t = jnp.where(done, cfg.history_noise, jnp.where(active, sigma, 1.0))
-            z = jnp.where(free, z, add_noise(z_0, eps, t, lengths))  # at t = 1 this is the noise itself
-            return jnp.where(free, velocity_fn(z, t), 0)
-
-        return jnp.where(free, solve(velocity, noise, levels, cfg.solver), z_0)
-
-    given = _frames(mine, known.shots) | _frames(first, turn >= 0)
-    return jax.lax.fori_loop(0, turn.max() + 1, denoise, jnp.where(given, known.video, 0))
+    return jax.lax.fori_loop(0, denoising.turn.max() + 1, denoise, denoising.begin())
 
 
 def _firsts(mine: Bool[Array, "B S F"]) -> Bool[Array, "B S F"]:

@@ -16,11 +16,13 @@ the solvers of this file are
 (arXiv 2302.04867, section 3), whose corrector (4) takes the step again once m_{i+1} is known, before the next one
 starts and without evaluating the model again.
 
-Each solver is one `lax.scan` that calls the model once in its body, so that the model is traced and compiled once.
+Each solver is a loop whose body calls the model once, so that the model is traced and compiled once. `solve` runs it
+as one `lax.scan`; a caller that wants to look up between two calls runs the body itself.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -82,81 +84,101 @@ def grid_of(cfg: SampleConfig) -> np.ndarray:
     return sigmas(cfg.steps, cfg.shift, name)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solver:
+    """A loop over calls of the model: `carried = call(velocity, carried, constants[i])` from `start(noise)` on."""
+
+    start: Callable[[Array], tuple[Array, ...]]
+    """Noise -> what one call hands to the next; its first part is z."""
+    call: Callable[[LevelVelocity, tuple[Array, ...], Any], tuple[Array, ...]]
+    """(velocity, what is carried, the call's own constants) -> what is carried."""
+    constants: tuple[np.ndarray, ...]
+    """float32 [calls, ...]: the noise level that each call is made at, and its weights."""
+
+    @property
+    def calls(self) -> int:
+        """How often the model is called."""
+        return len(self.constants[0])
+
+
+def solver_of(levels: np.ndarray, name: str) -> Solver:
+    """The solver `euler`, `heun`, `unipc` or `dpm++` over falling noise levels, as made by `sigmas`."""
+    if name == "euler":
+        return _euler(levels)
+    if name == "heun":
+        return _heun(levels)
+    return _multistep(levels, corrector=name == "unipc")
+
+
+@typed
 def solve(velocity: LevelVelocity, z: Float[Array, "*any"], levels: np.ndarray, solver: str) -> Float[Array, "*any"]:
     """Integrates dz/dt = velocity(z, t) from noise z at levels[0] down to levels[-1].
 
     Args:
         velocity: (z, sigma) -> velocity.
         z: noise.
-        levels: falling noise levels, as made by `sigmas`; a last 0 returns the last predicted video (exactly, for the
-            multistep solvers).
+        levels: falling noise levels; a last 0 returns the last predicted video (exactly, for the multistep solvers).
         solver: `euler`, `heun`, `unipc` or `dpm++`.
     """
-    if solver == "euler":
-        return euler(velocity, z, levels)
-    if solver == "heun":
-        return heun(velocity, z, levels)
-    return multistep(velocity, z, levels, corrector=solver == "unipc")
+    loop = solver_of(levels, solver)
+    constants = tuple(map(jnp.asarray, loop.constants))
+    carried, _ = jax.lax.scan(lambda carried, at: (loop.call(velocity, carried, at), None), loop.start(z), constants)
+    return carried[0]
 
 
-@typed
-def euler(velocity: LevelVelocity, z: Float[Array, "*any"], levels: np.ndarray) -> Float[Array, "*any"]:
+def _euler(levels: np.ndarray) -> Solver:
     """Equation (1): order 1, one evaluation per step."""
 
-    def step(z, at):
-        sigma, width = at
-        return z + width * velocity(z, sigma), None
+    def call(velocity, carried, at):
+        (z,), (sigma, width) = carried, at
+        return (z + width * velocity(z, sigma),)
 
-    z, _ = jax.lax.scan(step, z, (_array(levels[:-1]), _array(np.diff(levels))))
-    return z
+    return Solver(start=lambda z: (z,), call=call, constants=_float32(levels[:-1], np.diff(levels)))
 
 
-@typed
-def heun(velocity: LevelVelocity, z: Float[Array, "*any"], levels: np.ndarray) -> Float[Array, "*any"]:
+def _heun(levels: np.ndarray) -> Solver:
     """Equation (2): order 2, two evaluations per step; the last step, which would end at sigma = 0, is Euler's.
 
-    The scan runs over evaluations, not steps: sigma_0, then each later level twice, as a step's end and as a start.
+    The calls are sigma_0, then each later level twice, as a step's end and as a start.
     """
     width = np.diff(levels)
-    steps = len(width)
+    calls = 2 * len(width) - 1
     visited = np.repeat(levels[:-1], 2)[1:]  # sigma_0, sigma_1, sigma_1, sigma_2, sigma_2, ...
-    starts = np.arange(2 * steps - 1) % 2 == 0
-    widths = np.repeat(width, 2)[: 2 * steps - 1]
+    starts = np.arange(calls) % 2 == 0
 
-    def evaluate(carry, at):
-        z, start, start_velocity = carry
+    def call(velocity, carried, at):
+        z, start, start_velocity = carried
         sigma, width, starts = at
         v = velocity(z, sigma)
-        start = jnp.where(starts, z, start)
-        start_velocity = jnp.where(starts, v, start_velocity)  # at a start this is v itself, and (2) becomes (1)
-        return (start + width * (start_velocity + v) / 2, start, start_velocity), None
+        start = jnp.where(starts > 0, z, start)
+        start_velocity = jnp.where(starts > 0, v, start_velocity)  # at a start this is v itself: (2) becomes (1)
+        return start + width * (start_velocity + v) / 2, start, start_velocity
 
-    (z, _, _), _ = jax.lax.scan(
-        evaluate, (z, z, jnp.zeros_like(z)), (_array(visited), _array(widths), jnp.asarray(starts))
+    return Solver(
+        start=lambda z: (z, z, jnp.zeros_like(z)),
+        call=call,
+        constants=_float32(visited, np.repeat(width, 2)[:calls], starts),
     )
-    return z
 
 
-@typed
-def multistep(
-    velocity: LevelVelocity, z: Float[Array, "*any"], levels: np.ndarray, *, corrector: bool
-) -> Float[Array, "*any"]:
+def _multistep(levels: np.ndarray, *, corrector: bool) -> Solver:
     """Equation (3), and (4) with `corrector`: order 2, one evaluation per step.
 
     The first and the last step are of order 1: there is no earlier m, and lambda is infinite at sigma = 0.
     """
     predict, correct = multistep_weights(levels, corrector=corrector)
 
-    def step(carry, at):
-        z, x_1, m_1, m_2 = carry  # predicted z_i; corrected z_{i-1}; m_{i-1}, m_{i-2}
+    def call(velocity, carried, at):
+        z, x_1, m_1, m_2 = carried  # predicted z_i; corrected z_{i-1}; m_{i-1}, m_{i-2}
         sigma, p, c = at
         m = z - sigma * velocity(z, sigma)
         x = c[0] * z + c[1] * x_1 + c[2] * m + c[3] * m_1 + c[4] * m_2
-        return (p[0] * x + p[1] * m + p[2] * m_1, x, m, m_1), None
+        return p[0] * x + p[1] * m + p[2] * m_1, x, m, m_1
 
-    blank = jnp.zeros_like(z)
-    (z, *_), _ = jax.lax.scan(step, (z, blank, blank, blank), (_array(levels[:-1]), _array(predict), _array(correct)))
-    return z
+    def start(z):
+        return z, jnp.zeros_like(z), jnp.zeros_like(z), jnp.zeros_like(z)
+
+    return Solver(start=start, call=call, constants=_float32(levels[:-1], predict, correct))
 
 
 def multistep_weights(levels: np.ndarray, *, corrector: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -193,5 +215,5 @@ def _corrector_rhos(h: float, r: float) -> tuple[float, float]:
     return rho_1, b_1 - rho_1
 
 
-def _array(values: np.ndarray) -> Array:
-    return jnp.asarray(values, jnp.float32)
+def _float32(*constants: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(values, np.float32) for values in constants)

@@ -1,5 +1,9 @@
-"""Storyboards in, videos out: one compiled program per bucket, whatever the lengths of the shots in it."""
+"""Storyboards in, videos out: one compiled program per bucket, whatever the lengths of the shots in it.
 
+The program is one call of the model, and the host goes from call to call: between two of them sampling can be stopped.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -14,7 +18,7 @@ from tqdm import tqdm
 
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import BucketConfig, Config, ConfigError
-from moc_jax.diffusion.conditioning import sample_scene, shot_noise, turns
+from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
 from moc_jax.diffusion.guidance import guided_velocity
 from moc_jax.diffusion.process import VelocityFn, add_noise
 from moc_jax.models.mmdit import abstract_model
@@ -23,6 +27,7 @@ from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int, UInt8, typed
 from moc_jax.sharding import RULES, batch_shards
+from moc_jax.signals import Signals, Stop
 from moc_jax.text import TextEncoder, build_text_encoder
 
 
@@ -52,9 +57,19 @@ class Sampler:
     """
 
     def __init__(
-        self, config: Config, codec: Codec, encoder: TextEncoder | None = None, *, progress: bool = False
+        self,
+        config: Config,
+        codec: Codec,
+        encoder: TextEncoder | None = None,
+        stop: Stop | None = None,
+        *,
+        progress: bool = False,
     ) -> None:
         """`config` says model, attention and sampling settings; `codec` is the one the model was trained with.
+
+        Args:
+            stop: is asked between two calls of the model; what it raises ends the sampling.
+            progress: a bar over the calls of the model.
 
         Raises:
             ConfigError: the codec's latents are not the model's.
@@ -69,8 +84,13 @@ class Sampler:
         self._encoder = build_text_encoder(config.text) if encoder is None else encoder
         self._graph = abstract_model(config.model)[0]
         self._progress = progress
-        self._bar: tqdm | None = None
-        self._sample = jax.jit(self._sample_latents)
+        self._stop = Signals() if stop is None else stop  # such signals never ask
+        self._programs: dict[Any, jax.stages.Compiled] = {}
+        self._jitted = {
+            "begin": jax.jit(self._begin),
+            "call": jax.jit(self._call, donate_argnums=5),
+            "end": jax.jit(self._end),
+        }
         self._route = jax.jit(self._routing)
 
     def __call__(
@@ -115,43 +135,56 @@ class Sampler:
         return np.asarray(self._route(params, *_placed((request, np.float32(t)))))[:, 0]
 
     def _run(self, params: Any, request: Request) -> Float32[np.ndarray, "B F Y X Z"]:
-        cfg = self.config.sample
-        if self._progress and jax.process_index() == 0:
-            wanted = turns(jnp.asarray(request.known.shots), jax.tree.map(jnp.asarray, request.lengths), cfg.order)
-            calls = 2 * cfg.steps - 1 if cfg.solver == "heun" else cfg.steps
-            self._bar = tqdm(total=(int(wanted.max()) + 1) * calls, desc="sampling", unit="step")
-        try:
-            latents = np.asarray(self._sample(params, _placed(request)))
-            jax.effects_barrier()
-        finally:
-            if self._bar is not None:
-                self._bar.close()
-                self._bar = None
-        return latents
+        placed = _placed(request)
+        noises, z_0, carried, turn = self._program("begin", placed)
+        solver, rounds = turn_solver(self.config.sample), int(np.max(turn)) + 1
+        shown = self._progress and jax.process_index() == 0
+        with tqdm(total=rounds * solver.calls, desc="sampling", unit="step", disable=not shown) as bar:
+            for now in map(np.int32, range(rounds)):
+                for at in zip(*solver.constants):
+                    self._stop.check()
+                    carried = self._program("call", params, placed, noises, now, z_0, carried, at)
+                    jax.block_until_ready(carried)
+                    bar.update()
+                z_0, carried = self._program("end", placed, noises, now, z_0, carried)
+        return np.asarray(z_0)
 
-    def _tick(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
+    def _program(self, name: str, *args: Any) -> Any:
+        """Calls one of the three functions, compiled for such arguments."""
+        leaves, tree = jax.tree.flatten(args)
+        key = name, tree, tuple((np.shape(x), x.dtype, getattr(x, "sharding", None)) for x in leaves)
+        if key not in self._programs:
+            build = functools.partial(_built, self._jitted[name], jax.sharding.get_mesh(), *args)
+            self._programs[key] = self._stop.unless_asked(build)
+        return self._programs[key](*args)
 
     def _velocity(self, params: Any, request: Request) -> VelocityFn:
         def model(video, text, t, lengths):
             return nnx.merge(self._graph, params)(video, text, t, lengths, self.config.moc)
 
         r, scale = request, self.config.sample.guidance
-        velocity_fn = guided_velocity(model, r.text, r.lengths, r.negative_text, r.negative_lengths, scale)
+        return guided_velocity(model, r.text, r.lengths, r.negative_text, r.negative_lengths, scale)
 
-        def velocity(z, t):
-            if self._progress:
-                jax.debug.callback(self._tick)
-            return velocity_fn(z, t)
+    def _denoising(self, request: Request, noises: tuple[Array, Array]) -> Denoising:
+        noise, history_noise = noises
+        known, lengths = request.known, request.lengths
+        return Denoising(noise=noise, history_noise=history_noise, known=known, lengths=lengths, cfg=self.config.sample)
 
-        return velocity
+    def _begin(self, request: Request) -> tuple[tuple[Array, Array], Array, tuple[Array, ...], Array]:
+        """Both noises, what is given, where the solver starts, and each shot's turn."""
+        noises = _split(_noises(request))
+        denoising = self._denoising(request, noises)
+        carried = _split(denoising.solver.start(noises[0]))
+        return noises, _everywhere(denoising.begin()), carried, _everywhere(denoising.turn)
 
-    def _sample_latents(self, params: Any, request: Request) -> Float[Array, "B F Y X Z"]:
-        noise, history_noise = _noises(request)
-        velocity = self._velocity(params, request)
-        z_0 = sample_scene(velocity, noise, history_noise, request.known, request.lengths, self.config.sample)
-        return _everywhere(z_0)
+    def _call(self, params: Any, request: Request, noises, now, z_0, carried, at) -> tuple[Array, ...]:
+        denoising = self._denoising(request, noises)
+        return _split(denoising.call(self._velocity(params, request), now, z_0, carried, at))
+
+    def _end(self, request: Request, noises, now, z_0, carried) -> tuple[Array, tuple[Array, ...]]:
+        """Clean latents, and where the solver starts in the next turn."""
+        denoising = self._denoising(request, noises)
+        return _everywhere(denoising.end(now, z_0, carried)), _split(denoising.solver.start(noises[0]))
 
     def _routing(self, params: Any, request: Request, t: Float[Array, ""]) -> Float[Array, "depth B S S"]:
         levels = jnp.full(request.lengths.shot_frames.shape, t)
@@ -223,6 +256,11 @@ def _check_finite(board: Storyboard, shots: Sequence[np.ndarray], params: Any) -
     )
 
 
+def _built(function: jax.stages.Wrapped, mesh: Any, *args: Any) -> jax.stages.Compiled:
+    with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):  # which each thread has its own of
+        return function.lower(*args).compile()
+
+
 def _placed(tree: Any) -> Any:
     """Puts numpy leaves on the mesh in context, the batch split over it where its size allows."""
     mesh = jax.sharding.get_mesh()
@@ -231,11 +269,22 @@ def _placed(tree: Any) -> Any:
 
     def put(leaf):
         leaf = np.asarray(leaf)
-        splits = leaf.ndim > 0 and leaf.shape[0] % batch_shards(mesh) == 0
-        sharding = jax.NamedSharding(mesh, RULES.spec("batch") if splits else jax.P())
+        sharding = jax.NamedSharding(mesh, _spec(leaf.shape, mesh))
         return jax.make_array_from_callback(leaf.shape, sharding, functools.partial(np.ndarray.__getitem__, leaf))
 
     return jax.tree.map(put, tree)
+
+
+def _split(tree: Any) -> Any:
+    """Keeps the batch split over the mesh in context, where its size allows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _spec(x.shape, mesh)), tree)
+
+
+def _spec(shape: tuple[int, ...], mesh: Any) -> jax.P:
+    return RULES.spec("batch") if shape and shape[0] % batch_shards(mesh) == 0 else jax.P()
 
 
 def _everywhere(x: Array) -> Array:

@@ -14,7 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from moc_jax.data.video import whole_file
+from moc_jax.files import whole_file
 from moc_jax.sampling.generate import SamplingError
 from moc_jax.shapes import Float, UInt8, typed
 

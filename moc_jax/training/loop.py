@@ -1,42 +1,49 @@
-"""The run: start or go on, step after step, until the last one, a signal, or a number that is no number."""
+"""The run: start or resume, step after step, until the last one, a signal, or a NaN."""
 
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from moc_jax.checkpoint import Checkpoints
 from moc_jax.config import Config, ConfigError, MoCConfig
 from moc_jax.config_json import config_to_json
-from moc_jax.data.buckets import Buckets
-from moc_jax.data.manifest import Manifest, SceneEntry, codec_of
+from moc_jax.data.manifest import Manifest, codec_of
 from moc_jax.data.pipeline import make_pipeline
-from moc_jax.data.plan import TrainPlan
 from moc_jax.errors import disk_full
+from moc_jax.files import write_text
 from moc_jax.processes import gather, together
 from moc_jax.scene import Scene
 from moc_jax.sharding import check_batch, shard_batch
-from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, utilisation
+from moc_jax.signals import Interrupted, Signals
+from moc_jax.training.closing import closing_all
+from moc_jax.training.diagnosis import batch_entries, diagnosis, is_finite
+from moc_jax.training.lock import Lock
+from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, read_metrics, utilisation
 from moc_jax.training.start import check_codec, check_resumable, initial_params
 from moc_jax.training.state import Params, TrainState, create_state, make_blueprint
 from moc_jax.training.step import StepMetrics, make_train_step, make_validation_step, validation_levels
+from moc_jax.training.stop import RunStop
 from moc_jax.training.summary import si, stage_costs, summary
 
-Preview = Callable[[Params, int], None]  # (weights, step): writes previews; all processes call it together
+__all__ = ["Preview", "TrainingError", "batch_entries", "check_resumable", "lag", "train"]
+
+Preview = Callable[[Params, int], None]
+"""(weights, step): writes previews; all processes call it together. Where it has a method `missing(step)`, a run that
+was stopped before the preview of its last step makes it up when it resumes."""
 
 _LAG = 2  # steps whose results are not waited for, so that the devices always have the next one at hand
+_LONG = 2.0  # seconds; longer steps are waited for: what that costs is little, and a signal waits for one step only
+_TIMED = 3  # which step is timed to find out; the first ones warm up
 
 
 def lag(mesh: Mesh) -> int:
@@ -51,16 +58,29 @@ class TrainingError(RuntimeError):
     """A run that can't go on: says at which step, why, and what is intact."""
 
 
-def train(cfg: Config, manifest: Manifest, mesh: Mesh, *, preview: Preview | None = None) -> None:
+def train(
+    cfg: Config,
+    manifest: Manifest,
+    mesh: Mesh,
+    *,
+    preview: Preview | None = None,
+    stop: RunStop | None = None,
+    lock: Lock | None = None,
+) -> None:
     """Trains to `train.steps`, from the newest checkpoint in the workdir if there is one.
 
     Ends early, with a checkpoint, on SIGTERM or SIGINT.
 
+    Args:
+        stop: hears the signals; None: they are heard while this function runs.
+        lock: the workdir's, where this process holds it: asked now and then whether it still does.
+
     Raises:
-        ConfigError: settings that do not fit the mesh, the data, or the run that is to be gone on with.
+        ConfigError: settings that do not fit the mesh, the data, or the run that is to be resumed.
         TrainingError: NaN or infinity in the loss, the gradients or the weights. Nothing of it is saved.
+        LockError: another run has taken the workdir over.
         CheckpointError: see `Checkpoints`.
-        CodecMismatch: the weights to go on from were trained on latents of another codec than the data's.
+        CodecMismatch: the weights to start from were trained on latents of another codec than the data's.
     """
     check_batch(cfg.train.batch_size, mesh)
     if cfg.train.validate_every and not manifest.split("validation"):
@@ -70,10 +90,15 @@ def train(cfg: Config, manifest: Manifest, mesh: Mesh, *, preview: Preview | Non
         )
     if cfg.train.preview_every and preview is None:
         raise ConfigError(f"train.preview_every = {cfg.train.preview_every}, but this run has no preview function")
-    with jax.set_mesh(mesh), _Stop() as stop:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        if stop is None:
+            stop = RunStop(stack.enter_context(Signals()))
         try:
-            with contextlib.closing(_Run(cfg, manifest, mesh, preview)) as run:
-                run.to_the_end(stop)
+            with closing_all() as closes:
+                run = _Run(cfg, manifest, mesh, preview, stop, lock, closes)
+                with stop.deferred():
+                    run.to_the_end()
         except OSError as error:
             if not disk_full(error):
                 raise
@@ -94,11 +119,25 @@ class _Pending:
 
 
 class _Run:
-    def __init__(self, cfg: Config, manifest: Manifest, mesh: Mesh, preview: Preview | None):
-        self._cfg, self._mesh, self._preview = cfg, mesh, preview
+    def __init__(
+        self,
+        cfg: Config,
+        manifest: Manifest,
+        mesh: Mesh,
+        preview: Preview | None,
+        stop: RunStop,
+        lock: Lock | None,
+        closes: Callable[[Callable[[], None]], None],
+    ):
+        """`closes` takes the close of each part as soon as there is one."""
+        self._cfg, self._mesh, self._preview, self._stop, self._lock = cfg, mesh, preview, stop, lock
+        self._main = jax.process_index() == 0
         part = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         self._data = make_pipeline(cfg, manifest, split="train", **part)
+        closes(self._data.close)
         self._held_out = make_pipeline(cfg, manifest, split="validation", **part) if cfg.train.validate_every else None
+        if self._held_out is not None:
+            closes(self._held_out.close)
         self._codec = codec_of(manifest)
         self._blueprint = make_blueprint(cfg, mesh)
         self._step = make_train_step(cfg, self._blueprint, mesh)
@@ -107,20 +146,22 @@ class _Run:
         self._costs = stage_costs(cfg, self._data.buckets)
         self._pending: collections.deque[_Pending] = collections.deque()
         self._lag = lag(mesh)
+        self._idle = 0.0  # seconds that were no step
         self._saved: int | None = None
 
         buckets = [self._data.buckets, *([self._held_out.buckets] if self._held_out else [])]
-        if jax.process_index() == 0:
+        if self._main:
             print(summary(cfg, manifest, buckets, self._costs, mesh, self._blueprint), flush=True)
         self._checkpoints = Checkpoints(str(epath.Path(cfg.workdir) / "checkpoints"), cfg.train)
+        closes(self._checkpoints.close)
         self._state, told = self._start()
-        self._start_step = int(self._state.step)
-        if jax.process_index() == 0:
+        self._start_step = self._done = int(self._state.step)
+        self._place = self._data.get_state()  # where the data stands after step `_done`
+        if self._main:
             print(told, flush=True)
-            _write(epath.Path(cfg.workdir) / "config.json", config_to_json(cfg))
-        self._metrics = Metrics(
-            cfg.workdir, start=self._start_step, steps=cfg.train.steps, enabled=jax.process_index() == 0
-        )
+            write_text(epath.Path(cfg.workdir) / "config.json", config_to_json(cfg))
+        self._metrics = Metrics(cfg.workdir, start=self._start_step, steps=cfg.train.steps, enabled=self._main)
+        closes(self._metrics.close)
         self._clock = Clock()
 
     def _start(self) -> tuple[TrainState, str]:
@@ -144,35 +185,56 @@ class _Run:
             told += f" from the weights in {source}"
         return create_state(self._cfg, self._blueprint, params), told
 
-    def to_the_end(self, stop: "_Stop") -> None:
-        """Steps until the last one, or until `stop`; returns once all is saved."""
-        cfg = self._cfg.train
-        stopping = False
-        for batch in range(self._start_step, cfg.steps):
-            self._one(batch)
-            step = batch + 1
-            if cfg.validate_every and step % cfg.validate_every == 0:
-                self._between(self._validate, step)
-            if cfg.preview_every and step % cfg.preview_every == 0:
-                self._between(self._show_preview, step)
-            stopping = stop.asked(step)
-            if stopping or step == cfg.steps or step % cfg.checkpoint_every == 0:
-                self._between(self._save, step)
-            self._checkpoints.check()
-            if stopping:
-                break
-        self._checkpoints.wait()
-        self._finish(stopping)
+    def to_the_end(self) -> None:
+        """Steps until the last one, or until stop is asked; returns once all is saved.
 
-    def _one(self, batch: int) -> None:
-        moc = self._cfg.moc_at(batch)
+        After a step a signal is served first, then the checkpoint; validation and previews come last, ask again as they
+        go, and are made up by the next start.
+        """
+        cfg, stopped = self._cfg.train, False
+        try:
+            self._extras(self._start_step, self._missing(self._start_step))
+            for step in range(self._start_step + 1, cfg.steps + 1):
+                self._one(step)
+                self._stop.check()
+                if step == cfg.steps or step % cfg.checkpoint_every == 0:
+                    self._between(self._save, step)
+                self._checkpoints.check()
+                self._check_lock()
+                self._extras(step, self._due(step))
+        except Interrupted:
+            stopped = True
+        if self._done > self._start_step and self._saved != self._done:
+            self._between(self._save, self._done)
+        self._checkpoints.wait()
+        self._finish(stopped)
+
+    def _one(self, step: int) -> None:
+        if step == self._start_step + _TIMED:
+            self._choose_lag(step)
+        else:
+            self._dispatch(step)
+        if len(self._pending) > self._lag:
+            self._report()
+
+    def _choose_lag(self, step: int) -> None:
+        """Times a step alone; all processes find the same, since one that ran ahead would be waited for in vain."""
+        self._report_all()
+        begin = time.perf_counter() - self._idle
+        self._dispatch(step)
+        self._report_all()
+        seconds = gather(str(time.perf_counter() - self._idle - begin))
+        if max(map(float, seconds)) > _LONG:
+            self._lag = 0
+
+    def _dispatch(self, step: int) -> None:
+        moc = self._cfg.moc_at(step - 1)
         mine = next(self._data)
         scene = shard_batch(mine, self._mesh)
         program = self._program(scene, moc)
         self._state, metrics = program(self._state, scene)
-        self._pending.append(_Pending(batch + 1, metrics, mine, moc))
-        if len(self._pending) > self._lag:
-            self._report()
+        self._done, self._place = step, self._data.get_state()
+        self._pending.append(_Pending(step, metrics, mine, moc))
 
     def _program(self, scene: Scene, moc: MoCConfig) -> Callable[[TrainState, Scene], tuple[TrainState, StepMetrics]]:
         """The step, compiled for this bucket and stage."""
@@ -185,7 +247,8 @@ class _Run:
     def _compiled(self, scene: Scene, moc: MoCConfig) -> jax.stages.Compiled:
         begin = time.perf_counter()
         program = f"the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit}"
-        compiled = together(f"compile {program}", self._step.lower(self._blueprint.abstract, scene, moc).compile)
+        build = functools.partial(self._built, self._step, self._blueprint.abstract, scene, moc)
+        compiled = self._stop.unless_asked(lambda: together(f"compile {program}", build))
         memory: Any = compiled.memory_analysis()  # None where the backend can't tell
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
         self._metrics.say(
@@ -194,14 +257,18 @@ class _Run:
         )
         return compiled
 
-    # -------------------------------------------------------------------------------------------- telling
+    def _built(self, function: jax.stages.Wrapped, *args: Any) -> jax.stages.Compiled:
+        with jax.set_mesh(self._mesh):  # which each thread has its own of
+            return function.lower(*args).compile()
+
+    # -------------------------------------------------------------------------------------------- reporting
 
     def _report(self) -> None:
         """Looks at the oldest step's results."""
         told = self._pending.popleft()
         values = jax.device_get(told.metrics)
-        if not all(np.isfinite(x) for x in (values.loss, values.grad_norm, values.param_norm)):
-            raise TrainingError(self._diagnosis(told, values))
+        if not is_finite(values):
+            raise TrainingError(diagnosis(self._cfg, self._data.buckets, told.step, told.scene, values, self._saved))
         row = {name: float(getattr(values, name)) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
         log = told.step % self._cfg.train.log_every == 0
         self._metrics.write(told.step, row, board=log)
@@ -214,40 +281,21 @@ class _Run:
             used = utilisation(rates["flops"], self._mesh.devices.flat[0].device_kind, self._mesh.size)
             self._metrics.board(told.step, speed | ({} if used is None else {"speed/model_flops_utilisation": used}))
 
+    def _report_all(self) -> None:
+        while self._pending:
+            self._report()
+
     def _cost(self, told: _Pending) -> Any:
         scene = told.scene
         shape = scene.lengths.shot_frames.shape[1], scene.video.shape[1], scene.text.shape[1]
         shapes = [(s.shots, s.frames, s.text_tokens) for s in self._data.buckets.shapes]
         return self._costs[told.moc][shapes.index(shape)]
 
-    def _diagnosis(self, told: _Pending, values: StepMetrics) -> str:
-        entries = batch_entries(self._cfg, self._data.buckets, told.step - 1)
-        rows = len(told.scene.video)
-        mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
-        found = [
-            f"{entry.name} from {entry.source}"
-            for entry, video, text in zip(entries[mine], told.scene.video, told.scene.text)
-            if not (np.isfinite(video).all() and np.isfinite(text).all())
-        ]
-        broken = [name for names in gather(json.dumps(found)) for name in json.loads(names)]
-        losses = ", ".join(f"{e.name} from {e.source}: {loss:.4g}" for e, loss in zip(entries, values.scene_loss))
-        cause = (
-            f"the data itself holds NaN or infinity: {'; '.join(broken)}; remove that file and prepare the data anew"
-            if broken
-            else "the data is finite; try a lower optimizer.learning_rate, a longer warm-up or model.dtype float32"
-        )
-        intact = "nothing was saved yet" if self._saved is None else f"the checkpoint of step {self._saved} is intact"
-        return (
-            f"step {told.step}: loss {values.loss:.4g}, gradient norm {values.grad_norm:.4g}, weights' norm "
-            f"{values.param_norm:.4g}. Loss by scene: {losses}. Cause: {cause}. {intact[0].upper()}{intact[1:]}"
-        )
-
     # -------------------------------------------------------------------------------------------- between steps
 
     def _between(self, action: Callable[[int], None], step: int) -> None:
         """Does what is not a step once all steps before it are known to be good; its time counts for no speed."""
-        while self._pending:
-            self._report()
+        self._report_all()
         with self._paused():
             action(step)
 
@@ -256,17 +304,45 @@ class _Run:
         begin = time.perf_counter()
         yield
         seconds = time.perf_counter() - begin
+        self._idle += seconds
         self._clock.leave_out(seconds)
         self._metrics.leave_out(seconds)
+
+    def _due(self, step: int) -> list[str]:
+        train = self._cfg.train
+        every = {"validation": train.validate_every, "preview": train.preview_every}
+        return [name for name, steps in every.items() if steps and step and step % steps == 0]
+
+    def _missing(self, step: int) -> list[str]:
+        """What was due after the step that this run starts from, and was not done; process 0 knows for all."""
+        missing = []
+        if self._main:
+            rows = read_metrics(epath.Path(self._cfg.workdir) / "metrics.jsonl")
+            done = {"validation": any(row["step"] == step and "validation" in row for row in rows)}
+            look = getattr(self._preview, "missing", None)
+            done["preview"] = look is None or not look(step)
+            missing = [name for name in self._due(step) if not done[name]]
+        return json.loads(gather(json.dumps(missing))[0])
+
+    def _extras(self, step: int, names: list[str]) -> None:
+        actions = {"validation": self._validate, "preview": self._show_preview}
+        for name in names:
+            self._between(actions[name], step)
+            self._stop.check()
 
     def _validate(self, step: int) -> None:
         assert self._held_out is not None
         self._held_out.set_state({**self._held_out.get_state(), "step": 0})
         moc, params = self._cfg.moc_at(step - 1), self._state.sampling_params
-        results = [
-            jax.device_get(self._validation_step(params, shard_batch(scene, self._mesh), np.int32(number), moc))
-            for number, scene in enumerate(self._held_out)
-        ]
+        results = []
+        for number, scene in enumerate(self._held_out):
+            self._stop.check()
+            batch = params, shard_batch(scene, self._mesh), np.int32(number)
+            key = "validation", moc, batch[1].video.shape, batch[1].text.shape, batch[1].lengths.shot_frames.shape
+            if key not in self._programs:
+                build = functools.partial(self._built, self._validation_step, *batch, moc)
+                self._programs[key] = self._stop.unless_asked(build)
+            results.append(jax.device_get(self._programs[key](*batch)))
         sums, shots = (np.sum(x, axis=0) for x in zip(*results))
         losses = sums.astype(np.float64) / max(shots, 1)
         values = {f"t_{t:.3f}": float(loss) for t, loss in zip(np.asarray(validation_levels(self._cfg)), losses)}
@@ -277,75 +353,26 @@ class _Run:
         assert self._preview is not None
         self._preview(self._state.sampling_params, step)
 
+    def _check_lock(self, *, now: bool = False) -> None:
+        if self._lock is not None:
+            self._lock.check(now=now)
+
     def _save(self, step: int) -> None:
+        self._check_lock(now=True)
         self._checkpoints.save(
-            step,
-            self._state.items(),
-            config=self._cfg,
-            codec_state=self._codec.state(),
-            data_state=self._data.get_state(),
+            step, self._state.items(), config=self._cfg, codec_state=self._codec.state(), data_state=self._place
         )
         self._saved = step
 
     def _finish(self, stopped: bool) -> None:
-        if jax.process_index() != 0:
+        if not self._main:
             return
-        workdir, step = epath.Path(self._cfg.workdir), int(self._state.step)
+        workdir = epath.Path(self._cfg.workdir)
         drawn = draw_loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+        where = "before its first step" if self._saved is None else f"after step {self._saved}: "
         self._metrics.say(
-            f"{'stopped' if stopped else 'done'} after step {step}: {workdir / 'checkpoints' / str(step)}"
+            f"{'stopped' if stopped else 'done'} {where}"
+            + ("" if self._saved is None else f"{workdir / 'checkpoints' / str(self._saved)}")
             + (f", loss curve {workdir / 'loss.png'}" if drawn else "")
             + ("; the same command goes on from here" if stopped else "")
         )
-
-    def close(self) -> None:
-        self._metrics.close()
-        self._data.close()
-        if self._held_out is not None:
-            self._held_out.close()
-        self._checkpoints.close()
-
-
-def batch_entries(cfg: Config, buckets: Buckets, batch: int) -> list[SceneEntry]:
-    """The scenes that batch number `batch` (from 0) is made of, over all processes."""
-    planned = TrainPlan(tuple(map(len, buckets.scenes)), cfg.train.batch_size, cfg.train.seed)[batch]
-    return [buckets.scenes[planned.bucket][number] for number in planned.scenes if number is not None]
-
-
-class _Stop:
-    """Hears SIGTERM and SIGINT; with several processes, all hear of it at the same step, whoever got the signal."""
-
-    def __init__(self):
-        self._heard: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            # With several processes SIGTERM belongs to jax, which tells the others; SIGINT is made one.
-            for number in [signal.SIGINT] + [signal.SIGTERM] * (jax.process_count() == 1):
-                self._before[number] = signal.signal(number, self._hear)
-        return self
-
-    def _hear(self, number: int, frame: Any) -> None:
-        self._heard = number
-        signal.signal(number, self._before[number])  # a second one ends the run at once
-        if jax.process_count() > 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def asked(self, step: int) -> bool:
-        """Whether to stop after `step`."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._heard is not None
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def _write(path: epath.Path, text: str) -> None:
-    """All of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f"{path.name}.part"
-    part.write_text(text)
-    part.replace(path)

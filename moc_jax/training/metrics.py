@@ -13,6 +13,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from moc_jax.training.closing import closing_all
+
 PEAK_FLOPS = {  # bfloat16 matrix products per second and device, dense, by `device_kind`
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -89,9 +91,10 @@ class Metrics:
 
     def close(self) -> None:
         """Ends the files and the bar."""
-        for part in (self._bar, self._board, self._file):
-            if part is not None:
-                part.close()
+        with closing_all() as closes:
+            for part in (self._file, self._board, self._bar):
+                if part is not None:
+                    closes(part.close)
 
 
 class Clock:

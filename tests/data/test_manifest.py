@@ -159,5 +159,5 @@ class TestLock:
     @pytest.mark.parametrize("cache", ["a\0b", "x" * 300, "\udcff"])
     def test_caches_that_cannot_be(self, tmp_path, cache):
         make_videos(tmp_path, a=(13,))
-        with pytest.raises(ConfigError, match=r"data.cache .*(cannot be a folder|can't contain that character|UTF-8)"):
+        with pytest.raises(ConfigError, match=r"data.cache .*(too long|can't contain that character|UTF-8)"):
             prepare(with_data(small_config(tmp_path), cache=cache))

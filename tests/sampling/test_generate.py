@@ -12,13 +12,25 @@ from moc_jax.codecs import pixels_from_unit, pixels_to_unit
 from moc_jax.config import BucketConfig, CodecConfig, ConfigError, MeshConfig
 from moc_jax.data.manifest import SceneEntry, ShotEntry
 from moc_jax.data.video import write_video
-from moc_jax.sampling.generate import Sampler, SamplingError, routing_shares
+from moc_jax.diffusion.conditioning import sample_scene
+from moc_jax.sampling.generate import Sampler, SamplingError, _noises, routing_shares
 from moc_jax.sampling.scenes import make_request, scene_storyboard
 from moc_jax.sampling.storyboard import StoryboardError
 from moc_jax.scene import GLOBAL, TEXT, VIDEO, table_from_runs
 from moc_jax.sharding import make_mesh
+from moc_jax.signals import Interrupted
 from moc_jax.text import build_text_encoder
-from tests.sampling.worlds import BUCKET, CONFIG, make_board, make_codec, make_params, run, with_moc, with_sample
+from tests.sampling.worlds import (
+    BUCKET,
+    CONFIG,
+    make_board,
+    make_codec,
+    make_params,
+    make_sampler,
+    run,
+    with_moc,
+    with_sample,
+)
 
 THREE = make_board([("a van", 0.4), ("a dog runs", 0.1), ("night", 0.8)])  # 5, 1 and 9 frames
 TWO = make_board([("a boat", 0.7), ("rain", 0.4)], caption="the sea", negative_prompt="sun")
@@ -265,3 +277,54 @@ def test_routing_shares_count_picks_by_shot():
     routes = jnp.array([[[picks, picks]]])  # one layer, one scene, two heads
     want = np.array([[1, 0, 0], [1, 0, 0], [0.5, 0.5, 0]])
     np.testing.assert_allclose(routing_shares(routes, table, 3), want[None, None])
+
+
+# ------------------------------------------------------------------------------------------------ call by call
+
+
+class StopAfter:
+    """Asks to stop at the last of so many questions."""
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def check(self):
+        self.left -= 1
+        if not self.left:
+            raise Interrupted
+
+    def unless_asked(self, action):
+        return action()
+
+
+def test_sampling_stops_between_two_calls_of_the_model(monkeypatch):
+    sampler, called = make_sampler(IN_TURN), []
+    program = sampler._program
+    monkeypatch.setattr(sampler, "_program", lambda name, *args: called.append(name) or program(name, *args))
+    monkeypatch.setattr(sampler, "_stop", StopAfter(5))  # of 6: two turns of three calls
+    with pytest.raises(Interrupted):
+        sampler(make_params(), [TWO], bucket=BUCKET)
+    assert called == ["begin", "call", "call", "call", "end", "call"]
+
+
+def test_a_compilation_is_left_when_stop_is_asked():
+    stop = StopAfter(0)
+    stop.unless_asked = lambda action: StopAfter(1).check()
+    sampler = Sampler(CONFIG, make_codec(), None, stop)
+    with pytest.raises(Interrupted):
+        sampler(make_params(), [TWO], bucket=BUCKET)
+
+
+def test_call_by_call_is_the_same_as_in_one_program():
+    config = with_sample(order="shots", solver="heun")
+    sampler = Sampler(config, make_codec())
+    request = make_request([THREE, TWO], config, make_codec(), build_text_encoder(config.text), BUCKET)
+
+    @jax.jit
+    def whole(params, request):
+        known, lengths = request.known, request.lengths
+        return sample_scene(sampler._velocity(params, request), *_noises(request), known, lengths, config.sample)
+
+    np.testing.assert_allclose(
+        sampler._run(make_params(), request), whole(make_params(), jax.tree.map(jnp.asarray, request)), atol=2e-5
+    )

@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import re
+import signal
+import time
 
 import av
 import jax
@@ -19,6 +21,7 @@ from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.storyboard import StoryboardError
 from tests.data.small import make_videos, small_config
 from tests.sampling.worlds import CONFIG, make_codec, make_params
+from tests.training.processes import environment, finish, start_python
 
 BOARD = "caption: a street\nshots:\n  - {caption: a van, seconds: 0.4}\n  - {caption: night, seconds: 0.7}\n"
 
@@ -192,6 +195,41 @@ def test_places_that_cannot_be_written_are_named_before_the_checkpoint_is_opened
     with pytest.raises(ConfigError, match=re.escape(message)):
         call("no-run", "--storyboard", "one.yaml", "two.yaml", *words)
     assert sorted(p.name for p in boards.iterdir()) == ["one.yaml", "two.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "x" * 252 + ".mp4"], "--out x"),
+        (
+            ["--out", "videos/a.mp4", "--contact-sheet", "one.yaml/sheet.png"],
+            "--contact-sheet one.yaml/sheet.png cannot",
+        ),
+        (["--out", "gs://bucket/a.mp4"], "--out gs:/bucket/a.mp4 is an address; give a path of a file system"),
+        (["--out", "a.mp4", "--routing-picture", "folder/r.png", "--overwrite"], "it is a folder; give another name"),
+    ],
+)
+def test_single_files_that_cannot_be_written_are_named_first_too(boards, monkeypatch, words, message):
+    monkeypatch.chdir(boards)
+    (boards / "folder" / "r.png").mkdir(parents=True)
+    (boards / "folder" / "r.png" / "one.png").mkdir()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        call("no-run", "--storyboard", "one.yaml", *words)
+    assert sorted(p.name for p in boards.iterdir()) == ["folder", "one.yaml", "two.yaml"]
+
+
+def test_sigterm_ends_sampling_with_a_line_and_without_a_file(run_folder, boards):
+    words = ["--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", "--steps", 10**5, "--solver", "euler"]
+    process = start_python(["sample.py", "--checkpoint", run_folder, *words], environment(boards / "compiled"))
+    while "100000 [00:0" not in process.stdout.readline():  # a bar of many steps
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    begin = time.monotonic()
+    code, out = finish(process)
+    assert code == 143, out
+    assert out.endswith("terminated; what was complete before is kept\n")
+    assert time.monotonic() - begin < 10
+    assert not list(boards.glob("*.mp4")) + list(boards.glob(".*"))
 
 
 def test_a_training_scene_is_shown_with_its_scores(tmp_path, capsys, monkeypatch):

@@ -116,12 +116,26 @@ def test_a_full_disk_is_told_in_words_and_costs_no_checkpoint(command, tmp_path)
     assert done.returncode == 0
 
 
+def test_the_same_command_twice_leaves_the_first_run_alone(command, uninterrupted, tmp_path):
+    first = command(tmp_path)
+    wait_until(lambda: (tmp_path / "run.lock").exists(), first)
+    code, out = finish(command(tmp_path))
+    assert code == 1, out
+    assert f"{tmp_path} is in use by process {first.pid} on host " in out
+    assert "Traceback" not in out
+    code, out = finish(first)
+    assert code == 0, out
+    assert log(tmp_path) == log(uninterrupted)
+    assert not (tmp_path / "run.lock").exists()
+
+
 def test_sigterm_saves_and_ends_well(command, uninterrupted, tmp_path):
     process = command(tmp_path)
     wait_until(lambda: steps_logged(tmp_path) >= 2, process)
     process.send_signal(signal.SIGTERM)
     code, out = finish(process)
     assert code == 0, out
+    assert "terminated: stopping after this step and saving" in out
     stopped = checkpoints(tmp_path)[-1]
     assert f"stopped after step {stopped}" in out
     assert "the same command goes on from here" in out

@@ -1,18 +1,26 @@
 """train.py itself: its previews, and Ctrl-C before there is anything to save."""
 
 import dataclasses
+import os
+import re
 import signal
+import sys
 import types
 
 import numpy as np
+import pytest
 from etils import epath
 from etils.epath.testing import mock_epath
 from PIL import Image
 
+import moc_jax.data
 import train
+from moc_jax.config import ConfigError
 from moc_jax.data import prepare, read_video
 from moc_jax.sampling import generate
+from moc_jax.training.workdir import claimed
 from tests.training.processes import finish, start_python
+from tests.training.small import changed
 
 
 def test_a_run_with_previews(command, tmp_path):
@@ -72,3 +80,79 @@ train.main(sys.argv[1:])
     process.send_signal(signal.SIGINT)
     code, out = finish(process)
     assert (code, out) == (130, "interrupted; what was complete before is kept\n")
+
+
+# ------------------------------------------------------------------------------------------------ the workdir
+
+
+@pytest.fixture
+def start_here(config_file, monkeypatch, capsys):
+    """start_here(*arguments) -> (exit code, messages) of train.py in this process; no video may be opened."""
+
+    def run(*arguments):
+        monkeypatch.setattr(moc_jax.data, "prepare", lambda *_: pytest.fail("it began to prepare the data"))
+        with pytest.raises(SystemExit) as ended:
+            train.main(["--config", str(config_file), *map(str, arguments)])
+        return ended.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("workdir", "message"),
+    [
+        ("file", "file is a file; give another name"),
+        ("file/run", "file is a file; give another name"),
+        ("x" * 300, "a name in it is too long"),
+        ("gs://bucket/run", "Install that package"),
+        ("nfs://host/run", "addresses that begin with nfs:// are not known"),
+        ("gs:/bucket/run", "lacks a slash"),
+        ("link/run.lock", "run.lock"),
+    ],
+)
+def test_a_workdir_that_can_be_none_is_refused_before_any_video_is_opened(start_here, tmp_path, workdir, message):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "run.lock").symlink_to(tmp_path / "file")
+    given = workdir if ":/" in workdir else "link" if workdir.startswith("link") else workdir
+    code, err = start_here("--workdir", given if ":/" in given else f"{tmp_path}/{given}")
+    assert code == 2, err
+    assert message in err
+    assert err.startswith("error: ")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_the_same_command_twice_is_refused_by_the_first_ones_name(start_here, tmp_path):
+    with claimed(str(tmp_path)):
+        code, err = start_here("--workdir", tmp_path)
+        assert (tmp_path / "run.lock").exists()
+    assert code == 1
+    assert re.match(rf"error: {tmp_path} is in use by process {os.getpid()} on host \S+, since \d{{4}}-", err)
+
+
+def test_a_data_cache_that_can_be_none_is_refused_before_any_video_is_opened(prepared_config, monkeypatch, tmp_path):
+    module = sys.modules[prepare.__module__]
+    monkeypatch.setattr(module, "find_sources", lambda *_: pytest.fail("it looked for videos"))
+    (tmp_path / "file").write_text("precious")
+    for cache, message in (
+        (tmp_path / "file", "is a file; give another name"),
+        (tmp_path / ("x" * 300), "a name in it is too long"),
+        ("gs://bucket/cache", "is an address"),
+        (f"{tmp_path}/a\0b", ""),
+    ):
+        with pytest.raises(ConfigError, match=rf"data\.cache .*{message}"):
+            prepare(changed(prepared_config, data={"cache": str(cache)}))
+
+
+def test_prepared_data_is_used_from_a_disk_that_is_read_only(prepared_config, monkeypatch):
+    prepare(prepared_config)
+    module = sys.modules[prepare.__module__]
+    monkeypatch.setattr(module, "prove_folder", lambda *_, **__: pytest.fail("it asked to write"))
+    prepare(prepared_config)
+
+
+def test_what_killed_runs_left_in_the_data_cache_is_removed(prepared_config, tmp_path):
+    """Also of settings or videos that are others now."""
+    (tmp_path / ".0123456789abcdef.partial" / "deep").mkdir(parents=True)
+    manifest = prepare(changed(prepared_config, data={"cache": str(tmp_path)}))
+    assert sorted(os.listdir(tmp_path)) == [".lock", manifest.folder.name]

@@ -1,0 +1,239 @@
+"""Files that appear whole or not at all, and places that are proven to be writable before any work."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from moc_jax.config import ConfigError
+
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,10})\.tmp", re.DOTALL)
+_WRONG_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/(?!/)")  # one slash is missing; "C:/" is a Windows drive
+
+_FIXES = {
+    errno.EROFS: "the file system is read-only; give a path on another one",
+    errno.EACCES: "this user may not write there; change its permissions, or give another path",
+    errno.EPERM: "this user may not write there; change its permissions, or give another path",
+    errno.ENOSPC: "the disk is full; make room, or give a path on another one",
+    errno.EDQUOT: "the disk quota is used up; make room, or give a path on another one",
+    errno.ENAMETOOLONG: "a name in it is too long for the file system; give a shorter one",
+    errno.ELOOP: "its links lead nowhere; give another path",
+}
+
+
+def is_address(path: str | os.PathLike) -> bool:
+    """Whether `path` is a bucket's address (gs://bucket/run), not a path of a file system."""
+    return "://" in os.fspath(path)
+
+
+# ------------------------------------------------------------------------------------------------ whole files
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Where to write what shall lie under `path`: it appears there when the block ends well, else nothing is left.
+
+    A local file is written as `.<name>.<process>.tmp` in its own folder; for an address it is made on the local disk
+    and copied. What a killed process leaves is removed by `remove_leftovers`.
+
+    Raises:
+        OSError: the folder or the file cannot be made.
+    """
+    if is_address(path):
+        with _copied_to(epath.Path(path)) as partial:
+            yield partial
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(partial))
+            yield partial
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                partial.unlink()
+
+
+@contextlib.contextmanager
+def _copied_to(path: epath.Path) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, path.name)
+        yield made
+        epath.Path(made).copy(path.parent / f".{path.name}.part", overwrite=True).replace(path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """All of it or nothing; raises OSError."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(folder: Path, name: str = "") -> list[str]:
+    """Removes the unfinished files that dead processes of this program left in `folder`; returns their names.
+
+    Args:
+        folder: need not exist.
+        name: of the finished file; empty: any.
+    """
+    removed = []
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name) if folder.is_dir() else ():
+        found = _PARTIAL.fullmatch(entry.name)
+        if not found or (name and found["name"] != name) or not entry.is_file(follow_symlinks=False):
+            continue
+        with contextlib.suppress(OSError):  # it stays; whatever is wrong there is reported when something is written
+            if not _in_use(Path(entry.path), int(found["pid"])):
+                os.unlink(entry.path)
+                removed.append(entry.name)
+    return removed
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process, so that others see that `partial` is being written."""
+    file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
+
+
+def _in_use(partial: Path, pid: int) -> bool:
+    """Whether its writer may still live: here, or (another container, another host) where its lock is seen here."""
+    if pid != os.getpid() and _exists(pid):
+        return True
+    file = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+    return False
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return pid > 0
+
+
+# ------------------------------------------------------------------------------------------------ proofs
+
+
+def prove_folder(folder: str | os.PathLike, *, setting: str) -> None:
+    """Makes the folder, and writes and removes a small file in it: what fails then fails before any work.
+
+    Args:
+        folder: a path or an address.
+        setting: what the user gave it by, such as `workdir` or `--out`.
+
+    Raises:
+        ConfigError: it names the folder, the cause and the fix.
+    """
+    text = os.fspath(folder)
+    _check_spelling(text, setting)
+    probe = f".probe.{os.getpid()}.tmp"
+    try:
+        if is_address(text):
+            place = epath.Path(text)
+            place.mkdir(parents=True, exist_ok=True)
+            (place / probe).write_text("probe")
+            (place / probe).unlink()
+        else:
+            os.makedirs(text, exist_ok=True)
+            _write_probe(Path(text, probe))
+    except Exception as error:  # an address asks for packages, credentials and networks: anything may be raised
+        raise ConfigError(f"{setting} {_shown(text)} cannot be written: {_cause(error, text)}") from error
+
+
+def prove_file(path: Path, *, setting: str) -> None:
+    """The same for a file that is to be written: its folder, its name, and what lies there already.
+
+    Folders that are made for the proof are removed again.
+    """
+    if _WRONG_SCHEME.match(os.fspath(path)):
+        raise ConfigError(f"{setting} {_shown(path)} is an address; give a path of a file system")
+    _check_spelling(os.fspath(path), setting)
+    made = [folder for folder in path.absolute().parents if not os.path.lexists(folder)]
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        os.makedirs(path.parent, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
+        _write_probe(_partial(path))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting} {_shown(path)} cannot be written: {_cause(error, os.fspath(path))}") from error
+    finally:
+        for folder in made:  # the deepest first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _check_spelling(text: str, setting: str) -> None:
+    if not text.strip():
+        raise ConfigError(f"{setting} is empty; give a path")
+    if "\0" in text:
+        raise ConfigError(f"{setting} {_shown(text)} holds a NUL character, which no path can hold; give another")
+    if _WRONG_SCHEME.match(text):
+        raise ConfigError(f"{setting} {_shown(text)} lacks a slash; an address begins with {text.split(':')[0]}://")
+
+
+def _write_probe(probe: Path) -> None:
+    """Content too: on a full disk an empty file can still be made."""
+    file = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+    try:
+        os.write(file, b"probe" * 1000)
+        os.fsync(file)
+    finally:
+        os.close(file)
+        os.unlink(probe)
+
+
+def _cause(error: Exception, text: str) -> str:
+    if is_address(text):
+        scheme = text.split("://")[0]
+        if isinstance(error, KeyError):
+            return f"addresses that begin with {scheme}:// are not known; gs://, s3:// and az:// are, or give a path"
+        if isinstance(error, ImportError):
+            return f"{error}. Install that package, or give a path of a file system"
+        return f"{error or type(error).__name__}. Check the address and the rights to it"
+    if isinstance(error, (FileExistsError, NotADirectoryError)):
+        return f"{_in_the_way(text)} is a file; give another name"
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder; give another name"
+    known = _FIXES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return known or f"{getattr(error, 'strerror', None) or error}; give another path"
+
+
+def _in_the_way(text: str) -> str:
+    for path in reversed([Path(text).absolute(), *Path(text).absolute().parents]):
+        if os.path.lexists(path) and not path.is_dir():
+            return str(path)
+    return text
+
+
+def _shown(path: str | os.PathLike) -> str:
+    """As it can be printed, and cut to a line."""
+    text = os.fspath(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    return text if len(text) <= 200 else f"{text[:120]}… ({len(text)} characters)"
