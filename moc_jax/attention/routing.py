@@ -9,6 +9,7 @@ row = the query's chunk, column = the chunk that may be attended to.
     context(i)  = picks(i) and anchors(i)                  one softmax over their tokens        (4)
 """
 
+import functools
 import math
 
 import jax
@@ -19,6 +20,7 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import GLOBAL, PAD, TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
 
+FEW = 8  # keys whose mean is near the others
 _NOTHING = -1  # a slot that holds no chunk
 
 
@@ -99,31 +101,66 @@ def _self_anchor(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
 
 @typed
 def descriptors(k: Float[Array, "B N H D"], table: ChunkTable) -> Float32[Array, "B H C D"]:
-    """Equation (1): the mean key of each chunk, accumulated in float32; 0 for empty chunks.
+    """Equation (1), computed as phi = r + mean(k - r) in float32, with r the mean of the chunk's first few keys.
 
-    Aligned blocks of tokens are summed first, which reads k once. A chunk is then some whole blocks, less than a
-    block before them and less than a block after. Gathers and sums in a fixed order, so every bit is the same on
-    each run.
+    Where all keys are equal, r is that key but for rounding, and the differences, which are exact, give back what
+    rounding took: chunks of equal keys tie exactly, whatever their lengths. 0 for empty chunks.
+
+    Chunks are cut into blocks, each from its own first token on, so that no bit depends on where a chunk lies in
+    memory. Blocks are summed, then blocks of blocks: gathers and sums in a fixed order, the same bits on each run.
+
+    Bytes: k once, up to a block more for each chunk and its first few keys again; sums of blocks, which are an eighth
+    of that for long chunks.
     """
-    tokens = k.shape[1]
-    block = min(64, max(8, table.max_chunk // 16))  # what chunks read twice stays near a tenth of k
-    begin, end = table.start, table.start + table.length
-    first, last = -(-begin // block), end // block  # whole blocks; last < first for a chunk inside one block
-    blocks = k[:, : tokens // block * block].reshape(k.shape[0], tokens // block, block, *k.shape[2:])
-    longest = min(max(table.max_chunk, table.text_tokens), tokens)
-    total = _sum_rows(jnp.sum(blocks.astype(jnp.float32), axis=2), first, last, longest // block)
-    total += _sum_rows(k, begin, jnp.minimum(first * block, end), block)
-    total += _sum_rows(k, jnp.maximum(first, last) * block, end, block)
-    return jnp.swapaxes(total / jnp.maximum(table.length, 1)[:, :, None, None], 1, 2)
+    block = min(32, max(8, table.max_chunk // 4))  # sums of blocks are few beside k; so is what is read in vain
+    few = jnp.minimum(table.length, FEW)
+    near = _sum_rows(k, table.start, few, FEW) / jnp.maximum(few, 1)[:, :, None, None]
+    sums, start, length, less = k, table.start, table.length, near
+    longest = min(max(table.max_chunk, table.text_tokens), k.shape[1])
+    while less is not None or longest > 1:
+        sums, start, length = _sum_blocks(sums, start, length, block, less)
+        longest, less = -(-longest // block), None
+    mean = near + _rows(sums, start) / jnp.maximum(table.length, 1)[:, :, None, None]
+    return jnp.swapaxes(jnp.where((table.length > 0)[:, :, None, None], mean, 0.0), 1, 2)
 
 
-def _sum_rows(x: Array, begin: Array, end: Array, most: int) -> Float32[Array, "B C H D"]:
-    """The sum of rows [begin, end), at most `most` of them, of x [B, N, H, D], for begin and end [B, C]."""
-    if most == 0 or x.shape[1] == 0:
-        return jnp.zeros((*begin.shape, *x.shape[2:]), jnp.float32)
-    row = begin[:, :, None] + jnp.arange(most)[None, None]
-    rows = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, row).astype(jnp.float32)
-    return jnp.sum(jnp.where((row < end[:, :, None])[..., None, None], rows, 0.0), axis=2)
+def _sum_blocks(x: Array, start: Array, length: Array, block: int, less: Array | None):
+    """Runs of x [B, N, H, D] -> the sums of their blocks [B, G, H, D], and as which runs these lie there.
+
+    Runs [B, C] are given by start and length; `less` [B, C, H, D] is what is taken from each of their rows before.
+    """
+    runs = start.shape[1]
+    counts = -(-length // block)
+    ends = jnp.cumsum(counts, axis=1)
+    index = jnp.arange(x.shape[1] // block + runs)
+    ended = jax.vmap(lambda end: jnp.zeros(index.size, jnp.int32).at[end].add(1, mode="drop"))(ends)
+    of = jnp.minimum(jnp.cumsum(ended, axis=1), runs - 1)  # each block's run: as many have ended before
+    begin, size, before = (jnp.take_along_axis(i, of, axis=1) for i in (start, length, ends - counts))
+    inside = (index[None] - before) * block  # from the run's start on; beyond its end where there is no block
+    less = None if less is None else _rows(less, of)
+    sums = _sum_rows(x, begin + inside, jnp.clip(size - inside, 0, block), block, less)
+    return sums, ends - counts, counts
+
+
+def _sum_rows(x: Array, begin: Array, count: Array, most: int, less: Array | None = None) -> Array:
+    """The sum [B, C, H, D] of `count` rows from `begin` on, at most `most`, each less `less`, for x [B, N, H, D].
+
+    Pairwise, and term by term instead of by a reduction, before which some compilers would write down all terms.
+    """
+    terms = []
+    for i in range(most):
+        row = _rows(x, begin + i)
+        terms.append(jnp.where((i < count)[..., None, None], row if less is None else row - less, 0.0))
+    while len(terms) > 1:
+        terms = [functools.reduce(jnp.add, terms[i : i + 2]) for i in range(0, len(terms), 2)]
+    return terms[0]
+
+
+def _rows(x: Array, index: Array) -> Array:
+    """Rows [B, ..., H, D] of x [B, N, H, D] in float32; for those beyond it, which nobody uses, whatever there is."""
+    if x.shape[1] == 0:
+        return jnp.zeros((*index.shape, *x.shape[2:]), jnp.float32)
+    return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, index).astype(jnp.float32)
 
 
 @typed
@@ -227,7 +264,7 @@ def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) 
     def one(picks, mask, key):  # [K], [C], key of one query
         off, order, count, priority = (jax.random.fold_in(key, i) for i in range(4))
         held = picks >= 0
-        drop = jnp.floor(jax.random.uniform(off, maxval=cfg.drop_off_max) * cfg.top_k)
+        drop = jnp.floor(jax.random.uniform(off, maxval=cfg.drop_off_max) * jnp.sum(held))
         order = jnp.where(held, jax.random.uniform(order, picks.shape), jnp.inf)
         kept = jnp.where(held & (_rank(order) >= drop), picks, _NOTHING)
 
