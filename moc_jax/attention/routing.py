@@ -21,6 +21,8 @@ from moc_jax.scene import GLOBAL, PAD, TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
 
 FEW = 8  # keys whose mean is near the others
+_SLOTS = 32  # of what the slots past the chunks are a multiple
+_MOST_COMPARED = 16  # for more, sorting beats comparing all
 _NOTHING = -1  # a slot that holds no chunk
 
 
@@ -175,8 +177,8 @@ def route(
 ) -> Int[Array, "B H N _"]:
     """Equations (1) to (3): the picked chunks of every query, best first; -1 fills slots that hold none.
 
-    Slots are `top_k`, and with `keys` (training: context drop-off and drop-in, one key per scene and head)
-    `top_k + max_drop_in`. Text and padding tokens pick nothing. `block` queries are scored at a time, so that
+    `slots` are those of `top_k`, and with `keys` (training: context drop-off and drop-in, one key per scene and head)
+    those of `max_drop_in` behind. Text and padding tokens pick nothing. `block` queries are scored at a time, so that
     scores never take more than B * H * block * C floats.
     """
     q, k = lax.stop_gradient((q, k))
@@ -193,7 +195,7 @@ def select(
     *,
     block: int | None = None,
 ) -> Int[Array, "B H N K"]:
-    """Equations (2) and (3): the `top_k` best candidates of every query."""
+    """Equations (2) and (3): the best candidates of every query, in `slots` of `top_k`; none of score NaN or -inf."""
 
     def one_block(q, candidates, _):
         scores = jnp.einsum("bnhd,bhcd->bhnc", q.astype(jnp.float32), phi, precision="highest")
@@ -248,18 +250,32 @@ def _by_block(function, x: Array, axis: int, table: ChunkTable, cfg: MoCConfig, 
 
 def _top(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
     chunks = scores.shape[-1]
-    mask = mask & ~jnp.isnan(scores)  # a NaN score is never picked
-    # lax.top_k puts the lowest index first among equals.
-    _, picks = lax.top_k(jnp.where(mask, scores, -jnp.inf), min(top_k, chunks))
+    mask = mask & (scores > -jnp.inf)  # neither NaN nor what is as bad as no candidate
+    # lax.top_k puts the lowest index first among equals, for which it doesn't take 0 and -0.
+    scores = jnp.where(mask, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+    _, picks = lax.top_k(scores, min(top_k, chunks))
     picks = jnp.where(jnp.take_along_axis(mask, picks, axis=-1), picks, _NOTHING)
-    return jnp.pad(picks, ((0, 0),) * 3 + ((0, top_k - picks.shape[-1]),), constant_values=_NOTHING)
+    return with_slots(picks, slots(top_k, chunks))
+
+
+def slots(most: int, chunks: int) -> int:
+    """Slots for up to `most` picks: as many, but none past the chunks rounded up to a multiple of 32.
+
+    So a setting has the same slots for scenes of all sizes, unless it asks for more than any of them could fill.
+    """
+    return min(most, -(-chunks // _SLOTS) * _SLOTS)
+
+
+def with_slots(picks: Int[Array, "B H N _"], count: int) -> Int[Array, "B H N _"]:
+    """`picks` with empty slots behind, `count` in all."""
+    return jnp.pad(picks, ((0, 0),) * 3 + ((0, count - picks.shape[-1]),), constant_values=_NOTHING)
 
 
 def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) -> Int[Array, "B H N K"]:
     """`drop` for the queries `token` [n]: picks [B, H, n, K] and candidates [B, n, C]."""
-    chunks, slots = mask.shape[-1], min(cfg.max_drop_in, mask.shape[-1])
-    steps = [math.exp(-cfg.drop_in_rate) * cfg.drop_in_rate**m / math.factorial(m) for m in range(slots)]
-    below = jnp.cumsum(jnp.asarray(steps, jnp.float32))  # P(Poisson <= m)
+    chunks = mask.shape[-1]
+    most = min(cfg.max_drop_in, chunks)
+    below = jnp.cumsum(jnp.asarray(_poisson(cfg.drop_in_rate, most), jnp.float32))  # P(Poisson <= m)
 
     def one(picks, mask, key):  # [K], [C], key of one query
         off, order, count, priority = (jax.random.fold_in(key, i) for i in range(4))
@@ -270,25 +286,38 @@ def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) 
 
         free = mask & ~jnp.any(picks[:, None] == jnp.arange(chunks)[None], axis=0)
         more = jnp.sum(jax.random.uniform(count) >= below)
-        added = _largest(jnp.where(free, jax.random.uniform(priority, (chunks,)), -1.0), slots)
-        added = jnp.where(free[added] & (jnp.arange(slots) < more), added, _NOTHING)
-        return jnp.concatenate([kept, jnp.pad(added, (0, cfg.max_drop_in - slots), constant_values=_NOTHING)])
+        added = _largest(jnp.where(free, jax.random.uniform(priority, (chunks,)), -1.0), most)
+        added = jnp.where(free[added] & (jnp.arange(most) < more), added, _NOTHING)
+        return jnp.concatenate([kept, added])
 
     def one_head(picks, mask, key):  # [N, K], [N, C]
         return jax.vmap(one)(picks, mask, jax.vmap(lambda n: jax.random.fold_in(key, n))(token))
 
-    return jax.vmap(jax.vmap(one_head, in_axes=(0, None, 0)))(picks, mask, keys)
+    drawn = jax.vmap(jax.vmap(one_head, in_axes=(0, None, 0)))(picks, mask, keys)
+    return with_slots(drawn, picks.shape[-1] + slots(cfg.max_drop_in, chunks))
+
+
+def _poisson(rate: float, count: int) -> list[float]:
+    """P(Poisson = m) for m < count."""
+    steps = [math.exp(-rate)]
+    for m in range(1, count):
+        steps.append(steps[-1] * rate / m)
+    return steps[:count]
 
 
 def _rank(x: Array) -> Array:
-    """Each element's place [K] in ascending order, equals in order: for a few, comparing all beats sorting."""
+    """Each element's place [K] in ascending order, equals in order."""
+    if x.shape[0] > _MOST_COMPARED:
+        return jnp.argsort(jnp.argsort(x))
     place = jnp.arange(x.shape[0])
     before = (x[None] < x[:, None]) | ((x[None] == x[:, None]) & (place[None] < place[:, None]))
     return jnp.sum(before, axis=1)
 
 
 def _largest(x: Array, count: int) -> Array:
-    """Indices [count] of the largest elements, equals by index: for a few, searching again beats sorting all."""
+    """Indices [count] of the largest elements, equals by index."""
+    if count > _MOST_COMPARED:
+        return lax.top_k(x, count)[1]
     found = []
     for _ in range(count):
         found.append(jnp.argmax(x))
