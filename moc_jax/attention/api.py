@@ -64,8 +64,8 @@ def moc_attention(
     routes = _route(q, k, table, cfg, key) if routes is None else check_routes(routes, q, table, cfg)
     if routes.shape[-1] > table.kind.shape[1]:  # no query holds more picks than there are chunks
         routes = jax.numpy.sort(routes, axis=-1, descending=True)[..., : table.kind.shape[1]]
-    backend = backend_name(_within(cfg, table), q, k, v)
-    return _BACKENDS[backend].attend(q, k, v, routes, table, cfg)
+    cfg = _within(cfg, table)
+    return _BACKENDS[backend_name(cfg, q, k, v)].attend(q, k, v, routes, table, cfg)
 
 
 def route(

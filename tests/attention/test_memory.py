@@ -67,21 +67,20 @@ def test_the_measure_sees_quadratic_arrays():
 
 @pytest.mark.parametrize("backend", ["reference", "xla", "pallas_gpu", "pallas_tpu"])
 def test_picks_beyond_the_chunks_cost_no_more_than_all_of_them(backend):
-    """No array of routing, attention and gradients grows when top_k goes from 32 of 16 chunks to a million."""
-    scene = cut(0, *[(0, [CHUNK] * 4)] * 3, text_tokens=0)
-    table = table_of([scene], text_tokens=0, tokens=384, chunks=16, max_chunk=CHUNK)
-    x = jax.ShapeDtypeStruct((1, 384, HEADS, 64), jnp.bfloat16)
+    """No array of routing, attention and gradients grows when top_k goes from 32 of 9 chunks to a million."""
+    scene = cut(0, *[(0, [CHUNK] * 3)] * 2, text_tokens=0)
+    table = table_of([scene], text_tokens=0, tokens=192, chunks=9, max_chunk=CHUNK)
+    x = jax.ShapeDtypeStruct((1, 192, 1, 64), jnp.bfloat16)
 
-    def largest(top_k, key):
+    def largest(top_k):
         cfg = MoCConfig(top_k=top_k, max_drop_in=top_k, self_anchor="chunk", causal_routing=False, backend=backend)
 
         def run(q, k, v):
-            routes = route(q, k, table, cfg, key=key)
+            routes = route(q, k, table, cfg, key=jax.random.key(0))
             out, vjp = jax.vjp(lambda *x: moc_attention(*x, table, cfg, routes=routes), q, k, v)
-            return routes, out, vjp(out), moc_attention(q, k, v, table, cfg, key=key)
+            return routes, vjp(out)
 
         with tpu.compiled_for("v5p"), gpu.lowered_only():
             return largest_array(jax.make_jaxpr(run)(x, x, x).jaxpr)
 
-    for key in (None, jax.random.key(0)):
-        assert largest(10**6, key) == largest(32, key)
+    assert largest(10**6) == largest(32)
