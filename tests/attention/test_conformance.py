@@ -171,6 +171,7 @@ def test_padding_is_never_read(backend):
         assert not np.asarray(a)[padding].any()
 
 
+@pytest.mark.slow_interpreted(jnp.bfloat16)
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_padding_may_hold_anything(backend, dtype):
     """The largest numbers of a type, of text and of video, with which products overflow; NaN for output gradients."""
