@@ -18,7 +18,7 @@ import numpy as np
 
 from moc_jax.config import ChunkConfig
 from moc_jax.config.base import INT32, Natural, Settings, check
-from moc_jax.shapes import Array, Bool, Float, Int, typed
+from moc_jax.shapes import Array, Bool, Float, Int, as_array, concrete
 
 PAD, TEXT, VIDEO = 0, 1, 2  # kinds of chunk
 GLOBAL, NO_SHOT = -1, -2  # `shot` of the global caption, and of padding
@@ -85,6 +85,7 @@ class ChunkTable:
     max_chunk: int = dataclasses.field(metadata={"static": True})  # no video chunk is longer
     # No scene has more shots, or captions beside the global one; None: no more than there are chunks.
     max_shots: int | None = dataclasses.field(default=None, metadata={"static": True})
+    chunk: ChunkConfig | None = dataclasses.field(default=None, metadata={"static": True})  # that cut it; None: by hand
 
     @property
     def token_kind(self) -> Int[Array, "B N"]:
@@ -119,14 +120,15 @@ def max_chunks(shape: SceneShape, chunk: ChunkConfig) -> int:
     return 1 + shape.shots + max_video_chunks(shape, chunk)
 
 
-@typed
 def chunk_table(lengths: SceneLengths, shape: SceneShape, chunk: ChunkConfig) -> ChunkTable:
     """Cuts every shot into chunks of at most `chunk.size` frames or tokens.
 
     Raises:
-        ValueError: `lengths` and `shape` disagree about the number of shots.
+        TypeError: `lengths` are no arrays of integers.
+        ValueError: `lengths` and `shape` disagree about the number of shots; or where their values are known, which
+            inside jit they aren't, they are negative or beyond the shape.
     """
-    _check_shots(lengths, shape)
+    lengths = _checked(lengths, shape)
     shots = shape.shots
     unit = shape.rows * shape.columns if chunk.unit == "frames" else 1
     rows = max_chunks(shape, chunk)
@@ -176,16 +178,45 @@ def chunk_table(lengths: SceneLengths, shape: SceneShape, chunk: ChunkConfig) ->
         text_tokens=shape.text_tokens,
         max_chunk=min(chunk.size * unit, shape.video_tokens),
         max_shots=shape.shots,
+        chunk=chunk,
     )
 
 
-def _check_shots(lengths: SceneLengths, shape: SceneShape) -> None:
-    shots, captions = lengths.shot_frames.shape[1], lengths.text_lengths.shape[1]
-    if shots != shape.shots or captions != shots + 1:
+def _checked(lengths: SceneLengths, shape: SceneShape) -> SceneLengths:
+    """The lengths as arrays; raises TypeError or ValueError unless they are lengths of scenes of this shape."""
+    if not isinstance(lengths, SceneLengths):
+        raise TypeError(f"lengths is a {type(lengths).__name__}; give SceneLengths(shot_frames, text_lengths)")
+    given = {"shot_frames": shape.frames, "text_lengths": shape.text_tokens}
+    arrays = {name: as_array(name, getattr(lengths, name), integers=True) for name in given}
+    frames, text = (x.shape for x in arrays.values())
+    if len(frames) != 2 or len(text) != 2 or frames[0] != text[0]:
         raise ValueError(
-            f"lengths are for {shots} shots and {captions} captions, but the scene's shape has {shape.shots} shots and "
-            f"needs {shape.shots + 1} captions (the global one first)"
+            f"shot_frames has shape {frames} and text_lengths {text}; they must be [scenes, shots] and "
+            "[scenes, captions] of as many scenes"
         )
+    if frames[1] != shape.shots or text[1] != shape.shots + 1:
+        raise ValueError(
+            f"lengths are for {frames[1]} shots and {text[1]} captions, but the scene's shape has {shape.shots} shots "
+            f"and needs {shape.shots + 1} captions (the global one first)"
+        )
+    for name, room in given.items():
+        _check_room(name, getattr(lengths, name), room)
+    return SceneLengths(**arrays)
+
+
+def _check_room(name: str, lengths: Array, room: int) -> None:
+    values = concrete(lengths)
+    if values is None:
+        return
+    what = "frames" if name == "shot_frames" else "tokens"
+    for scene, each in enumerate(values.astype(np.int64)):
+        if (each < 0).any():
+            raise ValueError(f"{name} of scene {scene} are {each.tolist()}; a length is 0 or more")
+        if each.sum() > room:
+            raise ValueError(
+                f"{name} of scene {scene} are {each.tolist()}, {each.sum()} {what} in all, but the scene's shape has "
+                f"room for {room}; shorten them, or use a larger SceneShape"
+            )
 
 
 def _chunk_of(start: Array, length: Array, tokens: int) -> Int[Array, "B N"]:
@@ -239,22 +270,29 @@ def table_from_runs(runs: list[list[tuple[int, int, int]]], *, text_tokens: int,
     )
 
 
-@typed
 def frame_shot(shot_frames: Int[Array, "B S"], frames: int) -> Int[Array, "B F"]:
-    """The shot of each of `frames` frames, shots lying one after another; NO_SHOT for padding."""
+    """The shot of each of `frames` frames, shots lying one after another; NO_SHOT for padding.
+
+    Raises:
+        TypeError, ValueError: as `chunk_table`.
+    """
+    _check_room("shot_frames", as_array("shot_frames", shot_frames, integers=True), frames)
     end = jnp.cumsum(shot_frames, axis=1)
     frame = jnp.arange(frames)
     shot = jnp.sum(frame[None, :, None] >= end[:, None, :], axis=-1)
     return jnp.where(shot < shot_frames.shape[1], shot, NO_SHOT)
 
 
-@typed
 def positions(lengths: SceneLengths, shape: SceneShape) -> Int[Array, "B N 3"]:
     """Interleaved 3-D rotary positions (t, h, w) of every token, text block first (LCT, section 3.2).
 
     Text advances all three together; a shot's video starts where its caption ended on that diagonal, and the next
     group starts past the video's largest extent, so no two tokens of a scene share a position.
+
+    Raises:
+        TypeError, ValueError: as `chunk_table`.
     """
+    lengths = _checked(lengths, shape)
     frame = shape.rows * shape.columns
 
     def one(shot_frames, text_lengths):

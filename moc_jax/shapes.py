@@ -19,12 +19,48 @@
 | E | width of a text embedding |
 """
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from beartype import beartype
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Key, Shaped, UInt8, jaxtyped
 
-__all__ = ["Array", "Bool", "Float", "Float32", "Int", "Int32", "Key", "Shaped", "UInt8", "typed"]
+__all__ = [
+    "Array",
+    "Bool",
+    "Float",
+    "Float32",
+    "Int",
+    "Int32",
+    "Key",
+    "Shaped",
+    "UInt8",
+    "as_array",
+    "concrete",
+    "typed",
+]
 
 
 def typed(function):
     """Checks the array shapes and types in `function`'s signature whenever it is called or traced."""
     return jaxtyped(typechecker=beartype)(function)
+
+
+def as_array(name: str, x: object, *, integers: bool = False) -> Array:
+    """x, if it is an array of JAX's or numpy's; integers as int32. For what users call, which `typed` answers badly.
+
+    Raises:
+        TypeError: it is none, or holds no integers where they are asked for.
+    """
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(f"{name} is a {type(x).__name__}; give an array: jnp.asarray({name})")
+    if integers and not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} is an array of {x.dtype}; it must hold integers")
+    return jnp.asarray(x, jnp.int32 if integers else None)
+
+
+def concrete(x: object) -> np.ndarray | None:
+    """The values of an array; None where they aren't known here: while tracing, or on other processes' devices."""
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(x)

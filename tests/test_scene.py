@@ -169,6 +169,34 @@ def test_lengths_must_fit_the_shape():
         chunk_table(lengths_of(([1, 1, 1, 1], [0, 0, 0, 0])), SHAPE, CHUNKS[0])
 
 
+@pytest.mark.parametrize(
+    ("frames", "text", "error", "message"),
+    [
+        ([[3, 3, 3, 3]], [[0] * 5], ValueError, r"shot_frames of scene 0 are \[3, 3, 3, 3\], 12 frames .*room for 11"),
+        ([[2**31 - 1, 1, 1, 1]], [[0] * 5], ValueError, "2147483650 frames in all"),
+        ([[0] * 4] * 2, [[0] * 5, [5, 0, 5, 0, 0]], ValueError, "text_lengths of scene 1 .*10 tokens .*room for 9"),
+        ([[4, -1, 4, 0]], [[0] * 5], ValueError, r"shot_frames of scene 0 are \[4, -1, 4, 0\]; a length is 0 or more"),
+        ([[1.5, 1, 1, 1]], [[0] * 5], TypeError, "shot_frames is an array of float.*integers"),
+        ([1, 1, 1, 1], [[0] * 5], ValueError, r"shot_frames has shape \(4,\) and text_lengths \(1, 5\)"),
+        ([[1] * 4] * 2, [[0] * 5], ValueError, "of as many scenes"),
+    ],
+)
+def test_lengths_beyond_the_shape_are_refused(frames, text, error, message):
+    lengths = SceneLengths(np.array(frames), np.array(text))
+    for function in (lambda: chunk_table(lengths, SHAPE, CHUNKS[0]), lambda: positions(lengths, SHAPE)):
+        with pytest.raises(error, match=message):
+            function()
+
+
+def test_lists_are_no_lengths():
+    with pytest.raises(TypeError, match="shot_frames is a list; give an array"):
+        chunk_table(SceneLengths([[1, 1, 1, 1]], [[0] * 5]), SHAPE, CHUNKS[0])
+    with pytest.raises(TypeError, match="lengths is a tuple; give SceneLengths"):
+        positions(([1], [0, 0]), SHAPE)
+    with pytest.raises(ValueError, match=r"12 frames in all.*room for 11"):
+        frame_shot(jnp.array([[6, 6]]), 11)
+
+
 # ------------------------------------------------------------------------------------------------ positions
 
 

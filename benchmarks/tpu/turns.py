@@ -311,9 +311,10 @@ def _pool(s: Scene) -> list[tuple[int, ...]]:
     length = np.asarray(s.table.length[0])[np.asarray(s.table.kind[0]) == VIDEO]
     rows = -(-(s.table.max_chunk + device.ROWS - 1) // pool._GROUP) * pool._GROUP
     steps = -(-(s.table.max_chunk + device.ROWS - 1) // min(rows, pool._MOST_ROWS))
-    groups = s.heads // max(1, s.heads // 2)
-    heads = s.heads * s.chunks * steps
-    return [(groups * s.chunks * steps, heads, s.heads * int((-(-length // pool._GROUP) + 1).sum()))]
+    group = max(1, s.heads // 2)
+    groups, parts = s.heads // group, s.heads // pool.heads_at_once(group, s.setting.head_dim)
+    blocks = parts * int((-(-length // pool._GROUP) + 1).sum())
+    return [(groups * s.chunks * steps, parts * s.chunks * steps, blocks)]
 
 
 def _move(s: Scene) -> list[tuple[int, ...]]:

@@ -1,11 +1,13 @@
-"""The oracle: a dense boolean mask and one float32 softmax. Obviously right, never fast.
+"""The oracle: a dense boolean mask and one float32 softmax for each query. Obviously right, never fast.
 
 out_i = softmax_j( q_i . k_j / sqrt(D)  where j in context(i) ) v_j            (MoC, equation 4)
 """
 
 import math
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from moc_jax.attention.routing import anchor_chunks
 from moc_jax.config import MoCConfig
@@ -34,13 +36,28 @@ def attend(
     table: ChunkTable,
     cfg: MoCConfig,
 ) -> Float[Array, "B N H D"]:
-    """Attention under the mask; queries with an empty context give 0."""
+    """Attention under the mask; queries with an empty context give 0.
+
+    Query by query, each with zeros for the keys and values that it does not see: whatever these hold, NaN too, reaches
+    neither its output nor, through it, any gradient.
+    """
+    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+
+    @jax.checkpoint
+    def one_query(inputs):
+        q, mask = inputs  # [B, H, D], [B, H, M]
+        seen = jnp.swapaxes(mask, 1, 2)[..., None]  # [B, M, H, 1]
+        keys, values = jnp.where(seen, k32, 0.0), jnp.where(seen, v32, 0.0)
+        scores = jnp.einsum("bhd,bmhd->bhm", q, keys, precision="highest") / math.sqrt(q.shape[-1])
+        scores = jnp.where(mask, scores, -jnp.inf)
+        largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isneginf(largest), 0.0, largest)), 0.0)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / jnp.where(total == 0, 1.0, total)
+        return jnp.einsum("bhm,bmhd->bhd", weights, values, precision="highest")
+
+    q = jnp.where(table.valid[..., None, None], q, 0).astype(jnp.float32)
     mask = context_mask(routes, table, cfg)
-    q, k, v32 = (x.astype(jnp.float32) for x in (q, k, v))
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, precision="highest") / math.sqrt(q.shape[-1])
-    scores = jnp.where(mask, scores, -jnp.inf)
-    largest = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
-    weights = jnp.where(mask, jnp.exp(scores - largest), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    return jnp.einsum("bhnm,bmhd->bnhd", weights, v32, precision="highest").astype(v.dtype)
+    out = lax.map(one_query, (jnp.moveaxis(q, 1, 0), jnp.moveaxis(mask, 2, 0)))
+    out = jnp.where(table.valid[..., None, None], jnp.moveaxis(out, 0, 1), 0.0)  # the same for its gradient
+    return out.astype(v.dtype)

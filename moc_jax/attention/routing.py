@@ -9,6 +9,7 @@ row = the query's chunk, column = the chunk that may be attended to.
     context(i)  = picks(i) and anchors(i)                  one softmax over their tokens        (4)
 """
 
+import functools
 import math
 
 import jax
@@ -19,6 +20,9 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import GLOBAL, PAD, TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
 
+FEW = 8  # keys whose mean is near the others
+_SLOTS = 32  # of what the slots past the chunks are a multiple
+_MOST_COMPARED = 16  # for more, sorting beats comparing all
 _NOTHING = -1  # a slot that holds no chunk
 
 
@@ -99,31 +103,66 @@ def _self_anchor(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
 
 @typed
 def descriptors(k: Float[Array, "B N H D"], table: ChunkTable) -> Float32[Array, "B H C D"]:
-    """Equation (1): the mean key of each chunk, accumulated in float32; 0 for empty chunks.
+    """Equation (1), computed as phi = r + mean(k - r) in float32, with r the mean of the chunk's first few keys.
 
-    Aligned blocks of tokens are summed first, which reads k once. A chunk is then some whole blocks, less than a
-    block before them and less than a block after. Gathers and sums in a fixed order, so every bit is the same on
-    each run.
+    Where all keys are equal, r is that key but for rounding, and the differences, which are exact, give back what
+    rounding took: chunks of equal keys tie exactly, whatever their lengths. 0 for empty chunks.
+
+    Chunks are cut into blocks, each from its own first token on, so that no bit depends on where a chunk lies in
+    memory. Blocks are summed, then blocks of blocks: gathers and sums in a fixed order, the same bits on each run.
+
+    Bytes: k once, up to a block more for each chunk and its first few keys again; sums of blocks, which are an eighth
+    of that for long chunks.
     """
-    tokens = k.shape[1]
-    block = min(64, max(8, table.max_chunk // 16))  # what chunks read twice stays near a tenth of k
-    begin, end = table.start, table.start + table.length
-    first, last = -(-begin // block), end // block  # whole blocks; last < first for a chunk inside one block
-    blocks = k[:, : tokens // block * block].reshape(k.shape[0], tokens // block, block, *k.shape[2:])
-    longest = min(max(table.max_chunk, table.text_tokens), tokens)
-    total = _sum_rows(jnp.sum(blocks.astype(jnp.float32), axis=2), first, last, longest // block)
-    total += _sum_rows(k, begin, jnp.minimum(first * block, end), block)
-    total += _sum_rows(k, jnp.maximum(first, last) * block, end, block)
-    return jnp.swapaxes(total / jnp.maximum(table.length, 1)[:, :, None, None], 1, 2)
+    block = min(32, max(8, table.max_chunk // 4))  # sums of blocks are few beside k; so is what is read in vain
+    few = jnp.minimum(table.length, FEW)
+    near = _sum_rows(k, table.start, few, FEW) / jnp.maximum(few, 1)[:, :, None, None]
+    sums, start, length, less = k, table.start, table.length, near
+    longest = min(max(table.max_chunk, table.text_tokens), k.shape[1])
+    while less is not None or longest > 1:
+        sums, start, length = _sum_blocks(sums, start, length, block, less)
+        longest, less = -(-longest // block), None
+    mean = near + _rows(sums, start) / jnp.maximum(table.length, 1)[:, :, None, None]
+    return jnp.swapaxes(jnp.where((table.length > 0)[:, :, None, None], mean, 0.0), 1, 2)
 
 
-def _sum_rows(x: Array, begin: Array, end: Array, most: int) -> Float32[Array, "B C H D"]:
-    """The sum of rows [begin, end), at most `most` of them, of x [B, N, H, D], for begin and end [B, C]."""
-    if most == 0 or x.shape[1] == 0:
-        return jnp.zeros((*begin.shape, *x.shape[2:]), jnp.float32)
-    row = begin[:, :, None] + jnp.arange(most)[None, None]
-    rows = jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, row).astype(jnp.float32)
-    return jnp.sum(jnp.where((row < end[:, :, None])[..., None, None], rows, 0.0), axis=2)
+def _sum_blocks(x: Array, start: Array, length: Array, block: int, less: Array | None):
+    """Runs of x [B, N, H, D] -> the sums of their blocks [B, G, H, D], and as which runs these lie there.
+
+    Runs [B, C] are given by start and length; `less` [B, C, H, D] is what is taken from each of their rows before.
+    """
+    runs = start.shape[1]
+    counts = -(-length // block)
+    ends = jnp.cumsum(counts, axis=1)
+    index = jnp.arange(x.shape[1] // block + runs)
+    ended = jax.vmap(lambda end: jnp.zeros(index.size, jnp.int32).at[end].add(1, mode="drop"))(ends)
+    of = jnp.minimum(jnp.cumsum(ended, axis=1), runs - 1)  # each block's run: as many have ended before
+    begin, size, before = (jnp.take_along_axis(i, of, axis=1) for i in (start, length, ends - counts))
+    inside = (index[None] - before) * block  # from the run's start on; beyond its end where there is no block
+    less = None if less is None else _rows(less, of)
+    sums = _sum_rows(x, begin + inside, jnp.clip(size - inside, 0, block), block, less)
+    return sums, ends - counts, counts
+
+
+def _sum_rows(x: Array, begin: Array, count: Array, most: int, less: Array | None = None) -> Array:
+    """The sum [B, C, H, D] of `count` rows from `begin` on, at most `most`, each less `less`, for x [B, N, H, D].
+
+    Pairwise, and term by term instead of by a reduction, before which some compilers would write down all terms.
+    """
+    terms = []
+    for i in range(most):
+        row = _rows(x, begin + i)
+        terms.append(jnp.where((i < count)[..., None, None], row if less is None else row - less, 0.0))
+    while len(terms) > 1:
+        terms = [functools.reduce(jnp.add, terms[i : i + 2]) for i in range(0, len(terms), 2)]
+    return terms[0]
+
+
+def _rows(x: Array, index: Array) -> Array:
+    """Rows [B, ..., H, D] of x [B, N, H, D] in float32; for those beyond it, which nobody uses, whatever there is."""
+    if x.shape[1] == 0:
+        return jnp.zeros((*index.shape, *x.shape[2:]), jnp.float32)
+    return jax.vmap(lambda x, i: x.at[i].get(mode="clip"))(x, index).astype(jnp.float32)
 
 
 @typed
@@ -138,8 +177,8 @@ def route(
 ) -> Int[Array, "B H N _"]:
     """Equations (1) to (3): the picked chunks of every query, best first; -1 fills slots that hold none.
 
-    Slots are `top_k`, and with `keys` (training: context drop-off and drop-in, one key per scene and head)
-    `top_k + max_drop_in`. Text and padding tokens pick nothing. `block` queries are scored at a time, so that
+    `slots` are those of `top_k`, and with `keys` (training: context drop-off and drop-in, one key per scene and head)
+    those of `max_drop_in` behind. Text and padding tokens pick nothing. `block` queries are scored at a time, so that
     scores never take more than B * H * block * C floats.
     """
     q, k = lax.stop_gradient((q, k))
@@ -156,7 +195,7 @@ def select(
     *,
     block: int | None = None,
 ) -> Int[Array, "B H N K"]:
-    """Equations (2) and (3): the `top_k` best candidates of every query."""
+    """Equations (2) and (3): the best candidates of every query, in `slots` of `top_k`; none of score NaN or -inf."""
 
     def one_block(q, candidates, _):
         scores = jnp.einsum("bnhd,bhcd->bhnc", q.astype(jnp.float32), phi, precision="highest")
@@ -211,47 +250,74 @@ def _by_block(function, x: Array, axis: int, table: ChunkTable, cfg: MoCConfig, 
 
 def _top(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
     chunks = scores.shape[-1]
-    mask = mask & ~jnp.isnan(scores)  # a NaN score is never picked
-    # lax.top_k puts the lowest index first among equals.
-    _, picks = lax.top_k(jnp.where(mask, scores, -jnp.inf), min(top_k, chunks))
+    mask = mask & (scores > -jnp.inf)  # neither NaN nor what is as bad as no candidate
+    # lax.top_k puts the lowest index first among equals, for which it doesn't take 0 and -0.
+    scores = jnp.where(mask, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
+    _, picks = lax.top_k(scores, min(top_k, chunks))
     picks = jnp.where(jnp.take_along_axis(mask, picks, axis=-1), picks, _NOTHING)
-    return jnp.pad(picks, ((0, 0),) * 3 + ((0, top_k - picks.shape[-1]),), constant_values=_NOTHING)
+    return with_slots(picks, slots(top_k, chunks))
+
+
+def slots(most: int, chunks: int) -> int:
+    """Slots for up to `most` picks: as many, but none past the chunks rounded up to a multiple of 32.
+
+    So a setting has the same slots for scenes of all sizes, unless it asks for more than any of them could fill.
+    """
+    return min(most, -(-chunks // _SLOTS) * _SLOTS)
+
+
+def with_slots(picks: Int[Array, "B H N _"], count: int) -> Int[Array, "B H N _"]:
+    """`picks` with empty slots behind, `count` in all."""
+    return jnp.pad(picks, ((0, 0),) * 3 + ((0, count - picks.shape[-1]),), constant_values=_NOTHING)
 
 
 def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) -> Int[Array, "B H N K"]:
     """`drop` for the queries `token` [n]: picks [B, H, n, K] and candidates [B, n, C]."""
-    chunks, slots = mask.shape[-1], min(cfg.max_drop_in, mask.shape[-1])
-    steps = [math.exp(-cfg.drop_in_rate) * cfg.drop_in_rate**m / math.factorial(m) for m in range(slots)]
-    below = jnp.cumsum(jnp.asarray(steps, jnp.float32))  # P(Poisson <= m)
+    chunks = mask.shape[-1]
+    most = min(cfg.max_drop_in, chunks)
+    below = jnp.cumsum(jnp.asarray(_poisson(cfg.drop_in_rate, most), jnp.float32))  # P(Poisson <= m)
 
     def one(picks, mask, key):  # [K], [C], key of one query
         off, order, count, priority = (jax.random.fold_in(key, i) for i in range(4))
         held = picks >= 0
-        drop = jnp.floor(jax.random.uniform(off, maxval=cfg.drop_off_max) * cfg.top_k)
+        drop = jnp.floor(jax.random.uniform(off, maxval=cfg.drop_off_max) * jnp.sum(held))
         order = jnp.where(held, jax.random.uniform(order, picks.shape), jnp.inf)
         kept = jnp.where(held & (_rank(order) >= drop), picks, _NOTHING)
 
         free = mask & ~jnp.any(picks[:, None] == jnp.arange(chunks)[None], axis=0)
         more = jnp.sum(jax.random.uniform(count) >= below)
-        added = _largest(jnp.where(free, jax.random.uniform(priority, (chunks,)), -1.0), slots)
-        added = jnp.where(free[added] & (jnp.arange(slots) < more), added, _NOTHING)
-        return jnp.concatenate([kept, jnp.pad(added, (0, cfg.max_drop_in - slots), constant_values=_NOTHING)])
+        added = _largest(jnp.where(free, jax.random.uniform(priority, (chunks,)), -1.0), most)
+        added = jnp.where(free[added] & (jnp.arange(most) < more), added, _NOTHING)
+        return jnp.concatenate([kept, added])
 
     def one_head(picks, mask, key):  # [N, K], [N, C]
         return jax.vmap(one)(picks, mask, jax.vmap(lambda n: jax.random.fold_in(key, n))(token))
 
-    return jax.vmap(jax.vmap(one_head, in_axes=(0, None, 0)))(picks, mask, keys)
+    drawn = jax.vmap(jax.vmap(one_head, in_axes=(0, None, 0)))(picks, mask, keys)
+    return with_slots(drawn, picks.shape[-1] + slots(cfg.max_drop_in, chunks))
+
+
+def _poisson(rate: float, count: int) -> list[float]:
+    """P(Poisson = m) for m < count."""
+    steps = [math.exp(-rate)]
+    for m in range(1, count):
+        steps.append(steps[-1] * rate / m)
+    return steps[:count]
 
 
 def _rank(x: Array) -> Array:
-    """Each element's place [K] in ascending order, equals in order: for a few, comparing all beats sorting."""
+    """Each element's place [K] in ascending order, equals in order."""
+    if x.shape[0] > _MOST_COMPARED:
+        return jnp.argsort(jnp.argsort(x))
     place = jnp.arange(x.shape[0])
     before = (x[None] < x[:, None]) | ((x[None] == x[:, None]) & (place[None] < place[:, None]))
     return jnp.sum(before, axis=1)
 
 
 def _largest(x: Array, count: int) -> Array:
-    """Indices [count] of the largest elements, equals by index: for a few, searching again beats sorting all."""
+    """Indices [count] of the largest elements, equals by index."""
+    if count > _MOST_COMPARED:
+        return lax.top_k(x, count)[1]
     found = []
     for _ in range(count):
         found.append(jnp.argmax(x))

@@ -106,8 +106,8 @@ def attend(
     with jax.named_scope("moc_attention"):
         tiling = default_tiling(q.shape[2], table.max_chunk, routes.shape[-1], cfg)
         static = _Static(table.text_tokens, tiling)
-        out = _attend(q, k, v, runs, routes, table.start, table.length, static)
-    return jnp.swapaxes(out, 1, 2)
+        out = jnp.swapaxes(_attend(q, k, v, runs, routes, table.start, table.length, static), 1, 2)
+    return jnp.where(table.valid[..., None, None], out, 0)  # and its gradient
 
 
 def _runs_of_tokens(table: ChunkTable, cfg: MoCConfig) -> Runs:
@@ -387,9 +387,8 @@ def _stops(runs):
 
 
 def _only(mine, x):
-    """x [H, T, D], zero where not mine [H, T]. Without queries and output gradients, rows add nothing to the sums,
-    whatever their numbers [H, T] are."""
-    return jnp.where(mine[..., None], x, 0) if x.ndim == 3 else x
+    """x [H, T, ...], zero where not mine [H, T]: such rows add nothing to the sums."""
+    return jnp.where(mine.reshape(*mine.shape, *[1] * (x.ndim - 2)), x, 0)
 
 
 def _rows(x, index):

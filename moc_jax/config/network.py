@@ -43,7 +43,7 @@ class MoCConfig(Settings, at="moc"):
     visibility: Literal["scene", "past"] = "scene"
     """`scene`: joint denoising; `past`: a shot sees only the global caption and shots up to itself."""
     drop_off_max: Fraction = 0.5
-    """Training: p ~ U(0, drop_off_max); floor(p * top_k) random picks are dropped per query."""
+    """Training: p ~ U(0, drop_off_max); of the k picks that a query holds, floor(p * k) random ones are dropped."""
     drop_in_rate: Annotated[float, Range(0, 1e6)] = 0.5
     """Training: Poisson rate of further random candidates added per query."""
     max_drop_in: Annotated[int, Range(0, 2**10, "slots")] = 2

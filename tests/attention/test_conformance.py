@@ -1,6 +1,7 @@
 """What Mixture of Contexts promises, one named fact per test, for every backend through the public functions."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -170,6 +171,58 @@ def test_padding_is_never_read(backend):
         assert not np.asarray(a)[padding].any()
 
 
+@pytest.mark.slow_interpreted("bfloat16")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_may_hold_anything(backend, dtype):
+    """The largest numbers of a type, of text and of video, with which products overflow; NaN for output gradients."""
+    if backend == "pallas_gpu" and dtype == "float32":
+        pytest.skip("pallas_gpu knows no float32")
+    cfg = with_backend(SINGLE_SHOT, backend)
+    q, k, v = qkv(0, TWO_SHOTS, dtype=jnp.dtype(dtype))
+    dout = np.ones_like(v)
+    table = table_of(TWO_SHOTS)
+    want = attention_and_gradients(q, k, v, table, cfg, dout)
+    padding = np.asarray(table.chunk_of) < 0
+    assert padding[:, :TEXT_TOKENS].any()
+    assert padding[:, TEXT_TOKENS:].any()
+    largest = float(jnp.finfo(dtype).max)
+    for x, filling in zip((q, k, v, dout), (largest, -largest, largest, np.nan)):
+        x[padding] = filling
+    got = attention_and_gradients(q, k, v, table, cfg, dout)
+    for a, b, which in zip(jax.tree.leaves(got), jax.tree.leaves(want), ("output", "dq", "dk", "dv")):
+        np.testing.assert_array_equal(a, b, which)
+
+
+def test_nan_reaches_who_reads_it_and_nobody_else(backend):
+    """NaN in one token's v, k, q or output gradient, for the plain backends; for the kernels, a NaN key is no pick."""
+    cfg, token, table = with_backend(SINGLE_SHOT, backend), TEXT_TOKENS + 9, table_of(TWO_SHOTS)
+    inputs = dict(
+        zip("qkv", qkv(0, TWO_SHOTS, backend=backend)), dout=np.ones((2, TOKENS, HEADS, HEAD_DIM), np.float32)
+    )
+    for which in ("v", "k", "q", "dout") if backend in ("reference", "xla") else ():
+        q, k, v, dout = (inputs[x].copy() for x in ("q", "k", "v", "dout"))
+        {"q": q, "k": k, "v": v, "dout": dout}[which][0, token] = np.nan
+        routes = np.asarray(routing(q, k, table, cfg))
+        if which == "k":
+            assert not (routes[0] == table.chunk_of[0, token]).any()
+        mask = oracle.moc(*map(np.nan_to_num, (q, k, v)), TWO_SHOTS, cfg, routes).mask
+        out, grads = attention_and_gradients(q, k, v, table, cfg, dout)
+        bad, bad_dq, bad_dk, bad_dv = (np.isnan(x).any(axis=-1).swapaxes(1, 2) for x in (out, *grads))  # [B, H, N]
+        hit = np.zeros_like(bad)
+        hit[0, :, token] = True
+        readers = hit if which in ("q", "dout") else (mask & hit[:, :, None]).any(axis=-1)
+        read = (mask & readers[..., None]).any(axis=2)  # by those: what their gradients reach
+        np.testing.assert_array_equal(bad, np.zeros_like(bad) if which == "dout" else readers, which)
+        np.testing.assert_array_equal(bad_dq, readers, which)
+        assert not (bad_dk & ~read).any(), which
+        assert not (bad_dv & ~read).any(), which
+    q, k, _ = (inputs[x].copy() for x in "qkv")
+    k[0, token] = np.nan
+    routes = np.asarray(routing(q, k, table, cfg))
+    assert not (routes[0] == table.chunk_of[0, token]).any()
+    assert (routes[1] >= 0).any()
+
+
 def test_scenes_and_heads_know_nothing_of_each_other(backend):
     cfg = with_backend(SINGLE_SHOT, backend)
     q, k, v = qkv(0, TWO_SHOTS, backend=backend)
@@ -240,6 +293,14 @@ def test_ties_go_to_the_lowest_chunk(backend, kind):
         routes = np.asarray(routing(q, k, table_of([scene] * 2), cfg))
         assert (routes[:, :, scene[10].tokens] == own_last).all()
         assert (routes[:, :, scene[7].tokens] == own_middle).all()
+
+
+def test_equal_keys_tie_whatever_the_lengths_of_chunks(backend):
+    scene = cut(1, (1, [3, 7, 1]), (0, [5, 6, 11]), (2, [8]))
+    q, k, _ = qkv(0, [scene] * 2, "equal chunks", backend=backend)
+    routes = np.asarray(routing(q, k, table_of([scene] * 2), MoCConfig(top_k=6, causal_routing=False, backend=backend)))
+    for chunk, others in ((10, [2, 3, 4, 6, 7, 8]), (7, [2, 3, 4, 10, -1, -1]), (3, [6, 7, 8, 10, -1, -1])):
+        assert (routes[:, :, scene[chunk].tokens] == others).all()
 
 
 def test_duplicated_chunks_are_picked_in_order(backend):

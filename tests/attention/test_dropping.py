@@ -101,6 +101,18 @@ def test_drop_off_removes_floor_p_k():
         assert (contains(before, after) == (after >= 0)).all()
 
 
+def test_drop_off_counts_the_picks_that_a_query_holds():
+    """With causal routing the n-th chunk's queries hold n, up to the five slots: floor(p n) of them are dropped."""
+    cfg = dataclasses.replace(CFG, causal_routing=True, drop_off_max=0.5, max_drop_in=0)
+    before, after = picks(cfg)
+    held, kept = ((x >= 0).sum(axis=-1) for x in (before, after))
+    assert set(held.ravel()) == set(range(6))
+    for count, shares in ((0, [1]), (1, [1]), (2, [1]), (3, [2 / 3, 1 / 3]), (4, [0.5, 0.5]), (5, [0.4, 0.4, 0.2])):
+        dropped = (held - kept)[held == count]
+        got = np.bincount(dropped, minlength=len(shares)) / dropped.size
+        np.testing.assert_allclose(got, shares, atol=4 * 0.5 / np.sqrt(dropped.size), err_msg=f"{count} held")
+
+
 def test_drop_in_is_poisson_cut_at_its_slots():
     before, after = picks(dataclasses.replace(CFG, drop_off_max=0.0, drop_in_rate=0.5, max_drop_in=2))
     assert contains(after, before).all()
@@ -132,3 +144,17 @@ def test_draws_are_independent_and_repeatable():
     assert (halves[0] != halves[1]).any(axis=-1).mean() > 0.3  # scenes draw apart
     assert (halves[:, :, 0] != halves[:, :, 1]).any(axis=-1).mean() > 0.3  # heads too
     assert (halves[:, 1:] != halves[:, :-1]).any(axis=-1).mean() > 0.3  # and queries
+
+
+def test_settings_beyond_the_chunks_cost_no_more_than_all_of_them():
+    """A million picks or drop-ins: as many slots as chunks, rounded up, and the picks of a setting that takes all."""
+    q, k, _ = qkv(0, UNIFORM)
+    table, key = table_of(UNIFORM), jax.random.key(0)
+    all_chunks = dataclasses.replace(CFG, top_k=20, drop_off_max=0.7, drop_in_rate=2.0, max_drop_in=20)
+    million = dataclasses.replace(all_chunks, top_k=10**6, max_drop_in=10**6)
+    for given in (None, key):
+        want, got = (np.asarray(routing(q, k, table, cfg, key=given)) for cfg in (all_chunks, million))
+        assert got.shape[-1] == 32 * (1 if given is None else 2)
+        np.testing.assert_array_equal(*(np.sort(x, axis=-1)[..., -16:] for x in (got, want)))
+    few = dataclasses.replace(CFG, drop_in_rate=400.0, max_drop_in=300)  # 400 ** 300 is no float
+    assert (np.asarray(routing(q, k, table, few, key=key)) < 14).all()

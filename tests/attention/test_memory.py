@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moc_jax.attention.api import moc_attention
+from moc_jax.attention.api import moc_attention, route
+from moc_jax.attention.pallas_gpu import device as gpu
+from moc_jax.attention.pallas_tpu import device as tpu
 from moc_jax.config import MoCConfig
 from tests.attention.configs import MULTI_SHOT, SINGLE_SHOT, name
 from tests.attention.scenes import cut, table_of
@@ -61,3 +63,24 @@ def test_the_measure_sees_quadratic_arrays():
     traced = program(2048, MULTI_SHOT, "reference")
     assert largest_array(traced.jaxpr) >= 2048**2
     assert traced.lower().compile().memory_analysis().temp_size_in_bytes >= 2048**2
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla", "pallas_gpu", "pallas_tpu"])
+def test_picks_beyond_the_chunks_cost_no_more_than_all_of_them(backend):
+    """No array of routing, attention and gradients grows when top_k goes from 32 of 9 chunks to a million."""
+    scene = cut(0, *[(0, [CHUNK] * 3)] * 2, text_tokens=0)
+    table = table_of([scene], text_tokens=0, tokens=192, chunks=9, max_chunk=CHUNK)
+    x = jax.ShapeDtypeStruct((1, 192, 1, 64), jnp.bfloat16)
+
+    def largest(top_k):
+        cfg = MoCConfig(top_k=top_k, max_drop_in=top_k, self_anchor="chunk", causal_routing=False, backend=backend)
+
+        def run(q, k, v):
+            routes = route(q, k, table, cfg, key=jax.random.key(0))
+            out, vjp = jax.vjp(lambda *x: moc_attention(*x, table, cfg, routes=routes), q, k, v)
+            return routes, vjp(out)
+
+        with tpu.compiled_for("v5p"), gpu.lowered_only():
+            return largest_array(jax.make_jaxpr(run)(x, x, x).jaxpr)
+
+    assert largest(10**6) == largest(32)

@@ -109,7 +109,11 @@ def _forward(q, k, v, plan, placement, table, static):
 
 def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
     """Arrays [B, N, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
-    queries, keys, values = _to_order(q, plan.order, static), _head_major(k, static), _head_major(v, static)
+    queries, keys, values = (
+        _to_order(q, plan.order, static),
+        _head_major(k, table, static),
+        _head_major(v, table, static),
+    )
     anchors: Any = _anchors(queries, keys, values, plan, static) if plan.anchors else None
     if placement is None:
         out, lse = anchors
@@ -163,7 +167,11 @@ def _attend_backward(static, residuals, d_result):
 
 
 def _gradients(q, k, v, plan: Plan, placement, table, out, lse, d_result, static: _Static):
-    queries, keys, values = _to_order(q, plan.order, static), _head_major(k, static), _head_major(v, static)
+    queries, keys, values = (
+        _to_order(q, plan.order, static),
+        _head_major(k, table, static),
+        _head_major(v, table, static),
+    )
     d_out = _to_order(d_result.astype(q.dtype), plan.order, static)
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, H, R]
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # rows with nothing to attend to, and without a token
@@ -288,10 +296,13 @@ def _to_tokens(x: Float[Array, "B H R D"], where: Moves, table: ChunkTable, stat
     return jnp.swapaxes(moves.move(x, *where, table.chunk_of.shape[1], interpret=static.interpret), 1, 2)
 
 
-def _head_major(x: Array, static: _Static) -> Float[Array, "B H N D"]:
-    """Keys or values [B, N, H, D] as kernels read them: at least a block, in whole tiles of memory."""
+def _head_major(x: Array, table: ChunkTable, static: _Static) -> Float[Array, "B H N D"]:
+    """Keys or values [B, N, H, D] as kernels read them: at least a block, in whole tiles of memory; 0 for padding.
+
+    Weights of padding are 0, but the matrix unit takes the largest float32 numbers for infinite.
+    """
     more = key_rows(x.shape[1], static.text_tokens, static.blocks) - x.shape[1]
-    x = jnp.swapaxes(x, 1, 2)
+    x = jnp.swapaxes(jnp.where(table.valid[..., None, None], x, 0), 1, 2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
 

@@ -92,9 +92,9 @@ def select(
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> Int[Array, "B H N K"]:
-    """The `top_k` best candidates of every query, best first; -1 fills slots that hold none (equations (2), (3)).
+    """As `routing.select`: the best candidates of every query, best first; -1 fills slots that hold none.
 
-    A score of minus infinity is never picked, as if it were NaN. More than 16 picks would leave the kernel too few
+    More than 16 picks would leave the kernel too few
     registers; they are plain XLA's, scored in blocks.
 
     Args:
@@ -107,8 +107,12 @@ def select(
         NotImplementedError: q's type or D is none that the kernel can do.
     """
     _check(q)
-    if cfg.top_k > _MOST_PICKS:
+    top_k = min(cfg.top_k, phi.shape[2])
+    if top_k > _MOST_PICKS:
         return routing.select(q, phi, table, cfg, block=_XLA_BLOCK)
+    if top_k < cfg.top_k:
+        few = select(q, phi, table, dataclasses.replace(cfg, top_k=top_k), tiling=tiling, interpret=interpret)
+        return routing.with_slots(few, routing.slots(cfg.top_k, phi.shape[2]))
     batch, tokens, heads, _ = q.shape
     if cfg.top_k == 0 or tokens == 0:
         return jnp.full((batch, heads, tokens, cfg.top_k), _NOTHING, jnp.int32)

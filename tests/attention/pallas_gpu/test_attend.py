@@ -53,12 +53,12 @@ class Case:
         return table_of(self.scenes, **self.sizes)
 
 
-def run(case, seed=0):
-    """((routes, output, dq, dk, dv), the inputs q, k, v, dout) of one program."""
+def run(case, seed=0, inputs=None):
+    """((routes, given, output, dq, dk, dv), the inputs q, k, v, dout) of one program."""
     table = case.table
     shape = (table.chunk_of.shape[1], case.heads, case.head_dim)
-    q, k, v = qkv(seed, case.scenes, shape=shape, dtype=case.dtype)
-    dout = qkv(seed + 1, case.scenes, shape=shape, dtype=case.dtype)[0]
+    draw = [qkv(seed + i, case.scenes, shape=shape, dtype=case.dtype) for i in range(2)]
+    q, k, v, dout = inputs or (*draw[0], draw[1][0])
     cfg = dataclasses.replace(case.cfg, backend="pallas_gpu")
     key = jax.random.key(3) if case.key else None
 
@@ -157,6 +157,20 @@ def test_dense():
 
 def test_no_picks():
     check(Case(MoCConfig(top_k=0, text_anchor="own+global", visibility="past")))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in matmul:RuntimeWarning")  # the interpreter's
+def test_padding_may_hold_anything_finite():
+    """The largest numbers, with which products overflow, and NaN for output gradients: every bit stays."""
+    case = Case(MoCConfig(top_k=1, self_anchor="chunk", causal_routing=False))
+    (_, _, *want), inputs = run(case)
+    padding = np.asarray(case.table.chunk_of) < 0
+    largest = jnp.finfo(case.dtype).max
+    for x, filling in zip(inputs, (largest, -largest, largest, np.nan)):
+        x[padding] = filling
+    (_, _, *got), _ = run(case, inputs=inputs)
+    for a, b, which in zip(got, want, ("output", "dq", "dk", "dv")):
+        np.testing.assert_array_equal(a, b, which)
 
 
 @pytest.mark.slow

@@ -1,0 +1,180 @@
+"""What users give to attention, checked before any work: an error names the value, the limit and the fix.
+
+Shapes and types are known always; values where they are concrete, which they are not inside jit.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moc_jax.attention.routing import anchor_chunks
+from moc_jax.config import MoCConfig
+from moc_jax.scene import TEXT, VIDEO, ChunkTable
+from moc_jax.shapes import Array, as_array, concrete
+
+_FLOATS = ("float32", "bfloat16", "float16")
+_PER_CHUNK = ("kind", "shot", "start", "length")
+
+
+def check_settings(cfg: Any, backends: tuple[str, ...]) -> None:
+    """Raises TypeError or ValueError unless `cfg` is a MoCConfig with one of these backends, or `auto`."""
+    if not isinstance(cfg, MoCConfig):
+        raise TypeError(f"cfg is a {type(cfg).__name__}; give a MoCConfig (of a whole Config, its field moc)")
+    if cfg.backend != "auto" and cfg.backend not in backends:
+        raise ValueError(f"moc.backend is {cfg.backend!r}; choose one of auto, {', '.join(backends)}")
+
+
+def check_vectors(**given: Any) -> list[Array]:
+    """q, k, v as arrays of one shape [B, N, H, D].
+
+    Raises:
+        TypeError: one is no array, or of a type that attention doesn't compute in.
+        ValueError: one has another rank, or another shape than the first.
+    """
+    arrays = []
+    for name, x in given.items():
+        if str(getattr(x, "dtype", "float32")) not in _FLOATS:
+            raise TypeError(f"{name} is {x.dtype}; attention computes in {', '.join(_FLOATS)}: use {name}.astype(...)")
+        x = as_array(name, x)
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name} has shape {x.shape}; it must be [B, N, H, D]: scenes, tokens, heads, size of a head"
+            )
+        arrays.append(x)
+    (first, q), *others = zip(given, arrays, strict=True)
+    for name, x in others:
+        if x.shape != q.shape:
+            raise ValueError(f"{name} has shape {x.shape} and {first} {q.shape}; they must be equal")
+    return arrays
+
+
+def check_table(table: Any, q: Array, cfg: MoCConfig) -> ChunkTable:
+    """The table with arrays for fields.
+
+    Raises:
+        TypeError: it is no ChunkTable, or its fields are no arrays of integers.
+        ValueError: its fields disagree about sizes, with q or with `cfg.chunk`; or a chunk lies beyond its block.
+    """
+    if not isinstance(table, ChunkTable):
+        raise TypeError(f"table is a {type(table).__name__}; make a ChunkTable with moc_jax.scene.chunk_table")
+    fields: dict[str, Any] = {
+        name: as_array(f"table.{name}", getattr(table, name), integers=True) for name in (*_PER_CHUNK, "chunk_of")
+    }
+    table = dataclasses.replace(table, **fields)
+    if table.chunk_of.shape != q.shape[:2]:
+        at = table.chunk_of.shape
+        of_table = f"{at[0]} scenes of {at[1]}" if len(at) == 2 else f"an array of shape {at}"
+        raise ValueError(
+            f"q has {q.shape[0]} scenes of {q.shape[1]} tokens, but the chunk table is for "
+            f"{of_table}; build it from the same SceneShape"
+        )
+    for name in _PER_CHUNK:
+        shape = getattr(table, name).shape
+        if shape != table.kind.shape or len(shape) != 2 or shape[0] != q.shape[0]:
+            raise ValueError(
+                f"table.{name} has shape {shape}; kind, shot, start and length must all be "
+                f"[{q.shape[0]} scenes, chunks], and kind is {table.kind.shape}"
+            )
+    if cfg.mode == "moc" and table.chunk is not None and table.chunk != cfg.chunk:
+        raise ValueError(
+            f"the chunk table was cut by {table.chunk}, but cfg.chunk is {cfg.chunk}; "
+            "cut it with chunk_table(lengths, shape, cfg.chunk)"
+        )
+    _check_places(table, q.shape[1])
+    return table
+
+
+def _check_places(table: ChunkTable, tokens: int) -> None:
+    values: list[Any] = [concrete(getattr(table, name)) for name in ("kind", "start", "length", "chunk_of")]
+    if any(x is None for x in values):
+        return
+    kind, start, length, chunk_of = values
+    some = length > 0
+    text, video = some & (kind == TEXT), some & (kind == VIDEO)
+    end = start + length
+    for wrong, limit in (
+        (length < 0, "no length is below 0"),
+        (some & ~text & ~video, "only text and video have tokens"),
+        (text & ((start < 0) | (end > table.text_tokens)), f"text lies in [0, {table.text_tokens})"),
+        (video & ((start < table.text_tokens) | (end > tokens)), f"video lies in [{table.text_tokens}, {tokens})"),
+        (
+            video & (length > table.max_chunk),
+            f"table.max_chunk says that no video chunk has more than {table.max_chunk}",
+        ),
+    ):
+        if wrong.any():
+            b, c = np.argwhere(wrong)[0]
+            raise ValueError(
+                f"chunk {c} of scene {b} (kind {kind[b, c]}) is tokens [{start[b, c]}, {end[b, c]}), {length[b, c]} in "
+                f"all, but {limit}: make the table with chunk_table or table_from_runs"
+            )
+    if chunk_of.size and not (chunk_of.min() >= -1 and chunk_of.max() < kind.shape[1]):
+        b, n = np.argwhere((chunk_of < -1) | (chunk_of >= kind.shape[1]))[0]
+        raise ValueError(
+            f"token {n} of scene {b} is in chunk {chunk_of[b, n]}; chunks are 0 to {kind.shape[1] - 1}, -1 is padding: "
+            "make the table with chunk_table or table_from_runs"
+        )
+
+
+def check_key(key: Any, batch: int, heads: int) -> None:
+    """Raises unless `key` is None, one key, or keys [batch, heads]."""
+    if key is None:
+        return
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key is {_kind(key)}; make it with jax.random.key(seed)")
+    if key.shape not in ((), (batch, heads)):
+        raise ValueError(f"key has shape {key.shape}; give one key, or one per scene and head: ({batch}, {heads})")
+
+
+def _kind(x: Any) -> str:
+    return f"an array of {x.dtype}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
+
+def check_routes(routes: Any, q: Array, table: ChunkTable, cfg: MoCConfig) -> Array:
+    """Routes as an array [B, H, N, K].
+
+    Raises:
+        TypeError: they are no array of integers.
+        ValueError: they are of another shape than q; or a query picks what doesn't exist, a chunk twice, an anchor of
+            its own, or anything though it is no video.
+    """
+    batch, tokens, heads, _ = q.shape
+    values = concrete(routes)
+    routes = as_array("routes", routes, integers=True)
+    if routes.ndim != 4 or routes.shape[:3] != (batch, heads, tokens):
+        raise ValueError(
+            f"routes have shape {routes.shape}; for q of {q.shape} they must be [{batch}, {heads}, {tokens}, K]: "
+            "scenes, heads, tokens, picks"
+        )
+    if values is not None:
+        _check_picks(values, table, cfg, table.kind.shape[1])
+    return routes
+
+
+def _check_picks(routes: np.ndarray, table: ChunkTable, cfg: MoCConfig, chunks: int) -> None:
+    def refuse(wrong, what: str) -> None:
+        if wrong.any():
+            b, h, n = (int(i) for i in np.argwhere(wrong)[0][:3])
+            raise ValueError(
+                f"scene {b}, head {h}, token {n} has the routes {routes[b, h, n].tolist()}: {what}; use route()'s"
+            )
+
+    refuse((routes < -1) | (routes >= chunks), f"chunks are 0 to {chunks - 1}, and -1 for an empty slot")
+    ordered = np.sort(routes, axis=-1)
+    refuse((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0), "no chunk may be picked twice")
+    kind, chunk_of = concrete(table.kind), concrete(table.chunk_of)
+    if kind is None or chunk_of is None:
+        return
+    of = np.maximum(chunk_of, 0)
+    is_video = (chunk_of >= 0) & (np.take_along_axis(kind, of, axis=1) == VIDEO)
+    refuse((routes >= 0) & ~is_video[:, None, :, None], "only tokens of video pick chunks")
+    if concrete(table.shot) is None:
+        return
+    with jax.ensure_compile_time_eval():
+        anchors = np.asarray(anchor_chunks(table, cfg))
+    scene = np.arange(routes.shape[0])[:, None, None, None]
+    is_anchor = anchors[scene, of[:, None, :, None], np.maximum(routes, 0)]
+    refuse((routes >= 0) & is_anchor, "an anchor of the query is attended to anyway and can't be picked")
