@@ -117,6 +117,11 @@ def _cache(cfg: Config) -> Path:
 def _reported(folder: Path, sources: Sources) -> Manifest:
     """The manifest, with notes on the sources as they are now: other files may have come or gone since it was made."""
     manifest = load_manifest(folder)
+    if manifest.fingerprint != folder.name:
+        raise DataError(
+            f"{folder} holds the data of {manifest.fingerprint}, by its manifest; give it its name back, or delete it "
+            "and prepare the data anew"
+        )
     return dataclasses.replace(manifest, notes=(*sources.notes, *manifest.notes))
 
 

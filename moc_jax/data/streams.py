@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import av
-from av.container import InputContainer
+from av.container import Container, InputContainer
 from av.stream import Disposition
 from av.video import VideoStream
 from av.video.codeccontext import VideoCodecContext
@@ -59,7 +59,7 @@ def _moving(name: str, streams: list[VideoStream]) -> list[VideoStream]:
     return [stream for stream in streams if count[stream.index] > 1] or streams
 
 
-def can_be_torn(container: InputContainer) -> bool:
+def can_be_torn(container: Container) -> bool:
     """Whether a file of this format is whole wherever it ends, be it in the middle of a frame."""
     return container.format.name in _TORN
 
