@@ -110,11 +110,12 @@ class _Stamps:
         self._newest, self._frames_since = value, 0
 
     def astray(self, stamp: Stamp, ahead: Sequence[Stamp]) -> bool:
-        """Whether a stamp is far ahead, and the next ones are not."""
+        """Whether a stamp is far ahead, and the clock then goes on as if it had not been."""
         value = self.of(stamp)
         if value is None or self.last is None or value - self.last <= _SURE:
             return False
-        return any(later is not None and self.last <= later < value for later in map(self.of, ahead))
+        back = (later for later in map(self.of, ahead) if later is not None and later < value)
+        return next(back, self.last) > self.last  # else it is a clock that restarts
 
     def set(self, stamp: Stamp, time: float, keep_offset: bool) -> None:
         value = self.of(stamp)
