@@ -153,12 +153,15 @@ def _parse(file: Path) -> dict[str, Any]:
 
 def _check_keys(file: Path, where: str, content: Any, known: tuple[str, ...]) -> None:
     if not isinstance(content, dict):
-        raise CaptionError(f"{file}: {where} holds {shown(content)}; it must hold the keys {', '.join(known)}")
+        keys = ", ".join(known)
+        example = f"; write caption: {shown(content)}" if isinstance(content, str) else ""
+        raise CaptionError(f"{file}: {where} holds {shown(content)}; it must hold the keys {keys}{example}")
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key)[:60], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            if len(content) == 1 and isinstance(content[key], str):  # YAML took text with a colon for a key and a value
+            # YAML takes text with a colon for a key and a value.
+            if len(content) == 1 and isinstance(content[key], str) and not near:
                 hint += f'; if it is text, put it in quotes: "{str(key)[:60]}: {content[key][:60]}"'
             raise CaptionError(f"{file}: {where} has the unknown key {shown(key)}; {hint}")
 

@@ -15,11 +15,11 @@ from moc_jax.data import captions
 
 # Containers and streams that FFmpeg reads and that hold moving pictures. Still pictures are not among them.
 _NAMES = """
-264 265 266 3g2 3gp 3gpp amv apng asf avc avi avif avs2 avs3 bik cdxl cine dav dif divx dv dvr-ms evo f4p f4v flc fli
-flv gif gxf h261 h263 h264 h265 h266 h26l hevc ifv imx insv ism ismv ivf ivr kux lrv lxf m1v m2p m2t m2ts m2v m4v mj2
-mjpeg mjpg mk3d mkv mlv mod moflex mov mp2v mp4 mp4v mpe mpeg mpg mpg2 mpg4 mpv mpv2 mqv mts mxf mxg nsv nut nuv obu ogg
-ogm ogv ogx pva qt r3d rcv rm rmvb roq rv ser smk svi swf thp tod tp trp ts ty usm vc1 viv vob vro vvc webm webp wm wmv
-wtv xmv xvid y4m
+264 265 266 3g2 3gp 3gpp amv apng apv asf avc avi avif avs2 avs3 bik cavs cdxl cine dav dif divx dnxhd dnxhr drc dv
+dvd dvr-ms evc evo f4p f4v flc fli flm flv gif gxf h261 h263 h264 h265 h266 h26l hevc ifv imx insv ism isma ismv ivf ivr
+kux lrv lxf m1v m2p m2t m2ts m2v m4v mj2 mjpeg mjpg mk3d mkv mlv mod moflex mov mp2v mp4 mp4v mpe mpeg mpegts mpg mpg2
+mpg4 mpv mpv2 mqv mts mxf mxg nsv nut nuv obu ogg ogm ogv ogx psp pva qt r3d rcv rm rmvb roq rv ser smk svi swf thp tod
+tp trp ts ty usm vc1 vc2 viv vob vro vvc webm webp wm wmv wtv xmv xvid y4m
 """
 SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 _MOST_NOTES = 50  # of one kind, per folder

@@ -60,28 +60,31 @@ def _rebuilt(graph: Graph, frame: av.VideoFrame | None, waiting: list[av.VideoFr
         yield rebuilt
 
 
-def remarks(frame: av.VideoFrame) -> Iterator[str]:
-    """What a user should know about how the frame will look."""
+def remarks(frame: av.VideoFrame, matrix: bytes | None) -> Iterator[str]:
+    """What a user should know about how the frame will look; `matrix` as in `fit`."""
     name = _HDR.get(frame.color_trc)
     if name:
         yield f"its colours are HDR ({name}) and are used without tone mapping: they look flat and gray"
-    a, b, c, d = _matrix(frame)
+    a, b, c, d = _matrix(frame, matrix)
     straight, turned = abs(a) + abs(d), abs(b) + abs(c)
     if min(straight, turned) > _SLANT * max(straight, turned):
         angle = math.degrees(math.atan2(-b, a))  # counterclockwise
         yield f"it is to be shown turned by {angle:.0f} degrees: only quarter turns are made"
 
 
-def fit(frame: av.VideoFrame, aspect: float, height: int, width: int) -> UInt8[np.ndarray, "Y X 3"]:
+def fit(
+    frame: av.VideoFrame, aspect: float, matrix: bytes | None, height: int, width: int
+) -> UInt8[np.ndarray, "Y X 3"]:
     """The frame over black and the right way round, scaled to cover the size, and cropped to it around the centre.
 
     Args:
         frame: as decoded.
         aspect: width of its pixels over their height.
+        matrix: how the container says it is turned; the frame's own display matrix comes first.
         height: rows of the result.
         width: columns of the result.
     """
-    a, b, c, d = _matrix(frame)
+    a, b, c, d = _matrix(frame, matrix)
     turned = abs(b) + abs(c) > abs(a) + abs(d)  # phones store portrait video lying on its side
     goal_rows, goal_columns = (width, height) if turned else (height, width)
     if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
@@ -100,12 +103,13 @@ def fit(frame: av.VideoFrame, aspect: float, height: int, width: int) -> UInt8[n
     return np.ascontiguousarray(image[:: -1 if upside_down else 1, :: -1 if right_to_left else 1])
 
 
-def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+def _matrix(frame: av.VideoFrame, matrix: bytes | None) -> tuple[int, int, int, int]:
     """(a, b, c, d) of the display matrix: what lies at (x, y) is shown at (a x + c y, b x + d y), y downwards."""
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    own = frame.side_data.get(Type.DISPLAYMATRIX)
+    data = matrix if own is None else bytes(own)
     if data is None:
         return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(data, np.int32)[:5].tolist()
     return a, b, c, d
 
 

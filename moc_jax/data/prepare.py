@@ -29,6 +29,7 @@ from tqdm import tqdm
 from moc_jax.codecs import Codec, crop_frames, fit_codec, pixels_to_unit
 from moc_jax.config import Config, ConfigError
 from moc_jax.data.captions import CaptionError
+from moc_jax.data.folders import some
 from moc_jax.data.manifest import (
     CODEC,
     MANIFEST,
@@ -125,6 +126,11 @@ def _cache(cfg: Config) -> Path:
 def _reported(folder: Path, sources: Sources) -> Manifest:
     """The manifest, with notes on the sources as they are now: other files may have come or gone since it was made."""
     manifest = load_manifest(folder)
+    if manifest.fingerprint != folder.name:
+        raise DataError(
+            f"{folder} holds the data of {manifest.fingerprint}, by its manifest; give it its name back, or delete it "
+            "and prepare the data anew"
+        )
     return dataclasses.replace(manifest, notes=(*sources.notes, *manifest.notes))
 
 
@@ -202,8 +208,9 @@ class _Survey:
             self._compare(source, len(cuts))
         bare = [s.name for s in self._sources if s.name in self.cuts and s.captions.file is None]
         if bare:  # perhaps on purpose, perhaps for a caption file of another name
-            named = ", ".join(bare[:3]) + ", ..." * (len(bare) > 3)
-            self.notes.append(f"{len(bare)} of {len(self.cuts)} files have no caption file but the defaults: {named}")
+            self.notes.append(
+                f"{len(bare)} of {len(self.cuts)} files have no caption file but the defaults: {some(bare)}"
+            )
 
     def _shots(self, source: Source) -> Iterator[tuple[int, UInt8[np.ndarray, "F Y X 3"]]]:
         data, cuts = self._cfg.data, source.captions.cuts

@@ -180,5 +180,6 @@ def _digest(video: Path, captions: Path | None) -> str:
             file.seek(offset)
             digest.update(file.read(_SAMPLE))
     if captions:
+        digest.update(captions.suffix.lower().encode())  # the same bytes mean something else as .txt
         digest.update(captions.read_bytes())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import cast
 
 import av
-from av.container import InputContainer
+from av.container import Container, InputContainer
 from av.stream import Disposition
 from av.video import VideoStream
 from av.video.codeccontext import VideoCodecContext
@@ -16,10 +16,12 @@ _LATE = 1000  # packets without a key frame after which none is waited for
 _USUAL_RATE = 25.0  # frames per second where a file says nothing
 _RATES = 0.1, 240.0  # the least and the most that is believed; beyond it, a header gives the rate of its clock
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop it
+_COLOURS = "color_primaries", "color_trc", "colorspace", "color_range"
 _STRICT_WITHOUT_DAMAGE = {"tiff"}  # decoders that otherwise refuse what their own encoder wrote
-TRANSPORT_STREAM = "mpegts"  # FFmpeg's name of the format
+_TRANSPORT_STREAM = "mpegts"  # FFmpeg's name of the format
 # FFmpeg takes their duration from the last time stamp, so it says nothing about whether that is right.
-_WITHOUT_DURATION = TRANSPORT_STREAM, "mpeg"
+_WITHOUT_DURATION = _TRANSPORT_STREAM, "mpeg"
+_TORN = *_WITHOUT_DURATION, "mpegvideo", "h264", "hevc"  # without header or index: recordings, DVDs in parts of 1 GB
 
 
 def best_stream(container: InputContainer, note: Callable[[str], None]) -> VideoStream | None:
@@ -57,18 +59,36 @@ def _moving(name: str, streams: list[VideoStream]) -> list[VideoStream]:
     return [stream for stream in streams if count[stream.index] > 1] or streams
 
 
+def can_be_torn(container: Container) -> bool:
+    """Whether a file of this format is whole wherever it ends, be it in the middle of a frame."""
+    return container.format.name in _TORN
+
+
 def decoder_of(stream: VideoStream) -> VideoCodecContext:
     """What decodes the stream: it stops at damage, and keeps the transparency that WebM stores beside the picture."""
     context = stream.codec_context
     if {key.lower(): value for key, value in stream.metadata.items()}.get("alpha_mode") == "1":
         name = _ALPHA_DECODERS.get(context.name)
-        context = context if name is None else cast(VideoCodecContext, av.CodecContext.create(name, "r"))
-    # A recording that was cut has damage at its end. With a thread per frame it would be reported too late to know.
-    context.thread_type = "SLICE" if stream.container.format.name == TRANSPORT_STREAM else "AUTO"
+        context = context if name is None else _other_decoder(name, context)
+    context.thread_type = "AUTO"
+    if can_be_torn(stream.container):  # several threads report damage too late to know where it is, or not at all
+        context.thread_count = 1
     # By default FFmpeg paints over damage, and with several threads it forgets some of it.
     if context.name not in _STRICT_WITHOUT_DAMAGE:
         context.options = {"err_detect": "explode"}
     return context
+
+
+def _other_decoder(name: str, known: VideoCodecContext) -> VideoCodecContext:
+    context = cast(VideoCodecContext, av.CodecContext.create(name, "r"))
+    for colour in _COLOURS:  # the container may say more than the stream
+        setattr(context, colour, getattr(known, colour))
+    return context
+
+
+def display_matrix(stream: VideoStream) -> bytes | None:
+    """How the container says the picture is turned. Only a decoder of FFmpeg's choice hands it on to its frames."""
+    return stream.codec_context.coded_side_data.get("display_matrix")
 
 
 def usual_step(stream: VideoStream) -> float:
@@ -102,7 +122,7 @@ def packets(container: InputContainer, stream: VideoStream, note: Callable[[str]
     if not early[-1].is_keyframe:  # key frames are not marked; a decoder may do without
         yield from itertools.chain(early, rest)
         return
-    transport = container.format.name == TRANSPORT_STREAM
+    transport = container.format.name == _TRANSPORT_STREAM
     whole, leading, key = False, False, early[-1]
     torn, lost = 0, 0
     for packet, *after in _with_next_two(itertools.chain(early, rest)):

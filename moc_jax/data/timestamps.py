@@ -71,6 +71,7 @@ def show_times[Frame](
 _REPAIRS = {
     "back": "its time stamps step back: the clock goes on from there",
     "stand": "its time stamps stand still: the clock goes on at the usual rate",
+    "astray": "a time stamp is far ahead of those after it: the frame is shown at the usual rate",
     "jump": "its time stamps jump ahead, farther than its duration bears out: the clock goes on at the usual rate",
     "still": f"a frame is shown for more than {_LONG_STILL:g} s",
     "no length": "a frame has the time stamp of the next one and is not shown",
@@ -108,6 +109,14 @@ class _Stamps:
                 self.faults += 1
         self._newest, self._frames_since = value, 0
 
+    def astray(self, stamp: Stamp, ahead: Sequence[Stamp]) -> bool:
+        """Whether a stamp is far ahead, and the clock then goes on as if it had not been."""
+        value = self.of(stamp)
+        if value is None or self.last is None or value - self.last <= _SURE:
+            return False
+        back = (later for later in map(self.of, ahead) if later is not None and later < value)
+        return next(back, self.last) > self.last  # else it is a clock that restarts
+
     def set(self, stamp: Stamp, time: float, keep_offset: bool) -> None:
         value = self.of(stamp)
         if value is not None:
@@ -136,6 +145,9 @@ class _Clock:
     def advance(self, stamp: Stamp, ahead: Sequence[Stamp]) -> None:
         """Moves on to a frame; `ahead` are those that follow it."""
         kind = self._choose(stamp)
+        if kind.astray(stamp, ahead):
+            self._repair("astray")
+            stamp = Stamp(presented=None)
         value = kind.of(stamp)
         if not self._begun:
             self._begun, exact = True, False

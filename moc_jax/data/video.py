@@ -9,10 +9,11 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.video import VideoStream
 from av.video.codeccontext import VideoCodecContext
 
 from moc_jax.data.frames import deinterlaced, fit, remarks
-from moc_jax.data.streams import TRANSPORT_STREAM, best_stream, decoder_of, end_of, packets, usual_step
+from moc_jax.data.streams import best_stream, can_be_torn, decoder_of, display_matrix, end_of, packets, usual_step
 from moc_jax.data.timestamps import Stamp, show_times
 from moc_jax.files import whole_file
 from moc_jax.shapes import UInt8, typed
@@ -66,10 +67,9 @@ def decode(
             if stream is None:
                 known = "that can be decoded" if container.streams.video else ""
                 raise VideoError(path, f"it has no video stream {known}".rstrip())
-            aspect = float(stream.sample_aspect_ratio or 1)
             found = packets(container, stream, note_once)
-            frames = _frames(path, found, decoder_of(stream), container.format.name == TRANSPORT_STREAM, note_once)
-            fitted = ((_stamp(frame), fit(frame, aspect, height, width)) for frame in _remarked(frames, note_once))
+            frames = _frames(path, found, decoder_of(stream), can_be_torn(container), note_once)
+            fitted = _fitted(frames, stream, height, width, note_once)
             shown = None
             for shown in show_times(fitted, usual_step(stream), end_of(container, stream), note_once):
                 yield shown
@@ -83,28 +83,31 @@ def _frames(
     path: str | os.PathLike,
     packets: Iterable[av.Packet],
     decoder: VideoCodecContext,
-    may_be_torn: bool,
+    torn: bool,
     note: Callable[[str], None],
 ) -> Iterator[av.VideoFrame]:
     count = 0
     early: list[int] = []  # when the packets that come ahead of the first frame are to be shown
-    failed = None
+    failed: Exception | None = None
     for packet in packets:
         if failed is not None and packet.size:  # not the end of a recording, but damage within
             raise failed
-        if packet.is_corrupt and not may_be_torn:  # the file ends in its middle
+        if packet.is_corrupt and not torn:  # the file ends in its middle
             raise VideoError(path, f"it is cut off or damaged after frame {count}")
         if not count and packet.pts is not None and not packet.is_discard:
             early.append(packet.pts)
         try:
             frames = decoder.decode(packet)
         except av.FFmpegError as error:
-            if not may_be_torn:
+            if not torn:
                 raise
             failed, frames = error, []
         for frame in frames:
             if frame.is_corrupt:
-                raise VideoError(path, f"frame {count} is damaged")
+                failed = VideoError(path, f"frame {count} is damaged")
+                if not torn:
+                    raise failed
+                continue
             if not count and frame.pts is not None and (lost := sum(pts < frame.pts for pts in early)):
                 note(f"frames ahead of the first one that can be decoded are left out ({lost})")
             yield frame
@@ -113,11 +116,14 @@ def _frames(
         note("it ends in the middle of a frame, which is left out")
 
 
-def _remarked(frames: Iterable[av.VideoFrame], note: Callable[[str], None]) -> Iterator[av.VideoFrame]:
+def _fitted(
+    frames: Iterable[av.VideoFrame], stream: VideoStream, height: int, width: int, note: Callable[[str], None]
+) -> Iterator[tuple[Stamp, np.ndarray]]:
+    aspect, matrix = float(stream.sample_aspect_ratio or 1), display_matrix(stream)
     for frame in deinterlaced(frames):
-        for remark in remarks(frame):
+        for remark in remarks(frame, matrix):
             note(remark)
-        yield frame
+        yield _stamp(frame), fit(frame, aspect, matrix, height, width)
 
 
 def _stamp(frame: av.VideoFrame) -> Stamp:

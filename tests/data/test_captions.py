@@ -137,6 +137,8 @@ ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" f
         (".yaml", "caption: Scene 1: a dog", r'line 1: .*put it in quotes: caption: "Scene 1: a dog"'),
         (".yaml", "shots:\n  - Scene 1: a dog", r"unknown key 'Scene 1'.* put it in quotes: \"Scene 1: a dog\""),
         (".yaml", "Scene 1: a dog", r"unknown key 'Scene 1'.* put it in quotes"),
+        (".yaml", "a dog", r"the keys caption, shots, cuts; write caption: 'a dog'"),
+        (".yaml", "Caption: a dog", r"unknown key 'Caption'; did you mean 'caption'\?$"),
         (".yaml", "caption: @home", r"line 1: .*put it in quotes"),
         (".yaml", "caption: 'It's a dog'", r"line 1: .*put it in quotes"),
         (".yaml", "caption: !wow a dog", r"line 1: the tag '!wow' means nothing here"),

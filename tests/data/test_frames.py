@@ -57,6 +57,19 @@ def test_transparent_lies_over_black(tmp_path, name, codec, pixels):
     assert notes == []
 
 
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9"])
+def test_transparent_webm_is_turned_too(tmp_path, codec):
+    """Its decoder is not the one to which the container's display matrix and colours are handed."""
+    frames = np.zeros((2, *SIZE, 4), np.uint8)
+    frames[:, :6, :12] = frames[..., 3:] = 255
+    options = {"auto-alt-ref": "0", "deadline": "realtime"}
+    marks = {"pixels": "yuva420p", "metadata": {"alpha_mode": "1"}, "rotation": (90, False, False), "color_trc": 18}
+    seen, notes = _read(odd_files.write(tmp_path / "a.webm", frames, codec=codec, options=options, **marks), SIZE[::-1])
+    assert seen[0, -12:, :6].min() > 200
+    assert seen[0, :-16].max() < 40
+    assert [note.partition(" and are")[0] for note in notes] == ["its colours are HDR (HLG, arib-std-b67)"]
+
+
 def test_half_transparent_is_half_as_bright(tmp_path):
     frames = np.full((2, *SIZE, 4), (200, 100, 40, 128), np.uint8)
     seen, _ = _read(odd_files.write(tmp_path / "a.mov", frames, codec="png", pixels="rgba", options={}), (16, 32))

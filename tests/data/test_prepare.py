@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -246,6 +247,22 @@ class TestReuse:
         assert prepare(cfg) == first
         # What does not touch the encoded scenes may change.
         assert prepare(with_data(cfg, caption_dropout=0.5, workers=1)) == first
+
+    def test_the_same_bytes_as_text_and_as_yaml(self, tmp_path):
+        videos = make_videos(tmp_path, a=(13,))
+        (videos / "a.txt").write_text("caption: a dog")
+        assert prepare(small_config(tmp_path)).scenes[0].caption == "caption: a dog"
+        (videos / "a.txt").rename(videos / "a.yaml")
+        assert prepare(small_config(tmp_path)).scenes[0].caption == "a dog"
+
+    def test_a_folder_under_the_name_of_another_is_not_believed(self, tmp_path):
+        make_videos(tmp_path, a=(13,))
+        cfg = small_config(tmp_path)
+        first, other = prepare(cfg).folder, prepare(with_data(cfg, default_caption="another")).folder
+        shutil.rmtree(first)
+        other.rename(first)
+        with pytest.raises(DataError, match=rf"{first} holds the data of {other.name}, by its manifest; give it its"):
+            prepare(cfg)
 
     @pytest.mark.parametrize("change", ["setting", "video", "captions", "another file", "split"])
     def test_made_anew_when_something_changed(self, tmp_path, change):

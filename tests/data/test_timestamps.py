@@ -91,6 +91,19 @@ class TestJumps:
             assert _shown([0, 1, 2, wrong, 4, 5, 6])[:2] == (list(range(7)), 7)
             assert _shown([0, 1, 2, wrong, 4, 5, 6], list(range(7)))[::2] == (list(range(7)), [])
 
+    def test_the_duration_may_be_that_of_a_wrong_stamp(self):
+        """As Matroska writes it: the largest stamp."""
+        for wrong in ([90_000], [90_000, 90_001]):
+            stamps = [0, 1, 2, *wrong, *range(3 + len(wrong), 10)]
+            starts, end, notes = _shown(stamps, ends=90_002)
+            assert (starts, end) == (list(range(10)), 10)
+            (note,) = notes
+            assert note.startswith("a time stamp is far ahead of those after it: the frame is shown at the usual rate")
+
+    def test_slides_put_together_are_no_wrong_stamps(self):
+        """A step of unknown length, where the clock restarts, is of a second at most."""
+        assert _shown([0, 100, 200, 0, 100, 200])[0] == [0, 100, 200, 225, 325, 425]
+
     def test_a_last_frame_as_long_as_it_says_if_that_can_be(self):
         assert _shown([0, 1], lasts=3.0, ends=76)[1] == 1 + 3 / STEP
         assert _shown([0, 1], lasts=3600.0, ends=76)[1] == 2
