@@ -176,8 +176,8 @@ def _syntax(text: str, error: yaml.MarkedYAMLError) -> str:
         fix = "indent with spaces, not with tabs"
     else:
         fix = "if it is text with a colon, a # or other signs in it, put it in quotes"
-        before, colon, value = line.partition(": ")
-        if colon and ": " in value and value[0] not in "'\"":
+        before, colon, value = line.strip().partition(": ")
+        if colon and ": " in value and value[0] not in "'\"" and not before.lstrip("- ").startswith(("{", "[")):
             fix = f"put it in quotes: {before}: {json.dumps(value.strip()[:80], ensure_ascii=False)}"
     return f"line {mark.line + 1}: {error.problem} in {shown(line.strip())}; {fix}"
 
@@ -197,7 +197,7 @@ class _Checker:
             self._check_key(event)
             if isinstance(event, yaml.AliasEvent):
                 if any(event.anchor == opened.anchor for opened in self._path):
-                    raise DocumentError(f"{_place(event)}*{event.anchor} stands inside of itself")
+                    raise DocumentError(f"{_place(event)}*{event.anchor} is inside itself")
                 self._count(self._sizes.get(event.anchor, 1), None, event)
             elif isinstance(event, yaml.ScalarEvent):
                 _check_tag(event, _TEXT_TAGS)
@@ -218,8 +218,8 @@ class _Checker:
         if around.children % 2 and isinstance(event, yaml.ScalarEvent) and event.value != "<<":
             if event.value in around.keys:
                 raise DocumentError(
-                    f"{_place(event)}the key {shown(event.value)} appears twice; does a `-` lack before an entry of a "
-                    "list?"
+                    f"{_place(event)}the key {shown(event.value)} appears twice; is a `-` missing before an entry "
+                    "of a list?"
                 )
             around.keys.add(event.value)
 
