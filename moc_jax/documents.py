@@ -7,12 +7,13 @@ built. Every problem is a `DocumentError` with its line, where there is one.
 
 import json
 import re
-import reprlib
 import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from moc_jax.config.base import shown
 
 MAX_BYTES = 32 << 20
 MAX_DEPTH = 20
@@ -82,18 +83,6 @@ def checked_text(value: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise DocumentError("it holds half of a surrogate pair, which is no character")
     return value.strip()
-
-
-def shown(value: Any) -> str:
-    """repr(value) for a message: cut short, whatever the value is."""
-    return _Short(maxstring=120, maxother=120, maxlist=4, maxtuple=4, maxdict=4, maxlevel=3).repr(value)
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        if x.bit_length() < 400:
-            return repr(x)
-        return f"an integer of about {x.bit_length() * 3 // 10:,} digits"  # Python refuses to write the largest
 
 
 def printable(text: str) -> str:

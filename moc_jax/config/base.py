@@ -159,14 +159,21 @@ def checked(kind: Any, value: Any, name: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """`value` for a message, shortened."""
+    """repr(value) for a message: cut short, whatever the value is."""
     try:
         return _SHORT.repr(value)
-    except Exception:  # numbers of more digits than Python prints, and whatever a foreign __repr__ raises
+    except Exception:  # whatever a foreign __repr__ raises
         return f"one {type(value).__name__} too long to show"
 
 
-_SHORT = reprlib.Repr(maxstring=160, maxother=160, maxlong=40)
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() < 400:
+            return repr(x)
+        return f"an integer of about {x.bit_length() * 3 // 10:,} digits"  # Python refuses to write the largest
+
+
+_SHORT = _Short(maxstring=120, maxother=160, maxlist=4, maxtuple=4, maxdict=4, maxlevel=3)
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
