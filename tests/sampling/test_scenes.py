@@ -69,11 +69,12 @@ def test_a_given_video_beyond_the_limit(tmp_path, monkeypatch):
     assert request(make_board([shots[0] | {"seconds": 0.4}])).lengths.shot_frames.tolist() == [[2]]
 
 
-def test_thousands_of_shots_are_packed_in_seconds():
+def test_thousands_of_shots_are_packed_at_once():
     board = make_board([("a dog", 0.1)] * 5000)
-    start = time.process_time()
     assert request(board).lengths.shot_frames.sum() == 5000
-    assert time.process_time() - start < 3  # over four with a key at a time
+    start = time.process_time()
+    request(board)  # compiled now
+    assert time.process_time() - start < 0.5  # it takes 0.1; with a key at a time 0.9
 
 
 def test_each_shot_has_its_own_key_or_the_scenes_by_its_place():
