@@ -12,6 +12,7 @@ import sys
 if __name__ == "__main__":  # first of all, so that what goes wrong in the imports below is reported as well
     if sys.version_info < (3, 12):  # noqa: UP036 - outside the environment it may be any
         sys.exit("error: this needs Python 3.12 or newer: run `make setup` once, then .venv/bin/python sample.py")
+    sys.path.insert(0, __file__.rpartition("/")[0])  # where python -P and -I don't look by themselves
     from moc_jax.cli import run
 
     run("sample")
@@ -84,6 +85,7 @@ class Arguments(Settings):
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     args = parse(Arguments, argv, description=__doc__)
+    configure(Config(), 1, args)  # only a check: nothing is read for the sake of a setting that can't be
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
     boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]

@@ -11,6 +11,7 @@ import sys
 if __name__ == "__main__":  # first of all, so that what goes wrong in the imports below is reported as well
     if sys.version_info < (3, 12):  # noqa: UP036 - outside the environment it may be any
         sys.exit("error: this needs Python 3.12 or newer: run `make setup` once, then .venv/bin/python train.py")
+    sys.path.insert(0, __file__.rpartition("/")[0])  # where python -P and -I don't look by themselves
     from moc_jax.cli import run
 
     run("train")

@@ -165,13 +165,11 @@ def run(script: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
-    threading.excepthook = lambda failed: _report(failed.exc_value)
-    sys.unraisablehook = lambda failed: _report(failed.exc_value)
     with Signals(whole_process=True) as signals:
         code: Any = 0
         try:
+            report_errors(f"{script}.py")
             with clean_exit():
-                _check_packages(script)
                 with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
                     module = importlib.import_module(script)
                 signals.check()
@@ -185,12 +183,21 @@ def run(script: str) -> NoReturn:
         sys.exit(_flushed(code))
 
 
-def _check_packages(script: str) -> None:
+def report_errors(program: str = "-m ...") -> None:
+    """From here on no error is shown as a traceback, wherever it arises; exits with 2 where packages are missing."""
+    sys.excepthook = lambda kind, error, trace: sys.exit(_report(error))
+    threading.excepthook = lambda failed: _report(failed.exc_value)
+    sys.unraisablehook = lambda failed: _report(failed.exc_value)
+    with clean_exit():
+        _check_packages(program)
+
+
+def _check_packages(program: str) -> None:
     missing = [name for name in PACKAGES.split() if importlib.util.find_spec(name) is None]
     if missing:
         named = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
         raise ConfigError(
-            f"this Python ({sys.executable}) lacks {named}: run `make setup` once, then .venv/bin/python {script}.py; "
+            f"this Python ({sys.executable}) lacks {named}: run `make setup` once, then .venv/bin/python {program}; "
             "or `pip install -e .` with this one"
         )
 

@@ -7,12 +7,13 @@ built. Every problem is a `DocumentError` with its line, where there is one.
 
 import json
 import re
-import reprlib
 import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from moc_jax.config.base import shown
 
 MAX_BYTES = 32 << 20
 MAX_DEPTH = 20
@@ -82,18 +83,6 @@ def checked_text(value: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise DocumentError("it holds half of a surrogate pair, which is no character")
     return value.strip()
-
-
-def shown(value: Any) -> str:
-    """repr(value) for a message: cut short, whatever the value is."""
-    return _Short(maxstring=120, maxother=120, maxlist=4, maxtuple=4, maxdict=4, maxlevel=3).repr(value)
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        if x.bit_length() < 400:
-            return repr(x)
-        return f"an integer of about {x.bit_length() * 3 // 10:,} digits"  # Python refuses to write the largest
 
 
 def printable(text: str) -> str:
@@ -176,8 +165,8 @@ def _syntax(text: str, error: yaml.MarkedYAMLError) -> str:
         fix = "indent with spaces, not with tabs"
     else:
         fix = "if it is text with a colon, a # or other signs in it, put it in quotes"
-        before, colon, value = line.partition(": ")
-        if colon and ": " in value and value[0] not in "'\"":
+        before, colon, value = line.strip().partition(": ")
+        if colon and ": " in value and value[0] not in "'\"" and not before.lstrip("- ").startswith(("{", "[")):
             fix = f"put it in quotes: {before}: {json.dumps(value.strip()[:80], ensure_ascii=False)}"
     return f"line {mark.line + 1}: {error.problem} in {shown(line.strip())}; {fix}"
 
@@ -197,7 +186,7 @@ class _Checker:
             self._check_key(event)
             if isinstance(event, yaml.AliasEvent):
                 if any(event.anchor == opened.anchor for opened in self._path):
-                    raise DocumentError(f"{_place(event)}*{event.anchor} stands inside of itself")
+                    raise DocumentError(f"{_place(event)}*{event.anchor} is inside itself")
                 self._count(self._sizes.get(event.anchor, 1), None, event)
             elif isinstance(event, yaml.ScalarEvent):
                 _check_tag(event, _TEXT_TAGS)
@@ -218,8 +207,8 @@ class _Checker:
         if around.children % 2 and isinstance(event, yaml.ScalarEvent) and event.value != "<<":
             if event.value in around.keys:
                 raise DocumentError(
-                    f"{_place(event)}the key {shown(event.value)} appears twice; does a `-` lack before an entry of a "
-                    "list?"
+                    f"{_place(event)}the key {shown(event.value)} appears twice; is a `-` missing before an entry "
+                    "of a list?"
                 )
             around.keys.add(event.value)
 

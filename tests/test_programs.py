@@ -130,14 +130,27 @@ def test_a_reader_that_is_gone_is_no_traceback(words):
     assert done.stderr == "stopped: what read the output is gone\n"
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_outside_the_environment_a_line_says_which_command_sets_up(script):
-    done = python("-S", script, "--help", PYTHONPATH="")  # -S: without installed packages
+MODULES = ["moc_jax.attention.accounting", "moc_jax.data.demo_clip", "moc_jax.models.presets"]
+PROGRAMS = [["-S", "train.py"], ["-S", "sample.py"], ["-IS", "train.py"], *(["-S", "-m", module] for module in MODULES)]
+
+
+@pytest.mark.parametrize("words", PROGRAMS, ids=" ".join)
+def test_outside_the_environment_a_line_says_which_command_sets_up(words):
+    """-S: without installed packages; -I: without the folder of the script either."""
+    done = python(*words, PYTHONPATH="")
+    again = re.escape("-m ..." if "-m" in words else words[-1])
     assert done.returncode == 2
     assert re.fullmatch(
-        rf"error: this Python \(.*\) lacks jax, flax, .*: run `make setup` once, then \.venv/bin/python {script}.*\n",
+        rf"error: this Python \(.*\) lacks jax, flax, .*: run `make setup` once, then \.venv/bin/python {again}.*\n",
         done.stderr,
     )
+
+
+def test_modules_that_are_programs_end_with_a_line_too(tmp_path):
+    done = python("-m", "moc_jax.models.presets", JAX_PLATFORMS="odd", TMPDIR=str(tmp_path))
+    assert done.returncode == 70, done.stderr
+    assert re.fullmatch(r"error: unexpected .*\n", done.stderr)
+    assert len(reports(tmp_path)) == 1
 
 
 def test_the_packages_looked_for_are_those_that_the_project_asks_for():

@@ -4,6 +4,7 @@ A field says all of it by its type hint: `int`, `bool`, `str`, `Literal[...]`, `
 of these with a rule, `Annotated[int, Range(1, 8)]`. Python, the command line and JSON all pass here.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -89,7 +90,7 @@ class Place:
     def __call__(self, kind: Any, value: Any, name: str) -> Any:
         try:
             path = os.fspath(value)
-        except TypeError:
+        except Exception:  # also what a foreign __fspath__ raises
             path = None
         if not isinstance(path, str):
             raise ConfigError(f"{name} is {shown(value)}; it must be a path, as text")
@@ -158,14 +159,21 @@ def checked(kind: Any, value: Any, name: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """`value` for a message, shortened."""
+    """repr(value) for a message: cut short, whatever the value is."""
     try:
         return _SHORT.repr(value)
-    except Exception:  # numbers of more digits than Python prints, and whatever a foreign __repr__ raises
+    except Exception:  # whatever a foreign __repr__ raises
         return f"one {type(value).__name__} too long to show"
 
 
-_SHORT = reprlib.Repr(maxstring=160, maxother=160, maxlong=40)
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() < 400:
+            return repr(x)
+        return f"an integer of about {x.bit_length() * 3 // 10:,} digits"  # Python refuses to write the largest
+
+
+_SHORT = _Short(maxstring=120, maxother=160, maxlist=4, maxtuple=4, maxdict=4, maxlevel=3)
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -183,8 +191,11 @@ def _choice(choices: tuple[str, ...], value: Any, name: str) -> str:
 
 def _entries(kinds: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
-        text = shown(value)
-        raise ConfigError(f"{name} is {text}; it must be a list: ({text},) in Python, [{text}] in JSON")
+        fix = "" if kinds[-1] is Ellipsis else f" of {len(kinds)}"
+        with contextlib.suppress(ConfigError):
+            _entries(kinds, (value,), name)
+            fix = f": ({shown(value)},) in Python, [{shown(value)}] in JSON"
+        raise ConfigError(f"{name} is {shown(value)}; it must be a list{fix}")
     if kinds[-1] is Ellipsis:
         kinds = (kinds[0],) * len(value)
     check(len(kinds) == len(value), f"{name} has {len(value)} entries; it must have {len(kinds)}")
@@ -202,13 +213,13 @@ def _bool(value: Any, name: str) -> bool:
 
 
 def _int(value: Any, name: str) -> int:
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) <= INT32:
         raise _wrong_type(int, value, name, f": write {int(value)}")
     if isinstance(value, bool):
         raise _wrong_type(int, value, name)
     try:
         return operator.index(value)  # numpy's whole numbers too
-    except TypeError:
+    except Exception:  # also what a foreign __index__ raises
         raise _wrong_type(int, value, name) from None
 
 
@@ -219,6 +230,8 @@ def _float(value: Any, name: str) -> float:
         return float(value)
     except OverflowError:
         raise ConfigError(f"{name} is {shown(value)}, which is more than a float can hold") from None
+    except Exception:  # numpy's durations pass for numbers
+        raise _wrong_type(float, value, name) from None
 
 
 def _text(value: Any, name: str) -> str:

@@ -53,6 +53,8 @@ def _check_is_file(file: str, path: pathlib.Path) -> None:
     near = difflib.get_close_matches(str(path), there, n=1, cutoff=0.5)
     listed = f"{', '.join(there[:20])}{', ...' * (len(there) > 20)}" if there else "no .py file"
     hint = f"did you mean {near[0]}?" if near else f"{folder} holds {listed}"
+    if not folder.is_dir():
+        hint = f"nor is there a folder {shown(str(folder))}, seen from {os.getcwd()}"
     what = "that is a folder" if path.is_dir() else "that is not a file" if path.exists() else "there is no such file"
     raise ConfigError(f"--config {shown(file) if not file.strip() else file}: {what}; {hint}")
 
@@ -66,6 +68,7 @@ def run_config_file(file: str) -> tuple[Config, str]:
     source, path = read_config_text(file), expanded(file)
     module = types.ModuleType(f"config_{pathlib.Path(path).stem}")
     module.__file__ = path
+    sys.modules[module.__name__] = module  # where a dataclass looks for the names in its type hints
     here = os.getcwd()
     sys.path.insert(0, here)  # a config may start from another one: from configs.demo import config as base
     try:
@@ -92,25 +95,27 @@ def _cause(error: BaseException, path: str) -> tuple[int | None, str]:
     """The line of the file at `path` that failed, and why."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     lines = [frame.lineno for frame in frames if frame.filename == path]
-    text = " ".join(str(error).split())[:500]
+    # Not str(error), which may fail as well.
+    text = " ".join(traceback.format_exception_only(error)[0].partition(": ")[2].split())[:500]
     at = (frames[-1].filename, frames[-1].lineno) if frames else (path, None)
     if isinstance(error, SyntaxError):
         at, text = (error.filename, error.lineno), f"{error.msg}: {shown((error.text or '').strip())}"
     if at[0] == path:
         lines.append(at[1])
-    unknown = _unknown_field(error)
+    unknown = _unknown_field(text) if isinstance(error, TypeError) else ""
     if unknown or isinstance(error, ConfigError):
         cause = unknown or text
     else:
-        cause = f"{type(error).__name__}: {text}" + (f" (line {at[1]} of {at[0]})" if at[0] != path else "")
+        elsewhere = f" (line {at[1]} of {at[0]})" if at[0] != path else ""
+        cause = f"{type(error).__name__}{': ' * bool(text)}{text}{elsewhere}"
     return (lines[-1] if lines else None), cause
 
 
-def _unknown_field(error: BaseException) -> str:
+def _unknown_field(problem: str) -> str:
     """What is wrong with MoCConfig(topk=3), by the TypeError's message; empty if that was something else."""
-    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    found = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", problem)
     kind = getattr(config_module, found[1], None) if found else None
-    if not (found and isinstance(error, TypeError) and dataclasses.is_dataclass(kind)):
+    if not (found and dataclasses.is_dataclass(kind)):
         return ""
     names = [field.name for field in dataclasses.fields(kind)]
     near = difflib.get_close_matches(found[2], names, n=1)

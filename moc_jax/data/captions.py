@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from moc_jax.config import DataConfig
-from moc_jax.documents import DocumentError, checked_text, read_document, read_text, shown
+from moc_jax.config.base import shown
+from moc_jax.documents import DocumentError, checked_text, read_document, read_text
 
 SUFFIXES = (".yaml", ".yml", ".json", ".txt")
 

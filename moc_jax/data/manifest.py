@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from moc_jax.codecs import Codec, load_codec
 from moc_jax.config import CodecConfig, Config, DataConfig
+from moc_jax.config.base import shown
 from moc_jax.data.sources import Split
-from moc_jax.documents import printable, shown
+from moc_jax.documents import printable
 
 VERSION = 2
 MANIFEST, CODEC = "manifest.json", "codec.npz"

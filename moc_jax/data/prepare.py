@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from moc_jax.codecs import Codec, crop_frames, fit_codec, pixels_to_unit
 from moc_jax.config import Config, ConfigError
+from moc_jax.config.base import shown
 from moc_jax.data.captions import CaptionError
 from moc_jax.data.folders import some
 from moc_jax.data.manifest import (
@@ -47,7 +48,7 @@ from moc_jax.data.shards import ShardWriter
 from moc_jax.data.shots import CutDetector, GivenCuts, begin_shots
 from moc_jax.data.sources import Source, Sources, find_sources
 from moc_jax.data.video import VideoError, decode, resample
-from moc_jax.documents import printable, shown
+from moc_jax.documents import printable
 from moc_jax.files import is_address, prove_folder
 from moc_jax.shapes import Float32, UInt8
 from moc_jax.text import build_text_encoder

@@ -83,7 +83,7 @@ def make_request(
             raise StoryboardError(str(error)) from error
         return stack_scenes(packed)
 
-    def of_shots(rows: list[list], shape: tuple[int, ...] = (), dtype: type = bool) -> Any:
+    def of_shots(rows: Sequence[Any], shape: tuple[int, ...] = (), dtype: type = bool) -> Any:
         out = np.zeros((len(rows), bucket.shots, *shape), dtype)
         for b, row in enumerate(rows):
             out[b, : len(row)] = row
@@ -105,13 +105,13 @@ def make_request(
     )
 
 
-def _keys(board: Storyboard, seed: int) -> list[np.ndarray]:
+def _keys(board: Storyboard, seed: int) -> Shaped[np.ndarray, "S 2"]:
     """A shot's own seed, or the scene's folded with the shot's place: changing one shot's seed changes no other's."""
     scene = jax.random.key(seed if board.seed is None else board.seed)
-    keys = [
-        jax.random.fold_in(scene, s) if h.seed is None else jax.random.key(h.seed) for s, h in enumerate(board.shots)
-    ]
-    return [np.asarray(jax.random.key_data(key)) for key in keys]
+    folded = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(scene, np.arange(len(board.shots)))
+    own = jax.vmap(jax.random.key)(np.asarray([shot.seed or 0 for shot in board.shots], np.uint32))
+    given = np.asarray([shot.seed is not None for shot in board.shots])
+    return np.where(given[:, None], jax.random.key_data(own), jax.random.key_data(folded))
 
 
 def _check_size(storyboards: Sequence[Storyboard], config: Config, codec: Codec) -> None:
@@ -132,6 +132,8 @@ def _check_size(storyboards: Sequence[Storyboard], config: Config, codec: Codec)
             f"{longest.name} has {most:,} latent frames, which are {tokens:,} tokens for {len(storyboards)} such "
             f"scene(s); the limit is {TOKEN_LIMIT:,}: {fix}"
         )
+    values = len(storyboards) * most * rows * columns * codec.channels
+    _check_bytes(longest, "its latents", 4 * values, fix)
     shots = max(len(board.shots) for board in storyboards)
     _check_bytes(longest, "the table of its frames and shots", len(storyboards) * shots * most, fix)
 

@@ -22,6 +22,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,8 +30,8 @@ from typing import Any, NoReturn
 import yaml
 
 from moc_jax.config import ConfigError
-from moc_jax.config.base import expanded
-from moc_jax.documents import DocumentError, checked_text, read_document, shown
+from moc_jax.config.base import expanded, shown
+from moc_jax.documents import DocumentError, checked_text, read_document
 
 SEED_LIMIT = 2**32
 SHOT_LIMIT = 100_000
@@ -77,12 +78,13 @@ class Storyboard:
 
     def __post_init__(self):
         for where, part in (("", self), *((f"shots[{s}].", shot) for s, shot in enumerate(self.shots))):
-            if part.seed is not None and not 0 <= part.seed < SEED_LIMIT:
+            if part.seed is not None and not (isinstance(part.seed, int) and 0 <= part.seed < SEED_LIMIT):
                 raise StoryboardError(
                     f"{self.name}: {where}seed is {shown(part.seed)}; it must lie in 0..{SEED_LIMIT - 1}"
                 )
         for s, shot in enumerate(self.shots):
-            if shot.seconds is not None and not 0 < shot.seconds <= SECONDS_LIMIT:
+            known = isinstance(shot.seconds, int | float) and 0 < shot.seconds <= SECONDS_LIMIT
+            if shot.seconds is not None and not known:
                 raise StoryboardError(f"{self.name}: shots[{s}].seconds is {shown(shot.seconds)}; {_SECONDS}")
 
 
@@ -100,8 +102,7 @@ def load_storyboard(file: str | Path) -> Storyboard:
     """
     path = Path(file)
     if not _is_file(path):
-        near = _near(path, ".yaml", ".yml")
-        raise StoryboardError(f"{path}: there is no such storyboard" + (f"; did you mean {near}?" if near else ""))
+        raise StoryboardError(f"{path}: there is no such storyboard{_hint(path, '.yaml', '.yml')}")
     try:
         content = read_document(path)
     except DocumentError as error:
@@ -211,7 +212,8 @@ class _Fields:
         if "seconds" not in self.content:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= SECONDS_LIMIT:
-            self.fail("seconds", _SECONDS)
+            text = isinstance(value, str) and re.fullmatch(r"[\d.]+(e[-+]?\d+)?", value)  # in YAML, 1e3 is no number
+            self.fail("seconds", _SECONDS + "; to YAML this is text: write it without quotes and exponent" * bool(text))
         return float(value)
 
     def seed(self) -> int | None:
@@ -225,14 +227,13 @@ class _Fields:
     def file(self, field: str, folder: Path) -> Path | None:
         if field not in self.content:
             return None
-        given = self.text(field)
         try:
-            path = folder / expanded(given, f"{self.name}: {self._path(field)}")
+            given = Path(expanded(self.text(field), f"{self.name}: {self._path(field)}"))
         except ConfigError as error:
             raise StoryboardError(str(error)) from None
+        path = folder / given
         if not _is_file(path):
-            near = _near(path)
-            hint = f"; did you mean {near}?" if near else "; paths are relative to the storyboard's folder"
+            hint = _hint(path) or "; paths are relative to the storyboard's folder" * (not given.is_absolute())
             raise StoryboardError(f"{self.name}: {self._path(field)}: there is no file {shown(str(path))}{hint}")
         return path
 
@@ -244,11 +245,13 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _near(path: Path, *suffixes: str) -> str | None:
-    """The file beside `path` whose name is most like its own."""
+def _hint(path: Path, *suffixes: str) -> str:
+    """What is there instead of a file, or the file beside `path` whose name is most like its own."""
+    if os.path.lexists(path):
+        return ", but a folder of that name" if os.path.isdir(path) else ", but a device, a pipe or a broken link"
     try:
         names = [name for name in os.listdir(path.parent) if name.endswith(suffixes or "")]
     except (OSError, ValueError):
-        return None
+        return ""
     near = difflib.get_close_matches(path.name, names, n=1)
-    return near[0] if near else None
+    return f"; did you mean {near[0]}?" if near else ""

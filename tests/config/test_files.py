@@ -28,6 +28,10 @@ TEXT_16 = "text in UTF-16 or UTF-32; save it as UTF-8"
         (GOOD + "def f(): f()\nf()\n", "line 3 of {file}: RecursionError"),
         (GOOD + "import sys\nsys.exit(3)\n", "line 4 of {file}: SystemExit: 3"),
         (GOOD + "raise MemoryError\n", "line 3 of {file}: MemoryError"),
+        (
+            GOOD + "class Odd(Exception):\n    def __str__(self): 1 / 0\nraise Odd\n",
+            "line 5 of {file}: Odd: <exception",
+        ),
         (GOOD + "import warnings; warnings.warn('old')\n", "line 3 of {file}: UserWarning: old"),
         (GOOD + "Config(workdir='')\n", "line 3 of {file}: workdir is empty"),
         (GOOD + "Config(moc={})\n", "line 3 of {file}: moc is {{}}; it must be a MoCConfig"),
@@ -51,6 +55,26 @@ def test_a_python_file_that_fails_says_where_and_why(tmp_path, source, message):
         load_config(["--config", str(file)])
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
+
+
+def test_a_config_file_may_define_dataclasses_with_delayed_hints(tmp_path):
+    source = (
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Mine:\n    x: int = 3\n"
+    )
+    (tmp_path / "own.py").write_text(source + GOOD)
+    assert load_config(["--config", str(tmp_path / "own.py")]) == Config()
+
+
+def test_an_error_without_words_ends_with_its_name(tmp_path):
+    (tmp_path / "own.py").write_text("assert 1 == 2\n")
+    with pytest.raises(ConfigError, match=r"AssertionError$"):
+        load_config(["--config", str(tmp_path / "own.py")])
+
+
+def test_a_folder_that_is_not_there_is_named_with_where_it_was_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"nor is there a folder 'configs', seen from {tmp_path}$"):
+        load_config(["--config", "configs/demo.py"])
 
 
 def test_an_error_in_an_imported_file_names_both(tmp_path, monkeypatch):

@@ -58,7 +58,10 @@ CONFIG = Config()
         ),
         (lambda: ModelConfig(mlp_ratio=math.inf), "model.mlp_ratio is inf; it must lie in"),
         (lambda: ModelConfig(rope_theta=math.nan), "model.rope_theta is nan; it must lie in"),
-        (lambda: ModelConfig(mlp_ratio=10**400), "model.mlp_ratio is 1000000"),
+        (
+            lambda: ModelConfig(mlp_ratio=10**400),
+            "model.mlp_ratio is an integer of about 398 digits, which is more than",
+        ),
         (
             lambda: ModelConfig(dim=2**16, depth=2**12),
             "model.depth 4096, model.dim 65536 and model.mlp_ratio 4 make about",
@@ -121,6 +124,9 @@ def used(config: Config) -> None:
         assert len(TrainPlan(sizes, config.train.batch_size, config.train.seed)[0].scenes) == config.train.batch_size
 
 
+TWINS = {("model", "text_dim"): ("text", "dim"), ("model", "latent_channels"): ("codec", "channels")}
+
+
 def put_extreme(path: tuple[str, ...], value) -> Config:
     """The config with `value` in a field, or in a part of it; what has to equal another field follows it."""
     if path[-1] in ("patch", "stride"):
@@ -131,11 +137,10 @@ def put_extreme(path: tuple[str, ...], value) -> Config:
         )
     if path[-1] == "chunk_schedule":
         return put(CONFIG, path, (ChunkStage(step=0, size=value), ChunkStage(step=value, size=1)))
-    twin = {("model", "text_dim"): ("text", "dim"), ("model", "latent_channels"): ("codec", "channels")}
-    if path in twin:
+    if path in TWINS:
         model = dataclasses.replace(CONFIG.model, **{path[1]: value})
-        section = dataclasses.replace(getattr(CONFIG, twin[path][0]), **{twin[path][1]: value})
-        return dataclasses.replace(CONFIG, model=model, **{twin[path][0]: section})
+        section = dataclasses.replace(getattr(CONFIG, TWINS[path][0]), **{TWINS[path][1]: value})
+        return dataclasses.replace(CONFIG, model=model, **{TWINS[path][0]: section})
     return put(CONFIG, path, value)
 
 
@@ -150,7 +155,8 @@ def test_extremes_are_refused_by_name_or_work_at_once(path, value):
     except ConfigError as error:
         message = str(error)
     assert time.process_time() - begin < 1
-    assert not message or (path[0] in message and len(message) < 600)
+    named = path[0] in message or TWINS.get(path, path)[0] in message
+    assert not message or (named and len(message) < 600)
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,6 +14,7 @@ from moc_jax.config import (
     BucketConfig,
     ChunkConfig,
     ChunkStage,
+    CodecConfig,
     Config,
     ConfigError,
     DataConfig,
@@ -28,6 +29,15 @@ from moc_jax.config_json import config_from_json, config_to_json
 from tests.config.fields import fields, get, put
 
 CONFIG = Config()
+
+
+class Hostile:
+    """Raises where a number or a path is asked for."""
+
+    def __index__(self):
+        raise RuntimeError
+
+    __float__ = __fspath__ = __index__
 
 
 @pytest.mark.parametrize(
@@ -58,7 +68,12 @@ CONFIG = Config()
         (lambda: ModelConfig(dtype=np.float32), "model.dtype is <class 'numpy.float32'>; it must be one of"),
         (lambda: ModelConfig(patch=(1, 2)), "model.patch has 2 entries; it must have 3"),
         (lambda: ModelConfig(patch=(1, 2, 2.0)), "model.patch[2] is 2.0; it must be of type int: write 2"),
-        (lambda: ModelConfig(patch=2), "model.patch is 2; it must be a list"),
+        (lambda: ModelConfig(patch=2), "model.patch is 2; it must be a list of 3"),
+        (lambda: ModelConfig(mlp_ratio=np.timedelta64(4, "s")), "model.mlp_ratio is np.timedelta64(4,'s'); it"),
+        (lambda: TrainConfig(steps=1e300), "train.steps is 1e+300; it must be of type int"),
+        (lambda: TrainConfig(steps=Hostile()), "train.steps is <"),
+        (lambda: SampleConfig(shift=Hostile()), "sample.shift is <"),
+        (lambda: Config(workdir=Hostile()), "workdir is <"),
         (lambda: ModelConfig(mlp_ratio="4"), "model.mlp_ratio is '4'; it must be of type float"),
         (lambda: ModelConfig(mlp_ratio=True), "model.mlp_ratio is True; it must be of type float"),
         (lambda: Config(train=3), "train is 3; it must be a TrainConfig"),
@@ -88,6 +103,15 @@ CONFIG = Config()
 def test_what_is_no_such_type_choice_or_part_is_named(build, message):
     with pytest.raises(ConfigError, match="^" + re.escape(message) if message[0] != "i" else message):
         build()
+
+
+def test_a_list_is_proposed_only_where_it_would_be_right():
+    with pytest.raises(ConfigError, match=r"data\.source is \{3\}; it must be a list$"):
+        DataConfig(source={3})
+    with pytest.raises(ConfigError, match=r"data\.buckets is .*; it must be a list: \(BucketConfig\("):
+        DataConfig(buckets=BucketConfig())
+    with pytest.raises(ConfigError, match=r"codec\.stride is '4,8,8'; it must be a list of 3$"):
+        CodecConfig(stride="4,8,8")
 
 
 def test_a_subclass_is_refused_since_json_would_not_bring_it_back():

@@ -153,7 +153,7 @@ ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" f
         (".txt", "a\nb\0", r"holds a NUL byte on line 2"),
         (".yaml", "caption: a\x07b", r"holds the control character 0x07"),
         (".yaml", "a: 1\n---\nb: 2", r"line 2: .*another document"),
-        (".yaml", "caption: &a [*a]", r"\*a stands inside of itself"),
+        (".yaml", "caption: &a [*a]", r"\*a is inside itself"),
         (".yaml", ALIASES, r"with its aliases it has more than 2,000,000 values"),
         (".yaml", f"caption: {NESTED}", r"nests deeper than 20 levels"),
         (".json", f'{{"caption": {NESTED}', r"nests deeper than 20 levels"),

@@ -158,15 +158,24 @@ def test_help_explains_each_setting(capsys):
         (["--chunk", "0"], "moc.chunk.size is 0"),
         (["--steps", "0"], "sample.steps is 0"),
         (["--history-noise", "1.5"], "sample.history_noise is 1.5"),
+        (["--shift", "nan"], "sample.shift is nan"),
         (["--seed", "5000000000"], "seed is 5000000000; it must lie in 0..4294967295"),
         (["--out", "video.avi"], "video.avi must end in .mp4"),
         (["--contact-sheet", "sheet.jpg"], "sheet.jpg must end in .png"),
-        (["--dense", "--routing-picture", "r.png"], "dense attention routes nothing"),
     ],
 )
-def test_impossible_settings(run_folder, boards, words, message):
+def test_impossible_settings_are_named_before_the_checkpoint_is_opened(boards, words, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
-        call(run_folder, "--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", *words)
+        call("no-run", "--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", *words)
+
+
+@pytest.mark.usefixtures("no_sampling")
+def test_dense_attention_has_no_routing_to_picture(run_folder, boards):
+    with pytest.raises(ConfigError, match="dense attention routes nothing"):
+        call(
+            *(run_folder, "--storyboard", boards / "one.yaml", "--out", boards / "a.mp4"),
+            *("--dense", "--routing-picture", "r.png"),
+        )
 
 
 @pytest.mark.usefixtures("no_sampling")

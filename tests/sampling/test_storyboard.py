@@ -133,7 +133,7 @@ SHOTS = "shots:\n  - caption: a\n    seconds: 1\n  - caption: b\n    seconds: 1\
         ("caption: a\nshots: " + "{a: " * 5000, ["nests deeper than 20 levels"]),
         (BOMB + "caption: *a20\n" + SHOTS, ["with its aliases it has more than 2,000,000 values"]),
         (SMALL_BOMB + "caption: *a9\n" + SHOTS, ["unknown field a0"]),
-        ("caption: &a [*a]\n" + SHOTS, ["*a stands inside of itself"]),
+        ("caption: &a [*a]\n" + SHOTS, ["*a is inside itself"]),
         (f"caption: {'x' * 30_000}\n" + SHOTS, ["caption: it has 30,000 characters; the limit is 20,000"]),
         (f"caption: [{'x,' * 30_000}]\n" + SHOTS, ["caption is ['x', 'x', 'x', 'x', ...] (list)"]),
         ("caption: 'a\\ud800'".replace("'", '"') + "\n" + SHOTS, ["cannot be read: line 1"]),
@@ -143,9 +143,15 @@ SHOTS = "shots:\n  - caption: a\n    seconds: 1\n  - caption: b\n    seconds: 1\
         ("caption: 2024-13-45\n" + SHOTS, ["must be in quotes"]),
         (f"caption: a\n? {'k' * 9000}\n: b\n" + SHOTS, ["unknown field kkk", "known fields"]),
         ("caption: a\nshots:\n" + "  - {}\n" * 100_001, ["shots has 100,001 entries; the limit is 100,000"]),
-        ("caption: a\n" + SHOTS + "  - {caption: c, image: pictures}", ["shots[2].image: there is no file"]),
+        (
+            "caption: a\n" + SHOTS + "  - {caption: c, image: pictures}",
+            ["shots[2].image: there is no file", "but a folder of that name"],
+        ),
         ("caption: a\n" + SHOTS + "  - {caption: c, image: ''}", ["shots[2].image: there is no file"]),
-        ("caption: a\n" + SHOTS + "  - {caption: c, image: dangling.png}", ["shots[2].image: there is no file"]),
+        (
+            "caption: a\n" + SHOTS + "  - {caption: c, image: dangling.png}",
+            ["shots[2].image: there is no file", "or a broken link"],
+        ),
         ("caption: a\n" + SHOTS + "  - {caption: c, video: pipe.mp4}", ["shots[2].video: there is no file"]),
         ("caption: a\n" + SHOTS + f"  - {{caption: c, video: {'x' * 5000}}}", ["shots[2].video: there is no file"]),
         ("caption: a\n" + SHOTS + "  - {caption: c, video: ~no-such-user/x}", ["shots[2].video is", "no home folder"]),
@@ -227,10 +233,36 @@ def test_content_of_absurd_size_is_cut_short(value):
         assert len(str(caught.value)) < 700
 
 
-@pytest.mark.parametrize("seconds", [1e300, float("inf"), float("nan"), 10**400, 0.0, -1.0], ids=range(6))
+@pytest.mark.parametrize("seconds", ["3", 1e300, float("inf"), float("nan"), 10**400, 0.0, -1.0], ids=range(7))
 def test_durations_are_checked_however_a_storyboard_is_made(seconds):
     with pytest.raises(StoryboardError, match=r"shots\[0\].seconds is .*; it must be a number of seconds above 0"):
         Storyboard(caption="a", shots=(Shot(caption="b", seconds=seconds),))
+
+
+@pytest.mark.parametrize("seed", [1.5, "7", 10**400, -1])
+def test_seeds_are_checked_however_a_storyboard_is_made(seed):
+    with pytest.raises(StoryboardError, match=r"shots\[0\].seed is .*; it must lie in 0\.\.4294967295"):
+        Storyboard(caption="a", shots=(Shot(caption="b", seconds=1.0, seed=seed),))
+
+
+@pytest.mark.parametrize("absolute", ["/nowhere/x.png", "~/x.png"])
+def test_a_whole_path_is_not_relative_to_anything(folder, absolute):
+    file = write(folder, f"caption: a\nshots:\n  - {{caption: b, seconds: 1, image: {absolute}}}\n")
+    with pytest.raises(StoryboardError, match=r"there is no file '/.*x\.png'$"):
+        load_storyboard(file)
+
+
+def test_a_number_that_yaml_takes_for_text_is_named_as_such(folder):
+    file = write(folder, "caption: a\nshots:\n  - {caption: b, seconds: 1e3}\n")
+    with pytest.raises(StoryboardError, match=r"seconds is '1e3' .* text: write it without quotes and exponent"):
+        load_storyboard(file)
+
+
+def test_quotes_are_not_put_across_a_list_in_braces(folder):
+    file = write(folder, "caption: a\nshots:\n  - {caption: b, seconds: *a}\n")
+    with pytest.raises(StoryboardError) as caught:
+        load_storyboard(file)
+    assert '"b, seconds' not in str(caught.value)
 
 
 def test_twenty_thousand_shots_are_legal_and_quick(folder):
