@@ -155,7 +155,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this; 0: no clipping."""
     accumulate: int = 1
-    """Batches whose gradients are averaged before one update."""
+    """Batches that make one update together, as one batch of all their scenes would."""
 
     def __post_init__(self):
         check(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
