@@ -25,14 +25,15 @@ def main(argv: Sequence[str]) -> None:
     from moc_jax.checkpoint import CheckpointError
     from moc_jax.codecs import CodecMismatch
     from moc_jax.data import CaptionError, DataError, VideoError, prepare, resolved
-    from moc_jax.processes import ProcessError, join, main_process_first
+    from moc_jax.processes import ProcessError, join, losses_reported, main_process_first
     from moc_jax.sampling.generate import SamplingError
     from moc_jax.sharding import make_mesh
     from moc_jax.training.loop import TrainingError, train
     from moc_jax.training.start import initial_codec
 
     data = CaptionError, DataError, VideoError
-    with clean_exit(*data, CheckpointError, CodecMismatch, ProcessError, SamplingError, TrainingError):
+    told = *data, CheckpointError, CodecMismatch, ProcessError, SamplingError, TrainingError
+    with clean_exit(*told), losses_reported(config.mesh.heartbeat):
         join(config.mesh)
         mesh = make_mesh(config.mesh)
         codec = initial_codec(config)

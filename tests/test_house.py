@@ -25,6 +25,7 @@ ALLOWED = {
     "cli": {"config_json"},
     "errors": set(),
     "processes": {"errors"},
+    "watcher": set(),
     "digest": {"sharding"},
     "checkpoint": {"checkpoint_layout", "codecs", "config_json", "digest", "errors", "models", "processes", "sharding"},
     "checkpoint_layout": {"config_json", "digest", "sharding"},

@@ -254,6 +254,8 @@ class MeshConfig:
     """Processes in all; 0: found by the cluster's own environment."""
     process_id: int = -1
     """This process, from 0; -1: found by the cluster's own environment."""
+    heartbeat: int = 100
+    """Seconds without a sign of life after which a process is lost; each other one then says so and ends."""
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.context, self.tensor)
@@ -267,6 +269,10 @@ class MeshConfig:
             "not built yet: leave them at 1",
         )
         check(self.num_processes >= 0, f"mesh.num_processes is {self.num_processes}; 0 leaves it to the cluster")
+        check(
+            2 <= self.heartbeat <= 86_400,
+            f"mesh.heartbeat is {self.heartbeat}; it must lie in 2..86400, in seconds (100 suits most clusters)",
+        )
         check(self.process_id >= -1, f"mesh.process_id is {self.process_id}; -1 leaves it to the cluster")
         check(
             not self.num_processes or self.process_id < self.num_processes,
