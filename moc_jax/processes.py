@@ -65,12 +65,11 @@ def join(cfg: MeshConfig) -> None:
 
 def _watch(process: int, coordinator: str, heartbeat: float) -> None:
     """Starts this process's watcher, and tells the others where that of process 0 is."""
-    settings = {"process": process, "parent": os.getpid(), "heartbeat": heartbeat}
     if process == 0:
-        token, port = secrets.token_hex(16), 0
+        token, address = secrets.token_hex(16), None
     else:
         token, port = json.loads(_store().blocking_key_value_get("moc_jax/watcher", _JOINING))
-    host = coordinator.rpartition(":")[0].strip("[]")
+        address = coordinator.rpartition(":")[0].strip("[]"), port
     watcher = subprocess.Popen(
         [sys.executable, "-I", "-S", str(pathlib.Path(__file__).with_name("watcher.py"))],
         stdin=subprocess.PIPE,
@@ -90,7 +89,8 @@ def _watch(process: int, coordinator: str, heartbeat: float) -> None:
         if hears.readline():
             os._exit(1)  # whatever the main thread waits for will not come
 
-    say(json.dumps({**settings, "token": token, "address": (host, port)}))
+    settings = {"process": process, "parent": os.getpid(), "heartbeat": heartbeat, "token": token, "address": address}
+    say(json.dumps(settings))
     port = int(hears.readline() or 0)
     if process == 0:
         _store().key_value_set("moc_jax/watcher", json.dumps((token, port)))

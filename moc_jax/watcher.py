@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 PULSE = 0.5  # seconds between two signs of life
 SILENCE = 5.0  # seconds without one that make a suspect
-GRACE = 3.0  # seconds that jax gets after its heartbeat, and a process to end by itself
 
 
 class Lost(NamedTuple):
@@ -66,11 +65,22 @@ class Watcher:
         heartbeat: seconds after which a suspect is lost.
         token: what only the watchers of this run know.
         address: of process 0's watcher; unused there.
+        grace: seconds that jax gets after its heartbeat, and a process to end by itself.
     """
 
-    def __init__(self, process: int, parent: int, heartbeat: float, token: str, address: tuple[str, int]):
-        self._process, self._parent, self._heartbeat = process, parent, heartbeat
-        self._token, self._address = token, address
+    def __init__(
+        self,
+        *,
+        process: int,
+        parent: int,
+        heartbeat: float,
+        token: str,
+        address: tuple[str, int] | None = None,
+        grace: float = 3.0,
+    ):
+        self.parent, self.grace = parent, grace
+        self._process, self._heartbeat = process, heartbeat
+        self._token, self._address = token, address  # None: there is nothing to connect to, or no longer
         self._left = False  # the parent said goodbye
         self._verdict: Lost | None = None
         self._suspects: dict[int, tuple[float, str]] = {}  # process -> since when, why
@@ -89,9 +99,12 @@ class Watcher:
     def run(self) -> Lost | None:
         """Until a process is lost; None where the parent ended after a goodbye."""
         while self._verdict is None:
-            if os.getppid() != self._parent:
-                return None if self._left else self._ended()
-            self._mark(self._process, "it is stopped" if _stopped(self._parent) else "")
+            if os.getppid() != self.parent:
+                if self._left:
+                    return None
+                self._verdict = self._ended()
+                break
+            self._mark(self._process, "it is stopped" if _stopped(self.parent) else "")
             self._pulse()
             self._listen()
             self._judge()
@@ -101,15 +114,11 @@ class Watcher:
     def _ended(self) -> Lost:
         """The parent ended without a goodbye: for another's sake, if that one is suspected or news of it comes."""
         mine = Lost(self._process, "it was killed or crashed")
-        if self._process == 0:
-            self._verdict = self._suspect() or mine
-            self._tell({"lost": self._verdict})
-            return self._verdict
         self._tell({"ended": mine.why})
-        deadline = time.monotonic() + GRACE
-        while self._verdict is None and time.monotonic() < deadline:
+        deadline = time.monotonic() + (self.grace if self._process else 0)
+        while not (self._verdict or self._suspect(self._process)) and time.monotonic() < deadline:
             self._listen()
-        return self._verdict or self._suspect() or mine
+        return self._verdict or self._suspect(self._process) or mine
 
     # -------------------------------------------------------------------------------------------- suspicion
 
@@ -120,10 +129,9 @@ class Watcher:
         else:
             self._suspects.pop(process, None)
 
-    def _suspect(self) -> Lost | None:
-        """Another process that is suspected."""
-        others = (Lost(process, why) for process, (_, why) in self._suspects.items() if process != self._process)
-        return next(others, None)
+    def _suspect(self, besides: int) -> Lost | None:
+        """A process that is suspected, besides one that has ended, maybe for its sake."""
+        return next((Lost(process, why) for process, (_, why) in self._suspects.items() if process != besides), None)
 
     def _judge(self) -> None:
         """Silence makes suspects; process 0's watcher decides about all, the others about process 0 alone."""
@@ -132,7 +140,7 @@ class Watcher:
             if peer.process is not None and not peer.left and now - peer.heard > SILENCE:
                 self._mark(peer.process, "it can't be reached", peer.heard)
         for process, (since, why) in self._suspects.items():
-            if now - since > self._heartbeat + GRACE and 0 in (process, self._process):
+            if now - since > self._heartbeat + self.grace and 0 in (process, self._process):
                 self._verdict = self._verdict or Lost(process, why)
 
     # -------------------------------------------------------------------------------------------- talking
@@ -149,8 +157,8 @@ class Watcher:
         if self._process == 0:
             self._tell({"suspects": {process: why for process, (_, why) in self._suspects.items()}})
             return
-        if not self._peers:
-            self._connect()
+        if self._address and not self._peers:
+            self._connect(self._address)
         self._tell({"suspect": self._suspects.get(self._process, (0, ""))[1]})
 
     def _listen(self) -> None:
@@ -164,16 +172,16 @@ class Watcher:
                 self._tell({"left": True})
             else:  # it has ended, or will have in a moment
                 self._selector.unregister(sys.stdin)
-                _wait_for_end(self._parent, GRACE)
+                _wait_for_end(self.parent, self.grace)
                 return
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             self._add(listener.accept()[0], None)
 
-    def _connect(self) -> None:
+    def _connect(self, address: tuple[str, int]) -> None:
         try:
-            connection = socket.create_connection(self._address, timeout=PULSE)
+            connection = socket.create_connection(address, timeout=PULSE)
         except OSError:
             self._mark(0, "it can't be reached")
             return
@@ -206,9 +214,9 @@ class Watcher:
             elif "lost" in message:
                 self._verdict = self._verdict or Lost(*message["lost"])
             elif "ended" in message:
-                self._verdict = self._verdict or self._suspect() or Lost(peer.process, message["ended"])
+                self._verdict = self._verdict or self._suspect(peer.process) or Lost(peer.process, message["ended"])
             elif "left" in message:
-                peer.left = True
+                peer.left, self._address = True, None
             elif "suspects" in message:
                 mine = self._suspects.get(self._process)
                 self._suspects = {int(process): (peer.heard, why) for process, why in message["suspects"].items()}
@@ -252,13 +260,12 @@ def main() -> None:
         file=sys.stderr,
         flush=True,
     )
-    parent = settings["parent"]
-    if os.getppid() == parent:
+    if os.getppid() == watcher.parent:
         with contextlib.suppress(OSError):
             print("lost", flush=True)
-        _wait_for_end(parent, GRACE)
-    if os.getppid() == parent:
-        os.kill(parent, signal.SIGKILL)
+        _wait_for_end(watcher.parent, watcher.grace)
+    if os.getppid() == watcher.parent:
+        os.kill(watcher.parent, signal.SIGKILL)
 
 
 if __name__ == "__main__":
