@@ -43,7 +43,7 @@ from moc_jax.checkpoint_layout import (
 from moc_jax.config import Config, ConfigError, TrainConfig
 from moc_jax.config_json import config_to_json
 from moc_jax.digest import array_digest, text_digest, tree_digests
-from moc_jax.errors import disk_full
+from moc_jax.errors import disk_full, out_of_memory
 from moc_jax.models.mmdit import MMDiT, abstract_model
 from moc_jax.processes import attempt, gather, sync
 
@@ -366,8 +366,17 @@ def _read_arrays(path: epath.Path, meta: Meta, target: Mapping[str, Any]) -> dic
     """The trees of `target` and the codec's state; ValueError when a digest does not match, whatever Orbax raises."""
     for name, tree in target.items():
         check_shapes(path, name, meta.shapes.get(name, {}), shapes_of(tree))
-    with _context():
-        saved = ocp.load_checkpointables(path, {**target, "codec": None})
+    try:
+        with _context():
+            saved = ocp.load_checkpointables(path, {**target, "codec": None})
+    except Exception as error:
+        asked = out_of_memory(error)
+        if asked is None:
+            raise
+        raise CheckpointError(  # an older one would need as much
+            f"the devices' memory is too small for checkpoint {path}: {asked}. Close what else uses them, or split the "
+            "state over more (mesh.fsdp)"
+        ) from error
     saved["codec"] = {name: np.asarray(array) for name, array in saved["codec"].items()}
     for name in target:
         digests = meta.digests.get(name, {})

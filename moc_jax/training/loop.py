@@ -24,10 +24,11 @@ from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import Manifest, SceneEntry, codec_of
 from moc_jax.data.pipeline import make_pipeline
 from moc_jax.data.plan import TrainPlan
-from moc_jax.errors import disk_full
+from moc_jax.errors import disk_full, explain_memory
 from moc_jax.processes import gather, together
 from moc_jax.scene import Scene
 from moc_jax.sharding import check_batch, shard_batch
+from moc_jax.training.memory import preview_remedies, remedies
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, utilisation
 from moc_jax.training.start import check_codec, check_resumable, initial_params
 from moc_jax.training.state import Params, TrainState, create_state, make_blueprint
@@ -123,6 +124,7 @@ class _Run:
         )
         self._clock = Clock()
 
+    @explain_memory("the weights, the optimizer's state and the moving average", TrainingError, remedies)
     def _start(self) -> tuple[TrainState, str]:
         changes: dict[str, tuple[Any, Any]] = {}
         restored = self._checkpoints.restore(
@@ -164,6 +166,7 @@ class _Run:
         self._checkpoints.wait()
         self._finish(stopping)
 
+    @explain_memory("a training step", TrainingError, remedies)
     def _one(self, batch: int) -> None:
         moc = self._cfg.moc_at(batch)
         mine = next(self._data)
@@ -182,6 +185,7 @@ class _Run:
                 self._programs[key] = self._compiled(scene, moc)
         return self._programs[key]
 
+    @explain_memory("a training step", TrainingError, remedies)
     def _compiled(self, scene: Scene, moc: MoCConfig) -> jax.stages.Compiled:
         begin = time.perf_counter()
         program = f"the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit}"
@@ -194,8 +198,14 @@ class _Run:
         )
         return compiled
 
+    @property
+    def config(self) -> Config:
+        """What the run was started with."""
+        return self._cfg
+
     # -------------------------------------------------------------------------------------------- telling
 
+    @explain_memory("a training step", TrainingError, remedies)
     def _report(self) -> None:
         """Looks at the oldest step's results."""
         told = self._pending.popleft()
@@ -259,6 +269,7 @@ class _Run:
         self._clock.leave_out(seconds)
         self._metrics.leave_out(seconds)
 
+    @explain_memory("validation", TrainingError, remedies)
     def _validate(self, step: int) -> None:
         assert self._held_out is not None
         self._held_out.set_state({**self._held_out.get_state(), "step": 0})
@@ -273,10 +284,12 @@ class _Run:
         self._metrics.write(step, {"validation": {"mean": float(losses.mean()), **values}})
         self._metrics.say(f"step {step}: validation loss {losses.mean():.4f}")
 
+    @explain_memory("a preview", TrainingError, preview_remedies)
     def _show_preview(self, step: int) -> None:
         assert self._preview is not None
         self._preview(self._state.sampling_params, step)
 
+    @explain_memory("a checkpoint's digests", TrainingError, remedies)
     def _save(self, step: int) -> None:
         self._checkpoints.save(
             step,
