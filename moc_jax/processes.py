@@ -106,9 +106,12 @@ def losses_reported(heartbeat: float) -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError:
+    except jax.errors.JaxRuntimeError as error:
         if jax.process_count() > 1:
-            time.sleep(heartbeat + _VERDICT)
+            seconds = heartbeat + _VERDICT
+            told = f"\n{root_cause(error)}\nwaiting up to {seconds} s for word of a process that is gone"
+            print(told, file=sys.stderr, flush=True)
+            time.sleep(seconds)
         raise
 
 

@@ -64,7 +64,7 @@ class Watcher:
     Args:
         heartbeat: seconds after which a suspect is lost.
         token: what only the watchers of this run know.
-        address: of process 0's watcher; unused there.
+        address: of process 0's watcher; None there.
         grace: seconds that jax gets after its heartbeat, and a process to end by itself.
     """
 
@@ -86,6 +86,8 @@ class Watcher:
         self._suspects: dict[int, tuple[float, str]] = {}  # process -> since when, why
         self._peers: list[Peer] = []
         self._next_pulse = 0.0
+        self._met = False  # whether there was ever a connection to process 0's watcher
+        self._patience: float | None = time.monotonic() + heartbeat + grace  # for the first one
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin, selectors.EVENT_READ)
         self.port = 0  # where process 0's watcher hears the others
@@ -183,8 +185,16 @@ class Watcher:
         try:
             connection = socket.create_connection(address, timeout=PULSE)
         except OSError:
-            self._mark(0, "it can't be reached")
+            if self._met:
+                self._mark(0, "it can't be reached")
+            elif self._patience is not None and time.monotonic() > self._patience:
+                self._patience = None
+                _say(
+                    f"note: process {self._process} can't reach {address[0]} at port {address[1]}, where losses of "
+                    "processes are reported; it will end with an abort of jax where one is lost"
+                )
             return
+        self._met = True
         self._add(connection, 0)
         self._tell({"token": self._token, "process": self._process})
 
@@ -228,6 +238,10 @@ class Watcher:
             self._drop(peer)
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _stopped(process: int) -> bool:
     """Whether a signal or a debugger holds it; where there is no /proc, jax's heartbeats have to do."""
     try:
@@ -254,11 +268,9 @@ def main() -> None:
     lost = watcher.run()
     if lost is None:
         return
-    print(
+    _say(
         f"\nerror: process {lost.process} is gone ({lost.why}), and the run can't continue without it. Checkpoints are "
-        "intact: once all processes are started again, the same command resumes from the newest",
-        file=sys.stderr,
-        flush=True,
+        "intact: once all processes are started again, the same command resumes from the newest"
     )
     if os.getppid() == watcher.parent:
         with contextlib.suppress(OSError):

@@ -32,7 +32,7 @@ LIMIT, GRACE = 60, 0.5
 class Run:
     """Three processes and their watchers."""
 
-    def __init__(self, heartbeat):
+    def __init__(self, heartbeat, reachable=True):
         self.processes, self.watchers, self.port = [], [], 0
         for number in range(3):
             settings = {"process": number, "heartbeat": heartbeat, "token": "secret", "grace": GRACE}
@@ -47,7 +47,7 @@ class Run:
             self.processes.append(process)
             pid, port = map(int, process.stdout.readline().split())
             self.watchers.append(pid)
-            self.port = self.port or port
+            self.port = self.port or port if reachable else 1
         time.sleep(2 * watcher.PULSE)  # until all are connected
 
     def signal(self, number, what):
@@ -68,8 +68,8 @@ class Run:
 def start():
     runs = []
 
-    def start(heartbeat=100.0):
-        runs.append(Run(heartbeat))
+    def start(heartbeat=100.0, **more):
+        runs.append(Run(heartbeat, **more))
         return runs[-1]
 
     yield start
@@ -148,3 +148,14 @@ def test_a_stranger_is_not_believed(start):
     with socket.create_connection(("127.0.0.1", run.port)) as stranger:
         stranger.sendall(b"\xff\xfe GET / HTTP/1.1\n")
     assert [run.leave(number) for number in range(3)] == [(0, "")] * 3
+
+
+def test_where_the_watchers_cannot_reach_each_other_nobody_is_ended_for_it(start):
+    run = start(0.1, reachable=False)
+    time.sleep(GRACE + 2 * watcher.PULSE)
+    assert run.leave(0) == (0, "")
+    for number in (1, 2):
+        code, error = run.leave(number)
+        assert code == 0
+        assert error.startswith(f"note: process {number} can't reach 127.0.0.1 at port 1, where losses of")
+        assert error.count("\n") == 1
