@@ -155,7 +155,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Global gradient norm is clipped to this; 0: no clipping."""
     accumulate: int = 1
-    """Batches that make one update together, as one batch of all their scenes would."""
+    """Batches that make one update, as one larger batch would."""
 
     def __post_init__(self):
         check(self.learning_rate > 0, f"optimizer.learning_rate is {self.learning_rate}; it must be positive")
@@ -185,7 +185,7 @@ class TrainConfig:
     """The training run."""
 
     steps: int = 1000
-    """Batches to train on; with `optimizer.accumulate` several of them make one update."""
+    """Batches to train on; `optimizer.accumulate` of them make one update."""
     batch_size: int = 1
     """Scenes per step, over all processes and devices."""
     seed: int = 0
@@ -255,7 +255,7 @@ class MeshConfig:
     process_id: int = -1
     """This process, from 0; -1: found by the cluster's own environment."""
     heartbeat: int = 100
-    """Seconds without a sign of life after which a process is lost; each other one then says so and ends."""
+    """Seconds without a sign of life after which a process is lost."""
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.context, self.tensor)
