@@ -39,7 +39,7 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
             from moc_jax.checkpoint import CheckpointError
             from moc_jax.codecs import CodecMismatch
             from moc_jax.data import CaptionError, DataError, VideoError, prepare, resolved
-            from moc_jax.processes import ProcessError, join, main_process_first
+            from moc_jax.processes import ProcessError, join, losses_reported, main_process_first
             from moc_jax.sampling.generate import SamplingError
             from moc_jax.sharding import make_mesh
             from moc_jax.training.lock import LockError
@@ -51,7 +51,7 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
         data = CaptionError, DataError, VideoError
         with clean_exit(*data, CheckpointError, CodecMismatch, LockError, ProcessError, SamplingError, TrainingError):
             join(config.mesh)
-            with claimed(config.workdir) as lock:
+            with claimed(config.workdir) as lock, losses_reported(config.mesh.heartbeat):
                 mesh, stop = make_mesh(config.mesh), RunStop(signals)
                 codec = initial_codec(config)
                 manifest = main_process_first("prepare the data", lambda: prepare(config, codec))

@@ -5,7 +5,7 @@
 Orbax (imported nowhere else) writes in the background and commits a step by one rename. Beside the arrays lie digests
 of their bits, computed on the devices and independent of the mesh, so that any damage is seen on restore: the
 newest checkpoint that is whole is used, and every other is named in a warning. Restore targets are built from the
-current mesh, never from the saved one.
+current mesh, never from the saved one. checkpoint_layout.py says which folders are checkpoints at all.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,13 +26,27 @@ from etils import epath
 from flax import nnx
 
 import moc_jax
+from moc_jax.checkpoint_layout import (
+    CheckpointError,
+    Meta,
+    absolute,
+    check_shapes,
+    damaged_in,
+    foreign_in,
+    free_aside,
+    own_data_state,
+    parse_meta,
+    shapes_of,
+    step_of,
+    steps_in,
+    unfinished_in,
+)
 from moc_jax.config import Config, ConfigError, TrainConfig
-from moc_jax.config_json import config_from_json, config_to_json
+from moc_jax.config_json import config_to_json
 from moc_jax.digest import array_digest, text_digest, tree_digests
-from moc_jax.errors import disk_full
+from moc_jax.errors import disk_full, out_of_memory
 from moc_jax.models.mmdit import MMDiT, abstract_model
 from moc_jax.processes import attempt, gather, sync
-from moc_jax.sharding import key_path
 
 try:  # public since orbax-checkpoint 0.13; the same API under its older name before
     from orbax.checkpoint import v1 as ocp
@@ -41,16 +55,12 @@ except ImportError:
 
 
 def _not_told_twice(record: logging.LogRecord) -> bool:
-    """Orbax logs every error of its threads with a traceback, and raises it as well: we tell it once, in words."""
+    """Orbax logs every error of its threads with a traceback, and raises it as well: it is reported once, in words."""
     return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
 
 
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_not_told_twice)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that can't be written or read: the message names it, the cause and what is intact."""
 
 
 _FATAL = CheckpointError, ConfigError  # an older checkpoint would not be better
@@ -88,12 +98,21 @@ class Checkpoints:
     """The checkpoints of one run. All processes call every method together."""
 
     def __init__(self, directory: str, cfg: TrainConfig):
-        """`directory` is made if need be; what an interrupted save left there is named in a warning and removed."""
-        self.directory = _absolute(directory)
+        """`directory` is made if need be; what an interrupted save left there is named in a warning and removed.
+
+        Raises:
+            CheckpointError: `directory` is something else.
+        """
+        self.directory = absolute(directory)
         self._cfg = cfg
         self._pending: tuple[int, Any] | None = None
+        if not self.directory.is_dir() and (self.directory.exists() or os.path.lexists(self.directory)):
+            raise CheckpointError(f"{self.directory} is not a folder: move it, or give another --workdir")
         for name in self._remove_unfinished():
             warnings.warn(f"checkpoint {self.directory / name} was never finished and was removed", stacklevel=2)
+        foreign = foreign_in(self.directory)
+        if foreign:
+            warnings.warn(f"{self.directory} holds what is no checkpoint: {_few(foreign)}; left alone", stacklevel=2)
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
@@ -107,7 +126,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Committed steps, oldest first."""
-        return _steps(self.directory)
+        return steps_in(self.directory)
 
     def save(
         self,
@@ -133,7 +152,7 @@ class Checkpoints:
             "step": step,
             "config": config_to_json(config),
             "data": gather(json.dumps(data_state)),
-            "shapes": {name: _shapes(tree) for name, tree in state.items()},
+            "shapes": {name: shapes_of(tree) for name, tree in state.items()},
             "digests": {name: tree_digests(tree) for name, tree in state.items()},
             "codec": {name: array_digest(array) for name, array in codec_state.items()},
             "versions": {"moc_jax": moc_jax.__version__}
@@ -181,7 +200,7 @@ class Checkpoints:
 
         Args:
             target: trees of ShapeDtypeStruct with the shardings of the current mesh, by name.
-            check: raises when the saved config is not one that this run may go on from.
+            check: raises when the saved config is not one that this run may resume from.
 
         Raises:
             CheckpointError: there are checkpoints but none can be read, or the weights are of another model.
@@ -200,7 +219,7 @@ class Checkpoints:
                 f"none of the checkpoints in {self.directory} can be read ({told}). All were left as they are: if the "
                 "storage is at fault, run the same command again once it works; to start anew, give another --workdir"
             )
-        aside = sorted(name for name in _entries(self.directory) if name.startswith("damaged-"))
+        aside = damaged_in(self.directory)
         if aside:
             raise CheckpointError(
                 f"{self.directory} holds no checkpoint but {', '.join(aside)}: rename one to its step's number to try "
@@ -215,32 +234,30 @@ class Checkpoints:
         meta, problem = attempt(lambda: _read_meta(path), _FATAL)
         if meta is None:
             return None, problem
-        config = config_from_json(meta["config"], name=f"the config saved in {path}")
-        check(config)
-        data_state = _own_data_state(meta["data"], path)
+        check(meta.config)
+        data_state = own_data_state(meta, path)
         saved, problem = attempt(lambda: _read_arrays(path, meta, target), _FATAL)
         if saved is None:
             return None, problem
-        return Restored(step, {name: saved[name] for name in target}, data_state, config, saved["codec"]), ""
+        return Restored(step, {name: saved[name] for name in target}, data_state, meta.config, saved["codec"]), ""
 
     def _set_aside(self, step: int, problem: str, whole: int) -> None:
-        path, aside = self.directory / str(step), self.directory / f"damaged-{step}"
+        path, aside = self.directory / str(step), free_aside(self.directory, step)
         warnings.warn(
             f"checkpoint {path} is damaged ({problem}) and was moved to {aside.name}; that of step {whole} is whole",
             stacklevel=3,
         )
+        sync("see_aside")  # every process names the same place, before it is taken
         if jax.process_index() == 0:
-            if aside.exists():
-                aside.rmtree()
             path.rename(aside)
         sync("set_aside")
 
     def _remove_unfinished(self) -> list[str]:
-        names = sorted(name for name in _entries(self.directory) if ".orbax-checkpoint-tmp" in name)
+        paths = unfinished_in(self.directory)
         if jax.process_index() == 0:
-            for name in names:
-                (self.directory / name).rmtree(missing_ok=True)
-        return names
+            for path in paths:
+                path.rmtree(missing_ok=True)
+        return [path.name for path in paths]
 
     def _failed(self, step: int, error: Exception) -> None:
         if not disk_full(error):
@@ -262,7 +279,7 @@ class Checkpoints:
 
 def has_checkpoint(directory: str) -> bool:
     """Whether `directory`, a run's workdir, holds one."""
-    return bool(_steps(_absolute(directory) / "checkpoints"))
+    return bool(steps_in(absolute(directory) / "checkpoints"))
 
 
 def load_for_sampling(directory: str, step: int | None = None, *, shardings: Any = None) -> Checkpoint:
@@ -279,14 +296,13 @@ def load_for_sampling(directory: str, step: int | None = None, *, shardings: Any
 
     def load(path: epath.Path) -> Checkpoint:
         meta = _read_meta(path)
-        config = config_from_json(meta["config"], name=f"the config saved in {path}")
-        name = "ema" if "ema" in meta["digests"] else "params"
-        weights = nnx.to_pure_dict(abstract_model(config.model)[1])
+        name = "ema" if "ema" in meta.digests else "params"
+        weights = nnx.to_pure_dict(abstract_model(meta.config.model)[1])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = jax.tree.map(lambda _: device, weights) if shardings is None else shardings
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, places)
         saved = _read_arrays(path, meta, {name: target})
-        return Checkpoint(config, saved[name], saved["codec"], meta["step"])
+        return Checkpoint(meta.config, saved[name], saved["codec"], meta.step)
 
     return _newest(directory, step, load)
 
@@ -296,19 +312,20 @@ def load_codec_state(directory: str) -> tuple[Config, dict[str, np.ndarray]]:
 
     def load(path: epath.Path) -> tuple[Config, dict[str, np.ndarray]]:
         meta = _read_meta(path)
-        config = config_from_json(meta["config"], name=f"the config saved in {path}")
-        return config, _read_arrays(path, meta, {})["codec"]
+        return meta.config, _read_arrays(path, meta, {})["codec"]
 
     return _newest(directory, None, load)
 
 
 def _newest[T](directory: str, step: int | None, load: Callable[[epath.Path], T]) -> T:
     """`load` of the newest checkpoint where it succeeds, or of the one of `step`."""
-    given = _absolute(directory)
+    given = absolute(directory)
     root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-    if root.name.isdigit() and (root / "meta").exists():
-        root, step = root.parent, int(root.name)
-    steps = _steps(root)
+    if (root / "meta").exists():
+        root, step = root.parent, step_of(root.name)
+        if step is None:
+            raise CheckpointError(f"{given} is a checkpoint, but its name is no step: give it back the name it had")
+    steps = steps_in(root)
     if not steps:
         raise CheckpointError(
             f"no checkpoint in {directory}; give a run's workdir, its checkpoints folder, or one step's folder"
@@ -337,63 +354,40 @@ def _context() -> ocp.Context:
     return context
 
 
-def _read_meta(path: epath.Path) -> dict[str, Any]:
+def _read_meta(path: epath.Path) -> Meta:
+    if not (path / "meta").is_dir():  # Orbax would log it, with a list of what else it looked for
+        raise FileNotFoundError("it has no meta" if path.is_dir() else "it is not a folder")
     with _context():
-        meta = ocp.load_checkpointables(path, {"meta": None})["meta"]
-    if text_digest(meta["body"]) != meta["sha256"]:
-        raise ValueError("meta: the digest does not match")
-    return json.loads(meta["body"])
+        saved = ocp.load_checkpointables(path, {"meta": None})["meta"]
+    return parse_meta(saved, path)
 
 
-def _read_arrays(path: epath.Path, meta: dict[str, Any], target: Mapping[str, Any]) -> dict[str, Any]:
+def _read_arrays(path: epath.Path, meta: Meta, target: Mapping[str, Any]) -> dict[str, Any]:
     """The trees of `target` and the codec's state; ValueError when a digest does not match, whatever Orbax raises."""
     for name, tree in target.items():
-        _check_shapes(path, name, meta["shapes"].get(name, {}), _shapes(tree))
-    with _context():
-        saved = ocp.load_checkpointables(path, {**target, "codec": None})
+        check_shapes(path, name, meta.shapes.get(name, {}), shapes_of(tree))
+    try:
+        with _context():
+            saved = ocp.load_checkpointables(path, {**target, "codec": None})
+    except Exception as error:
+        asked = out_of_memory(error)
+        if asked is None:
+            raise
+        raise CheckpointError(  # an older one would need as much
+            f"the devices' memory is too small for checkpoint {path}: {asked}. Close what else uses them, or split the "
+            "state over more (mesh.fsdp)"
+        ) from error
     saved["codec"] = {name: np.asarray(array) for name, array in saved["codec"].items()}
     for name in target:
-        wrong = [key for key, digest in tree_digests(saved[name]).items() if digest != meta["digests"][name][key]]
+        digests = meta.digests.get(name, {})
+        wrong = [key for key, digest in tree_digests(saved[name]).items() if digest != digests.get(key)]
         if wrong:
             raise ValueError(f"{name}: the digest of {', '.join(wrong)} does not match")
-    if meta["codec"] != {name: array_digest(array) for name, array in saved["codec"].items()}:
+    if meta.codec != {name: array_digest(array) for name, array in saved["codec"].items()}:
         raise ValueError("codec: the digest does not match")
     return saved
 
 
-def _shapes(tree: Any) -> dict[str, list[int]]:
-    return {"/".join(key_path(path)): list(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
-def _check_shapes(path: epath.Path, name: str, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    """Raises CheckpointError naming the first array that only one side has, or that differs."""
-    for key in sorted({*saved, *wanted}):
-        if saved.get(key) != wanted.get(key):
-            raise CheckpointError(
-                f"checkpoint {path} is of another model: {name}/{key} is {saved.get(key, 'missing')} there and "
-                f"{wanted.get(key, 'missing')} in this one; use the config and the version that it was trained with"
-            )
-
-
-def _own_data_state(states: list[str], path: epath.Path) -> dict[str, Any]:
-    if len(states) == jax.process_count():
-        return json.loads(states[jax.process_index()])
-    if len(set(states)) == 1:  # every process stands at the same place of the same stream
-        return json.loads(states[0])
-    raise CheckpointError(
-        f"checkpoint {path} was written by {len(states)} processes, each with its own place in the data, and cannot "
-        f"go on with {jax.process_count()}; start {len(states)} processes"
-    )
-
-
-def _absolute(directory: str) -> epath.Path:
-    """Orbax takes no relative paths; a bucket's address is none."""
-    return epath.Path(directory if "://" in directory else os.path.abspath(directory))
-
-
-def _entries(root: epath.Path) -> set[str]:
-    return {path.name for path in root.iterdir()} if root.is_dir() else set()
-
-
-def _steps(root: epath.Path) -> list[int]:
-    return sorted(int(name) for name in _entries(root) if name.isdigit())
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more

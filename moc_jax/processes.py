@@ -4,7 +4,17 @@ Collectives over the devices give up when a process comes half a minute late (Gl
 fail on one process alone, is waited for through the key-value store of jax's coordination service instead.
 """
 
-from collections.abc import Callable
+import atexit
+import contextlib
+import json
+import os
+import pathlib
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +26,9 @@ from moc_jax.config import ConfigError, MeshConfig
 from moc_jax.errors import root_cause
 
 _PATIENCE = 1000  # ms per request: between two, a signal is heard
+_JAX_HEARTBEAT = 100  # s, what jax takes by itself
+_VERDICT = 10  # s after the heartbeat, at most, until the watchers say who is lost
+_JOINING = 60_000  # ms for what process 0 does at once
 
 
 class ProcessError(RuntimeError):
@@ -25,23 +38,82 @@ class ProcessError(RuntimeError):
 def join(cfg: MeshConfig) -> None:
     """Makes this process one of the run's, before any device is touched; what `cfg` leaves open the cluster tells.
 
+    From then on a watcher (moc_jax/watcher.py) reports a process that is lost, and ends this one.
+
     Raises:
         ConfigError: neither of them tells all that is needed.
     """
     if not cfg.distributed:
         return
     jax.config.update("jax_enable_preemption_service", False)  # until training, SIGTERM ends a process as usual
+    timeout: dict[str, Any] = {} if cfg.heartbeat == _JAX_HEARTBEAT else {"heartbeat_timeout_seconds": cfg.heartbeat}
     try:
         jax.distributed.initialize(
             cfg.coordinator or None,
             cfg.num_processes or None,
             None if cfg.process_id == -1 else cfg.process_id,
+            **timeout,
         )
     except ValueError as error:
         raise ConfigError(
             f"mesh.distributed: {error} Nothing around this process tells it, so give --mesh.coordinator host:port, "
             "--mesh.num-processes and --mesh.process-id"
         ) from error
+    state = distributed.global_state
+    if state.client is not None and state.num_processes > 1:
+        _watch(state.process_id, str(state.coordinator_address), cfg.heartbeat)
+
+
+def _watch(process: int, coordinator: str, heartbeat: float) -> None:
+    """Starts this process's watcher, and tells the others where that of process 0 is."""
+    if process == 0:
+        token, address = secrets.token_hex(16), None
+    else:
+        token, port = json.loads(_store().blocking_key_value_get("moc_jax/watcher", _JOINING))
+        address = coordinator.rpartition(":")[0].strip("[]"), port
+    watcher = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(pathlib.Path(__file__).with_name("watcher.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # what a terminal or a scheduler sends to the run is not for the watcher
+    )
+    says, hears = watcher.stdin, watcher.stdout
+    assert says is not None
+    assert hears is not None
+
+    def say(text: str) -> None:
+        with contextlib.suppress(OSError):
+            says.write(text.encode() + b"\n")
+            says.flush()
+
+    def listen() -> None:
+        if hears.readline():
+            os._exit(1)  # whatever the main thread waits for will not come
+
+    settings = {"process": process, "parent": os.getpid(), "heartbeat": heartbeat, "token": token, "address": address}
+    say(json.dumps(settings))
+    port = int(hears.readline() or 0)
+    if process == 0:
+        _store().key_value_set("moc_jax/watcher", json.dumps((token, port)))
+    threading.Thread(target=listen, name="watcher", daemon=True).start()
+    atexit.register(say, "goodbye")
+
+
+@contextlib.contextmanager
+def losses_reported(heartbeat: float) -> Iterator[None]:
+    """Where a collective fails because another process is lost, it is the watcher that says so and ends this process.
+
+    An error of jax with several processes is therefore held back for as long as that may take.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1:
+            seconds = heartbeat + _VERDICT
+            told = f"\n{root_cause(error)}\nwaiting up to {seconds} s for word of a process that is gone"
+            print(told, file=sys.stderr, flush=True)
+            time.sleep(seconds)
+        raise
 
 
 class StopPoint:

@@ -265,6 +265,76 @@ def test_a_half_written_checkpoint_is_named_and_removed(two):
     assert not half.exists()
 
 
+def test_a_copied_checkpoint_is_not_believed(two):
+    """By its name it would be the newest."""
+    _, target = state_on(mesh_of(1))
+    shutil.copytree(two / "3", two / "9")
+    checkpoints = Checkpoints(str(two), TrainConfig())
+    with pytest.warns(UserWarning, match=r"9 is damaged \(ValueError: it holds step 3, .* moved to damaged-9"):
+        assert checkpoints.restore(target, accept).step == 5
+    checkpoints.close()
+
+
+def test_a_renamed_checkpoint_is_refused_and_named_back_it_is_whole(two):
+    _, target = state_on(mesh_of(1))
+    shutil.rmtree(two / "3")
+    (two / "5").rename(two / "50")
+    checkpoints = Checkpoints(str(two), TrainConfig())
+    with pytest.raises(CheckpointError, match=r"step 50: ValueError: it holds step 5, .* only the name 5 is right"):
+        checkpoints.restore(target, accept)
+    (two / "50").rename(two / "5")
+    assert checkpoints.restore(target, accept).step == 5
+    checkpoints.close()
+
+
+ODD_NAMES = ["0010", "²", "١٢", "-1", "1e3", "5_6", "ckpt_7", "a b", "7.orbax-checkpoint-tmp.txt"]
+
+
+def test_odd_names_stop_nothing_and_stay(two):
+    """Neither for reading nor for what Orbax does when it saves and removes."""
+    state, target = state_on(mesh_of(1))
+    for number, name in enumerate(ODD_NAMES):
+        shutil.copytree(two / "3", two / name) if number % 2 else (two / name).mkdir()
+    (two / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match="holds what is no checkpoint: .* and 5 more; left alone"):
+        checkpoints = Checkpoints(str(two), TrainConfig(keep_last=1))
+    assert checkpoints.restore(target, accept).step == 5
+    for step in (6, 10, 12):
+        save(checkpoints, step, state)
+    checkpoints.close()
+    assert sorted(path.name for path in two.iterdir()) == sorted([*ODD_NAMES, "notes.txt", "12"])
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (pathlib.Path.mkdir, "it has no meta"),
+        (pathlib.Path.touch, "it is not a folder"),
+        (lambda path: path.symlink_to("nowhere"), "it is not a folder"),
+        (lambda path: path.symlink_to(path.name), "it is not a folder"),
+    ],
+    ids=["empty", "file", "dangling", "loop"],
+)
+@pytest.mark.parametrize("name", ["6", "9" * 30])
+def test_what_bears_a_steps_name_but_is_none_moves_aside(two, name, make, problem):
+    state, target = state_on(mesh_of(1))
+    make(two / name)
+    checkpoints = Checkpoints(str(two), TrainConfig(keep_last=1))
+    with pytest.warns(UserWarning, match=rf"{name} is damaged \(FileNotFoundError: {problem}\) and was moved"):
+        assert checkpoints.restore(target, accept).step == 5
+    save(checkpoints, 6, state)
+    checkpoints.close()
+    assert sorted(path.name for path in two.iterdir()) == ["6", f"damaged-{name}"]
+
+
+@pytest.mark.parametrize("make", [pathlib.Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_a_checkpoints_folder_that_is_none_is_named(folder, make):
+    folder.parent.mkdir()
+    make(folder)
+    with pytest.raises(CheckpointError, match=r"checkpoints is not a folder: move it, or give another --workdir"):
+        Checkpoints(str(folder), TrainConfig())
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_full_disk_is_named_and_the_checkpoint_before_is_intact(two, monkeypatch, background):
     state, target = state_on(mesh_of(1))
@@ -393,6 +463,21 @@ def test_sampling_passes_over_a_damaged_checkpoint(run):
         assert load_for_sampling(str(run)).step == 3
     with pytest.raises(CheckpointError, match=r"checkpoints/5 is damaged .*; there are steps \[3, 5\]"):
         load_for_sampling(str(run), step=5)
+
+
+def test_sampling_believes_no_name(run):
+    folder = run / "checkpoints"
+    (folder / "5").rename(folder / "9")
+    (folder / "²").mkdir()
+    with pytest.warns(UserWarning, match=r"/9 is damaged \(ValueError: it holds step 5.* trying the one before"):
+        assert load_for_sampling(str(run)).step == 3
+    with pytest.raises(
+        CheckpointError, match=r"9 is damaged \(ValueError: it holds step 5, .* there are steps \[3, 9\]"
+    ):
+        load_for_sampling(str(folder / "9"))
+    (folder / "9").rename(run / "best")
+    with pytest.raises(CheckpointError, match="best is a checkpoint, but its name is no step"):
+        load_for_sampling(str(run / "best"))
 
 
 # ------------------------------------------------------------------------------------------------ digests

@@ -37,8 +37,10 @@ ALLOWED = {
     "files": set(),
     "signals": set(),
     "processes": {"errors"},
+    "watcher": set(),
     "digest": {"sharding"},
-    "checkpoint": {"codecs", "config_json", "digest", "errors", "models", "processes", "sharding"},
+    "checkpoint": {"checkpoint_layout", "codecs", "config_json", "digest", "errors", "models", "processes", "sharding"},
+    "checkpoint_layout": {"config_json", "digest", "sharding"},
     "training": UNDER_THE_ENTRY_POINTS,
     "sampling": UNDER_THE_ENTRY_POINTS,
 }

@@ -145,7 +145,7 @@ class OptimizerConfig(Settings, at="optimizer"):
     clip_norm: Annotated[float, Range(0, 1e12, "0: no clipping")] = 1.0
     """Global gradient norm is clipped to this; 0: no clipping."""
     accumulate: Annotated[int, Range(1, 10**6)] = 1
-    """Batches whose gradients are averaged before one update."""
+    """Batches that make one update, as one larger batch would."""
 
     def check_together(self):
         check(
@@ -168,7 +168,7 @@ class TrainConfig(Settings, at="train"):
     """The training run."""
 
     steps: Count = 1000
-    """Batches to train on; with `optimizer.accumulate` several of them make one update."""
+    """Batches to train on; `optimizer.accumulate` of them make one update."""
     batch_size: Annotated[int, Range(1, 2**14)] = 1
     """Scenes per step, over all processes and devices."""
     seed: Seed = 0
@@ -224,6 +224,8 @@ class MeshConfig(Settings, at="mesh"):
     """Processes in all; 0: found by the cluster's own environment."""
     process_id: Annotated[int, Range(-1, 2**20, "-1: left to the cluster")] = -1
     """This process, from 0; -1: found by the cluster's own environment."""
+    heartbeat: Annotated[int, Range(2, 86_400, "seconds; 100 suits most clusters")] = 100
+    """Seconds without a sign of life after which a process is lost."""
 
     def check_together(self):
         sizes = (self.data, self.fsdp, self.context, self.tensor)

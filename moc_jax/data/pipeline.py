@@ -100,6 +100,8 @@ class SceneIterator(grain.DatasetIterator):
                     f"the saved data position belongs to {key} = {state.get(key)!r}, but this run has {value!r}; "
                     "go on with the same data and settings, or give another --workdir"
                 )
+        if type(state.get("step")) is not int or state["step"] < 0:
+            raise DataError(f"the saved data position is {state.get('step')!r}; it must be a batch's number")
         self.close()
         self._step = state["step"]
 

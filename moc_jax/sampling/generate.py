@@ -21,6 +21,7 @@ from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
 from moc_jax.diffusion.guidance import guided_velocity
 from moc_jax.diffusion.process import VelocityFn, add_noise
+from moc_jax.errors import explain_memory
 from moc_jax.models.mmdit import abstract_model
 from moc_jax.sampling.scenes import Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
@@ -33,6 +34,15 @@ from moc_jax.text import TextEncoder, build_text_encoder
 
 class SamplingError(RuntimeError):
     """Sampling gave something that is no video: says what, of which storyboard, and what to try."""
+
+
+def _remedies(sampler: "Sampler") -> str:
+    cfg = sampler.config
+    return (
+        f"What needs less: fewer storyboards at a time; fewer shots or frames per storyboard; sample.guidance 1 (now "
+        f"{cfg.sample.guidance:g}; more evaluates the model twice); model.dtype bfloat16 (now {cfg.model.dtype}); "
+        f"dense attention off (moc.mode is {cfg.moc.mode})"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +103,7 @@ class Sampler:
         }
         self._route = jax.jit(self._routing)
 
+    @explain_memory("sampling", SamplingError, _remedies)
     def __call__(
         self, params: Any, storyboards: Sequence[Storyboard], *, bucket: BucketConfig | None = None
     ) -> list[Sample]:
@@ -118,6 +129,7 @@ class Sampler:
             samples.append(Sample(board, decoded, shots))
         return samples
 
+    @explain_memory("sampling", SamplingError, _remedies)
     def routing(self, params: Any, sample: Sample, *, t: float = 0.5) -> Float[np.ndarray, "depth S S"]:
         """Which shots each shot's queries pick, per layer, when the sample is shown at noise level `t`.
 

@@ -19,7 +19,7 @@ from moc_jax.config import Config, ConfigError, MoCConfig
 from moc_jax.config_json import config_to_json
 from moc_jax.data.manifest import Manifest, codec_of
 from moc_jax.data.pipeline import make_pipeline
-from moc_jax.errors import disk_full
+from moc_jax.errors import disk_full, explain_memory
 from moc_jax.files import write_text
 from moc_jax.processes import gather, together
 from moc_jax.scene import Scene
@@ -28,6 +28,7 @@ from moc_jax.signals import Interrupted, Signals
 from moc_jax.training.closing import closing_all
 from moc_jax.training.diagnosis import batch_entries, diagnosis, is_finite
 from moc_jax.training.lock import Lock
+from moc_jax.training.memory import preview_remedies, remedies
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, read_metrics, utilisation
 from moc_jax.training.start import check_codec, check_resumable, initial_params
 from moc_jax.training.state import Params, TrainState, create_state, make_blueprint
@@ -164,6 +165,7 @@ class _Run:
         closes(self._metrics.close)
         self._clock = Clock()
 
+    @explain_memory("the weights, the optimizer's state and the moving average", TrainingError, remedies)
     def _start(self) -> tuple[TrainState, str]:
         changes: dict[str, tuple[Any, Any]] = {}
         restored = self._checkpoints.restore(
@@ -227,6 +229,7 @@ class _Run:
         if max(map(float, seconds)) > _LONG:
             self._lag = 0
 
+    @explain_memory("a training step", TrainingError, remedies)
     def _dispatch(self, step: int) -> None:
         moc = self._cfg.moc_at(step - 1)
         mine = next(self._data)
@@ -244,6 +247,7 @@ class _Run:
                 self._programs[key] = self._compiled(scene, moc)
         return self._programs[key]
 
+    @explain_memory("a training step", TrainingError, remedies)
     def _compiled(self, scene: Scene, moc: MoCConfig) -> jax.stages.Compiled:
         begin = time.perf_counter()
         program = f"the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit}"
@@ -261,8 +265,14 @@ class _Run:
         with jax.set_mesh(self._mesh):  # which each thread has its own of
             return function.lower(*args).compile()
 
+    @property
+    def config(self) -> Config:
+        """What the run was started with."""
+        return self._cfg
+
     # -------------------------------------------------------------------------------------------- reporting
 
+    @explain_memory("a training step", TrainingError, remedies)
     def _report(self) -> None:
         """Looks at the oldest step's results."""
         told = self._pending.popleft()
@@ -330,6 +340,7 @@ class _Run:
             self._between(actions[name], step)
             self._stop.check()
 
+    @explain_memory("validation", TrainingError, remedies)
     def _validate(self, step: int) -> None:
         assert self._held_out is not None
         self._held_out.set_state({**self._held_out.get_state(), "step": 0})
@@ -349,6 +360,7 @@ class _Run:
         self._metrics.write(step, {"validation": {"mean": float(losses.mean()), **values}})
         self._metrics.say(f"step {step}: validation loss {losses.mean():.4f}")
 
+    @explain_memory("a preview", TrainingError, preview_remedies)
     def _show_preview(self, step: int) -> None:
         assert self._preview is not None
         self._preview(self._state.sampling_params, step)
@@ -357,6 +369,7 @@ class _Run:
         if self._lock is not None:
             self._lock.check(now=now)
 
+    @explain_memory("a checkpoint's digests", TrainingError, remedies)
     def _save(self, step: int) -> None:
         self._check_lock(now=True)
         self._checkpoints.save(

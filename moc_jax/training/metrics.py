@@ -1,9 +1,11 @@
-"""What a run tells: metrics.jsonl, TensorBoard, the progress bar, and the loss curve drawn from the first of them.
+"""What a run reports: metrics.jsonl, TensorBoard, the progress bar, and the loss curve drawn from the first of them.
 
 metrics.jsonl holds no times, so that an interrupted run's file ends up equal, byte for byte, to an uninterrupted one's.
 """
 
+import io
 import json
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -14,6 +16,9 @@ from etils import epath
 from tqdm import tqdm
 
 from moc_jax.training.closing import closing_all
+from moc_jax.training.history import clear_the_way, keep_until, read_metrics
+
+__all__ = ["PEAK_FLOPS", "Clock", "Metrics", "draw_loss_curve", "read_metrics", "utilisation"]
 
 PEAK_FLOPS = {  # bfloat16 matrix products per second and device, dense, by `device_kind`
     "TPU v4": 275e12,
@@ -36,7 +41,7 @@ class Metrics:
     """The run's log. Only the main process writes; on the others every method does nothing."""
 
     def __init__(self, workdir: str, *, start: int, steps: int, enabled: bool):
-        """Goes on after step `start`: what an interrupted run logged beyond it is dropped."""
+        """Resumes after step `start`: what an interrupted run logged beyond it is dropped."""
         self._enabled, self._bar, self._board, self._file = enabled, None, None, None
         if not enabled:
             return
@@ -44,20 +49,24 @@ class Metrics:
 
         folder = epath.Path(workdir)
         path = folder / "metrics.jsonl"
-        _truncate(path, start)
+        clear_the_way(folder)
+        keep_until(path, start)
         self._file = path.open("a")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of its protobuf code
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            try:
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            except OSError as error:
+                warnings.warn(f"nothing goes to TensorBoard: {error}", UserWarning, stacklevel=2)
         self._bar = tqdm(
             total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1
         )
 
     def write(self, step: int, values: Mapping[str, Any], *, board: bool = True) -> None:
-        """One line of metrics.jsonl, and one point per number in TensorBoard."""
+        """One line of metrics.jsonl (null where a number is not finite), and one point per number in TensorBoard."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.write(json.dumps({"step": step, **_finite(values)}, allow_nan=False) + "\n")
         self._file.flush()
         if board:
             self.board(step, values)
@@ -127,51 +136,55 @@ def utilisation(flops_per_second: float, device_kind: str, devices: int) -> floa
     return None if peak is None else flops_per_second / (peak * devices)
 
 
-def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; ends at the first that was cut off."""
-    path, rows = epath.Path(path), []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
-
-
-def _truncate(path: epath.Path, step: int) -> None:
-    """Drops all lines after `step`, all at once or not at all."""
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
-    part = path.parent / f"{path.name}.part"
-    part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    part.replace(path)
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+    return {
+        name: _finite(value) if isinstance(value, Mapping) else value if math.isfinite(value) else None
+        for name, value in values.items()
+    }
 
 
 def draw_loss_curve(path: epath.PathLike, out: epath.PathLike) -> bool:
-    """A PNG of the loss over steps, its running mean, and the validation losses; False where there is no step yet."""
-    rows = read_metrics(path)
-    steps = np.array([row["step"] for row in rows if "loss" in row])
-    loss = np.array([row["loss"] for row in rows if "loss" in row])
-    if not len(steps):
+    """A PNG of the loss over steps, its running mean, and the validation losses; False where there is no step yet.
+
+    It comes after all that matters: where it can't be read or written, a warning says so, and False is returned.
+    """
+    try:
+        png = _loss_curve(read_metrics(path))
+        if png:
+            part = epath.Path(f"{out}.part")
+            part.write_bytes(png)
+            part.replace(out)
+        return bool(png)
+    except OSError as error:
+        warnings.warn(f"the loss curve {out} could not be drawn: {error}", stacklevel=2)
         return False
+
+
+def _loss_curve(rows: list[dict[str, Any]]) -> bytes:
+    points = [(row["step"], row["loss"]) for row in rows if isinstance(row.get("loss"), int | float)]
+    if not points:
+        return b""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    steps, loss = np.array(points, float).T
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, loss, color="#9db8d9", linewidth=0.8, label="loss of each step")
     axes.plot(steps, _running_mean(loss), color="#1f4e9c", linewidth=1.8, label="running mean")
-    validation = [(row["step"], row["validation"]["mean"]) for row in rows if "validation" in row]
+    found = [(row["step"], row["validation"].get("mean")) for row in rows if isinstance(row.get("validation"), dict)]
+    validation = [(step, mean) for step, mean in found if mean is not None]
     if validation:
         axes.plot(*zip(*validation), "o-", color="#d1495b", markersize=4, linewidth=1, label="validation")
-    axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log", xlim=(min(steps[0], 1), steps[-1] + 1))
+    axes.set(xlabel="step", ylabel="flow-matching loss", yscale="log", xlim=(min(steps.min(), 1), steps.max() + 1))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    with epath.Path(out).open("wb") as file:
-        FigureCanvasAgg(figure).print_png(file)
-    return True
+    png = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(png)
+    return png.getvalue()
 
 
 def _running_mean(x: np.ndarray) -> np.ndarray:

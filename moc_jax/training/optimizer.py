@@ -1,23 +1,32 @@
-"""Gradients -> updates: clip by global norm, AdamW with a schedule, averaged over several batches if asked."""
+"""Gradients -> updates: clip by global norm, AdamW with a schedule; several batches may make one update together."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from moc_jax.config import OptimizerConfig
+from moc_jax.config import ConfigError, OptimizerConfig
+from moc_jax.shapes import Array, Float, Int32
 from moc_jax.sharding import LogicalAxes, key_path
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> optax.GradientTransformation:
-    """The whole chain.
+def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> optax.GradientTransformationExtraArgs:
+    """The whole chain; `update` also takes `shots`, how many the gradients are a mean over (used with `accumulate`).
 
     Args:
         steps: batches of the run; with `cfg.accumulate` several of them make one update.
         logical: names of every weight's dimensions: what has two or more besides `layers` is a matrix and decays.
+
+    Raises:
+        ConfigError: `steps` are too few for a single update.
     """
+    if steps < cfg.accumulate:
+        raise ConfigError(
+            f"train.steps = {steps}, but optimizer.accumulate = {cfg.accumulate} batches make one update, so nothing "
+            "would be trained: raise train.steps or lower optimizer.accumulate"
+        )
 
     def is_matrix(params):
         count = jax.tree.map_with_path(
@@ -31,9 +40,60 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> op
             learning_rate(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=is_matrix
         ),
     )
-    if cfg.accumulate == 1:
-        return chain
-    return optax.MultiSteps(chain, cfg.accumulate).gradient_transformation()
+    return accumulated(chain, cfg.accumulate) if cfg.accumulate > 1 else optax.with_extra_args_support(chain)
+
+
+class Accumulated(NamedTuple):
+    """What lies between two updates."""
+
+    mini_step: Int32[Array, ""]  # batches since the last update
+    shots: Float[Array, ""]  # in these batches
+    acc_grads: Any  # mean of the gradients over these shots
+    inner_opt_state: Any
+
+
+def accumulated(inner: optax.GradientTransformation, count: int) -> optax.GradientTransformationExtraArgs:
+    """One update of `inner` from `count` batches: that of all their shots in one batch.
+
+    G = sum_i n_i g_i / sum_i n_i,  n_i the shots of batch i and g_i the mean of their gradients. (In the mean of the
+    g_i, which optax.MultiSteps takes, a shot weighs the more, the fewer others its batch holds.)
+    """
+
+    def init(params: Any) -> Accumulated:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return Accumulated(jnp.zeros((), jnp.int32), jnp.zeros(()), zeros, inner.init(params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra: Any
+    ) -> tuple[Any, Accumulated]:  # Optax calls them updates before they are
+        total = state.shots + extra["shots"]
+        share = extra["shots"] / jnp.maximum(total, 1)  # a batch of padding alone has no say
+        mean = jax.tree.map(lambda m, g: m + share * (g - m), state.acc_grads, updates)
+
+        def gather() -> tuple[Any, Accumulated]:
+            nothing = jax.tree.map(jnp.zeros_like, updates)
+            return nothing, Accumulated(state.mini_step + 1, total, mean, state.inner_opt_state)
+
+        def emit() -> tuple[Any, Accumulated]:
+            moved, after = inner.update(mean, state.inner_opt_state, params)
+            nothing = jax.tree.map(jnp.zeros_like, mean)
+            return moved, Accumulated(jnp.zeros_like(state.mini_step), jnp.zeros_like(total), nothing, after)
+
+        return jax.lax.cond(state.mini_step + 1 == count, emit, gather)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def remainder(cfg: OptimizerConfig, steps: int) -> str:
+    """What to say of the last batches where they are too few for an update; empty where there are none."""
+    left = steps % cfg.accumulate
+    if not left:
+        return ""
+    whole = steps - left
+    return (
+        f"train.steps = {steps} is no multiple of optimizer.accumulate = {cfg.accumulate}: the last {left} batch(es) "
+        f"make no update; {whole} or {whole + cfg.accumulate} steps would waste none"
+    )
 
 
 def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:

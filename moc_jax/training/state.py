@@ -52,7 +52,7 @@ class Blueprint:
     """What is fixed for a run: the model's graph, the optimizer, and where every part of the state lies."""
 
     graph: nnx.GraphDef
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     logical: LogicalAxes
     shardings: TrainState  # a NamedSharding in the place of every array
     abstract: TrainState  # a ShapeDtypeStruct, with its sharding, in the place of every array

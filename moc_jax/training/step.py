@@ -24,12 +24,12 @@ from moc_jax.training.state import Blueprint, Params, TrainState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What a step tells; the same on every device."""
+    """What a step reports; the same on every device."""
 
     loss: Float32[Array, ""]
     grad_norm: Float32[Array, ""]  # before clipping
     param_norm: Float32[Array, ""]  # of the updated weights
-    learning_rate: Float32[Array, ""]
+    learning_rate: Float32[Array, ""]  # of the update that the batch is part of; 0 where the run ends before it
     scene_loss: Float32[Array, "B"]  # mean over each scene's shots
 
 
@@ -38,7 +38,8 @@ def make_train_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages
 
     To be called with the mesh in context (`jax.set_mesh`).
     """
-    rate = learning_rate(cfg.optimizer, cfg.train.steps)
+    rate, accumulate = learning_rate(cfg.optimizer, cfg.train.steps), cfg.optimizer.accumulate
+    updates_in_all = cfg.train.steps // accumulate
 
     def train_step(state: TrainState, scene: Scene, moc: MoCConfig) -> tuple[TrainState, StepMetrics]:
         noise_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.train.seed), state.step))
@@ -48,15 +49,16 @@ def make_train_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages
             return flow_loss(velocity_fn, scene, noise_key, cfg.diffusion)
 
         (loss, shot_loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, optimizer = blueprint.optimizer.update(gradients, state.optimizer, state.params)
+        shots = scene.lengths.shot_frames > 0
+        updates, optimizer = blueprint.optimizer.update(gradients, state.optimizer, state.params, shots=shots.sum())
         params: Any = optax.apply_updates(state.params, updates)
-        update = state.step // cfg.optimizer.accumulate
+        update = state.step // accumulate
         metrics = StepMetrics(
             loss=loss,
             grad_norm=optax.tree.norm(gradients),
             param_norm=optax.tree.norm(params),
-            learning_rate=rate(update),
-            scene_loss=shot_loss.sum(axis=1) / jnp.maximum((scene.lengths.shot_frames > 0).sum(axis=1), 1),
+            learning_rate=jnp.where(update < updates_in_all, rate(update), 0),
+            scene_loss=shot_loss.sum(axis=1) / jnp.maximum(shots.sum(axis=1), 1),
         )
         ema = _averaged(state.ema, params, state.step, cfg)
         return TrainState(state.step + 1, params, optimizer, ema), metrics

@@ -22,6 +22,7 @@ from moc_jax.models.presets import matrix_flops
 from moc_jax.scene import SceneLengths, chunk_table
 from moc_jax.sharding import AXES, replicated_weights
 from moc_jax.text import build_text_encoder
+from moc_jax.training.optimizer import remainder
 from moc_jax.training.state import Blueprint
 
 _SCENES = 16  # per bucket, to take the means over
@@ -104,7 +105,8 @@ def summary(
                     f"{cost.tokens:,.0f} tokens and {si(cost.flops)}FLOP per scene, "
                     f"{si(cost.flops * cfg.train.batch_size)}FLOP per step, {cost.attention_share:.0%} in attention"
                 )
-    return "\n".join(lines)
+    left = remainder(cfg.optimizer, cfg.train.steps)
+    return "\n".join([*lines, *([left] if left else [])])
 
 
 def _memory(blueprint: Blueprint, mesh: Mesh) -> list[str]:

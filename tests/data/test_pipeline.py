@@ -157,6 +157,14 @@ def test_position_in_other_data_is_refused(prepared, change):
         make_pipeline(cfg, manifest, split="train").set_state(state)
 
 
+@pytest.mark.parametrize("step", [None, "3", 2.0, True, -1])
+def test_a_position_that_is_no_batch_number_is_refused(prepared, step):
+    cfg, manifest = prepared
+    data = make_pipeline(cfg, manifest, split="train")
+    with pytest.raises(DataError, match=r"the saved data position is .*; it must be a batch's number"):
+        data.set_state({**data.get_state(), "step": step})
+
+
 def test_fewer_scenes_than_a_batch_repeat(prepared):
     cfg, manifest = prepared
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=12))

@@ -201,3 +201,50 @@ def test_the_log_is_plain_json(start, tmp_path):
 def test_steps_overlap_except_on_several_cpu_devices():
     assert lag(mesh_of(1)) == 2
     assert lag(mesh_of(8, data=2, fsdp=4)) == 0
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+TOO_LITTLE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes."
+
+
+class Hungry:
+    """A training step that finds no memory, when it is compiled or when it runs."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def fail(self, *arguments):
+        raise jax.errors.JaxRuntimeError(TOO_LITTLE)
+
+    def lower(self, *arguments):
+        return self
+
+    def compile(self):
+        return self.fail() if self.at == "compile" else self
+
+    def memory_analysis(self):
+        return None
+
+    __call__ = fail
+
+
+@pytest.mark.parametrize("at", ["compile", "run"])
+def test_too_little_memory_names_the_settings_that_need_less(start, monkeypatch, at):
+    monkeypatch.setattr(loop, "make_train_step", lambda *arguments: Hungry(at))
+    with pytest.raises(TrainingError, match="the devices' memory is too small for a training step: 64 GiB") as caught:
+        start(model={"remat": "dots"})
+    for named in (
+        "train.batch_size (now 2)",
+        "model.remat full (now dots;",
+        "model.dtype bfloat16 (now float32)",
+        "mesh.fsdp (now 1;",
+        "data.buckets (now as long as the longest scene)",
+    ):
+        assert named in str(caught.value)
+
+
+def test_too_little_memory_for_the_weights_is_named(start, monkeypatch):
+    monkeypatch.setattr(loop, "create_state", Hungry("run"))
+    with pytest.raises(TrainingError, match="too small for the weights, the optimizer's state and the moving ave"):
+        start()

@@ -5,10 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from moc_jax.config import OptimizerConfig
-from moc_jax.training.optimizer import learning_rate, make_optimizer
+from moc_jax.config import ConfigError, OptimizerConfig
+from moc_jax.sharding import key_path
+from moc_jax.training.optimizer import accumulated, learning_rate, make_optimizer, remainder
 
 LOGICAL = {("kernel",): ("layers", "embed", "mlp"), ("bias",): ("layers", "mlp"), ("out",): ("embed", "patch")}
 PARAMS = {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4)), "out": jnp.ones((3, 5))}
@@ -68,3 +70,47 @@ def test_the_state_has_one_structure_with_and_without_clipping():
     assert len(structures) == 1
     accumulated = make_optimizer(dataclasses.replace(cfg, accumulate=2), 10, LOGICAL).init(PARAMS)
     assert jax.tree.structure(accumulated) not in structures
+
+
+def test_accumulated_gradients_are_the_mean_over_all_shots():
+    """Shots by batch, one of them all padding; exact, since every number is a small whole one."""
+    shots, means = np.array([1, 0, 6, 1]), np.array([8.0, 99.0, 2.0, -4.0])
+    optimizer = accumulated(optax.sgd(1.0), 4)
+    state = optimizer.init(PARAMS)
+    for _ in range(2):  # the second window knows nothing of the first
+        for n, mean in zip(shots, means):
+            gradients = jax.tree.map(lambda x: mean * x, PARAMS)  # noqa: B023
+            updates, state = optimizer.update(gradients, state, PARAMS, shots=n)
+            wanted = -2.0 if n == 1 and mean < 0 else 0.0
+            jax.tree.map(lambda x: np.testing.assert_allclose(x, wanted, rtol=1e-6), updates)  # noqa: B023
+    assert state.mini_step == state.shots == 0
+
+
+def test_a_window_of_padding_alone_moves_nothing():
+    optimizer = accumulated(optax.sgd(1.0), 2)
+    state = optimizer.init(PARAMS)
+    for _ in range(2):
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, PARAMS), state, PARAMS, shots=0)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), updates)
+
+
+def test_without_accumulation_the_state_is_the_chain_alone():
+    """Checkpoints that were written without accumulation stay what they were."""
+    state = make_optimizer(OptimizerConfig(), 10, LOGICAL).init(PARAMS)
+    names = {"/".join(key_path(path)) for path, _ in jax.tree.leaves_with_path(state)}
+    moments = {f"1/0/{moment}/{name}" for moment in ("mu", "nu") for name in PARAMS}
+    assert names == {"1/0/count", "1/2/count", *moments}
+
+
+def test_batches_at_the_end_that_make_no_update_are_reported():
+    cfg = OptimizerConfig(accumulate=4)
+    assert remainder(cfg, 12) == remainder(OptimizerConfig(), 7) == ""
+    assert remainder(cfg, 14) == (
+        "train.steps = 14 is no multiple of optimizer.accumulate = 4: the last 2 batch(es) make no update; 12 or 16 "
+        "steps would waste none"
+    )
+
+
+def test_a_run_that_would_never_update_is_refused():
+    with pytest.raises(ConfigError, match=r"train\.steps = 3, but optimizer\.accumulate = 4 .* lower"):
+        make_optimizer(OptimizerConfig(accumulate=4), 3, LOGICAL)

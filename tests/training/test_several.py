@@ -4,14 +4,15 @@ import re
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from moc_jax.config import ConfigError, MeshConfig
-from moc_jax.processes import join
+from moc_jax.processes import join, losses_reported
 from moc_jax.training.metrics import read_metrics
 from tests.data.clips import make_clip
-from tests.training.processes import TIMEOUT, finish, finish_both, start_python, steps_logged, two, wait_until
+from tests.training.processes import TIMEOUT, finish, finish_both, kill, start_python, steps_logged, two, wait_until
 
 
 def patched(config_file, environment, patch):
@@ -81,7 +82,7 @@ jax.stages.Lowered.compile = slow
 
 @pytest.fixture
 def initialised(monkeypatch):
-    """What jax.distributed.initialize is called with."""
+    """What jax.distributed.initialize is called with, by position."""
     calls = []
     monkeypatch.setattr("jax.distributed.initialize", lambda *arguments: calls.append(arguments))
     return calls
@@ -101,6 +102,14 @@ def test_what_is_not_given_is_left_to_the_cluster(initialised, given, passed):
     assert initialised == [passed]
 
 
+def test_the_heartbeat_is_passed_on(monkeypatch):
+    told = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **named: told.append(named))
+    join(MeshConfig(distributed=True))
+    join(MeshConfig(distributed=True, heartbeat=20))
+    assert told == [{}, {"heartbeat_timeout_seconds": 20}]  # jax's own is 100 s, too
+
+
 def test_one_process_joins_nothing(initialised):
     join(MeshConfig())
     assert initialised == []
@@ -112,6 +121,7 @@ def test_one_process_joins_nothing(initialised):
         ({"distributed": True, "num_processes": 2, "process_id": 2}, r"process_id is 2, .* must lie in 0\.\.1"),
         ({"distributed": True, "num_processes": -1}, "num_processes is -1"),
         ({"distributed": True, "process_id": -2}, "process_id is -2"),
+        ({"distributed": True, "heartbeat": 1}, r"heartbeat is 1; it must lie in 2\.\.86400"),
         ({"coordinator": "host:1"}, r"mesh\.distributed is False"),
         ({"process_id": 0}, r"mesh\.distributed is False"),
     ],
@@ -126,6 +136,74 @@ def test_a_coordinator_alone_outside_of_a_cluster_is_told_in_words(command, tmp_
     assert code == 2
     assert "give --mesh.coordinator host:port, --mesh.num-processes and --mesh.process-id" in out
     assert "Traceback" not in out
+
+
+# ------------------------------------------------------------------------------------------------ losing one
+
+
+GONE = r"error: process {} is gone \({}\), .* the same command resumes from the newest"
+
+JOINED = """
+import sys, time
+from moc_jax.config import MeshConfig
+from moc_jax.processes import join
+coordinator, process = sys.argv[sys.argv.index("--mesh.coordinator") + 1], int(sys.argv[-1])
+join(MeshConfig(distributed=True, coordinator=coordinator, num_processes=2, process_id=process))
+print("joined", flush=True)
+time.sleep(1000 if "wait" in sys.argv else 0)
+"""
+
+
+def joined(environment, *arguments):
+    return lambda workdir, *cluster: start_python(["-c", JOINED, *arguments, *cluster], environment)
+
+
+def test_a_killed_process_is_named_at_once_and_ends_the_other(command, tmp_path):
+    survivor, lost = two(joined(command.environment, "wait"), tmp_path)
+    assert [process.stdout.readline() for process in (survivor, lost)] == ["joined\n"] * 2
+    begin = time.monotonic()
+    lost.kill()
+    code, out = finish(survivor)
+    assert code == 1
+    assert re.search(GONE.format(1, "it was killed or crashed"), out), out
+    assert time.monotonic() - begin < 20  # jax's heartbeat takes 100 s
+    finish(lost)
+
+
+@pytest.mark.slow
+def test_processes_that_are_done_end_without_a_word(command, tmp_path):
+    assert finish_both(two(joined(command.environment), tmp_path)) == ["joined\n"] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "why"), [(signal.SIGKILL, "it was killed or crashed"), (signal.SIGSTOP, "it is stopped")]
+)
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_is_lost_in_training_is_named_within_the_heartbeat(command, tmp_path, which, how, why):
+    processes = two(command, tmp_path, "--train.steps", "100000", "--mesh.heartbeat", "10")
+    try:
+        wait_until(lambda: steps_logged(tmp_path) >= 5, processes[0])
+        begin = time.monotonic()
+        processes[which].send_signal(how)
+        code, out = finish(processes[1 - which])
+        assert time.monotonic() - begin < 20
+        assert code != 0
+        assert re.search(GONE.format(which, why), out), out
+        assert "Traceback" not in out
+    finally:
+        for process in processes:
+            kill(process)
+
+
+def test_an_error_of_jax_waits_for_the_watchers_verdict(monkeypatch):
+    slept = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    for count in (1, 2):
+        monkeypatch.setattr("jax.process_count", lambda: count)  # noqa: B023
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Connection reset"), losses_reported(20):
+            raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+    assert slept == [30]
 
 
 # ------------------------------------------------------------------------------------------------ training together

@@ -6,11 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from moc_jax.config import ChunkStage
+from moc_jax.config import ChunkStage, OptimizerConfig
+from moc_jax.diffusion.process import flow_loss
+from moc_jax.scene import Scene, SceneLengths
 from moc_jax.sharding import shard_batch, weight_spec
 from moc_jax.training import step as step_module
+from moc_jax.training.optimizer import make_optimizer
 from moc_jax.training.state import TrainState, create_state, make_blueprint
 from moc_jax.training.step import make_train_step, make_validation_step, validation_levels
 from tests.training.small import CONFIG, changed, make_scene, mesh_of, random_state
@@ -152,7 +156,7 @@ def test_one_compilation_per_bucket_and_chunk_size(traces):
 # ------------------------------------------------------------------------------------------------ optimizer and average
 
 
-def test_accumulation_averages_gradients_and_moves_nothing_in_between():
+def test_accumulation_weighs_gradients_by_shots_and_moves_nothing_in_between():
     config = changed(CONFIG, optimizer={"accumulate": 2})
     state = random_state(config, program("1", config)[1])
     before = jax.device_get(state)
@@ -167,10 +171,52 @@ def test_accumulation_averages_gradients_and_moves_nothing_in_between():
     # The second batch's gradients alone, from the same weights and the same step's noise.
     single = run(make_scene(2), start=1)[0].optimizer[1][0].mu
     second = jax.tree.map(lambda m: m / 0.1, jax.device_get(single))
+    m, n = ((make_scene(seed).lengths.shot_frames > 0).sum() for seed in (1, 2))
+    assert m != n
     jax.tree.map(
-        lambda m, a, b: np.testing.assert_allclose(m, 0.1 * (a + b) / 2, rtol=1e-4, atol=1e-6), mean, first, second
+        lambda x, a, b: np.testing.assert_allclose(x, 0.1 * (m * a + n * b) / (m + n), rtol=1e-4, atol=1e-6),
+        mean,
+        first,
+        second,
     )
     assert not np.array_equal(before.params["final"]["kernel"], state.params["final"]["kernel"])
+
+
+def scene_of(shots, seed):
+    """One scene of one-frame shots in a bucket of six."""
+    random = np.random.default_rng(seed)
+    lengths = SceneLengths(
+        (np.arange(6) < shots).astype(np.int32)[None], (np.arange(7) < shots + 1).astype(np.int32)[None]
+    )
+    used = (np.arange(6) < shots)[None, :, None, None, None]
+    video = (random.normal(size=(1, 6, 4, 4, 4)) * used).astype(np.float32)
+    return Scene(video, random.normal(size=(1, 7, 8)).astype(np.float32), lengths)
+
+
+@pytest.mark.parametrize("shots", [(1, 6), (6, 1, 3), (2, 0)])
+def test_accumulated_batches_give_the_update_of_one_batch_of_their_scenes(monkeypatch, shots):
+    """With one noise for all, for a step's own differs from batch to batch; the model is a weight per channel."""
+    monkeypatch.setattr(jax.random, "normal", lambda key, shape, dtype=jnp.float32: jnp.full(shape, 0.3, dtype))
+    scenes = [jax.tree.map(jnp.asarray, scene_of(n, seed)) for seed, n in enumerate(shots)]
+    whole, logical = jax.tree.map(lambda *x: jnp.concatenate(x), *scenes), {("w",): ("embed", "mlp")}
+
+    def loss(w, scene):
+        levels = jnp.full(scene.lengths.shot_frames.shape, 0.4)
+        return flow_loss(lambda z, t: z * w["w"].reshape(1, 1, 1, 1, 4), scene, key, CONFIG.diffusion, t=levels)[0]
+
+    key, start, after = jax.random.key(0), {"w": jnp.ones((1, 4))}, []
+    for batches in (scenes, [whole]):
+        cfg = OptimizerConfig(accumulate=len(batches), clip_norm=0.5, warmup_steps=0)
+        optimizer = make_optimizer(cfg, 2 * len(batches), logical)
+        w, state = start, optimizer.init(start)
+        for scene in batches * 2:
+            n = (scene.lengths.shot_frames > 0).sum()
+            updates, state = optimizer.update(jax.grad(loss)(w, scene), state, w, shots=n)
+            w = optax.apply_updates(w, updates)
+        after.append((w["w"], (state.inner_opt_state if len(batches) > 1 else state)[1][0].mu["w"]))
+    for accumulated, at_once in zip(*after):
+        np.testing.assert_allclose(accumulated, at_once, rtol=1e-5)
+        assert not np.array_equal(at_once, start["w"])
 
 
 def test_the_average_follows_its_formula():

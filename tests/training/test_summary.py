@@ -74,5 +74,13 @@ def test_weights_that_no_mesh_axis_divides_are_named(made):
     assert "not split over fsdp, since no dimension divides by 8: blocks/text/mlp/down/bias (2, 12)" in text
 
 
+def test_batches_that_make_no_update_are_reported(made):
+    config, manifest, data = made
+    config = changed(config, optimizer={"accumulate": 4}, train={"steps": 6})
+    mesh = mesh_of(1)
+    text = summary(config, manifest, [data.buckets], {}, mesh, make_blueprint(config, mesh))
+    assert text.endswith("the last 2 batch(es) make no update; 4 or 8 steps would waste none")
+
+
 def test_prefixes():
     assert [si(x) + "B" for x in (0, 999, 1000, 40_100_000, 2.5e12)] == ["0 B", "999 B", "1 kB", "40.1 MB", "2.5 TB"]

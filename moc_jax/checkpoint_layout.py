@@ -1,0 +1,164 @@
+"""What lies in a run's checkpoints folder: which names are steps, and what a checkpoint says of itself.
+
+Neither is trusted: a name is a step only as this program writes it, and a checkpoint's `meta` must have every field, of
+the right type, and the step of its folder.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from typing import Any
+
+import jax
+from etils import epath
+
+from moc_jax.config import Config
+from moc_jax.config_json import config_from_json
+from moc_jax.digest import text_digest
+from moc_jax.sharding import key_path
+
+_STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
+_UNFINISHED = re.compile(r"[0-9]+\.orbax-checkpoint-tmp(-[0-9]+)?", re.ASCII)
+_DAMAGED = "damaged-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that can't be written or read: the message names it, the cause and what is intact."""
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def absolute(directory: str) -> epath.Path:
+    """Orbax takes no relative paths; a bucket's address is none."""
+    return epath.Path(directory if "://" in directory else os.path.abspath(directory))
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder; None for a name that no checkpoint is given: 007, ², -1, 1e3."""
+    return int(name) if _STEP.fullmatch(name) else None
+
+
+def steps_in(root: epath.Path) -> list[int]:
+    """Steps by name, oldest first, whatever lies behind the names: reading shows which are whole."""
+    return sorted(step for path in _entries(root) if (step := step_of(path.name)) is not None)
+
+
+def unfinished_in(root: epath.Path) -> list[epath.Path]:
+    """What an interrupted save left."""
+    return [path for path in _entries(root) if _UNFINISHED.fullmatch(path.name) and path.is_dir()]
+
+
+def damaged_in(root: epath.Path) -> list[str]:
+    """Names of what was set aside."""
+    return [path.name for path in _entries(root) if path.name.startswith(_DAMAGED)]
+
+
+def foreign_in(root: epath.Path) -> list[str]:
+    """Names of what is neither a checkpoint nor was one."""
+    known = {*map(str, steps_in(root)), *damaged_in(root), *(path.name for path in unfinished_in(root))}
+    return [path.name for path in _entries(root) if path.name not in known and not path.name.startswith(".")]
+
+
+def free_aside(root: epath.Path, step: int) -> epath.Path:
+    """Where to move a damaged step: `damaged-<step>`, with a number behind it where that is taken."""
+    taken, name, number = {path.name for path in _entries(root)}, f"{_DAMAGED}{step}", 1
+    while name in taken:
+        number += 1
+        name = f"{_DAMAGED}{step}-{number}"
+    return root / name
+
+
+def _entries(root: epath.Path) -> list[epath.Path]:
+    return sorted(root.iterdir(), key=lambda path: path.name) if root.is_dir() else []
+
+
+# ------------------------------------------------------------------------------------------------ meta
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What a checkpoint says of itself."""
+
+    step: int
+    config: Config
+    data: list[dict[str, Any]]  # every process's data iterator
+    shapes: dict[str, dict[str, list[int]]]  # by tree and array
+    digests: dict[str, dict[str, int]]
+    codec: dict[str, str]  # digests, by array
+
+
+_FIELDS: dict[str, Any] = {  # [x]: a list of x; {str: x}: an object of x
+    "step": int,
+    "config": str,
+    "data": [str],
+    "shapes": {str: {str: [int]}},
+    "digests": {str: {str: int}},
+    "codec": {str: str},
+}
+
+
+def parse_meta(saved: Any, path: epath.Path) -> Meta:
+    """What the item `meta` of the checkpoint in `path` says.
+
+    Raises:
+        ValueError: it is damaged, or of another step than its folder's name.
+        ConfigError: the config is none that this version reads.
+    """
+    if not _fits(saved, {str: str}) or not {"body", "sha256"} <= saved.keys():
+        raise ValueError("meta: it must hold a body and its digest")
+    if text_digest(saved["body"]) != saved["sha256"]:
+        raise ValueError("meta: the digest does not match")
+    body = json.loads(saved["body"])
+    for name, kind in _FIELDS.items():
+        if not isinstance(body, dict) or not _fits(body.get(name), kind):
+            raise ValueError(f"meta: {name} is missing or not what is written there")
+    if str(body["step"]) != path.name:
+        raise ValueError(
+            f"it holds step {body['step']}, so the folder was renamed or copied; only the name {body['step']} is right"
+        )
+    data = [json.loads(text) for text in body["data"]]
+    if not data or not all(isinstance(state, dict) for state in data):
+        raise ValueError("meta: data must hold an object per process")
+    config = config_from_json(body["config"], name=f"the config saved in {path}")
+    return Meta(**{name: body[name] for name in _FIELDS} | {"data": data, "config": config})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_fits(inner, kind[0]) for inner in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(_fits(inner, kind[str]) for inner in value.values())
+    return type(value) is kind
+
+
+def own_data_state(meta: Meta, path: epath.Path) -> dict[str, Any]:
+    """This process's place in the data.
+
+    Raises:
+        CheckpointError: the checkpoint was written by another number of processes, each with its own.
+    """
+    if len(meta.data) == jax.process_count():
+        return meta.data[jax.process_index()]
+    if all(state == meta.data[0] for state in meta.data):  # every process stands at the same place of the same stream
+        return meta.data[0]
+    raise CheckpointError(
+        f"checkpoint {path} was written by {len(meta.data)} processes, each with its own place in the data, and can't "
+        f"be resumed by {jax.process_count()}; start {len(meta.data)} processes"
+    )
+
+
+def shapes_of(tree: Any) -> dict[str, list[int]]:
+    """The shape of every array, by its path."""
+    return {"/".join(key_path(path)): list(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def check_shapes(path: epath.Path, name: str, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    """Raises CheckpointError naming the first array that only one side has, or that differs."""
+    for key in sorted({*saved, *wanted}):
+        if saved.get(key) != wanted.get(key):
+            raise CheckpointError(
+                f"checkpoint {path} is of another model: {name}/{key} is {saved.get(key, 'missing')} there and "
+                f"{wanted.get(key, 'missing')} in this one; use the config and the version that it was trained with"
+            )

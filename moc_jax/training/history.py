@@ -1,0 +1,131 @@
+"""What earlier starts of a run left in its workdir: metrics.jsonl is read, and what is in a file's way is moved aside.
+
+Nothing here stops a run, whose checkpoints may well be whole, and nothing is thrown away: what can't be read, or is not
+what belongs in its place, gets another name beside it, and a warning gives both.
+"""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import stat
+import warnings
+from typing import Any
+
+from etils import epath
+
+_LONGEST = 1 << 20  # bytes; a line of ours has some hundred
+_FILES, _FOLDERS = ("metrics.jsonl.part", "loss.png.part", "loss.png", "metrics.jsonl"), ("tensorboard", "previews")
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that can be read, in their order; none where there is no such file."""
+    return [row for row in map(_row, _lines(epath.Path(path))) if row is not None]
+
+
+def keep_until(path: epath.Path, step: int) -> None:
+    """Drops the lines of metrics.jsonl beyond `step`, all at once or not at all; the others stay, byte for byte.
+
+    Lines that can't be read are moved to a file beside it, which a warning names. A last line that was cut off is the
+    trace of a run that was killed while it wrote, beyond its last checkpoint.
+    """
+    kept, damaged = [], []
+    *lines, last = _lines(path)
+    if _row(last) is not None or not last.startswith(b"{"):
+        lines.append(last)
+    for line in lines:
+        row = _row(line)
+        if row is None:
+            damaged += [line] if line.strip() else []
+        elif row["step"] <= step:
+            kept.append(line)
+    if damaged:
+        aside = _aside(path)
+        aside.write_bytes(b"".join(line + b"\n" for line in damaged))
+        warnings.warn(
+            f"{len(damaged)} line(s) of {path} can't be read and were moved to {aside.name}; all others are kept",
+            stacklevel=3,
+        )
+    part = path.parent / f"{path.name}.part"
+    part.write_bytes(b"".join(line + b"\n" for line in kept))
+    part.replace(path)
+
+
+def clear_the_way(workdir: epath.Path) -> None:
+    """Moves aside what lies where a run writes and can't be written: a folder in a file's place, a file in a folder's.
+
+    Links are never written through: that of metrics.jsonl becomes a copy, others are moved aside.
+    """
+    if "://" in str(workdir):  # a bucket holds objects only: nothing is in the way of anything
+        return
+    for name in (*_FILES, *_FOLDERS):
+        path = pathlib.Path(workdir / name)
+        problem = _problem(path, folder=name in _FOLDERS) if os.path.lexists(path) else ""
+        if not problem:
+            continue
+        aside = pathlib.Path(_aside(epath.Path(path)))
+        path.rename(aside)
+        kept = name == "metrics.jsonl" and aside.is_symlink() and aside.is_file() and os.access(aside, os.R_OK)
+        if kept:
+            shutil.copyfile(aside, path)
+        warnings.warn(
+            f"{path} {problem}; it was moved to {aside.name}" + (", and its lines are kept" if kept else ""),
+            stacklevel=3,
+        )
+
+
+def _problem(path: pathlib.Path, *, folder: bool) -> str:
+    """Why `path`, which exists, can't be what belongs there; empty where it can."""
+    if folder:
+        return "" if path.is_dir() else "is not a folder"
+    if path.is_symlink():
+        return f"is a link to {os.readlink(path)}"
+    if path.is_dir():
+        return "is a folder"
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return "is not a file"
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return f"can't be read ({error.strerror or error})"
+    return ""
+
+
+def _aside(path: epath.Path) -> epath.Path:
+    """`<name>.damaged-1` beside `path`, or the next number that is free."""
+    taken, number = {other.name for other in path.parent.iterdir()}, 1
+    while (name := f"{path.name}.damaged-{number}") in taken:
+        number += 1
+    return path.parent / name
+
+
+def _lines(path: epath.Path) -> list[bytes]:
+    """What lies between newlines; at least one, the last being what no newline follows."""
+    return path.read_bytes().split(b"\n") if path.exists() else [b""]
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line as `Metrics.write` writes it: a step, and numbers by name, nested once at most. None: it is another."""
+    if len(line) > _LONGEST:
+        return None
+    try:
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**63:
+        return None
+    inner = [number for value in row.values() if isinstance(value, dict) for number in value.values()]
+    return row if all(map(_is_number, inner + [v for v in row.values() if not isinstance(v, dict)])) else None
+
+
+def _is_number(value: Any) -> bool:
+    """A finite one, or null, which stands for one that was not."""
+    try:
+        return value is None or (type(value) in (int, float) and math.isfinite(value))
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

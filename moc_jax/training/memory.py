@@ -1,0 +1,44 @@
+"""Which settings of a run need less device memory."""
+
+from typing import Any
+
+from moc_jax.config import Config
+
+
+def remedies(run: Any) -> str:
+    """Of a run of `run.config`: what to change, what it is now, and what that costs."""
+    cfg: Config = run.config
+    found = []
+    if cfg.train.batch_size > 1:
+        found.append(
+            f"a smaller train.batch_size (now {cfg.train.batch_size}), with optimizer.accumulate (now "
+            f"{cfg.optimizer.accumulate}) raised as much for the same updates"
+        )
+    if cfg.model.remat != "full":
+        found.append(f"model.remat full (now {cfg.model.remat}; a forward pass more)")
+    if cfg.model.dtype != "bfloat16":
+        found.append(f"model.dtype bfloat16 (now {cfg.model.dtype})")
+    found.append(f"a larger mesh.fsdp (now {cfg.mesh.fsdp}; splits weights and optimizer over more devices)")
+    found.append(
+        f"smaller scenes: data.buckets (now {_largest(cfg)}), data.height x width (now {cfg.data.height}x"
+        f"{cfg.data.width}), data.shots_per_scene (now {cfg.data.shots_per_scene}), data.max_shot_frames (now "
+        f"{cfg.data.max_shot_frames})"
+    )
+    found.append(f"a smaller model (dim {cfg.model.dim}, depth {cfg.model.depth})")
+    return f"What needs less: {'; '.join(found)}. Checkpoints are intact: the same command with these resumes"
+
+
+def preview_remedies(run: Any) -> str:
+    """The same for a preview, whose sample has a size of its own."""
+    cfg: Config = run.config
+    board = cfg.train.preview_storyboard or "the first training scene"
+    return (
+        f"What needs less: a shorter train.preview_storyboard (now {board}), sample.guidance 1 (now "
+        f"{cfg.sample.guidance:g}), or train.preview_every 0 (now {cfg.train.preview_every}). Checkpoints are intact: "
+        "the same command with these resumes"
+    )
+
+
+def _largest(cfg: Config) -> str:
+    frames = max((bucket.frames for bucket in cfg.data.buckets), default=0)
+    return f"up to {frames} latent frames" if frames else "as long as the longest scene"
