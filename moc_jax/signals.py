@@ -55,6 +55,7 @@ class Signals:
         self._heard: int | None = None
         self._whole_process = whole_process
         self._deferred, self._line = False, ""
+        self._saying, self._acknowledged = threading.Lock(), False
         self._obeyed = threading.Event()
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
@@ -102,12 +103,15 @@ class Signals:
 
     def asked(self) -> bool:
         """Whether a signal has asked to stop."""
-        return self._heard is not None
+        if self._heard is None:
+            return False
+        self._acknowledge(self._heard)
+        return True
 
     def check(self) -> None:
         """Raises Interrupted once `asked`."""
-        if self._heard is not None:
-            raise Interrupted(self._heard)
+        if self.asked():
+            raise Interrupted(self._heard or signal.SIGINT)
 
     def unless_asked[T](self, action: Callable[[], T]) -> T:
         """`action()` in a thread of its own, which is left behind when stop is asked.
@@ -158,11 +162,17 @@ class Signals:
             if not self._deferred:
                 threading.Thread(target=self._end_unless_obeyed, args=(number,), daemon=True).start()
                 continue
-            if self._line:
-                again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-                _print(f"{Interrupted(number)}: {self._line}{again}")
+            self._acknowledge(number)
             if self.forward:
                 os.kill(os.getpid(), signal.SIGTERM)
+
+    def _acknowledge(self, number: int) -> None:
+        """Once, by the thread that is first: the listener may be late, and the main thread busy."""
+        with self._saying:
+            if self._deferred and self._line and not self._acknowledged:
+                self._acknowledged = True
+                again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+                _print(f"{Interrupted(number)}: {self._line}{again}")
 
     def _end_unless_obeyed(self, number: int) -> None:
         if number == signal.SIGINT and not self._obeyed.wait(0.5):

@@ -115,13 +115,14 @@ def _query_tile(refs: _QueryRefs, job: Job, warpgroup, item, _, line, used, firs
     lse = plgpu.load(lse_smem.at[slot, mine], layout=row_layout)
     delta = plgpu.load(delta_smem.at[slot, mine], layout=row_layout)
 
-    def weights(scores):
-        return jnp.exp2(scores * (LOG2E / math.sqrt(job.dim)) - lax.broadcast_in_dim(lse, scores.shape, [0]))
+    def weights(scores, span):
+        p = jnp.exp2(scores * (LOG2E / math.sqrt(job.dim)) - lax.broadcast_in_dim(lse, scores.shape, [0]))
+        return mask_columns(p, span, 0.0)
 
-    def score_gradients(p, d_p, span):
-        # Masked last: of what lies beyond a run, both factors may be infinite.
+    def score_gradients(p, d_p):
+        # Beyond a run's end there may be values of any size: 0 times infinity is no 0.
         d_s = p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [0]))
-        return mask_columns(d_s, span, 0.0).astype(k_smem.dtype)
+        return jnp.where(p > 0, d_s, 0.0).astype(k_smem.dtype)
 
     def step(carry, steps, _, *span):
         # Before the first block there is none: its own keys are multiplied with zeros.
@@ -156,16 +157,16 @@ def _overlap(refs: _QueryRefs, job: Job, q_tile, d_out_tile, carry, now, before,
     k_smem, v_smem = refs.ring_smem
     keys, values = k_smem.at[now].transpose((1, 0)), v_smem.at[now].transpose((1, 0))
     if job.interpreted:
-        p = weights(product(q_tile, keys, True))
+        p = weights(product(q_tile, keys, True), span)
         d_p = product(d_out_tile, values, True)
-        return accumulate(d_q, d_s, k_smem.at[before], True), score_gradients(p, d_p, span)
+        return accumulate(d_q, d_s, k_smem.at[before], True), score_gradients(p, d_p)
 
     def products(d_q_ref, scores_ref, d_p_ref):
         plgpu.wgmma(scores_ref, q_tile, keys)
         plgpu.wgmma(d_p_ref, d_out_tile, values)
         plgpu.wgmma(d_q_ref, d_s, k_smem.at[before])
-        p = weights(plgpu.wgmma_accumulator_load(scores_ref, wait_n=2))
-        return score_gradients(p, plgpu.wgmma_accumulator_load(d_p_ref, wait_n=1), span)
+        p = weights(plgpu.wgmma_accumulator_load(scores_ref, wait_n=2), span)
+        return score_gradients(p, plgpu.wgmma_accumulator_load(d_p_ref, wait_n=1))
 
     def body(refs):
         d_q_ref, d_s_ref = refs
