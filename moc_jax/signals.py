@@ -55,7 +55,7 @@ class Signals:
         self._heard: int | None = None
         self._whole_process = whole_process
         self._deferred, self._line = False, ""
-        self._saying, self._acknowledged = threading.Lock(), False
+        self._saying, self._acknowledged = threading.Lock(), set[int]()
         self._obeyed = threading.Event()
         self._before: dict[int, Any] = {}
         self._wakeup_before = -1
@@ -167,10 +167,10 @@ class Signals:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def _acknowledge(self, number: int) -> None:
-        """Once, by the thread that is first: the listener may be late, and the main thread busy."""
+        """Each signal once, by the thread that is first: the listener may be late, and the main thread busy."""
         with self._saying:
-            if self._deferred and self._line and not self._acknowledged:
-                self._acknowledged = True
+            if self._deferred and self._line and number not in self._acknowledged:
+                self._acknowledged.add(number)
                 again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
                 _print(f"{Interrupted(number)}: {self._line}{again}")
 

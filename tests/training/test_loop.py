@@ -162,10 +162,10 @@ def test_another_model_is_refused_by_name_and_other_changes_are_told(start, tmp_
         start(train={"steps": 2}, model={"mlp_ratio": 2.0})
     assert steps_saved(tmp_path) == [1]
     capsys.readouterr()
-    start(train={"steps": 2}, optimizer={"learning_rate": 1e-4})
+    start(train={"steps": 2, "log_every": 1})
     out = capsys.readouterr().out
     assert "going on from step 1" in out
-    assert "optimizer.learning_rate was 0.001 and is 0.0001" in out
+    assert "train.log_every was 2 and is 1" in out
     assert "train.steps was 1 and is 2" in out
 
 

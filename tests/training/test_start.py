@@ -35,7 +35,7 @@ def second(first, tmp_path):
     make_clip(tmp_path / "other.mp4", shots=3, seed=9, frames_per_shot=9)
     config = changed(
         first,
-        train={"init_from": first.workdir, "steps": 1, "seed": 5},
+        train={"init_from": first.workdir, "steps": 1},
         data={"source": (str(tmp_path / "other.mp4"),), "validation_source": (), "cache": str(tmp_path / "cache")},
     )
     return dataclasses.replace(config, workdir=str(tmp_path / "second"))
