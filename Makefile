@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CLIP := cache/demo/bikes.mp4
-.PHONY: demo test test-tpu test-slow test-gpu lint types setup clean
+.PHONY: demo test test-long test-tpu test-slow test-gpu lint types setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.lock pyproject.toml
@@ -29,6 +29,10 @@ demo: $(CLIP)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# What takes half a minute and more each; CI runs it too.
+test-long: $(VENV)/ready
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -m 'long and not slow'
 
 # Kernels and programs of real sizes by the compiler for TPUs, which exists for x86-64; no TPU is needed.
 test-tpu: $(VENV)/tpu

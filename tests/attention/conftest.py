@@ -1,10 +1,13 @@
-"""Compiling interpreted TPU kernels takes long: of their tests, those that add least are slow."""
+"""Compiling interpreted TPU kernels takes long: of their tests, those that add little are `long` or `slow`."""
 
 import pytest
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow_interpreted(parameters): slow for interpreted TPU kernels; all, if none")
+    for name in ("slow", "long"):
+        config.addinivalue_line(
+            "markers", f"{name}_interpreted(parameters): {name} for interpreted TPU kernels; all, if none"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -14,6 +17,7 @@ def pytest_collection_modifyitems(items):
         backends = parameters.get("backends", ())  # of an empty list, a marker of pytest's that none is
         if "pallas_tpu" not in (parameters.get("backend"), *(backends if isinstance(backends, list) else ())):
             continue
-        slow = item.get_closest_marker("slow_interpreted")
-        if slow and (not slow.args or any(value in slow.args for value in parameters.values())):
-            item.add_marker(pytest.mark.slow)
+        for name in ("slow", "long"):
+            given = item.get_closest_marker(f"{name}_interpreted")
+            if given and (not given.args or any(value in given.args for value in parameters.values())):
+                item.add_marker(getattr(pytest.mark, name))

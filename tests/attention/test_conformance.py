@@ -330,7 +330,8 @@ def test_top_k_beyond_the_candidates_takes_them_all(backend, cfg):
             assert (routes[b][:, chunk.tokens, len(allowed) :] == -1).all()
 
 
-@pytest.mark.slow_interpreted
+@pytest.mark.slow_interpreted(MANY_PICKS[1])
+@pytest.mark.long_interpreted(MANY_PICKS[0])
 @pytest.mark.parametrize("cfg", MANY_PICKS, ids=name)
 def test_all_candidates_are_attended_to(backend, cfg):
     q, k, v = qkv(0, TWO_SHOTS, backend=backend)

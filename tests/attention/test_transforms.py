@@ -101,6 +101,7 @@ def test_layers_under_scan_and_remat(backend):
 
 
 @pytest.mark.slow_interpreted(DENSE[0])
+@pytest.mark.long_interpreted(MULTI_SHOT)
 @pytest.mark.parametrize("cfg", [MULTI_SHOT, DENSE[0]], ids=name)
 def test_bfloat16(backend, cfg):
     """Scores and softmax stay float32: routes are exactly those of the same numbers in float32."""

@@ -19,6 +19,8 @@ from tests.attention.compiled import with_backend
 HEADS, DIM, SHRINK = 2, 8, 450
 SMALL = ["--shrink", str(SHRINK), "--heads", str(HEADS), "--head-dim", str(DIM), "--repeats", "2", "--backend", "xla"]
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def entries(tmp_path_factory):

@@ -53,6 +53,7 @@ def test_killed_at_any_moment_the_loss_curve_is_that_of_an_uninterrupted_run(com
     assert checkpoints(tmp_path) == checkpoints(uninterrupted) == [STEPS - 4, STEPS]
 
 
+@pytest.mark.long
 def test_killed_while_saving_the_checkpoint_before_is_used(command, uninterrupted, tmp_path):
     for _ in range(10):  # until the kill falls between the first byte and the last
         process = command(tmp_path)
@@ -146,6 +147,7 @@ def test_sigterm_saves_and_ends_well(command, uninterrupted, tmp_path):
     assert log(tmp_path) == log(uninterrupted)
 
 
+@pytest.mark.long
 def test_two_processes_train_like_one(command, uninterrupted, tmp_path):
     """Two processes, one of which is asked to stop; and two that resume."""
     processes = two(command, tmp_path)

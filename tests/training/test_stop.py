@@ -66,6 +66,7 @@ def rows(config):
     return [(row["step"], "validation" in row) for row in read_metrics(f"{config.workdir}/metrics.jsonl")]
 
 
+@pytest.mark.long
 def test_what_was_due_waits_for_the_resumed_run(config, batches, tmp_path, capfd):
     previews, manifest = Previews(), prepare(config)
     assert len(manifest.split("validation")) == 2

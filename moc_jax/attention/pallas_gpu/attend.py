@@ -8,8 +8,8 @@ Backward, with the merged output o and log-sum-exp L, every part's gradients fol
 (flash_backward.py); a query sums its pairs' gradients by the same gather. Nothing is scattered, no sum depends on
 timing: the same bits on every run.
 
-Padding of q, k and v may hold anything finite: blocks that reach into it are masked. Its output gradients become 0 on
-their way in, which takes a pass over them.
+Padding of q, k and v may hold anything finite: blocks that reach into it are masked. Backward, its values and output
+gradients become 0 on their way in, which takes a pass over each.
 
 Bytes: pairs' queries and outputs take 2 * N * K * D * 2 bytes for each head, so heads go in groups that keep a buffer
 within 1 GiB. FLOPs: 4 * D per attended pair forward, 14 * D backward.
@@ -127,8 +127,9 @@ def _attend_forward(q, k, v, plan, schedule, table, static):
 
 def _attend_backward(static, residuals, d_out):
     q, k, v, plan, schedule, table, out, lse = residuals
-    # Blocks of a run may hold padding: its weights are 0, and so must be what they are multiplied with.
-    d_out = jnp.where(table.valid[..., None, None], d_out, 0).astype(q.dtype)
+    # Blocks of a run may hold padding. Its weights are 0, but what they are multiplied with may be NaN, or v d_out
+    # overflow; masks inside of the kernels would take ten times as long as these two passes.
+    d_out, v = (jnp.where(table.valid[..., None, None], x, 0).astype(q.dtype) for x in (d_out, v))
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, N]
     common = dict(blocks=static.blocks, interpret=static.interpret)
     for_queries = functools.partial(flash_backward.query_gradients, tuning=QUERY_GRADIENTS, **common)

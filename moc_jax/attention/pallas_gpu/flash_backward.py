@@ -120,9 +120,7 @@ def _query_tile(refs: _QueryRefs, job: Job, warpgroup, item, _, line, used, firs
         return mask_columns(p, span, 0.0)
 
     def score_gradients(p, d_p):
-        # Beyond a run's end there may be values of any size: 0 times infinity is no 0.
-        d_s = p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [0]))
-        return jnp.where(p > 0, d_s, 0.0).astype(k_smem.dtype)
+        return (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [0]))).astype(k_smem.dtype)
 
     def step(carry, steps, _, *span):
         # Before the first block there is none: its own keys are multiplied with zeros.

@@ -143,7 +143,7 @@ def test_everyone_picks_one_chunk():
     assert not dq[lonely].any()
 
 
-@pytest.mark.slow  # which picks there are is routing.drop's work on all backends; holes in routes are tested above
+@pytest.mark.long  # which picks there are is routing.drop's work on all backends; holes in routes are tested above
 def test_drop_off_and_drop_in():
     """With a key, picks are those of the other backends with that key."""
     cfg = MoCConfig(top_k=2, self_anchor="chunk", causal_routing=False, drop_off_max=0.9, drop_in_rate=1.5)

@@ -116,6 +116,7 @@ def test_auto_says_once_what_it_took(caplog):
     assert "TPU v5p" in said[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "cfg", [MULTI_SHOT, *(pytest.param(cfg, marks=pytest.mark.slow) for cfg in (NO_ANCHORS, DENSE[0]))], ids=name
 )
