@@ -116,6 +116,8 @@ class Watcher:
     def _ended(self) -> Lost:
         """The parent ended without a goodbye: for another's sake, if that one is suspected or news of it comes."""
         mine = Lost(self._process, "it was killed or crashed")
+        if self._address and not self._peers:  # before the first pulse
+            self._connect(self._address)
         self._tell({"ended": mine.why})
         deadline = time.monotonic() + (self.grace if self._process else 0)
         while not (self._verdict or self._suspect(self._process)) and time.monotonic() < deadline:

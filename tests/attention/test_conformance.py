@@ -318,6 +318,7 @@ def test_duplicated_chunks_are_picked_in_order(backend):
     np.testing.assert_array_equal(routes, want)
 
 
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("cfg", MANY_PICKS, ids=name)
 def test_top_k_beyond_the_candidates_takes_them_all(backend, cfg):
     q, k, _ = qkv(0, TWO_SHOTS, backend=backend)

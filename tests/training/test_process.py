@@ -41,6 +41,7 @@ def half_written(workdir):
     return [p.name for p in folder.iterdir() if "tmp" in p.name] if folder.exists() else []
 
 
+@pytest.mark.long
 def test_killed_at_any_moment_the_loss_curve_is_that_of_an_uninterrupted_run(command, uninterrupted, tmp_path):
     for kill_after in (1, 9):
         process = command(tmp_path)
@@ -117,6 +118,7 @@ def test_a_full_disk_is_told_in_words_and_costs_no_checkpoint(command, tmp_path)
     assert done.returncode == 0
 
 
+@pytest.mark.long
 def test_the_same_command_twice_leaves_the_first_run_alone(command, uninterrupted, tmp_path):
     first = command(tmp_path)
     wait_until(lambda: (tmp_path / "run.lock").exists(), first)
@@ -130,6 +132,7 @@ def test_the_same_command_twice_leaves_the_first_run_alone(command, uninterrupte
     assert not (tmp_path / "run.lock").exists()
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_ends_well(command, uninterrupted, tmp_path):
     process = command(tmp_path)
     wait_until(lambda: steps_logged(tmp_path) >= 2, process)
