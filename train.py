@@ -1,9 +1,9 @@
-"""Trains a model on video files; the same command goes on where it was stopped.
+"""Trains a model on video files; the same command resumes where it was stopped.
 
     python train.py --config configs/demo.py [--any.nested.field value]
 
 Several hosts: the same command on each, with --mesh.distributed True (and --mesh.coordinator, --mesh.num-processes and
---mesh.process-id where the cluster does not tell them by itself). Folders must be on storage that all hosts share.
+--mesh.process-id where the cluster does not give them by itself). Folders must be on storage that all hosts share.
 """
 
 import sys

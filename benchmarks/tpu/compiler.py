@@ -29,7 +29,7 @@ class Chip:
     topology: str
     """The smallest that libtpu knows."""
     config: str = "default"
-    """How libtpu sets the chip up; v4's two cores are one device only if it is told so."""
+    """How libtpu sets the chip up; v4's two cores are one device only where it is asked for."""
     granule: int = 32
     """Bytes in which listings count copies."""
     rows_per_cycle: int = 1

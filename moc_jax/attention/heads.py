@@ -17,7 +17,7 @@ class Heads(NamedTuple):
 
     @property
     def operand(self) -> Int[Array, "1"]:
-        """What kernels are told."""
+        """As an operand of kernels."""
         return jnp.full(1, self.first, jnp.int32)
 
     def of(self, x):

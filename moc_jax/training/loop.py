@@ -56,7 +56,7 @@ def lag(mesh: Mesh) -> int:
 
 
 class TrainingError(RuntimeError):
-    """A run that can't go on: says at which step, why, and what is intact."""
+    """A run that can't continue: says at which step, why, and what is intact."""
 
 
 def train(
@@ -155,11 +155,11 @@ class _Run:
             print(summary(cfg, manifest, buckets, self._costs, mesh, self._blueprint), flush=True)
         self._checkpoints = Checkpoints(str(epath.Path(cfg.workdir) / "checkpoints"), cfg.train)
         closes(self._checkpoints.close)
-        self._state, told = self._start()
+        self._state, report = self._start()
         self._start_step = self._done = int(self._state.step)
         self._place = self._data.get_state()  # where the data stands after step `_done`
         if self._main:
-            print(told, flush=True)
+            print(report, flush=True)
             write_text(epath.Path(cfg.workdir) / "config.json", config_to_json(cfg))
         self._metrics = Metrics(cfg.workdir, start=self._start_step, steps=cfg.train.steps, enabled=self._main)
         closes(self._metrics.close)
@@ -176,16 +176,16 @@ class _Run:
         self._data.set_state(restored.data_state)
         check_codec(restored.codec_state, self._cfg, self._codec, trained=self._cfg.workdir)
         self._saved = restored.step
-        told = f"going on from step {restored.step} in {self._cfg.workdir}"
-        told += "".join(f"\n  {name} was {old!r} and is {new!r}" for name, (old, new) in changes.items())
-        return TrainState.from_items(restored.state), told
+        report = f"resuming after step {restored.step} in {self._cfg.workdir}"
+        report += "".join(f"\n  {name} was {old!r} and is {new!r}" for name, (old, new) in changes.items())
+        return TrainState.from_items(restored.state), report
 
     def _begin(self) -> tuple[TrainState, str]:
-        source, params, told = self._cfg.train.init_from, None, f"starting in {self._cfg.workdir}"
+        source, params, report = self._cfg.train.init_from, None, f"starting in {self._cfg.workdir}"
         if source:
             params = initial_params(self._cfg, self._codec, self._blueprint.shardings.params)
-            told += f" from the weights in {source}"
-        return create_state(self._cfg, self._blueprint, params), told
+            report += f" from the weights in {source}"
+        return create_state(self._cfg, self._blueprint, params), report
 
     def to_the_end(self) -> None:
         """Steps until the last one, or until stop is asked; returns once all is saved.
@@ -275,31 +275,31 @@ class _Run:
     @explain_memory("a training step", TrainingError, remedies)
     def _report(self) -> None:
         """Looks at the oldest step's results."""
-        told = self._pending.popleft()
-        values = jax.device_get(told.metrics)
+        oldest = self._pending.popleft()
+        values = jax.device_get(oldest.metrics)
         if not is_finite(values):
-            raise TrainingError(diagnosis(self._cfg, self._data.buckets, told.step, told.scene, values, self._saved))
+            raise TrainingError(diagnosis(self._cfg, self._data.buckets, oldest.step, oldest.scene, values, self._saved))
         row = {name: float(getattr(values, name)) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
-        log = told.step % self._cfg.train.log_every == 0
-        self._metrics.write(told.step, row, board=log)
-        cost, scenes = self._cost(told), self._cfg.train.batch_size
+        log = oldest.step % self._cfg.train.log_every == 0
+        self._metrics.write(oldest.step, row, board=log)
+        cost, scenes = self._cost(oldest), self._cfg.train.batch_size
         self._clock.add(steps=1, tokens=scenes * cost.tokens, flops=scenes * cost.flops)
-        self._metrics.progress(told.step, loss=f"{row['loss']:.4f}")
+        self._metrics.progress(oldest.step, loss=f"{row['loss']:.4f}")
         if log:
             rates = self._clock.rates()
             speed = {f"speed/{name}_per_second": rate for name, rate in rates.items()}
             used = utilisation(rates["flops"], self._mesh.devices.flat[0].device_kind, self._mesh.size)
-            self._metrics.board(told.step, speed | ({} if used is None else {"speed/model_flops_utilisation": used}))
+            self._metrics.board(oldest.step, speed | ({} if used is None else {"speed/model_flops_utilisation": used}))
 
     def _report_all(self) -> None:
         while self._pending:
             self._report()
 
-    def _cost(self, told: _Pending) -> Any:
-        scene = told.scene
+    def _cost(self, step: _Pending) -> Any:
+        scene = step.scene
         shape = scene.lengths.shot_frames.shape[1], scene.video.shape[1], scene.text.shape[1]
         shapes = [(s.shots, s.frames, s.text_tokens) for s in self._data.buckets.shapes]
-        return self._costs[told.moc][shapes.index(shape)]
+        return self._costs[step.moc][shapes.index(shape)]
 
     # -------------------------------------------------------------------------------------------- between steps
 
@@ -387,5 +387,5 @@ class _Run:
             f"{'stopped' if stopped else 'done'} {where}"
             + ("" if self._saved is None else f"{workdir / 'checkpoints' / str(self._saved)}")
             + (f", loss curve {workdir / 'loss.png'}" if drawn else "")
-            + ("; the same command goes on from here" if stopped else "")
+            + ("; the same command resumes from here" if stopped else "")
         )

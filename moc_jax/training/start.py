@@ -20,7 +20,7 @@ def initial_codec(cfg: Config) -> Codec | None:
 
     Raises:
         CheckpointError: nothing can be read there.
-        ConfigError: the weights there are of another model; told before any video is opened.
+        ConfigError: the weights there are of another model; raised before any video is opened.
         CodecMismatch: the codec is of other settings.
     """
     if not cfg.train.init_from:
@@ -79,7 +79,7 @@ def check_resumable(saved: Config, cfg: Config) -> Changes:
     }
     if fixed:
         raise ConfigError(
-            f"the checkpoints in {cfg.workdir} can't be gone on with: {_listed(fixed)}. Change that back, or give "
+            f"the checkpoints in {cfg.workdir} can't be resumed with this config: {_listed(fixed)}. Change that back, or give "
             "another --workdir"
         )
     return changes

@@ -1,4 +1,4 @@
-"""What a run is about to do and what that costs, told before the first step."""
+"""What a run is about to do and what that costs, printed before the first step."""
 
 import dataclasses
 import math
@@ -110,7 +110,7 @@ def summary(
 
 
 def _memory(blueprint: Blueprint, mesh: Mesh) -> list[str]:
-    """Bytes of the state that one device holds; what activations need is told when a step is compiled."""
+    """Bytes of the state that one device holds; what activations need is printed when a step is compiled."""
 
     def per_device(tree) -> int:
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -66,7 +66,7 @@ def test_a_run_writes_everything_and_a_second_one_has_nothing_to_do(start, prepa
     assert "loss=" in err
 
     assert start(preview, train=settings) == rows
-    assert "going on from step 6" in capsys.readouterr().out
+    assert "resuming after step 6" in capsys.readouterr().out
     assert len(previews) == 2
     loaded = load_for_sampling(str(run))
     assert loaded.step == 6
@@ -164,7 +164,7 @@ def test_another_model_is_refused_by_name_and_other_changes_are_told(start, tmp_
     capsys.readouterr()
     start(train={"steps": 2, "log_every": 1})
     out = capsys.readouterr().out
-    assert "going on from step 1" in out
+    assert "resuming after step 1" in out
     assert "train.log_every was 2 and is 1" in out
     assert "train.steps was 1 and is 2" in out
 

@@ -49,7 +49,7 @@ def test_killed_at_any_moment_the_loss_curve_is_that_of_an_uninterrupted_run(com
         kill(process)
     code, out = finish(command(tmp_path))
     assert code == 0, out
-    assert "going on from step" in out
+    assert "resuming after step" in out
     assert log(tmp_path) == log(uninterrupted)
     assert checkpoints(tmp_path) == checkpoints(uninterrupted) == [STEPS - 4, STEPS]
 
@@ -67,7 +67,7 @@ def test_killed_while_saving_the_checkpoint_before_is_used(command, uninterrupte
     code, out = finish(command(tmp_path))
     assert code == 0, out
     assert f"{name} was never finished and was removed" in out
-    assert f"going on from step {before[-1]} " in out
+    assert f"resuming after step {before[-1]} " in out
     assert log(tmp_path) == log(uninterrupted)
     assert half_written(tmp_path) == []
 
@@ -113,7 +113,7 @@ def test_a_full_disk_is_told_in_words_and_costs_no_checkpoint(command, tmp_path)
     assert "code 1\n" in output
     found = output.split("code 1\n")[1].split("\n")[: len(intact)]
     assert sorted(int(name) for name in found) == intact
-    assert f"going on from step {intact[-1]} " in output
+    assert f"resuming after step {intact[-1]} " in output
     assert f"done after step {intact[-1] + 2}" in output
     assert done.returncode == 0
 
@@ -142,11 +142,11 @@ def test_sigterm_saves_and_ends_well(command, uninterrupted, tmp_path):
     assert "terminated: stopping after this step and saving" in out
     stopped = checkpoints(tmp_path)[-1]
     assert f"stopped after step {stopped}" in out
-    assert "the same command goes on from here" in out
+    assert "the same command resumes from here" in out
     assert log(uninterrupted).startswith(log(tmp_path))
     code, out = finish(command(tmp_path))
     assert code == 0, out
-    assert f"going on from step {stopped} " in out
+    assert f"resuming after step {stopped} " in out
     assert log(tmp_path) == log(uninterrupted)
 
 
@@ -163,7 +163,7 @@ def test_two_processes_train_like_one(command, uninterrupted, tmp_path):
     assert stopped < STEPS - 4
     assert f"stopped after step {stopped}" in first
     first, _ = finish_both(two(command, tmp_path))
-    assert f"going on from step {stopped} " in first
+    assert f"resuming after step {stopped} " in first
     ours, theirs = (read_metrics(workdir / "metrics.jsonl") for workdir in (tmp_path, uninterrupted))
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for a, b in zip(ours, theirs):

@@ -233,7 +233,7 @@ def test_ctrl_c_stops_several_processes_like_one(command, tmp_path):
         process.send_signal(signal.SIGINT)
     first, _ = finish_both(processes)
     assert re.search(r"stopped after step \d+: ", first)
-    assert "the same command goes on from here" in first
+    assert "the same command resumes from here" in first
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_the_next_stage_has_weights_and_codec_of_the_one_before(first, second, c
     # Going on, its own checkpoint wins, and the first run may be gone.
     more = changed(second, train={"steps": 2, "init_from": "/nowhere"})
     train(more, prepare(more, initial_codec(more)), mesh_of(1))
-    assert "going on from step 1" in capsys.readouterr().out
+    assert "resuming after step 1" in capsys.readouterr().out
     assert [row["step"] for row in read_metrics(f"{second.workdir}/metrics.jsonl")] == [1, 2]
 
 

@@ -133,7 +133,7 @@ def test_a_compilation_is_left_and_what_was_trained_is_saved(config, monkeypatch
     again = dataclasses.replace(config, workdir=f"{config.workdir}-again")
     train(again, prepare(config), mesh_of(1), preview=Previews())
     assert saved(again) == []
-    assert "stopped before its first step; the same command goes on from here" in capfd.readouterr().out
+    assert "stopped before its first step; the same command resumes from here" in capfd.readouterr().out
     waiting.set()
 
 
