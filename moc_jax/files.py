@@ -153,8 +153,6 @@ def prove_folder(folder: str | os.PathLike, *, setting: str) -> None:
     """
     text = os.fspath(folder)
     _check_spelling(text, setting)
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConfigError(f"{setting} {_shown(text)} is no UTF-8, as which checkpoints are named; give another path")
     probe = f".probe.{os.getpid()}.tmp"
     try:
         if is_address(text):

@@ -6,7 +6,7 @@ and `sample.py` expose each field on the command line (`--moc.top-k 3`), with th
 
 import dataclasses
 
-from moc_jax.config.base import INT32, ConfigError, Folder, Settings, check
+from moc_jax.config.base import INT32, ConfigError, OwnFolder, Settings, check
 from moc_jax.config.network import ChunkConfig, CodecConfig, MoCConfig, ModelConfig, TextConfig
 from moc_jax.config.run import (
     BucketConfig,
@@ -44,7 +44,7 @@ _LARGEST_BATCH = 2**36  # numbers, over all devices
 class Config(Settings):
     """One experiment."""
 
-    workdir: Folder = "out/run"
+    workdir: OwnFolder = "out/run"
     """Checkpoints, logs, previews and the resolved config go here."""
     moc: MoCConfig = MoCConfig()
     model: ModelConfig = ModelConfig()

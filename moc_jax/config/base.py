@@ -86,6 +86,8 @@ class Place:
 
     optional: bool = False
     """May be empty."""
+    utf8: bool = False
+    """Must be UTF-8: TensorStore and ArrayRecord write under no other names."""
 
     def __call__(self, kind: Any, value: Any, name: str) -> Any:
         try:
@@ -96,7 +98,8 @@ class Place:
             raise ConfigError(f"{name} is {shown(value)}; it must be a path, as text")
         if not path.strip() and not self.optional:
             raise ConfigError(f"{name} is empty; name a file or folder (. is the current one)")
-        return kind(expanded(path, name))
+        path = expanded(path, name)
+        return _text(path, name) if self.utf8 else kind(path)
 
 
 def expanded(path: str, name: str = "the path") -> str:
@@ -132,6 +135,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 Fraction = Annotated[float, Range(0, 1)]
 Below1 = Annotated[float, Range(0, 0.9999999)]  # what is nearer to 1 is 1 in float32
 Folder = Annotated[str, Place()]
+OwnFolder = Annotated[str, Place(utf8=True)]  # one that is written
 OptionalPath = Annotated[str, Place(optional=True)]
 File = Annotated[pathlib.Path, Place()]
 

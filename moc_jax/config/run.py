@@ -13,6 +13,7 @@ from moc_jax.config.base import (
     Fraction,
     Natural,
     OptionalPath,
+    OwnFolder,
     Range,
     Seed,
     Settings,
@@ -45,7 +46,7 @@ class DataConfig(Settings, at="data"):
     """Held-out video files or folders; empty: `validation_fraction` of the files is held out instead."""
     validation_fraction: Fraction = 0.0
     """Share of files held out for validation, chosen by a hash of the file's name."""
-    cache: Folder = "cache"
+    cache: OwnFolder = "cache"
     """Folder of prepared folders (encoded shards and manifest), one per settings and sources; or itself one of them."""
     height: Annotated[int, Range(1, 2**14)] = 64
     """Rows of a frame after resize and centre-crop, in pixels."""

@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from moc_jax.codecs import Codec, crop_frames, fit_codec, pixels_to_unit
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import shown
 from moc_jax.data.captions import CaptionError
 from moc_jax.data.folders import some
 from moc_jax.data.manifest import (
@@ -67,7 +66,9 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
         ConfigError, CaptionError: before any video is opened.
         DataError: a prepared folder that does not fit, no usable training video, or a disk that is full.
     """
-    cache = _cache(cfg)
+    if is_address(cfg.data.cache):
+        raise ConfigError(f"data.cache {cfg.data.cache} is an address; encoded scenes need a folder of a file system")
+    cache = Path(cfg.data.cache)
     if os.path.isfile(cache / MANIFEST):
         manifest = load_manifest(cache)
         check_settings(manifest, cfg)
@@ -109,19 +110,6 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
             "make room, or point data.cache to another disk"
         ) from error
     return _reported(folder, sources)
-
-
-def _cache(cfg: Config) -> Path:
-    cache = Path(cfg.data.cache)
-    try:
-        str(cache).encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"data.cache = {shown(cfg.data.cache)} is no UTF-8 and can't hold encoded scenes; give another folder"
-        ) from error
-    if is_address(cfg.data.cache):
-        raise ConfigError(f"data.cache {cfg.data.cache} is an address; encoded scenes need a folder of a file system")
-    return cache
 
 
 def _reported(folder: Path, sources: Sources) -> Manifest:

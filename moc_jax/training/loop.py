@@ -278,7 +278,8 @@ class _Run:
         oldest = self._pending.popleft()
         values = jax.device_get(oldest.metrics)
         if not is_finite(values):
-            raise TrainingError(diagnosis(self._cfg, self._data.buckets, oldest.step, oldest.scene, values, self._saved))
+            found = oldest.step, oldest.scene, values
+            raise TrainingError(diagnosis(self._cfg, self._data.buckets, *found, self._saved))
         row = {name: float(getattr(values, name)) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
         log = oldest.step % self._cfg.train.log_every == 0
         self._metrics.write(oldest.step, row, board=log)

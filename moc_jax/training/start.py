@@ -79,8 +79,8 @@ def check_resumable(saved: Config, cfg: Config) -> Changes:
     }
     if fixed:
         raise ConfigError(
-            f"the checkpoints in {cfg.workdir} can't be resumed with this config: {_listed(fixed)}. Change that back, or give "
-            "another --workdir"
+            f"the checkpoints in {cfg.workdir} can't be resumed with this config: {_listed(fixed)}. Change that back, "
+            "or give another --workdir"
         )
     return changes
 

@@ -176,9 +176,16 @@ def test_the_home_folder_is_put_in_wherever_a_setting_is_a_path(tmp_path, monkey
     assert load_config(["--config=~/own.py", "--workdir=~/x"]).workdir == f"{tmp_path}/x"
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/~run", "./~", "run/~/x", "x~", "\udcff", "out/é"])
+@pytest.mark.parametrize("path", ["gs://bucket/~run", "./~", "run/~/x", "x~", "out/é"])
 def test_other_paths_and_addresses_stay_as_they_are(path):
     assert Config(workdir=path).workdir == path
+
+
+def test_videos_may_lie_anywhere_but_folders_that_are_written_need_utf8():
+    assert DataConfig(source=("\udcff",)).source == ("\udcff",)
+    for make in (lambda: Config(workdir="runs/\udcff"), lambda: DataConfig(cache="\udcff")):
+        with pytest.raises(ConfigError, match=r"(workdir|data\.cache) is '.*udcff', which is not UTF-8"):
+            make()
 
 
 def test_the_home_of_nobody_is_refused():
