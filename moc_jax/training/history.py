@@ -15,8 +15,10 @@ from typing import Any
 
 from etils import epath
 
+from moc_jax.files import is_address, whole_file
+
 _LONGEST = 1 << 20  # bytes; a line of ours has some hundred
-_FILES, _FOLDERS = ("metrics.jsonl.part", "loss.png.part", "loss.png", "metrics.jsonl"), ("tensorboard", "previews")
+_FILES, _FOLDERS = ("loss.png", "metrics.jsonl"), ("tensorboard", "previews")
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
@@ -47,9 +49,8 @@ def keep_until(path: epath.Path, step: int) -> None:
             f"{len(damaged)} line(s) of {path} can't be read and were moved to {aside.name}; all others are kept",
             stacklevel=3,
         )
-    part = path.parent / f"{path.name}.part"
-    part.write_bytes(b"".join(line + b"\n" for line in kept))
-    part.replace(path)
+    with whole_file(path) as partial:
+        partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
 def clear_the_way(workdir: epath.Path) -> None:
@@ -57,7 +58,7 @@ def clear_the_way(workdir: epath.Path) -> None:
 
     Links are never written through: that of metrics.jsonl becomes a copy, others are moved aside.
     """
-    if "://" in str(workdir):  # a bucket holds objects only: nothing is in the way of anything
+    if is_address(workdir):  # a bucket holds objects only: nothing is in the way of anything
         return
     for name in (*_FILES, *_FOLDERS):
         path = pathlib.Path(workdir / name)

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from moc_jax.files import whole_file
 from moc_jax.training.closing import closing_all
 from moc_jax.training.history import clear_the_way, keep_until, read_metrics
 
@@ -152,9 +153,8 @@ def draw_loss_curve(path: epath.PathLike, out: epath.PathLike) -> bool:
     try:
         png = _loss_curve(read_metrics(path))
         if png:
-            part = epath.Path(f"{out}.part")
-            part.write_bytes(png)
-            part.replace(out)
+            with whole_file(out) as partial:
+                partial.write_bytes(png)
         return bool(png)
     except OSError as error:
         warnings.warn(f"the loss curve {out} could not be drawn: {error}", stacklevel=2)

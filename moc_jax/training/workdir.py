@@ -13,7 +13,7 @@ from moc_jax.files import is_address, prove_folder, remove_leftovers
 from moc_jax.processes import main_process_first
 from moc_jax.training.lock import Lock
 
-_FIXED = ("config.json.part", "metrics.jsonl.part", "loss.png.part")
+_FIXED = ("config.json.part", "metrics.jsonl.part", "loss.png.part")  # which earlier versions left
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def clear_leftovers(workdir: Path) -> None:
 
 
 def _remove_parts(previews: epath.Path) -> None:
-    """Copies that were cut off on their way to an address, or by earlier versions."""
+    """Copies that were cut off on their way to an address, and what earlier versions left."""
     for path in previews.iterdir() if previews.is_dir() else ():
         if path.name.startswith(".") and path.name.endswith((".mp4.part", ".png.part")):
             path.unlink(missing_ok=True)

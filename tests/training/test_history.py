@@ -125,7 +125,7 @@ IN_THE_WAY = {
 }
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.part", "loss.png"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "loss.png"])
 @pytest.mark.parametrize(("make", "problem"), IN_THE_WAY.values(), ids=IN_THE_WAY)
 def test_what_is_no_file_moves_aside(tmp_path, name, make, problem):
     make(tmp_path / name)
@@ -185,7 +185,7 @@ def test_without_a_place_for_tensorboard_the_run_goes_on(tmp_path, monkeypatch):
     assert told == "nothing goes to TensorBoard: [Errno 30] Read-only file system"
 
 
-@pytest.mark.parametrize("broken", ["metrics.jsonl", "loss.png", "loss.png.part"])
+@pytest.mark.parametrize("broken", ["metrics.jsonl", "loss.png"])
 def test_a_curve_that_cannot_be_drawn_at_the_end_is_a_warning(tmp_path, broken):
     (tmp_path / "metrics.jsonl").write_bytes(WHOLE)
     if broken == "metrics.jsonl":

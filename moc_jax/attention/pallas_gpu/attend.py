@@ -128,7 +128,7 @@ def _attend_forward(q, k, v, plan, schedule, table, static):
 def _attend_backward(static, residuals, d_out):
     q, k, v, plan, schedule, table, out, lse = residuals
     # Blocks of a run may hold padding. Its weights are 0, but what they are multiplied with may be NaN, or v d_out
-    # overflow; masks inside of the kernels would take ten times as long as these two passes.
+    # overflow. A mask inside of dq's kernel, after the products, took it from 53 to 55 ms in the reference scene.
     d_out, v = (jnp.where(table.valid[..., None, None], x, 0).astype(q.dtype) for x in (d_out, v))
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, N]
     common = dict(blocks=static.blocks, interpret=static.interpret)
