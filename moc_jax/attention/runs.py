@@ -4,21 +4,13 @@ queries' side    which keys the queries of a chunk always read      at most thre
 keys' side       which queries always read the keys of a chunk      at most two runs: one of text, one of video
 """
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 
+from moc_jax.attention.layout import Queries, Runs, queries_of
 from moc_jax.attention.routing import anchor_chunks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import GLOBAL, TEXT, VIDEO, ChunkTable
-from moc_jax.shapes import Array, Bool, Int
-
-
-class Runs(NamedTuple):
-    """R runs of tokens [begin, end) for each of C chunks (or, taken per token, N tokens); begin >= end: none."""
-
-    begin: Int[Array, "B R C"]
-    end: Int[Array, "B R C"]
+from moc_jax.shapes import Array, Bool
 
 
 def anchor_runs(table: ChunkTable, cfg: MoCConfig) -> Runs:
@@ -26,20 +18,20 @@ def anchor_runs(table: ChunkTable, cfg: MoCConfig) -> Runs:
     text, is_global = table.kind == TEXT, table.shot == GLOBAL
     split_text = cfg.mode == "moc" and cfg.text_anchor == "own+global"  # the captions in between are not seen
     groups = [text & is_global, text & ~is_global] if split_text else [text]
-    return _cover(anchor_chunks(table, cfg), [*groups, table.kind == VIDEO], table)
+    return _cover(anchor_chunks(table, cfg), [*groups, table.kind == VIDEO], queries_of(table))
 
 
-def reader_runs(table: ChunkTable, cfg: MoCConfig) -> Runs:
-    """The queries that always read each chunk's keys."""
+def reader_runs(queries: Queries, table: ChunkTable, cfg: MoCConfig) -> Runs:
+    """The rows of queries that always read each chunk's keys."""
     readers = jnp.swapaxes(anchor_chunks(table, cfg), 1, 2)
-    return _cover(readers, [table.kind == TEXT, table.kind == VIDEO], table)
+    return _cover(readers, [table.kind == TEXT, table.kind == VIDEO], queries)
 
 
-def _cover(seen: Bool[Array, "B C C"], groups: list[Array], table: ChunkTable) -> Runs:
-    far = table.chunk_of.shape[1]
+def _cover(seen: Bool[Array, "B C C"], groups: list[Array], rows: Queries) -> Runs:
+    far = rows.chunk_of.shape[1]
     begin, end = [], []
     for group in groups:
-        there = seen & (group & (table.length > 0))[:, None, :]
-        begin.append(jnp.min(jnp.where(there, table.start[:, None], far), axis=-1))
-        end.append(jnp.max(jnp.where(there, (table.start + table.length)[:, None], 0), axis=-1))
+        there = seen & (group & (rows.length > 0))[:, None, :]
+        begin.append(jnp.min(jnp.where(there, rows.start[:, None], far), axis=-1))
+        end.append(jnp.max(jnp.where(there, (rows.start + rows.length)[:, None], 0), axis=-1))
     return Runs(jnp.stack(begin, axis=1), jnp.stack(end, axis=1))
