@@ -91,7 +91,7 @@ def anchor_part(
 ) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
     """Output and natural log-sum-exp of the anchors alone; raises as `attend`."""
     prepared = _prepared(q, k, v, None, queries, table, cfg, backend)
-    return _part(*_forward(*prepared, backend), q.shape[1])
+    return _part(_forward(*prepared, backend), q.shape[1])
 
 
 @typed
@@ -107,10 +107,11 @@ def pick_part(
 ) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
     """Output and natural log-sum-exp of the picks alone; raises as `attend`."""
     prepared = _prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False)
-    return _part(*_forward(*prepared, backend), q.shape[1])
+    return _part(_forward(*prepared, backend), q.shape[1])
 
 
-def _part(out, lse, rows: int):
+def _part(found: tuple[Array, ...], rows: int):
+    out, lse = found
     return out[:, :rows], lse[:, :, :rows] / LOG2E
 
 
@@ -189,10 +190,12 @@ def _prepared(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConf
     q, k, v = (
         jnp.pad(x, ((0, 0), more, (0, 0), (0, 0))) for x, more in ((q, more_rows), (k, more_tokens), (v, more_tokens))
     )
-    queries, table = (
-        dataclasses.replace(x, chunk_of=jnp.pad(x.chunk_of, ((0, 0), more), constant_values=-1))
+    query_chunk, chunk_of = (
+        jnp.pad(x.chunk_of, ((0, 0), more), constant_values=-1)
         for x, more in ((queries, more_rows), (table, more_tokens))
     )
+    queries = dataclasses.replace(queries, chunk_of=query_chunk)
+    table = dataclasses.replace(table, chunk_of=chunk_of)
     if routes is not None:
         routes = jnp.pad(routes, ((0, 0), (0, 0), more_rows, (0, 0)), constant_values=-1)
     work = _Work(

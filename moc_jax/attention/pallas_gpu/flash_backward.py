@@ -13,7 +13,7 @@ FLOPs: 6 * D and 8 * D per (query, key), padded to tiles and blocks.
 
 import functools
 import math
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,14 +131,11 @@ class _Refs(NamedTuple):
     # Full and free of keys, then of values; or full of queries and log-sum-exp, of output gradients and delta, free.
     ring_barrier_refs: tuple[Ref, ...]
 
-    @classmethod
-    def of(cls, *refs: Ref) -> Self:
-        """From a kernel's arguments."""
-        return cls(*refs[:8], refs[8:-4], *refs[-4:])
-
 
 def _kernel(*refs: Ref, job: Job, compute, copy):
-    split_roles(_Refs.of(*refs), job, compute, copy)
+    names = _Refs._fields
+    inputs, scratch = dict(zip(names[:8], refs[:8], strict=True)), dict(zip(names[-4:], refs[-4:], strict=True))
+    split_roles(_Refs(**inputs, gradient_gmem_refs=refs[8:-4], **scratch), job, compute, copy)
 
 
 def _query_tile(refs: _Refs, job: Job, warpgroup, item, _, line, used, first):

@@ -19,12 +19,12 @@ from moc_jax.shapes import Array
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
-def tile_rows(job: Job, x: Array) -> plgpu.SMEM:
+def tile_rows(job: Job, x: Array):
     """Shared memory for rows of x that belong to a tile."""
     return plgpu.SMEM((job.tiling.slots, TILE, job.dim), x.dtype, transforms=_SWIZZLED)
 
 
-def ring_rows(job: Job, x: Array) -> plgpu.SMEM:
+def ring_rows(job: Job, x: Array):
     """Shared memory for rows of x that come block after block."""
     return plgpu.SMEM((job.tiling.stages, job.tiling.block, job.dim), x.dtype, transforms=_SWIZZLED)
 
@@ -134,7 +134,8 @@ def with_accumulators(function: Callable[..., None], job: Job, accumulators, oth
         refs = [_Registers(x) for x in (*accumulators, *others)]
         function(*refs)
         return tuple(ref.value for ref in refs)
-    return pl.run_state(lambda refs: function(*refs))((*map(plgpu.ACC.init, accumulators), *others))
+    state: tuple = (*map(plgpu.ACC.init, accumulators), *others)
+    return pl.run_state(lambda refs: function(*refs))(state)
 
 
 def with_scores[T](function: Callable[..., T], job: Job, count: int) -> T:

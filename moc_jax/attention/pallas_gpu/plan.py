@@ -23,7 +23,6 @@ from moc_jax.attention.layout import (
     all_read_text,
     cut,
     has_anchors,
-    queries_of,
     run_lines,
     segments,
     text_shares,
@@ -76,7 +75,7 @@ def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_reade
     if not has_anchors(table, cfg):
         return None
     rows, tokens = queries.chunk_of.shape[1], table.chunk_of.shape[1]
-    runs, readers = anchor_runs(table, cfg), reader_runs(queries, table, cfg)
+    runs, readers = anchor_runs(table, cfg), reader_runs(table, cfg, queries.start, queries.length)
     some = jnp.any(runs.begin < runs.end, axis=1)  # [B, C]
     own = segments(queries, table, cfg)
     of, tiles = own.of(queries), _cut(own.begin, own.end, rows)
@@ -86,8 +85,8 @@ def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_reade
     query_row = _row_of_token(own.begin, own.end, tiles, of)
     anchored = (of >= 0) & jnp.take_along_axis(some, jnp.maximum(of, 0), axis=1)
 
-    own, text_end = segments(queries_of(table), table, cfg), jnp.zeros((table.kind.shape[0], 1), jnp.int32)
-    of, parts, lines = own.of(queries_of(table)), 0, []
+    own, text_end = segments(table, table, cfg), jnp.zeros((table.kind.shape[0], 1), jnp.int32)
+    of, parts, lines = own.of(table), 0, []
     if all_read_text(table, cfg):  # first, so that no thread block is left with a tile of text at the end
         is_text, count = table.kind == TEXT, -(-table.text_tokens // TILE)
         text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1, keepdims=True)

@@ -281,7 +281,9 @@ _TILE, _ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
 def _load_q(q_gmem_ref, q_smem_ref, q_loaded_barrier_ref, batch, head, group, row):
     """Rows past the last token come as zeros."""
-    plgpu.copy_gmem_to_smem(q_gmem_ref.at[batch, pl.ds(row, _ROWS), head], q_smem_ref.at[group], q_loaded_barrier_ref.at[group])
+    plgpu.copy_gmem_to_smem(
+        q_gmem_ref.at[batch, pl.ds(row, _ROWS), head], q_smem_ref.at[group], q_loaded_barrier_ref.at[group]
+    )
 
 
 def _scores(q_smem_ref, phi_smem_ref):

@@ -6,7 +6,7 @@ queries walk keys, a used tile has at least one key.
 
 import dataclasses
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 from moc_jax.attention.layout import ALIGN, Tiles
 from moc_jax.attention.pallas_gpu.device import COMPUTE, Hopper, KernelTiling
+from moc_jax.shapes import Array
 
 CACHE = 40 * 2**20  # bytes of keys and values that stay in the level-2 cache (50 MiB on an H100, 60 on an H200)
 ROWS = 64  # of one warpgroup: the smallest height of a Hopper matrix product
@@ -130,17 +131,18 @@ class Way:
     def __init__(self, line, job: Job):
         self._job, self._legs, self.count = job, [], jnp.int32(0)  # blocks
         for r in range(job.runs):
-            *leg, count = _leg(line, r, job)
-            self._legs.append((self.count, *leg))
+            leg, count = _leg(line, r, job)
+            self._legs.append((self.count, leg))
             self.count += count
 
     def at(self, s):
         """(row, low, high) of block s."""
-        before, *leg = self._legs[0]
-        for new in self._legs[1:]:
-            there = s >= new[0]
-            before, *leg = (jnp.where(there, x, old) for x, old in zip(new, (before, *leg), strict=True))
-        return _block(*leg, s - before, self._job)
+        before, leg = self._legs[0]
+        for first, other in self._legs[1:]:
+            there = s >= first
+            before = jnp.where(there, first, before)
+            leg = _Leg(*(jnp.where(there, new, old) for new, old in zip(other, leg, strict=True)))
+        return _block(leg, s - before, self._job)
 
 
 def walk(line, job: Job, step, carry, steps):
@@ -150,9 +152,9 @@ def walk(line, job: Job, step, carry, steps):
     """
 
     def one_run(r, state):
-        *leg, count = _leg(line, r, job)
+        leg, count = _leg(line, r, job)
         carry, steps = state
-        carry = lax.fori_loop(0, count, lambda s, carry: step(carry, steps + s, *_block(*leg, s, job)), carry)
+        carry = lax.fori_loop(0, count, lambda s, carry: step(carry, steps + s, *_block(leg, s, job)), carry)
         return carry, steps + count
 
     if job.runs == 1:
@@ -160,15 +162,20 @@ def walk(line, job: Job, step, carry, steps):
     return lax.fori_loop(0, job.runs, one_run, (carry, steps))
 
 
-def _leg(line, r, job: Job):
-    """(first row of the first block, begin, end, blocks) of a tile's run."""
-    begin, end = line[1 + 2 * r], line[2 + 2 * r]
+class _Leg(NamedTuple):
+    first: Array  # row of the first block
+    begin: Array  # of the run
+    end: Array
+
+
+def _leg(line, r, job: Job) -> tuple[_Leg, Array]:
+    """A tile's run, and in how many blocks it comes."""
+    begin, end, block = line[1 + 2 * r], line[2 + 2 * r], job.tiling.block
     first = begin - lax.rem(begin, ALIGN)
-    block = job.tiling.block
-    return first, begin, end, jnp.where(begin < end, lax.div(end - first + block - 1, block), 0)
+    return _Leg(first, begin, end), jnp.where(begin < end, lax.div(end - first + block - 1, block), 0)
 
 
-def _block(first, begin, end, s, job: Job):
-    turn = first + s * job.tiling.block
+def _block(leg: _Leg, s, job: Job):
+    turn = leg.first + s * job.tiling.block
     row = pl.multiple_of(jnp.minimum(turn, job.rows - job.tiling.block), ALIGN)
-    return row, jnp.maximum(begin, turn) - row, end - row
+    return row, jnp.maximum(leg.begin, turn) - row, leg.end - row
