@@ -20,7 +20,7 @@ from moc_jax.shapes import Array, Bool, Float, Float32, Int
 LOG2E = math.log2(math.e)  # kernels take exponentials to base 2
 ALIGN = 8  # rows at whose multiples copies from memory start
 
-_Runs = tuple[Int[Array, "B R C"], Int[Array, "B R C"]]  # runs.Runs
+_Runs = tuple[Int[Array, "B A C"], Int[Array, "B A C"]]  # runs.Runs
 
 
 @jax.tree_util.register_dataclass
@@ -209,7 +209,7 @@ def text_shares(readers: _Runs, table: ChunkTable, parts: int, rows: int, unit: 
     return jnp.stack([*text, *video], axis=-1).astype(jnp.int32)
 
 
-def sum_other_parts(x: Float[Array, "B H R D"], parts: int, rows: int) -> Float32[Array, "B H _ D"]:
+def sum_other_shares(x: Float[Array, "B H R D"], parts: int, rows: int) -> Float32[Array, "B H _ D"]:
     """The sum of all parts but the first; each has `rows` rows, and x begins with them."""
     parted = x[:, :, : parts * rows].astype(jnp.float32).reshape(*x.shape[:2], parts, rows, x.shape[3])
     return jnp.sum(parted[:, :, 1:], axis=2)
