@@ -98,7 +98,7 @@ def page_block(folder: pathlib.Path) -> str:
                 "",
             ]
         if len(settings) < len(entries):
-            lines += [f"![Time against tokens, MoC and dense]({PLOT.removeprefix("docs/")})", ""]
+            lines += [f"![Time against tokens, MoC and dense]({PLOT.removeprefix('docs/')})", ""]
         lines += [*_provenance(entries), ""]
     for file in results.load(folder, "model"):
         entries = list(file["entries"].values())

@@ -1,6 +1,7 @@
 """Draws every picture of the documentation anew: `make pictures`."""
 
 import pathlib
+import sys
 
 import scene
 
@@ -15,4 +16,4 @@ def main(folder: pathlib.Path = HERE) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(pathlib.Path, sys.argv[1:]))
