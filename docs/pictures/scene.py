@@ -12,6 +12,7 @@ import numpy as np
 from frames import draw_frame
 from svg import FAINT, INK, LINE, MUTED, OWN, PICK, TEXT, Picture, number
 
+from moc_jax.attention.layout import queries_of
 from moc_jax.attention.routing import anchor_chunks, candidate_chunks, descriptors, select
 from moc_jax.config import ChunkConfig, MoCConfig
 from moc_jax.scene import VIDEO, SceneLengths, SceneShape, chunk_table
@@ -52,7 +53,7 @@ class Scene:
         self.table = chunk_table(SceneLengths(jnp.asarray([SHOTS]), jnp.full((1, 5), WORDS)), shape, CFG.chunk)
         q, k = _queries_and_keys()
         phi = descriptors(k, self.table)
-        self.picks = np.asarray(select(q, phi, self.table, CFG))[0, 0]  # [N, K]
+        self.picks = np.asarray(select(q, phi, queries_of(self.table), self.table, CFG))[0, 0]  # [N, K]
         self.token = 5 * WORDS + QUERY[0] * SIDE**2 + QUERY[1]
         self.scores = np.asarray(phi)[0, 0] @ np.asarray(q)[0, self.token, 0]  # [C]
         fields = ("kind", "shot", "start", "length", "chunk_of")
