@@ -14,6 +14,7 @@ import typing
 
 if typing.TYPE_CHECKING:
     from moc_jax.attention.api import moc_attention, route
+    from moc_jax.attention.backends import Hopper, Reference, Tpu, Xla
     from moc_jax.config import ChunkConfig, ConfigError, MoCConfig
     from moc_jax.cuts import chunk_table_from
     from moc_jax.scene import (
@@ -40,10 +41,14 @@ __all__ = [
     "ChunkConfig",
     "ChunkTable",
     "ConfigError",
+    "Hopper",
     "MoCConfig",
+    "Reference",
     "Scene",
     "SceneLengths",
     "SceneShape",
+    "Tpu",
+    "Xla",
     "__version__",
     "chunk_table",
     "chunk_table_from",
@@ -53,6 +58,7 @@ __all__ = [
 
 _MODULES = {
     "attention.api": ("moc_attention", "route"),
+    "attention.backends": ("Hopper", "Reference", "Tpu", "Xla"),
     "cuts": ("chunk_table_from",),
     "config": ("ChunkConfig", "ConfigError", "MoCConfig"),
 }

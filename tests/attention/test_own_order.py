@@ -7,7 +7,7 @@ import pytest
 from moc_jax import MoCConfig, chunk_table_from
 from moc_jax.scene import GLOBAL, NO_SHOT, PAD, TEXT, VIDEO
 from tests.attention import oracle
-from tests.attention.compiled import BACKENDS, attention_and_gradients, routing, with_backend
+from tests.attention.compiled import BACKENDS, attention_and_gradients, routing
 from tests.attention.configs import DENSE, MULTI_SHOT, PAST, SINGLE_SHOT, WINDOW, name
 from tests.attention.oracle import Chunk
 from tests.attention.scenes import qkv
@@ -46,7 +46,6 @@ def moved(x, order):
     ids=lambda x: name(x) if isinstance(x, MoCConfig) else "moba" if x is BY_CHUNK else "own",
 )
 def test_tokens_in_ones_own_order(backend, own, cfg):
-    cfg = with_backend(cfg, backend)
     scenes = [scene_of(scene) for scene in own]
     q, k, v = qkv(0, scenes, shape=(TOKENS, 2, 16), backend=backend)
     dout = np.asarray(qkv(1, scenes, shape=(TOKENS, 2, 16), backend=backend)[0])
@@ -56,12 +55,12 @@ def test_tokens_in_ones_own_order(backend, own, cfg):
     back = jnp.argsort(order)
 
     there = [moved(x, order) for x in (q, k, v)]
-    routes = np.asarray(routing(*there[:2], table, cfg))
+    routes = np.asarray(routing(*there[:2], table, cfg, backend=backend))
     routes = np.take_along_axis(routes, np.asarray(back)[:, None, :, None], axis=2)
     for b, scene in enumerate(scenes if cfg.mode == "moc" else []):
         assert oracle.near_ties(routes[b], q[b], k[b], scene, cfg) <= 2
     want = oracle.moc(q, k, v, scenes, cfg, routes)
-    out, gradients = attention_and_gradients(*there, table, cfg, moved(dout, order))
+    out, gradients = attention_and_gradients(*there, table, cfg, moved(dout, order), backend=backend)
     assert_close(moved(out, back), want.out, "output", dtype=str(v.dtype))
     for got, exact, which in zip(gradients, oracle.moc_gradients(q, k, v, want.mask, dout), ("dq", "dk", "dv")):
         assert_close(moved(got, back), exact, which, dtype=str(v.dtype))
