@@ -20,7 +20,7 @@ from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
 from moc_jax.documents import printable
-from moc_jax.sampling.compare import comparison, mean_psnr, training_scene
+from moc_jax.sampling.compare import mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
@@ -38,7 +38,7 @@ class Arguments(Settings):
     storyboard: tuple[File, ...] = ()
     """YAML files."""
     training_scene: int | None = None
-    """Instead of a storyboard: the training scene of this number, by its captions, compared with the original."""
+    """Instead of a storyboard: the training scene of this number, beside its original and the codec's rendering."""
     out: File
     """The MP4 to write; with several storyboards, a folder."""
     step: int | None = None
@@ -92,10 +92,10 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     config = configure(checkpoint.config, checkpoint.step, args)
     if routings and config.moc.mode == "dense":
         raise ConfigError("--routing-picture: dense attention routes nothing; leave it or --dense out")
-    codec, original = load_codec(config.codec, checkpoint.codec_state), None
+    codec, scene = load_codec(config.codec, checkpoint.codec_state), None
     if args.training_scene is not None:
-        board, original = training_scene(config, codec, args.training_scene)
-        boards = [_overridden(board, args)]
+        scene = training_scene(config, codec, args.training_scene)
+        boards = [_overridden(scene.board, args)]
     sampler = Sampler(config, codec, None, stop, progress=True)
 
     mesh = make_mesh(MeshConfig())
@@ -108,15 +108,15 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
             print(f"{printable(str(path))}: {made}")
         for sample, path in zip(samples, sheets):
             board = sample.storyboard
-            rows = [*([("training scene", original)] if original else []), ("sample", sample.shots)]
+            rows = [*(scene.rows() if scene else []), ("sample", sample.shots)]
             captions = [shot.caption for shot in board.shots]
-            scores = mean_psnr(sample.shots, original)[1] if original else []
+            scores = mean_psnr(sample.shots, scene.codec)[1] if scene else []
             notes = [f"PSNR {score:.1f} dB" for score in scores]
             save_picture(contact_sheet(rows, captions, title=board.caption, notes=notes, fps=config.data.fps), path)
         for sample, path in zip(samples, routings):
             save_picture(routing_picture(sampler.routing(params, sample)), path)
-        if original:
-            print(comparison(samples[0].shots, original))
+        if scene:
+            print(scene.comparison(samples[0].shots))
 
 
 def configure(config: Config, step: int, args: Arguments) -> Config:
