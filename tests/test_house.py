@@ -33,6 +33,7 @@ ALLOWED = {
     "documents": set(),
     "progress": set(),
     "data": {"codecs", "documents", "files", "progress", "text"},
+    "compilation": {"files"},
     "cli": {"config_json", "signals"},
     "errors": set(),
     "files": set(),
