@@ -35,6 +35,7 @@ from moc_jax.attention.pallas_gpu.device import Hopper
 from moc_jax.attention.pallas_gpu.plan import AnchorTiles, PickTiles, anchor_tiles, pick_tiles
 from moc_jax.attention.pallas_gpu.tiles import TILE
 from moc_jax.attention.schedule import Schedule
+from moc_jax.attention.statistics import row_dot
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Float32, Int, typed
@@ -164,7 +165,7 @@ def _without_weights(lse: Array) -> Array:
 def _attend_backward(backend: Hopper, residuals, d_out):
     q, k, v, work, out, lse = residuals
     d_out = jnp.where(work.query_valid[..., None, None], d_out, 0).astype(q.dtype)
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, Q]
+    delta = jnp.swapaxes(row_dot(d_out, out), 1, 2)  # [B, H, Q]
     return *_gradients(q, k, v, work, d_out, lse, delta, backend), None
 
 

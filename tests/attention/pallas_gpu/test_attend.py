@@ -183,7 +183,7 @@ def slice_program(cfg, table, backend):
         out, vjp = jax.vjp(lambda *x: api.moc_attention(*x, routes=routes, **given), q, k, v)
         whole = out, *vjp(dout)
         merged, lse = parts.merge(parts.anchor_part(q, k, v, **given), parts.pick_part(q, k, v, routes, **given))
-        delta = jnp.sum(dout.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)
+        delta = parts.delta_of(out, dout)
         of_anchors = parts.anchor_gradients(q, k, v, dout, lse, delta, **given)
         of_picks = parts.pick_gradients(q, k, v, routes, dout, lse, delta, **given)
         added = (a.astype(jnp.float32) + b for a, b in zip(of_anchors, of_picks, strict=True))
