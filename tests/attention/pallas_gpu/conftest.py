@@ -5,6 +5,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moc_jax.attention.pallas_gpu import device
+from tests import private_jax
 
 
 @pytest.fixture
@@ -19,6 +20,4 @@ def interpreter():
     )
     with device.interpreted(params):
         yield params
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # not public yet, though its users are told to
-
-    gpu_callbacks.reset_gpu_interpret_mode_state()  # what a failed kernel leaves behind
+    private_jax.reset_gpu_interpreter.value()
