@@ -209,7 +209,7 @@ def text_shares(readers: _Runs, table: ChunkTable, parts: int, rows: int, unit: 
     return jnp.stack([*text, *video], axis=-1).astype(jnp.int32)
 
 
-def sum_other_shares(x: Float[Array, "B H R D"], parts: int, rows: int) -> Float32[Array, "B H _ D"]:
+def sum_other_parts(x: Float[Array, "B H R D"], parts: int, rows: int) -> Float32[Array, "B H _ D"]:
     """The sum of all parts but the first; each has `rows` rows, and x begins with them."""
     parted = x[:, :, : parts * rows].astype(jnp.float32).reshape(*x.shape[:2], parts, rows, x.shape[3])
     return jnp.sum(parted[:, :, 1:], axis=2)
