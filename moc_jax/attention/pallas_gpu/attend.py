@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention import routing
-from moc_jax.attention.layout import ALIGN, LOG2E, Heads, Queries, by_group, head_groups, round_up, sum_other_parts
+from moc_jax.attention.layout import ALIGN, LOG2E, Heads, Queries, by_group, head_groups, round_up, sum_other_shares
 from moc_jax.attention.pallas_gpu import device, flash, flash_backward, router
 from moc_jax.attention.pallas_gpu.device import Hopper
 from moc_jax.attention.pallas_gpu.plan import AnchorTiles, PickTiles, anchor_tiles, pick_tiles
@@ -333,6 +333,6 @@ def _add_text_shares(total, part: Part, anchors: AnchorTiles, heads: Heads):
     """Adds what the first part of the text's tiles lacks: its other readers."""
     if anchors.text_shares < 2:
         return total
-    rows = sum_other_parts(heads.of(part.rows), anchors.text_shares, anchors.text_tiles * TILE).swapaxes(1, 2)
+    rows = sum_other_shares(heads.of(part.rows), anchors.text_shares, anchors.text_tiles * TILE).swapaxes(1, 2)
     text = slice(0, anchors.text_tokens)  # what else lies in the last tile is video
     return total.at[:, text].add(jnp.where(part.there[:, 0, text, None, None], rows[:, text], 0.0))
