@@ -31,6 +31,7 @@ from moc_jax.attention.pallas_gpu.device import COMPUTE, Hopper
 from moc_jax.attention.pallas_gpu.multiprocessor import (
     Refs,
     copy_keys,
+    copy_tile,
     launch,
     mask_columns,
     multiplied,
@@ -250,11 +251,6 @@ def _fold(x: Array, width: int) -> Array:
 
 def _copy(refs: Refs, job: Job, first_head, item, start, line, used, steps):
     """Brings a tile's queries, then its keys and values block after block."""
-    q_full, q_free = refs.tile_barrier_refs
     scene, head, _ = item
-    buffer = lax.rem(used, job.tiling.buffers)
-    pl.when(used >= job.tiling.buffers)(functools.partial(plgpu.barrier_wait, q_free.at[buffer]))
-    source = refs.input_gmem_refs[0].at[job.query_rows(scene, head, pl.ds(start, TILE))]
-    plgpu.copy_gmem_to_smem(source, refs.tile_smem_refs[0].at[buffer], q_full.at[buffer])
-
+    copy_tile(refs, job, [refs.input_gmem_refs[0].at[job.query_rows(scene, head, pl.ds(start, TILE))]], used)
     return copy_keys(refs, job, scene, first_head + head, line, steps)

@@ -26,6 +26,7 @@ from moc_jax.attention.pallas_gpu.device import COMPUTE, Hopper
 from moc_jax.attention.pallas_gpu.multiprocessor import (
     Refs,
     copy_keys,
+    copy_tile,
     launch,
     mask_columns,
     multiplied,
@@ -108,32 +109,34 @@ def key_gradients(
 
 
 def _query_tile(refs: Refs, job: Job, warpgroup, item, _, line, used, first):
-    """One warpgroup's half of a tile of queries."""
-    q_smem_ref, d_out_smem_ref, lse_smem_ref, delta_smem_ref = refs.tile_smem_refs
+    """One warpgroup's half of a tile of queries: while one block's weights are found, the gradients of the block before
+    are multiplied with its keys."""
     k_smem_ref, _ = refs.ring_smem_refs
-    (tile_full, tile_free), (k_full, k_free, v_full, v_free) = refs.tile_barrier_refs, refs.ring_barrier_refs
+    (tile_full, _), (k_full, k_free, v_full, v_free) = refs.tile_barrier_refs, refs.ring_barrier_refs
     buffer, mine = lax.rem(used, job.tiling.buffers), pl.ds(warpgroup * ROWS, ROWS)
-    q_tile_smem_ref, d_out_tile_smem_ref = q_smem_ref.at[buffer, mine], d_out_smem_ref.at[buffer, mine]
+    q_smem_ref, d_out_smem_ref, lse_smem_ref, delta_smem_ref = (ref.at[buffer, mine] for ref in refs.tile_smem_refs)
     plgpu.barrier_wait(tile_full.at[buffer])
-    row_layout = plgpu.Layout.WGMMA.reduce(1)
-    lse = plgpu.load(lse_smem_ref.at[buffer, mine], layout=row_layout)
-    delta = plgpu.load(delta_smem_ref.at[buffer, mine], layout=row_layout)
-
-    def weights(scores, span):
-        p = jnp.exp2(scores * (LOG2E / math.sqrt(job.dim)) - lax.broadcast_in_dim(lse, scores.shape, [0]))
-        return mask_columns(p, span, 0.0)
-
-    def score_gradients(p, d_p):
-        return (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [0]))).astype(k_smem_ref.dtype)
+    lse, delta = (plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)) for ref in (lse_smem_ref, delta_smem_ref))
 
     def step(carry, steps, _, *span):
+        d_q, d_s = carry
         # Before the first block there is none: its own keys are multiplied with zeros.
         now, before = (lax.rem(s, job.tiling.stages) for s in (steps, jnp.maximum(steps - 1, first)))
         plgpu.barrier_wait(k_full.at[now])
         plgpu.barrier_wait(v_full.at[now])
-        carry = _overlap(
-            refs, job, q_tile_smem_ref, d_out_tile_smem_ref, carry, now, before, span, weights, score_gradients
-        )
+        keys, values = (ref.at[now].transpose((1, 0)) for ref in refs.ring_smem_refs)
+
+        def products(d_q_ref, scores_ref, d_p_ref):
+            multiply(scores_ref, q_smem_ref, keys)
+            multiply(d_p_ref, d_out_smem_ref, values)
+            multiply(d_q_ref, d_s, k_smem_ref.at[before])
+            p = _weights(result(scores_ref, pending=2), lse, span, job, axis=0)
+            return _score_gradients(p, result(d_p_ref, pending=1), delta, axis=0).astype(d_s.dtype)
+
+        def block(d_q_ref, d_s_ref):
+            d_s_ref[...] = with_scores(functools.partial(products, d_q_ref), job, 2)
+
+        carry = with_accumulators(block, job, [d_q], [d_s])
         plgpu.barrier_arrive(v_free.at[now])
         pl.when(steps > first)(functools.partial(plgpu.barrier_arrive, k_free.at[before]))
         return carry
@@ -144,50 +147,91 @@ def _query_tile(refs: Refs, job: Job, warpgroup, item, _, line, used, first):
     last = lax.rem(steps - 1, job.tiling.stages)
     d_q = multiplied(d_q, d_s, k_smem_ref.at[last], job)
     plgpu.barrier_arrive(k_free.at[last])
-
-    (d_q_gmem_ref,) = refs.output_gmem_refs
-    # The queries are spent: their place holds the gradient on its way out.
-    q_tile_smem_ref[...] = (d_q * (1 / math.sqrt(job.dim))).astype(d_q_gmem_ref.dtype)
-    plgpu.commit_smem()
-    scene, head, tile = item
-    plgpu.copy_smem_to_gmem(q_tile_smem_ref, d_q_gmem_ref.at[scene, head, pl.ds(tile * TILE + warpgroup * ROWS, ROWS)])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(tile_free.at[buffer])
+    _write(refs, warpgroup, item, buffer, d_q * (1 / math.sqrt(job.dim)))
     return steps
 
 
-def _overlap(
-    refs: Refs, job: Job, q_tile_smem_ref, d_out_tile_smem_ref, carry, now, before, span, weights, score_gradients
-):
-    """The score gradients of one block, while those of the block before are multiplied with its keys."""
-    d_q, d_s = carry
-    k_smem_ref, v_smem_ref = refs.ring_smem_refs
-    keys, values = k_smem_ref.at[now].transpose((1, 0)), v_smem_ref.at[now].transpose((1, 0))
+def _key_tile(refs: Refs, job: Job, warpgroup, item, _, line, used, steps):
+    """One warpgroup's half of a tile of keys. Keys are the rows of all matrices here, so scores come transposed."""
+    (tile_full, _), (q_full, d_out_full, free) = refs.tile_barrier_refs, refs.ring_barrier_refs
+    buffer, mine = lax.rem(used, job.tiling.buffers), pl.ds(warpgroup * ROWS, ROWS)
+    k_smem_ref, v_smem_ref = (ref.at[buffer, mine] for ref in refs.tile_smem_refs)
+    plgpu.barrier_wait(tile_full.at[buffer])
 
-    def products(d_q_ref, scores_ref, d_p_ref):
-        multiply(scores_ref, q_tile_smem_ref, keys)
-        multiply(d_p_ref, d_out_tile_smem_ref, values)
-        multiply(d_q_ref, d_s, k_smem_ref.at[before])
-        p = weights(result(scores_ref, pending=2), span)
-        return score_gradients(p, result(d_p_ref, pending=1))
+    def step(carry, steps, _, *span):
+        ring = lax.rem(steps, job.tiling.stages)
+        plgpu.barrier_wait(q_full.at[ring])
+        plgpu.barrier_wait(d_out_full.at[ring])
+        q_smem_ref, d_out_smem_ref, lse_smem_ref, delta_smem_ref = (ref.at[ring] for ref in refs.ring_smem_refs)
+        load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(0))
 
-    def block(d_q_ref, d_s_ref):
-        d_s_ref[...] = with_scores(functools.partial(products, d_q_ref), job, 2)
+        def products(d_k_ref, d_v_ref, scores_ref, d_p_ref):
+            multiply(scores_ref, k_smem_ref, q_smem_ref.transpose((1, 0)))
+            multiply(d_p_ref, v_smem_ref, d_out_smem_ref.transpose((1, 0)))
+            p = _weights(result(scores_ref, pending=1), load(lse_smem_ref), span, job, axis=1)
+            d_s = _score_gradients(p, result(d_p_ref, pending=0), load(delta_smem_ref), axis=1)
+            multiply(d_v_ref, p.astype(q_smem_ref.dtype), d_out_smem_ref)
+            multiply(d_k_ref, d_s.astype(q_smem_ref.dtype), q_smem_ref)
 
-    return with_accumulators(block, job, [d_q], [d_s])
+        def block(*refs):
+            with_scores(functools.partial(products, *refs), job, 2)
+
+        carry = with_accumulators(block, job, carry)
+        plgpu.barrier_arrive(free.at[ring])
+        return carry
+
+    zeros = plgpu.layout_cast(jnp.zeros((ROWS, job.dim), jnp.float32), plgpu.Layout.WGMMA)
+    (d_k, d_v), steps = walk(line, job, step, (zeros, zeros), steps)
+    _write(refs, warpgroup, item, buffer, d_k * (1 / math.sqrt(job.dim)), d_v)
+    return steps
+
+
+def _weights(scores, lse, span, job: Job, axis: int):
+    p = jnp.exp2(scores * (LOG2E / math.sqrt(job.dim)) - lax.broadcast_in_dim(lse, scores.shape, [axis]))
+    return mask_columns(p, span, 0.0)
+
+
+def _score_gradients(p, d_p, delta, axis: int):
+    return p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [axis]))
+
+
+def _write(refs: Refs, warpgroup, item, buffer, *gradients):
+    """Gradients leave through the places of what they are of, which is spent."""
+    scene, head, tile = item
+    mine, rows = pl.ds(warpgroup * ROWS, ROWS), pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+    smem_refs = [ref.at[buffer, mine] for ref in refs.tile_smem_refs[: len(gradients)]]
+    for smem_ref, gradient in zip(smem_refs, gradients, strict=True):
+        smem_ref[...] = gradient.astype(smem_ref.dtype)
+    plgpu.commit_smem()
+    for smem_ref, gmem_ref in zip(smem_refs, refs.output_gmem_refs, strict=True):
+        plgpu.copy_smem_to_gmem(smem_ref, gmem_ref.at[scene, head, rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(refs.tile_barrier_refs[1].at[buffer])
 
 
 def _copy_for_queries(refs: Refs, job: Job, first_head, item, start, line, used, steps):
     """Brings a tile's queries and what belongs to them, then keys and values block after block."""
-    tile_full, tile_free = refs.tile_barrier_refs
     scene, head, _ = item
-    buffer, rows = lax.rem(used, job.tiling.buffers), pl.ds(start, TILE)
-    pl.when(used >= job.tiling.buffers)(functools.partial(plgpu.barrier_wait, tile_free.at[buffer]))
-    sources = _of_queries(refs, job, scene, head, rows)
-    for source, target in zip(sources, refs.tile_smem_refs, strict=True):
-        plgpu.copy_gmem_to_smem(source, target.at[buffer], tile_full.at[buffer])
-
+    copy_tile(refs, job, _of_queries(refs, job, scene, head, pl.ds(start, TILE)), used)
     return copy_keys(refs, job, scene, first_head + head, line, steps)
+
+
+def _copy_for_keys(refs: Refs, job: Job, first_head, item, start, line, used, steps):
+    """Brings a tile's keys and values, then queries and what belongs to them block after block."""
+    q_full, d_out_full, free = refs.ring_barrier_refs
+    scene, head, _ = item
+    copy_tile(
+        refs, job, [ref.at[scene, pl.ds(start, TILE), first_head + head] for ref in refs.input_gmem_refs[1:3]], used
+    )
+
+    def step(_, steps, row, *__):
+        ring, rows = lax.rem(steps, job.tiling.stages), pl.ds(row, job.tiling.block)
+        pl.when(steps >= job.tiling.stages)(functools.partial(plgpu.barrier_wait, free.at[ring]))
+        sources, fulls = _of_queries(refs, job, scene, head, rows), (q_full, d_out_full, q_full, d_out_full)
+        for source, target, full in zip(sources, refs.ring_smem_refs, fulls, strict=True):
+            plgpu.copy_gmem_to_smem(source, target.at[ring], full.at[ring])
+
+    return walk(line, job, step, None, steps)[1]
 
 
 def _of_queries(refs: Refs, job: Job, scene, head, rows):
@@ -195,87 +239,3 @@ def _of_queries(refs: Refs, job: Job, scene, head, rows):
     q_gmem_ref, _, _, d_out_gmem_ref, lse_gmem_ref, delta_gmem_ref = refs.input_gmem_refs
     wide, narrow = job.query_rows(scene, head, rows), (scene, head, rows)
     return q_gmem_ref.at[wide], d_out_gmem_ref.at[wide], lse_gmem_ref.at[narrow], delta_gmem_ref.at[narrow]
-
-
-def _key_tile(refs: Refs, job: Job, warpgroup, item, _, line, used, steps):
-    """One warpgroup's half of a tile of keys."""
-    k_smem_ref, v_smem_ref = refs.tile_smem_refs
-    (tile_full, tile_free), (q_full, d_out_full, free) = refs.tile_barrier_refs, refs.ring_barrier_refs
-    buffer, mine = lax.rem(used, job.tiling.buffers), pl.ds(warpgroup * ROWS, ROWS)
-    k_tile_smem_ref, v_tile_smem_ref = k_smem_ref.at[buffer, mine], v_smem_ref.at[buffer, mine]
-    plgpu.barrier_wait(tile_full.at[buffer])
-
-    def step(carry, steps, _, *span):
-        ring = lax.rem(steps, job.tiling.stages)
-        plgpu.barrier_wait(q_full.at[ring])
-        plgpu.barrier_wait(d_out_full.at[ring])
-        carry = _add_queries(refs, job, k_tile_smem_ref, v_tile_smem_ref, carry, ring, span)
-        plgpu.barrier_arrive(free.at[ring])
-        return carry
-
-    zeros = plgpu.layout_cast(jnp.zeros((ROWS, job.dim), jnp.float32), plgpu.Layout.WGMMA)
-    (d_k, d_v), steps = walk(line, job, step, (zeros, zeros), steps)
-
-    d_k_gmem_ref, d_v_gmem_ref = refs.output_gmem_refs
-    # Keys and values are spent: their places hold the gradients on their way out.
-    k_tile_smem_ref[...] = (d_k * (1 / math.sqrt(job.dim))).astype(d_k_gmem_ref.dtype)
-    v_tile_smem_ref[...] = d_v.astype(d_v_gmem_ref.dtype)
-    plgpu.commit_smem()
-    scene, head, tile = item
-    rows = (scene, head, pl.ds(tile * TILE + warpgroup * ROWS, ROWS))
-    plgpu.copy_smem_to_gmem(k_tile_smem_ref, d_k_gmem_ref.at[rows])
-    plgpu.copy_smem_to_gmem(v_tile_smem_ref, d_v_gmem_ref.at[rows])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(tile_free.at[buffer])
-    return steps
-
-
-def _add_queries(refs: Refs, job: Job, k_tile_smem_ref, v_tile_smem_ref, carry, ring, span):
-    """dk and dv with a block of queries. Keys are the rows of all matrices here, so scores come transposed."""
-    d_k, d_v = carry
-    q_smem_ref, d_out_smem_ref, lse_smem_ref, delta_smem_ref = refs.ring_smem_refs
-    rows, gradients = q_smem_ref.at[ring], d_out_smem_ref.at[ring]
-    column_layout = plgpu.Layout.WGMMA.reduce(0)
-
-    def weights(scores):
-        lse = plgpu.load(lse_smem_ref.at[ring], layout=column_layout)
-        p = jnp.exp2(scores * (LOG2E / math.sqrt(job.dim)) - lax.broadcast_in_dim(lse, scores.shape, [1]))
-        return mask_columns(p, span, 0.0)
-
-    def score_gradients(p, d_p):
-        delta = plgpu.load(delta_smem_ref.at[ring], layout=column_layout)
-        return (p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [1]))).astype(q_smem_ref.dtype)
-
-    def products(d_k_ref, d_v_ref, scores_ref, d_p_ref):
-        multiply(scores_ref, k_tile_smem_ref, rows.transpose((1, 0)))
-        multiply(d_p_ref, v_tile_smem_ref, gradients.transpose((1, 0)))
-        p = weights(result(scores_ref, pending=1))
-        d_s = score_gradients(p, result(d_p_ref, pending=0))
-        multiply(d_v_ref, p.astype(d_s.dtype), gradients)
-        multiply(d_k_ref, d_s, rows)
-
-    def block(*accumulator_refs):
-        with_scores(functools.partial(products, *accumulator_refs), job, 2)
-
-    return with_accumulators(block, job, [d_k, d_v])
-
-
-def _copy_for_keys(refs: Refs, job: Job, first_head, item, start, line, used, steps):
-    """Brings a tile's keys and values, then queries and what belongs to them block after block."""
-    (tile_full, tile_free), (q_full, d_out_full, free) = refs.tile_barrier_refs, refs.ring_barrier_refs
-    scene, head, _ = item
-    buffer = lax.rem(used, job.tiling.buffers)
-    pl.when(used >= job.tiling.buffers)(functools.partial(plgpu.barrier_wait, tile_free.at[buffer]))
-    keys = (scene, pl.ds(start, TILE), first_head + head)
-    for source, target in zip(refs.input_gmem_refs[1:3], refs.tile_smem_refs, strict=True):
-        plgpu.copy_gmem_to_smem(source.at[keys], target.at[buffer], tile_full.at[buffer])
-
-    def step(_, steps, row, *__):
-        ring, rows = lax.rem(steps, job.tiling.stages), pl.ds(row, job.tiling.block)
-        pl.when(steps >= job.tiling.stages)(functools.partial(plgpu.barrier_wait, free.at[ring]))
-        sources = _of_queries(refs, job, scene, head, rows)
-        fulls = q_full, d_out_full, q_full, d_out_full
-        for source, target, full in zip(sources, refs.ring_smem_refs, fulls, strict=True):
-            plgpu.copy_gmem_to_smem(source, target.at[ring], full.at[ring])
-
-    return walk(line, job, step, None, steps)[1]

@@ -102,6 +102,15 @@ def tile_by_tile(tile):
     return compute
 
 
+def copy_tile(refs: Refs, job: Job, sources, used) -> None:
+    """Brings what belongs to a tile, `used` tiles after the thread block's first."""
+    full, free = refs.tile_barrier_refs
+    buffer = lax.rem(used, job.tiling.buffers)
+    pl.when(used >= job.tiling.buffers)(functools.partial(plgpu.barrier_wait, free.at[buffer]))
+    for source, target in zip(sources, refs.tile_smem_refs, strict=False):
+        plgpu.copy_gmem_to_smem(source, target.at[buffer], full.at[buffer])
+
+
 def copy_keys(refs: Refs, job: Job, scene, head, line, steps):
     """Brings a tile's keys and values into their ring, block after block; steps after it."""
     k_full, k_free, v_full, v_free = refs.ring_barrier_refs
