@@ -29,12 +29,9 @@ def anchor_runs(table: ChunkTable, cfg: MoCConfig) -> Runs:
     return _cover(anchor_chunks(table, cfg), [*groups, table.kind == VIDEO], table.start, table.length)
 
 
-def reader_runs(
-    table: ChunkTable, cfg: MoCConfig, start: Int[Array, "B C"] | None = None, length: Int[Array, "B C"] | None = None
-) -> Runs:
+def reader_runs(table: ChunkTable, cfg: MoCConfig, start: Int[Array, "B C"], length: Int[Array, "B C"]) -> Runs:
     """The queries that always read each chunk's keys; each chunk's queries are `length` rows from `start` on."""
     readers = jnp.swapaxes(anchor_chunks(table, cfg), 1, 2)
-    start, length = table.start if start is None else start, table.length if length is None else length
     return _cover(readers, [table.kind == TEXT, table.kind == VIDEO], start, length)
 
 

@@ -7,6 +7,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moc_jax.attention.pallas_gpu.device import Hopper
+from tests import private_jax
 
 
 @pytest.fixture
@@ -20,6 +21,4 @@ def hopper() -> Iterator[Hopper]:
         detect_races=True, on_race="raise", out_of_bounds_reads="raise", uninitialized_memory="nan"
     )
     yield Hopper(interpret=params)
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # not public yet, though its users are told to
-
-    gpu_callbacks.reset_gpu_interpret_mode_state()  # what a failed kernel leaves behind
+    private_jax.reset_gpu_interpreter.value()  # what a failed kernel leaves behind
