@@ -17,7 +17,7 @@ from moc_jax.data.survey import Cut
 from moc_jax.data.video import VideoError, decode, resample
 from moc_jax.shapes import Float32, UInt8
 
-_MEASURED = 33  # frames of each scene on which the codec is measured: decoding all would take as long as encoding
+_MEASURED = 17  # frames of each shot on which the codec is measured: decoding all would take as long as encoding
 
 
 class SceneEncoder:
@@ -57,8 +57,7 @@ class SceneEncoder:
                     ShotEntry(caption=source.captions.shot(index), frames=len(latents[-1]), start=starts[index])
                 )
                 self.frames += len(shot)
-                if len(entries) == 1:
-                    self._measure(source.split, shot, latents[0])
+                self._measure(source.split, shot, latents[-1])
             shard, record = self._writer.write(np.concatenate(latents), np.stack(stills))
             yield SceneEntry(
                 name=f"{source.name}#{number}",

@@ -83,7 +83,7 @@ class Manifest:
     """Digest of each source, by name."""
     codec_fingerprint: str
     codec_error: dict[str, float]
-    """By split: mean squared error of the codec's reconstruction in pixels of 0..255, over a part of each scene."""
+    """By split: mean squared error of the codec's reconstruction in 0..255, over the first frames of each shot."""
     latent_shape: tuple[int, int, int]
     """Rows, columns and channels of a latent frame."""
     scenes: tuple[SceneEntry, ...]
