@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"config", "shapes", "scene"}
+LEAVES = {"config", "shapes", "scene", "cuts"}
 UNDER_THE_ENTRY_POINTS = {
     "attention",
     "checkpoint",
@@ -24,6 +24,7 @@ ALLOWED = {
     "config_json": set(),
     "shapes": set(),
     "scene": set(),
+    "cuts": set(),
     "sharding": set(),
     "attention": set(),
     "models": {"attention", "sharding"},
@@ -33,8 +34,9 @@ ALLOWED = {
     "documents": set(),
     "progress": set(),
     "data": {"codecs", "documents", "files", "progress", "text"},
+    "compilation": {"files"},
     "cli": {"config_json", "signals"},
-    "commands": {"cli", "sampling", "training", *UNDER_THE_ENTRY_POINTS},
+    "commands": {"cli", "compilation", "sampling", "training", *UNDER_THE_ENTRY_POINTS},
     "errors": set(),
     "files": set(),
     "signals": set(),

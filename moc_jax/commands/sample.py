@@ -16,16 +16,18 @@ import jax
 from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
-from moc_jax.config import Config, ConfigError, MeshConfig
-from moc_jax.config.base import File, Folder, Settings
+from moc_jax.compilation import kept_programs
+from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
+from moc_jax.config.base import File, Folder, OptionalPath, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
 from moc_jax.documents import printable
+from moc_jax.processes import join
 from moc_jax.sampling.compare import mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
-from moc_jax.sharding import make_mesh, replicated
+from moc_jax.sharding import make_mesh
 from moc_jax.signals import Stop
 
 FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError  # exit code 1
@@ -71,6 +73,9 @@ class Arguments(Settings):
     """Also write a PNG of which shots each shot reads from, per layer."""
     overwrite: bool = False
     """Replace files that exist."""
+    attention: AttentionConfig = AttentionConfig()
+    compilation_cache: OptionalPath = "auto"
+    """Where compiled programs are kept, as in training."""
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
@@ -86,7 +91,12 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     png = {"suffix": ".png", "overwrite": args.overwrite}
     sheets = target_files(args.contact_sheet, names, **png, setting="--contact-sheet")
     routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
+    join(MeshConfig())
+    with kept_programs(args.compilation_cache):
+        _sample(args, boards, videos, sheets, routings, stop)
 
+
+def _sample(args: Arguments, boards, videos, sheets, routings, stop: Stop | None) -> None:
     checkpoint = load_for_sampling(args.checkpoint, args.step)
     config = configure(checkpoint.config, checkpoint.step, args)
     if routings and config.moc.mode == "dense":
@@ -95,27 +105,22 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     if args.training_scene is not None:
         scene = training_scene(config, codec, args.training_scene)
         boards = [_overridden(scene.board, args)]
-    sampler = Sampler(config, codec, None, stop, progress=True)
-
-    mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-        params = jax.device_put(checkpoint.params, replicated(mesh))
-        samples = sampler(params, boards)
-        for sample, path in zip(samples, videos):
-            write_video(path, sample.video, config.data.fps)
-            made = f"{len(sample.shots)} shots, {len(sample.video)} frames at {config.data.fps:g} fps"
-            print(f"{printable(str(path))}: {made}")
-        for sample, path in zip(samples, sheets):
-            board = sample.storyboard
-            rows = [*(scene.rows() if scene else []), ("sample", sample.shots)]
-            captions = [shot.caption for shot in board.shots]
-            scores = mean_psnr(sample.shots, scene.codec)[1] if scene else []
-            notes = [f"PSNR {score:.1f} dB" for score in scores]
-            save_picture(contact_sheet(rows, captions, title=board.caption, notes=notes, fps=config.data.fps), path)
-        for sample, path in zip(samples, routings):
-            save_picture(routing_picture(sampler.routing(params, sample)), path)
-        if scene:
-            print(scene.comparison(samples[0].shots))
+    sampler, fps = Sampler(config, codec, None, stop, progress=True), config.data.fps
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        samples = sampler(params := sampler.placed(checkpoint.params), boards)
+        shares = [sampler.routing(params, sample) for sample, _ in zip(samples, routings)]
+    for sample, path in zip(samples, videos):
+        write_video(path, sample.video, fps)
+        print(f"{printable(str(path))}: {len(sample.shots)} shots, {len(sample.video)} frames at {fps:g} fps")
+    for sample, path in zip(samples, sheets):
+        rows = [*(scene.rows() if scene else []), ("sample", sample.shots)]
+        captions = [shot.caption for shot in sample.storyboard.shots]
+        notes = [f"PSNR {score:.1f} dB" for score in mean_psnr(sample.shots, scene.codec)[1]] if scene else []
+        save_picture(contact_sheet(rows, captions, title=sample.storyboard.caption, notes=notes, fps=fps), path)
+    for share, path in zip(shares, routings):
+        save_picture(routing_picture(share), path)
+    if scene:
+        print(scene.comparison(samples[0].shots))
 
 
 def configure(config: Config, step: int, args: Arguments) -> Config:
@@ -126,7 +131,9 @@ def configure(config: Config, step: int, args: Arguments) -> Config:
         moc = dataclasses.replace(moc, mode="dense")
     if args.chunk is not None:
         moc = dataclasses.replace(moc, chunk=dataclasses.replace(moc.chunk, size=args.chunk))
-    return dataclasses.replace(config, moc=moc, sample=dataclasses.replace(config.sample, **_given(args, *names)))
+    sample = dataclasses.replace(config.sample, **_given(args, *names))
+    # How attention is computed is for this machine to say, not for the one that trained.
+    return dataclasses.replace(config, moc=moc, sample=sample, attention=args.attention)
 
 
 def _overridden(board: Storyboard, args: Arguments) -> Storyboard:

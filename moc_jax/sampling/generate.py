@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from moc_jax.attention.api import RoutedAttention
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
@@ -27,7 +28,7 @@ from moc_jax.sampling.scenes import Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int, UInt8, typed
-from moc_jax.sharding import RULES, batch_shards
+from moc_jax.sharding import RULES, Params, batch_shards, replicated
 from moc_jax.signals import Signals, Stop
 from moc_jax.text import TextEncoder, build_text_encoder
 
@@ -93,6 +94,7 @@ class Sampler:
         self.config, self.codec = config, codec
         self._encoder = build_text_encoder(config.text) if encoder is None else encoder
         self._graph = abstract_model(config.model)[0]
+        self._attention = RoutedAttention(backend=config.attention.backend)
         self._progress = progress
         self._stop = Signals() if stop is None else stop  # such signals never ask
         self._programs: dict[Any, jax.stages.Compiled] = {}
@@ -102,6 +104,11 @@ class Sampler:
             "end": jax.jit(self._end),
         }
         self._route = jax.jit(self._routing)
+
+    @explain_memory("the weights", SamplingError, _remedies)
+    def placed(self, params: Params) -> Params:
+        """The weights, whole on each device of the mesh in context."""
+        return jax.device_put(params, replicated(jax.sharding.get_mesh()))
 
     @explain_memory("sampling", SamplingError, _remedies)
     def __call__(
@@ -172,7 +179,7 @@ class Sampler:
 
     def _velocity(self, params: Any, request: Request) -> VelocityFn:
         def model(video, text, t, lengths):
-            return nnx.merge(self._graph, params)(video, text, t, lengths, self.config.moc)
+            return nnx.merge(self._graph, params)(video, text, t, lengths, self.config.moc, attention=self._attention)
 
         r, scale = request, self.config.sample.guidance
         return guided_velocity(model, r.text, r.lengths, r.negative_text, r.negative_lengths, scale)
@@ -202,7 +209,9 @@ class Sampler:
         levels = jnp.full(request.lengths.shot_frames.shape, t)
         z_t = add_noise(request.known.video, _noises(request)[0], levels, request.lengths)
         model = nnx.merge(self._graph, params)
-        _, routes, table = model(z_t, request.text, levels, request.lengths, self.config.moc, with_routes=True)
+        _, routes, table = model(
+            z_t, request.text, levels, request.lengths, self.config.moc, attention=self._attention, with_routes=True
+        )
         return _everywhere(routing_shares(routes, table, levels.shape[1]))
 
 
