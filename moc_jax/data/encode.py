@@ -10,7 +10,7 @@ import numpy as np
 from moc_jax.codecs import Codec, crop_frames, pixels_from_unit, pixels_to_unit
 from moc_jax.config import DataConfig
 from moc_jax.data.manifest import SceneEntry, ShotEntry
-from moc_jax.data.quality import MeanError
+from moc_jax.data.quality import MeanPSNR
 from moc_jax.data.shards import ShardWriter
 from moc_jax.data.sources import Source, Split
 from moc_jax.data.survey import Cut
@@ -28,12 +28,12 @@ class SceneEncoder:
         self._cfg, self._codec, self._writer, self._patch = cfg, codec, writer, patch
         self.frames = 0
         """Encoded so far."""
-        self._errors: dict[Split, MeanError] = {}
+        self._quality: dict[Split, MeanPSNR] = {}
 
     @property
-    def errors(self) -> dict[str, float]:
-        """By split: mean squared error, in pixels of 0..255, of what the codec makes of the scenes."""
-        return {split: error.mean for split, error in self._errors.items()}
+    def quality(self) -> dict[str, float]:
+        """By split: mean over the shots of the PSNR of what the codec makes of their first frames."""
+        return {split: mean.value for split, mean in self._quality.items()}
 
     def scenes(self, source: Source, cuts: Sequence[Cut]) -> Iterator[SceneEntry]:
         """Writes the scenes of one file: its usable shots in order, split as evenly as can be.
@@ -80,7 +80,7 @@ class SceneEncoder:
     ) -> None:
         frames = crop_frames(min(len(shot), _MEASURED), self._codec.stride[0])
         decoded = self._codec.decode(latents[: self._codec.latent_frames(frames)])
-        self._errors.setdefault(split, MeanError()).add(shot[:frames], pixels_from_unit(decoded))
+        self._quality.setdefault(split, MeanPSNR()).add(shot[:frames], pixels_from_unit(decoded))
 
 
 def read_shots(

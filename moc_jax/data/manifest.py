@@ -17,7 +17,6 @@ import numpy as np
 from moc_jax.codecs import Codec, load_codec
 from moc_jax.config import CodecConfig, Config, DataConfig
 from moc_jax.config.base import shown
-from moc_jax.data.quality import decibels
 from moc_jax.data.sources import Split
 from moc_jax.documents import printable
 from moc_jax.progress import track
@@ -82,8 +81,8 @@ class Manifest:
     sources: dict[str, str]
     """Digest of each source, by name."""
     codec_fingerprint: str
-    codec_error: dict[str, float]
-    """By split: mean squared error of the codec's reconstruction in 0..255, over the first frames of each shot."""
+    codec_psnr: dict[str, float]
+    """By split: mean over the shots of the PSNR, in dB, of the codec's reconstruction of their first frames."""
     latent_shape: tuple[int, int, int]
     """Rows, columns and channels of a latent frame."""
     scenes: tuple[SceneEntry, ...]
@@ -117,7 +116,7 @@ class Manifest:
         """The PSNR of the codec's reconstruction, by split."""
         of = {"train": "training", "validation": "held-out"}
         return ", ".join(
-            f"PSNR {decibels(error):.1f} dB on {of[split]} scenes" for split, error in sorted(self.codec_error.items())
+            f"PSNR {value:.1f} dB on {of[split]} scenes" for split, value in sorted(self.codec_psnr.items())
         )
 
     def save(self) -> None:
@@ -209,8 +208,8 @@ def _check_consistent(manifest: Manifest) -> None:
             raise ValueError(f"scenes[{k}] must have shots of at least one frame")
     if len({scene.name for scene in manifest.scenes}) < len(manifest.scenes):
         raise ValueError("two scenes have one name")
-    if not manifest.codec_error.keys() <= set(typing.get_args(Split)):
-        raise ValueError(f"codec_error is {shown(manifest.codec_error)}; it must be by split")
+    if not manifest.codec_psnr.keys() <= set(typing.get_args(Split)):
+        raise ValueError(f"codec_psnr is {shown(manifest.codec_psnr)}; it must be by split")
     if missing := COUNTS - manifest.counts.keys():
         raise ValueError(f"counts lacks {', '.join(sorted(missing))}")
 
