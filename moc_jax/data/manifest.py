@@ -16,10 +16,10 @@ import numpy as np
 
 from moc_jax.codecs import Codec, load_codec
 from moc_jax.config import CodecConfig, Config, DataConfig
-from moc_jax.config.base import shown
 from moc_jax.data.sources import Split
-from moc_jax.documents import printable
 from moc_jax.progress import track
+from moc_jax.reading import parse_json
+from moc_jax.showing import printable, shown
 
 VERSION = 3
 MANIFEST, CODEC = "manifest.json", "codec.npz"
@@ -137,7 +137,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"it holds {shown(content)}")
         if content.pop("version", None) != VERSION:
@@ -148,7 +148,7 @@ def load_manifest(folder: str | Path) -> Manifest:
             raise ValueError("it was changed after it was written: its digest does not match")
         manifest = Manifest(folder=folder, **_fields(Manifest, content, "", left_out=("folder",)))
         _check_consistent(manifest)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete {folder} and prepare the data anew") from error
     for shard in manifest.shards:
         file = folder / shard.file
@@ -271,7 +271,7 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     settings = {f"codec.{key}": value for key, value in dataclasses.asdict(cfg.codec).items()}
     settings |= {f"data.{key}": getattr(cfg.data, key) for key in _DATA_FIELDS}
     settings["model.patch[0]"] = cfg.model.patch[0]
-    return json.loads(json.dumps(settings))
+    return parse_json(json.dumps(settings))
 
 
 def check_settings(manifest: Manifest, cfg: Config) -> None:
