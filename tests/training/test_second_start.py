@@ -6,7 +6,8 @@ from tests.training.processes import finish, log, start_python
 
 # Trains, then samples from what came of it, and prints how many programs were asked for, found and compiled.
 SCRIPT = """
-import collections, json, sys, train, sample
+import collections, json, sys
+from moc_jax.commands import sample, train
 from jax import monitoring
 counts = collections.Counter()
 monitoring.register_event_listener(lambda name, **_: counts.update([name.rpartition("/")[2]]))
