@@ -7,7 +7,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"config", "shapes", "scene"}
+LEAVES = {"config", "shapes", "scene", "cuts"}
 UNDER_THE_ENTRY_POINTS = {
     "attention",
     "checkpoint",
@@ -25,6 +25,7 @@ ALLOWED = {
     "config_json": set(),
     "shapes": set(),
     "scene": set(),
+    "cuts": set(),
     "sharding": set(),
     "attention": set(),
     "models": {"attention", "sharding"},

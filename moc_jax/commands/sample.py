@@ -9,7 +9,6 @@ the same bytes. Settings that are not given here are those of the checkpoint.
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -18,7 +17,7 @@ from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
 from moc_jax.compilation import kept_programs
-from moc_jax.config import Config, ConfigError, MeshConfig
+from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
 from moc_jax.documents import printable
@@ -74,6 +73,7 @@ class Arguments(Settings):
     """Also write a PNG of which shots each shot reads from, per layer."""
     overwrite: bool = False
     """Replace files that exist."""
+    attention: AttentionConfig = AttentionConfig()
     compilation_cache: OptionalPath = "auto"
     """Where compiled programs are kept, as in training."""
 
@@ -93,11 +93,10 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
     join(MeshConfig())
     with kept_programs(args.compilation_cache):
-        _sample(args, boards, [videos, sheets, routings], stop)
+        _sample(args, boards, videos, sheets, routings, stop)
 
 
-def _sample(args: Arguments, boards: list[Storyboard], files: list[list[Path]], stop: Stop | None) -> None:
-    videos, sheets, routings = files
+def _sample(args: Arguments, boards, videos, sheets, routings, stop: Stop | None) -> None:
     checkpoint = load_for_sampling(args.checkpoint, args.step)
     config = configure(checkpoint.config, checkpoint.step, args)
     if routings and config.moc.mode == "dense":
@@ -106,25 +105,22 @@ def _sample(args: Arguments, boards: list[Storyboard], files: list[list[Path]], 
     if args.training_scene is not None:
         scene = training_scene(config, codec, args.training_scene)
         boards = [_overridden(scene.board, args)]
-    sampler = Sampler(config, codec, None, stop, progress=True)
+    sampler, fps = Sampler(config, codec, None, stop, progress=True), config.data.fps
     with jax.set_mesh(make_mesh(MeshConfig())):
-        params = sampler.placed(checkpoint.params)
-        samples = sampler(params, boards)
-        for sample, path in zip(samples, videos):
-            write_video(path, sample.video, config.data.fps)
-            made = f"{len(sample.shots)} shots, {len(sample.video)} frames at {config.data.fps:g} fps"
-            print(f"{printable(str(path))}: {made}")
-        for sample, path in zip(samples, sheets):
-            board = sample.storyboard
-            rows = [*(scene.rows() if scene else []), ("sample", sample.shots)]
-            captions = [shot.caption for shot in board.shots]
-            scores = mean_psnr(sample.shots, scene.codec)[1] if scene else []
-            notes = [f"PSNR {score:.1f} dB" for score in scores]
-            save_picture(contact_sheet(rows, captions, title=board.caption, notes=notes, fps=config.data.fps), path)
-        for sample, path in zip(samples, routings):
-            save_picture(routing_picture(sampler.routing(params, sample)), path)
-        if scene:
-            print(scene.comparison(samples[0].shots))
+        samples = sampler(params := sampler.placed(checkpoint.params), boards)
+        shares = [sampler.routing(params, sample) for sample, _ in zip(samples, routings)]
+    for sample, path in zip(samples, videos):
+        write_video(path, sample.video, fps)
+        print(f"{printable(str(path))}: {len(sample.shots)} shots, {len(sample.video)} frames at {fps:g} fps")
+    for sample, path in zip(samples, sheets):
+        rows = [*(scene.rows() if scene else []), ("sample", sample.shots)]
+        captions = [shot.caption for shot in sample.storyboard.shots]
+        notes = [f"PSNR {score:.1f} dB" for score in mean_psnr(sample.shots, scene.codec)[1]] if scene else []
+        save_picture(contact_sheet(rows, captions, title=sample.storyboard.caption, notes=notes, fps=fps), path)
+    for share, path in zip(shares, routings):
+        save_picture(routing_picture(share), path)
+    if scene:
+        print(scene.comparison(samples[0].shots))
 
 
 def configure(config: Config, step: int, args: Arguments) -> Config:
@@ -135,7 +131,9 @@ def configure(config: Config, step: int, args: Arguments) -> Config:
         moc = dataclasses.replace(moc, mode="dense")
     if args.chunk is not None:
         moc = dataclasses.replace(moc, chunk=dataclasses.replace(moc.chunk, size=args.chunk))
-    return dataclasses.replace(config, moc=moc, sample=dataclasses.replace(config.sample, **_given(args, *names)))
+    sample = dataclasses.replace(config.sample, **_given(args, *names))
+    # How attention is computed is for this machine to say, not for the one that trained.
+    return dataclasses.replace(config, moc=moc, sample=sample, attention=args.attention)
 
 
 def _overridden(board: Storyboard, args: Arguments) -> Storyboard:

@@ -9,6 +9,7 @@ import dataclasses
 from moc_jax.config.base import INT32, ConfigError, OptionalPath, OwnFolder, Settings, check
 from moc_jax.config.network import ChunkConfig, CodecConfig, MoCConfig, ModelConfig, TextConfig
 from moc_jax.config.run import (
+    AttentionConfig,
     BucketConfig,
     ChunkStage,
     DataConfig,
@@ -20,6 +21,7 @@ from moc_jax.config.run import (
 )
 
 __all__ = [
+    "AttentionConfig",
     "BucketConfig",
     "ChunkConfig",
     "ChunkStage",
@@ -50,6 +52,7 @@ class Config(Settings):
     """Where compiled programs are kept, one folder for all hosts; `auto`: moc_jax/programs in the user's cache folder,
     or JAX_COMPILATION_CACHE_DIR; empty: nowhere."""
     moc: MoCConfig = MoCConfig()
+    attention: AttentionConfig = AttentionConfig()
     model: ModelConfig = ModelConfig()
     codec: CodecConfig = CodecConfig()
     text: TextConfig = TextConfig()

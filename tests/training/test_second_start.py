@@ -1,4 +1,4 @@
-"""A second start of train and of sample compiles nothing."""
+"""A second start of train.py and of sample.py compiles nothing."""
 
 import json
 
@@ -7,8 +7,8 @@ from tests.training.processes import finish, log, start_python
 # Trains, then samples from what came of it, and prints how many programs were asked for, found and compiled.
 SCRIPT = """
 import collections, json, sys
-from jax import monitoring
 from moc_jax.commands import sample, train
+from jax import monitoring
 counts = collections.Counter()
 monitoring.register_event_listener(lambda name, **_: counts.update([name.rpartition("/")[2]]))
 config, workdir = sys.argv[1:]
