@@ -240,6 +240,23 @@ def test_storyboards_and_captions_are_read(page, tmp_path):
 # ------------------------------------------------------------------------------------------------ pictures
 
 
+def test_the_picture_of_the_modules_is_the_package(monkeypatch):
+    """Each module is in it, and imports only what lies in lower layers."""
+    monkeypatch.syspath_prepend(DOCS / "pictures")
+    layers = importlib.import_module("house").LAYERS
+    depth = {module: i for i, (_, modules) in enumerate(layers) for module in modules}
+    folder = ROOT / "moc_jax"
+    there = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(depth) == there - {"__init__"}, "docs/pictures/house.py: LAYERS and moc_jax/ differ"
+    for path in folder.rglob("*.py"):
+        module = path.relative_to(folder).with_suffix("").parts[0]
+        imports = set(re.findall(r"(?:from|import) moc_jax\.(\w+)", path.read_text())) - {module}
+        imports |= set(re.findall(r"from moc_jax import (\w+)", path.read_text())) & there
+        if module != "__init__":
+            up = {other for other in imports if depth[other] <= depth[module]}
+            assert not up, f"{path.relative_to(ROOT)} imports {up}, which are not below {module} in the picture"
+
+
 def test_pictures_are_drawn_from_what_is_there(tmp_path, monkeypatch):
     """`make pictures` would change nothing."""
     monkeypatch.syspath_prepend(DOCS / "pictures")
