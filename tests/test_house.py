@@ -17,7 +17,7 @@ UNDER_THE_ENTRY_POINTS = {
     "documents",
     "errors",
 }
-UNDER_THE_ENTRY_POINTS |= {"files", "models", "processes", "sharding", "signals", "text"}
+UNDER_THE_ENTRY_POINTS |= {"files", "models", "processes", "progress", "sharding", "signals", "text"}
 # What each room may import, besides itself and the leaves.
 ALLOWED = {
     "config": set(),
@@ -31,7 +31,8 @@ ALLOWED = {
     "text": set(),
     "diffusion": set(),
     "documents": set(),
-    "data": {"codecs", "documents", "files", "text"},
+    "progress": set(),
+    "data": {"codecs", "documents", "files", "progress", "text"},
     "cli": {"config_json", "signals"},
     "commands": {"cli", "sampling", "training", *UNDER_THE_ENTRY_POINTS},
     "errors": set(),

@@ -8,27 +8,11 @@ from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import Config, ConfigError
 from moc_jax.data.manifest import codec_of
 from moc_jax.data.prepare import prepare
+from moc_jax.data.quality import psnr
 from moc_jax.data.shards import ShardReader
 from moc_jax.sampling.scenes import scene_storyboard
 from moc_jax.sampling.storyboard import Storyboard
-from moc_jax.shapes import Shaped, UInt8, typed
-
-
-@typed
-def psnr(a: Shaped[np.ndarray, "*shape"], b: Shaped[np.ndarray, "*shape"]) -> float:
-    """Peak signal-to-noise ratio in dB: 10 log10(range^2 / mean squared error); infinite for equal arrays.
-
-    Args:
-        a, b: frames of one type: uint8 (range 255) or floats in [-1, 1] (range 2).
-
-    Raises:
-        ValueError: the types differ.
-    """
-    if a.dtype != b.dtype:
-        raise ValueError(f"cannot compare {a.dtype} with {b.dtype} frames; convert one of them")
-    peak = 255.0 if a.dtype == np.uint8 else 2.0
-    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
-    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
+from moc_jax.shapes import UInt8
 
 
 def mean_psnr(sample: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> tuple[float, list[float]]:

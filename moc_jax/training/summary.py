@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 import moc_jax
 from moc_jax.attention.accounting import account
-from moc_jax.attention.api import backend_name
+from moc_jax.attention.backends import resolve
 from moc_jax.config import BucketConfig, Config, MoCConfig
 from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import Manifest, SceneEntry
@@ -21,7 +21,6 @@ from moc_jax.models.mmdit import scene_shape
 from moc_jax.models.presets import matrix_flops
 from moc_jax.scene import SceneLengths, chunk_table
 from moc_jax.sharding import AXES, replicated_weights
-from moc_jax.text import build_text_encoder
 from moc_jax.training.optimizer import remainder
 from moc_jax.training.state import Blueprint
 
@@ -40,7 +39,6 @@ class SceneCost:
 
 def scene_costs(cfg: Config, moc: MoCConfig, buckets: Buckets) -> list[SceneCost | None]:
     """What a scene of each bucket costs; None for a bucket without scenes."""
-    encoder = build_text_encoder(cfg.text)
 
     def cost(shape: BucketConfig, scenes: tuple[SceneEntry, ...]) -> SceneCost | None:
         scenes = scenes[:: math.ceil(len(scenes) / _SCENES)] if scenes else ()
@@ -50,7 +48,7 @@ def scene_costs(cfg: Config, moc: MoCConfig, buckets: Buckets) -> list[SceneCost
         text_lengths = np.zeros((len(scenes), shape.shots + 1), np.int32)
         for row, scene in enumerate(scenes):
             shot_frames[row, : len(scene.shots)] = [shot.frames for shot in scene.shots]
-            text_lengths[row, : len(scene.captions)] = [len(encoder(caption)) for caption in scene.captions]
+            text_lengths[row, : len(scene.captions)] = [buckets.tokens[caption] for caption in scene.captions]
         video = len(scenes), shape.frames, *cfg.latent_size, cfg.codec.channels
         text = len(scenes), shape.text_tokens, cfg.text.dim
         tokens_shape, lengths = scene_shape(
@@ -96,11 +94,12 @@ def summary(
     ]
     q = jax.ShapeDtypeStruct((1, 1, cfg.model.heads, cfg.model.head_dim), cfg.model.dtype)
     for moc, of_buckets in costs.items():
+        backend = resolve(cfg.attention.backend, moc, q).name
         how = "dense" if moc.mode == "dense" else f"chunks of {moc.chunk.size} {moc.chunk.unit}, top {moc.top_k}"
         for shape, cost in zip(buckets[0].shapes, of_buckets):
             if cost is not None:
                 lines.append(
-                    f"attention by {backend_name(moc, q)} ({how}; bucket of {shape.frames} frames) skips "
+                    f"attention by {backend} ({how}; bucket of {shape.frames} frames) skips "
                     f"{cost.sparsity:.1%} of all pairs; "
                     f"{cost.tokens:,.0f} tokens and {si(cost.flops)}FLOP per scene, "
                     f"{si(cost.flops * cfg.train.batch_size)}FLOP per step, {cost.attention_share:.0%} in attention"

@@ -17,6 +17,7 @@ import pytest
 from moc_jax.codecs import pixels_to_unit
 from moc_jax.config import ConfigError
 from moc_jax.data.captions import CaptionError
+from moc_jax.data.encode import SceneEncoder
 from moc_jax.data.manifest import DataError, codec_of, load_manifest, verify
 from moc_jax.data.prepare import prepare
 from moc_jax.data.shards import ShardReader
@@ -91,14 +92,14 @@ def test_short_shots_are_left_out_and_captions_stay_with_their_shots(tmp_path):
 
 def test_failure_between_the_two_readings_drops_the_file(tmp_path, monkeypatch):
     make_videos(tmp_path, a=(13,), b=(13,))
-    encode = prepare_module._encode
+    scenes = SceneEncoder.scenes
 
-    def failing(cfg, codec, source, cuts, writer):
+    def failing(self, source, cuts):
         if source.name == "a.mp4":
             raise VideoError(source.path, "it became shorter while it was read")
-        return encode(cfg, codec, source, cuts, writer)
+        return scenes(self, source, cuts)
 
-    monkeypatch.setattr(prepare_module, "_encode", failing)
+    monkeypatch.setattr(SceneEncoder, "scenes", failing)
     manifest = prepare(small_config(tmp_path))
     assert manifest.skipped == {"a.mp4": "it became shorter while it was read"}
     assert [scene.name for scene in manifest.scenes] == ["b.mp4#0"]
@@ -106,14 +107,14 @@ def test_failure_between_the_two_readings_drops_the_file(tmp_path, monkeypatch):
 
 def test_latents_that_are_not_finite_name_the_file(tmp_path, monkeypatch):
     make_videos(tmp_path, a=(13,), b=(13,))
-    stills = prepare_module._stills
+    stills = SceneEncoder._stills
 
-    def poisoned(cfg, codec, video):
+    def poisoned(self, video):
         bad = np.nan if not np.isclose(video[0, 0, 0, 0], poisoned.first, atol=0.01) else 0.0
-        return stills(cfg, codec, video) + np.float32(bad)
+        return stills(self, video) + np.float32(bad)
 
     poisoned.first = pixels_to_unit(read_video(tmp_path / "videos" / "b.mp4", *SIZE, 12.0))[0, 0, 0, 0]
-    monkeypatch.setattr(prepare_module, "_stills", poisoned)
+    monkeypatch.setattr(SceneEncoder, "_stills", poisoned)
     manifest = prepare(small_config(tmp_path))
     assert manifest.skipped == {"a.mp4": "its latents hold NaN or infinite values"}
 
