@@ -61,6 +61,7 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
             "errors": ("clear causes", MUTED),
             "signals": ("Ctrl-C, SIGTERM", MUTED),
             "watcher": ("lost processes", MUTED),
+            "progress": ("while one waits", MUTED),
         },
     ),
 )
