@@ -14,7 +14,9 @@ import typing
 
 if typing.TYPE_CHECKING:
     from moc_jax.attention.api import moc_attention, route
+    from moc_jax.attention.backends import Hopper, Reference, Tpu, Xla
     from moc_jax.config import ChunkConfig, ConfigError, MoCConfig
+    from moc_jax.cuts import chunk_table_from
     from moc_jax.scene import (
         GLOBAL,
         NO_SHOT,
@@ -39,18 +41,25 @@ __all__ = [
     "ChunkConfig",
     "ChunkTable",
     "ConfigError",
+    "Hopper",
     "MoCConfig",
+    "Reference",
     "Scene",
     "SceneLengths",
     "SceneShape",
+    "Tpu",
+    "Xla",
     "__version__",
     "chunk_table",
+    "chunk_table_from",
     "moc_attention",
     "route",
 ]
 
 _MODULES = {
     "attention.api": ("moc_attention", "route"),
+    "attention.backends": ("Hopper", "Reference", "Tpu", "Xla"),
+    "cuts": ("chunk_table_from",),
     "config": ("ChunkConfig", "ConfigError", "MoCConfig"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}  # all others are of scene.py

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"config", "shapes", "scene"}
+LEAVES = {"config", "shapes", "scene", "cuts"}
 UNDER_THE_ENTRY_POINTS = {
     "attention",
     "checkpoint",
@@ -24,6 +24,7 @@ ALLOWED = {
     "config_json": set(),
     "shapes": set(),
     "scene": set(),
+    "cuts": set(),
     "sharding": set(),
     "attention": set(),
     "models": {"attention", "sharding"},

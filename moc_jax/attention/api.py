@@ -85,11 +85,11 @@ def route(
     query_chunk: Int[Array, "B Q"] | None = None,
     backend: str | Backend = "auto",
 ) -> Int[Array, "B H Q K"]:
-    """The chunks that each query picks, best first; -1 where a slot holds none (text and padding: all of them).
+    """The chunks that each query picks, best first; -1 where it has no more (text and padding: none at all).
 
     K is `top_k`; with a key, `top_k + max_drop_in`; 0 in dense mode and for top_k = 0. Of a `top_k` or `max_drop_in`
-    beyond the table's chunks, only as many slots are kept as there are chunks, rounded up to a multiple of 32. No
-    gradient flows through it.
+    beyond the table's chunks, only as many are kept as there are chunks, rounded up to a multiple of 32. No gradient
+    flows through it.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `moc_attention`.

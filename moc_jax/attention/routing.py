@@ -22,9 +22,9 @@ from moc_jax.scene import GLOBAL, PAD, TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
 
 FEW = 8  # keys whose mean is near the others
-_SLOTS = 32  # of what the slots past the chunks are a multiple
+_WIDTH = 32  # of what the width of routes past the chunks is a multiple
 _MOST_COMPARED = 16  # for more, sorting beats comparing all
-_NOTHING = -1  # a slot that holds no chunk
+_NOTHING = -1  # no pick
 
 
 @typed
@@ -176,9 +176,9 @@ def select(
     *,
     block: int | None = None,
 ) -> Int[Array, "B H Q K"]:
-    """Equations (2) and (3): the best candidates of every query, in `slots` of `top_k`; none of score NaN or -inf.
+    """Equations (2) and (3): the `top_k` best candidates of every query; none of score NaN or -inf.
 
-    Best first; -1 fills slots that hold none. Text and padding tokens pick nothing. `block` queries are scored at a
+    Best first, then -1, in `width` of `top_k`. Text and padding tokens pick nothing. `block` queries are scored at a
     time, so that scores never take more than B * H * block * C floats.
     """
 
@@ -241,19 +241,19 @@ def _top(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
     scores = jnp.where(mask, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
     _, picks = lax.top_k(scores, min(top_k, chunks))
     picks = jnp.where(jnp.take_along_axis(mask, picks, axis=-1), picks, _NOTHING)
-    return with_slots(picks, slots(top_k, chunks))
+    return widened(picks, width(top_k, chunks))
 
 
-def slots(most: int, chunks: int) -> int:
-    """Slots for up to `most` picks: as many, but none past the chunks rounded up to a multiple of 32.
+def width(most: int, chunks: int) -> int:
+    """K for up to `most` picks: as many, but none past the chunks rounded up to a multiple of 32.
 
-    So a setting has the same slots for scenes of all sizes, unless it asks for more than any of them could fill.
+    So a setting has the same width for scenes of all sizes, unless it asks for more than any of them could fill.
     """
-    return min(most, -(-chunks // _SLOTS) * _SLOTS)
+    return min(most, -(-chunks // _WIDTH) * _WIDTH)
 
 
-def with_slots(picks: Int[Array, "B H N _"], count: int) -> Int[Array, "B H N _"]:
-    """`picks` with empty slots behind, `count` in all."""
+def widened(picks: Int[Array, "B H Q _"], count: int) -> Int[Array, "B H Q _"]:
+    """`picks` with -1 behind, `count` in all."""
     return jnp.pad(picks, ((0, 0),) * 3 + ((0, count - picks.shape[-1]),), constant_values=_NOTHING)
 
 
@@ -280,7 +280,7 @@ def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) 
         return jax.vmap(one)(picks, mask, jax.vmap(lambda n: jax.random.fold_in(key, n))(token))
 
     drawn = jax.vmap(jax.vmap(one_head, in_axes=(0, None, 0)))(picks, mask, keys)
-    return with_slots(drawn, picks.shape[-1] + slots(cfg.max_drop_in, chunks))
+    return widened(drawn, picks.shape[-1] + width(cfg.max_drop_in, chunks))
 
 
 def _poisson(rate: float, count: int) -> list[float]:

@@ -72,10 +72,10 @@ class XlaTiling:
         return max(self.anchor_block, self.routed_block)
 
 
-def default_tiling(tokens: int, max_chunk: int, slots: int, cfg: MoCConfig) -> XlaTiling:
+def default_tiling(tokens: int, max_chunk: int, picks: int, cfg: MoCConfig) -> XlaTiling:
     """Small steps for small scenes, large ones for large scenes: on an accelerator a step costs some kernel launches,
     whatever its size. Chunks are walked in equal blocks, and by equal tiles where each has anchors of its own. A
-    routed tile is at most half of the slots * max_chunk queries that pick a chunk on average, since each chunk's last
+    routed tile is at most half of the picks * max_chunk queries that pick a chunk on average, since each chunk's last
     tile is half empty."""
     tile, block = (128, 128) if tokens < _LARGE else (2048, 2560)
     by_chunk = cfg.mode == "moc" and cfg.self_anchor in ("chunk", "window")
@@ -83,7 +83,7 @@ def default_tiling(tokens: int, max_chunk: int, slots: int, cfg: MoCConfig) -> X
     return XlaTiling(
         anchor_tile=_equal(max_chunk, tile) if by_chunk else tile,
         anchor_block=_equal(reach, block) if by_chunk else block,
-        routed_tile=max([128, *(t for t in (256, 512, 1024, 2048) if t <= min(tile, slots * max_chunk // 2))]),
+        routed_tile=max([128, *(t for t in (256, 512, 1024, 2048) if t <= min(tile, picks * max_chunk // 2))]),
         routed_block=_equal(max_chunk, block),
     )
 

@@ -205,13 +205,13 @@ class Walk:
     def _over_pairs(self, schedule, step, start, rows, sums):
         """Tile by tile of the schedule. What pairs own comes back as [G, H, T, ...]."""
         first, tiling = self._static.first_video, self._static.tiling
-        slots, dim = schedule.slot_of_pair.shape[-1], self.k.shape[-1]
+        picks, dim = schedule.slot_of_pair.shape[-1], self.k.shape[-1]
         # Values of pairs are rounded like outputs, if that type reaches as far as float32.
         partial = rows[0].dtype if rows[0].dtype == jnp.bfloat16 else jnp.float32
 
         def tile(sums, args):
             pair, chunk = args  # [H, T], [H]
-            query = first + jnp.maximum(pair, 0) // slots
+            query = first + jnp.maximum(pair, 0) // picks
             of_pair = [_only(pair >= 0, _rows(x, query)) for x in rows]
             begin = self._chunk_start[chunk]
             end = begin + jnp.where(jnp.any(pair >= 0, axis=1), self._chunk_length[chunk], 0)
@@ -225,7 +225,7 @@ class Walk:
 
 
 def _combined(own, pairs, nothing, schedule, combine):
-    """own [H, N, ...] and each video query's pairs [G, H, T, ...], in the order of its slots."""
+    """own [H, N, ...] and each video query's pairs [G, H, T, ...], in the order of its picks."""
     slots = schedule.slot_of_pair  # [H, V, K]
     tiles, heads, size = pairs.shape[:3]
     slot, head = jnp.maximum(slots, 0), jnp.arange(heads)[:, None, None]

@@ -102,7 +102,7 @@ def test_drop_off_removes_floor_p_k():
 
 
 def test_drop_off_counts_the_picks_that_a_query_holds():
-    """With causal routing the n-th chunk's queries hold n, up to the five slots: floor(p n) of them are dropped."""
+    """With causal routing the n-th chunk's queries hold n, up to five: floor(p n) of them are dropped."""
     cfg = dataclasses.replace(CFG, causal_routing=True, drop_off_max=0.5, max_drop_in=0)
     before, after = picks(cfg)
     held, kept = ((x >= 0).sum(axis=-1) for x in (before, after))
@@ -113,7 +113,7 @@ def test_drop_off_counts_the_picks_that_a_query_holds():
         np.testing.assert_allclose(got, shares, atol=4 * 0.5 / np.sqrt(dropped.size), err_msg=f"{count} held")
 
 
-def test_drop_in_is_poisson_cut_at_its_slots():
+def test_drop_in_is_poisson_cut_at_its_most():
     before, after = picks(dataclasses.replace(CFG, drop_off_max=0.0, drop_in_rate=0.5, max_drop_in=2))
     assert contains(after, before).all()
     new = (after >= 0) & ~contains(before, after)
@@ -128,7 +128,7 @@ def test_drop_in_is_poisson_cut_at_its_slots():
 
 
 def test_drop_in_takes_what_is_left():
-    """Fewer candidates than slots: all of them are added, and no more."""
+    """Fewer candidates than are drawn: all of them are added, and no more."""
     before, after = picks(dataclasses.replace(CFG, top_k=10, drop_off_max=0.0, drop_in_rate=50.0, max_drop_in=3))
     assert ((after >= 0).sum(axis=-1) == 11).all()
     assert contains(after, before).all()
@@ -147,7 +147,7 @@ def test_draws_are_independent_and_repeatable():
 
 
 def test_settings_beyond_the_chunks_cost_no_more_than_all_of_them():
-    """A million picks or drop-ins: as many slots as chunks, rounded up, and the picks of a setting that takes all."""
+    """A million picks or drop-ins: as wide as there are chunks, rounded up, with the picks that take all chunks."""
     q, k, _ = qkv(0, UNIFORM)
     table, key = table_of(UNIFORM), jax.random.key(0)
     all_chunks = dataclasses.replace(CFG, top_k=20, drop_off_max=0.7, drop_in_rate=2.0, max_drop_in=20)

@@ -63,7 +63,7 @@ def test_neither_large_nor_very_negative_scores_overflow(offset, dtype):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "chunk", "slots", "tile", "block"),
+    ("tokens", "chunk", "picks", "tile", "block"),
     [
         (2_000, 80, 3, 128, 80),
         (2_000, 300, 3, 128, 112),
@@ -71,8 +71,8 @@ def test_neither_large_nor_very_negative_scores_overflow(offset, dtype):
         (180_512, 10_240, 5, 2_048, 2_560),
     ],
 )
-def test_chunks_are_walked_in_equal_blocks_by_tiles_that_fill(tokens, chunk, slots, tile, block):
-    tiling = xla.default_tiling(tokens, chunk, slots, MoCConfig())
+def test_chunks_are_walked_in_equal_blocks_by_tiles_that_fill(tokens, chunk, picks, tile, block):
+    tiling = xla.default_tiling(tokens, chunk, picks, MoCConfig())
     assert (tiling.routed_tile, tiling.routed_block) == (tile, block)
     waste = -(-chunk // block) * block - chunk
     assert 0 <= waste < 16 * -(-chunk // block)

@@ -113,7 +113,7 @@ def select(
         return routing.select(q, phi, queries_of(table), table, cfg, block=_XLA_BLOCK)
     if top_k < cfg.top_k:
         few = select(q, phi, table, dataclasses.replace(cfg, top_k=top_k), tiling=tiling, interpret=interpret)
-        return routing.with_slots(few, routing.slots(cfg.top_k, phi.shape[2]))
+        return routing.widened(few, routing.width(cfg.top_k, phi.shape[2]))
     batch, tokens, heads, _ = q.shape
     if cfg.top_k == 0 or tokens == 0:
         return jnp.full((batch, heads, tokens, cfg.top_k), _NOTHING, jnp.int32)
