@@ -29,7 +29,8 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
             "models": ("the diffusion transformer", OWN),
             "diffusion": ("process, solvers", OWN),
             "data": ("shots, shards, batches", OWN),
-            "cli": ("command lines, exit codes", MUTED),
+            "cli": ("command lines", MUTED),
+            "cuts": ("chunks cut by hand", TEXT),
             "checkpoint_layout": ("what it holds", MUTED),
         },
     ),
@@ -47,7 +48,7 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
         "forms",
         {
             "scene": ("shots and chunks", TEXT),
-            "files": ("whole or not at all", MUTED),
+            "files": ("all or nothing", MUTED),
             "documents": ("strict YAML and JSON", MUTED),
             "config_json": ("configs as JSON", MUTED),
             "sharding": ("mesh and rules", MUTED),

@@ -74,9 +74,9 @@ def merge(*parts: Part) -> Part:
     lse = jnp.stack(lses)
     largest = jnp.max(lse, axis=0)
     base = jnp.where(jnp.isneginf(largest), 0.0, largest)
-    weights = jnp.exp(lse - base)
+    weights = jnp.exp(lse - base[None])
     total = jnp.sum(weights, axis=0)
-    shares = jnp.swapaxes(weights / jnp.where(total == 0, 1.0, total), 2, 3)[..., None]  # [parts, B, Q, H, 1]
+    shares = jnp.swapaxes(weights / jnp.where(total == 0, 1.0, total)[None], 2, 3)[..., None]  # [parts, B, Q, H, 1]
     # What an empty part holds is left out, not multiplied by 0.
     out = sum(jnp.where(share == 0, 0.0, share * x.astype(jnp.float32)) for share, x in zip(shares, outs, strict=True))
     return jnp.asarray(out, outs[0].dtype), base + jnp.log(total)
