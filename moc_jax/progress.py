@@ -34,7 +34,7 @@ class Progress:
         enabled: bool = True,
         keep: bool = True,
         file: TextIO | None = None,
-        every: float = EVERY,
+        every: float | None = None,
     ):
         """Begins to show `done` of `total`.
 
@@ -45,7 +45,7 @@ class Progress:
             enabled: False shows nothing, for instance on all processes but the main one.
             keep: whether the bar stays when the work is done; lines always do.
             file: where it is shown; None: stderr.
-            every: seconds between two lines.
+            every: seconds between two lines; None: `EVERY`.
         """
         self._file = sys.stderr if file is None else file
         self._bar: tqdm | None = None
@@ -65,7 +65,7 @@ class Progress:
                 smoothing=0.1,
             )
         else:
-            self._lines = _Lines(what, total, unit, done, self._file, every)
+            self._lines = _Lines(what, total, unit, done, self._file, EVERY if every is None else every)
 
     def __enter__(self) -> Self:
         return self

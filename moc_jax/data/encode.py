@@ -3,6 +3,7 @@
 import collections
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class SceneEncoder:
         usable = [index for index, cut in enumerate(cuts) if cut.used]
         starts = list(itertools.accumulate((cut.frames for cut in cuts), initial=0))
         groups = np.array_split(usable, -(-len(usable) // self._cfg.shots_per_scene))
-        shots = read_shots(source, self._cfg, [(starts[index], cuts[index].used) for index in usable])
+        shots = read_shots(source.path, self._cfg, [(starts[index], cuts[index].used) for index in usable])
         for number, group in enumerate(groups):
             latents, stills, entries = [], [], []
             for index in group.tolist():
@@ -84,14 +85,14 @@ class SceneEncoder:
 
 
 def read_shots(
-    source: Source, cfg: DataConfig, places: Sequence[tuple[int, int]]
+    path: Path, cfg: DataConfig, places: Sequence[tuple[int, int]]
 ) -> Iterator[UInt8[np.ndarray, "F Y X 3"]]:
     """Shots of a file by (first frame, frames), counted at `cfg.fps`, in rising order.
 
     Raises:
         VideoError: it cannot be decoded, or ends before.
     """
-    reported_by_the_survey = decode(source.path, cfg.height, cfg.width, note=lambda text: None)
+    reported_by_the_survey = decode(path, cfg.height, cfg.width, note=lambda text: None)
     shown = resample(reported_by_the_survey, cfg.fps)
     frames = (frame for _, frame, times in shown for _ in range(times))
     at = 0
@@ -99,6 +100,6 @@ def read_shots(
         collections.deque(itertools.islice(frames, start - at), maxlen=0)
         shot = list(itertools.islice(frames, count))
         if len(shot) < count:
-            raise VideoError(source.path, "it became shorter while it was read")
+            raise VideoError(path, "it became shorter while it was read")
         at = start + count
         yield np.stack(shot)
