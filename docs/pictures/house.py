@@ -14,22 +14,23 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
         "runs",
         {
             "training": ("state, step, loop, metrics", INK),
-            "sampling": ("storyboard to video, pictures", INK),
+            "sampling": ("storyboard to video", INK),
+            "cli": ("command lines, exit codes", MUTED),
         },
     ),
     (
         "on disk",
         {
             "checkpoint": ("save, restore, resume", MUTED),
+            "compilation": ("compiled programs, kept", MUTED),
         },
     ),
     (
         "building blocks",
         {
-            "models": ("the diffusion transformer", OWN),
+            "models": ("the transformer", OWN),
             "diffusion": ("process, solvers", OWN),
             "data": ("shots, shards, batches", OWN),
-            "cli": ("command lines", MUTED),
             "cuts": ("chunks cut by hand", TEXT),
             "checkpoint_layout": ("what it holds", MUTED),
         },
