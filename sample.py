@@ -26,7 +26,7 @@ import jax
 from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
-from moc_jax.config import Config, ConfigError, MeshConfig
+from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
 from moc_jax.documents import printable
@@ -81,6 +81,7 @@ class Arguments(Settings):
     """Also write a PNG of which shots each shot reads from, per layer."""
     overwrite: bool = False
     """Replace files that exist."""
+    attention: AttentionConfig = AttentionConfig()
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
@@ -136,7 +137,9 @@ def configure(config: Config, step: int, args: Arguments) -> Config:
         moc = dataclasses.replace(moc, mode="dense")
     if args.chunk is not None:
         moc = dataclasses.replace(moc, chunk=dataclasses.replace(moc.chunk, size=args.chunk))
-    return dataclasses.replace(config, moc=moc, sample=dataclasses.replace(config.sample, **_given(args, *names)))
+    sample = dataclasses.replace(config.sample, **_given(args, *names))
+    # How attention is computed is for this machine to say, not for the one that trained.
+    return dataclasses.replace(config, moc=moc, sample=sample, attention=args.attention)
 
 
 def _overridden(board: Storyboard, args: Arguments) -> Storyboard:

@@ -41,7 +41,8 @@ from benchmarks.parts import Case, profile, sort_pairs
 from benchmarks.settings import SCALING_SHOTS, SETTINGS, Setting, multi_shot
 from benchmarks.tables import attention_tables
 from moc_jax.attention.accounting import account
-from moc_jax.attention.api import backend_name, moc_attention, route
+from moc_jax.attention.api import moc_attention, route
+from moc_jax.attention.backends import resolve
 from moc_jax.scene import ChunkTable
 
 _ROUTES_ON_HOST = 250_000  # tokens up to which pairs are counted from the routes themselves
@@ -120,8 +121,7 @@ class Bench:
         quoted = setting.quoted
         if quoted and (quoted.heads, quoted.head_dim) != (args.heads, args.head_dim):
             setting = dataclasses.replace(setting, quoted=None)  # of another size
-        moc = dataclasses.replace(setting.moc, backend=args.backend)
-        table = setting.table()
+        moc, table = setting.moc, setting.table()
         inputs = make_inputs(kind, setting.shape.tokens, args.heads, args.head_dim)
         q, k, v, d_out = inputs
         if not self._programs:  # both kinds of inputs share them
@@ -158,7 +158,7 @@ class Bench:
             entry["quoted"] = dataclasses.asdict(setting.quoted)
         if args.profile:
             entry["ceilings"] = dataclasses.asdict(self._ceilings)
-            case = Case(inputs=inputs, table=table, cfg=moc, routes=routes)
+            case = Case(inputs=inputs, table=table, cfg=moc, routes=routes, backend=args.backend)
             entry["parts"] = profile(case, self._ceilings, effort)
         return entry
 
@@ -168,13 +168,12 @@ class Bench:
         points: list[dict[str, Any]] = []
         for shots in sorted(args.scaling_shots):
             setting = multi_shot(shots).shrunk(args.shrink)
-            moc = dataclasses.replace(setting.moc, backend=args.backend)
-            table = setting.table()
+            moc, table = setting.moc, setting.table()
             q, k, v, _ = make_inputs("random", setting.shape.tokens, args.heads, args.head_dim)
             described = self._describe(setting, moc, table, None)
             point = {"shots": shots, "tokens": described["tokens"], "pairs": described["pairs"]}
             if self._affordable(points, "moc", point, "attended"):
-                forward = functools.partial(moc_attention, cfg=moc)
+                forward = functools.partial(moc_attention, cfg=moc, backend=args.backend)
                 program = compile_all({"forward": (forward, (q, k, v, table))})["forward"]
                 point["moc"] = dataclasses.asdict(program.time((q, k, v, table), args.effort))
             if args.dense and self._affordable(points, "dense", point, "dense"):
@@ -201,9 +200,10 @@ class Bench:
         return grown <= 1e3 * self._args.limit_seconds
 
     def _compile(self, inputs: Inputs, table: ChunkTable, moc) -> dict[str, Program]:
+        args = self._args
         q, k, v, d_out = inputs
-        forward = functools.partial(moc_attention, cfg=moc)
-        routing = functools.partial(route, cfg=moc)
+        forward = functools.partial(moc_attention, cfg=moc, backend=args.backend)
+        routing = functools.partial(route, cfg=moc, backend=args.backend)
         routes = jax.eval_shape(routing, q, k, table)
         return compile_all(
             {
@@ -223,10 +223,11 @@ class Bench:
 
     def _describe(self, setting: Setting, moc, table: ChunkTable, routes) -> dict[str, Any]:
         args = self._args
+        q = jax.ShapeDtypeStruct((1, 1, args.heads, args.head_dim), jnp.bfloat16)
         counted = routes is not None and setting.shape.tokens <= _ROUTES_ON_HOST
         cost = account(table, moc, args.head_dim, routes if counted else None)
         return {
-            "backend": backend_name(moc, jax.ShapeDtypeStruct((1, 1, args.heads, args.head_dim), jnp.bfloat16)),
+            "backend": resolve(args.backend, moc, q).name,
             "dense_by": dense_implementation(),
             "tokens": cost.tokens,
             "heads": args.heads,

@@ -12,15 +12,13 @@ and two moments; 2 N M depth bytes of layer inputs; and what one layer holds whi
 own figure is checked against the device before anything is run.
 """
 
-import contextlib
 import dataclasses
 import gc
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +30,18 @@ from benchmarks import results
 from benchmarks.measure import Effort, Memory, Program, Timing, dense_attention, dense_implementation, time_launches
 from benchmarks.tables import model_tables
 from moc_jax.attention.accounting import account
-from moc_jax.attention.api import backend_name
-from moc_jax.config import ChunkConfig, Config, MeshConfig, MoCConfig, ModelConfig, TextConfig, TrainConfig
+from moc_jax.attention.api import RoutedAttention, SceneAttention
+from moc_jax.attention.backends import resolve
+from moc_jax.config import (
+    AttentionConfig,
+    ChunkConfig,
+    Config,
+    MeshConfig,
+    MoCConfig,
+    ModelConfig,
+    TextConfig,
+    TrainConfig,
+)
 from moc_jax.diffusion.samplers import sigmas, solve
 from moc_jax.models import mmdit
 from moc_jax.models.presets import matrix_flops, parameter_count
@@ -53,6 +61,7 @@ StepName = Literal["denoising", "training"]
 class Arguments:
     model: ModelConfig = WAN_1_3B
     moc: MoCConfig = MoCConfig(chunk=ChunkConfig(size=1280), top_k=5)
+    attention: AttentionConfig = AttentionConfig()
     shots: int = 8
     frames: int = 25
     """Latent frames per shot."""
@@ -87,6 +96,7 @@ def measure(args: Arguments) -> dict[str, Any]:
     config = Config(
         model=args.model,
         moc=args.moc,
+        attention=args.attention,
         text=TextConfig(dim=args.model.text_dim),
         train=TrainConfig(ema_decay=0.0),
     )
@@ -98,12 +108,11 @@ def measure(args: Arguments) -> dict[str, Any]:
         state = create_state(config, make_blueprint(config, mesh))
         for step in args.steps:
             timings: dict[str, dict[str, Any]] = {}
-            for name in ("moc", "dense"):
-                with attention_of(name):
-                    if step == "denoising":
-                        timing, memory = denoising(config, state, scene, effort)
-                    else:
-                        (timing, memory), state = training(config, mesh, state, scene, effort)
+            for name, attention in (("moc", RoutedAttention(backend=args.attention.backend)), ("dense", dense)):
+                if step == "denoising":
+                    timing, memory = denoising(config, attention, state, scene, effort)
+                else:
+                    (timing, memory), state = training(config, attention, mesh, state, scene, effort)
                 timings[name] = {**dataclasses.asdict(timing), "memory": dataclasses.asdict(memory)}
                 print(f"{step}, {name}: {timing.median_ms:.1f} ms", flush=True)
                 gc.collect()
@@ -112,27 +121,17 @@ def measure(args: Arguments) -> dict[str, Any]:
     return entry
 
 
-@contextlib.contextmanager
-def attention_of(name: str) -> Iterator[None]:
-    """While programs are traced: the model's own attention, or `dense`, cuDNN's over the whole scene.
+def dense(q, k, v, table, cfg, *, key=None):
+    """A model's attention over the whole scene, cuDNN's.
 
-    The scene has no padding, so that the two differ in what is attended to and in nothing else.
+    The scene has no padding, so that it differs from ours in what is attended to and in nothing else.
     """
-
-    def dense(q, k, v, table, cfg, *, key=None, routes=None):
-        return dense_attention(q, k, v)
-
-    def no_routes(q, k, table, cfg, *, key=None):
-        return jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
-
-    if name == "moc":
-        yield
-        return
-    with mock.patch.multiple(mmdit, moc_attention=dense, route=no_routes):
-        yield
+    return dense_attention(q, k, v), jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
 
 
-def denoising(config: Config, state: TrainState, scene: Scene, effort: Effort) -> tuple[Timing, Memory]:
+def denoising(
+    config: Config, attention: SceneAttention, state: TrainState, scene: Scene, effort: Effort
+) -> tuple[Timing, Memory]:
     """One Euler step from pure noise, without guidance."""
     graph = mmdit.abstract_model(config.model)[0]
     levels = sigmas(_STEPS, _SHIFT, "diffusers-euler")[:2]
@@ -141,7 +140,7 @@ def denoising(config: Config, state: TrainState, scene: Scene, effort: Effort) -
     def step(params, z, text, lengths):
         def velocity(z, sigma):
             t = jnp.full(lengths.shot_frames.shape, sigma)
-            return nnx.merge(graph, params)(z, text, t, lengths, config.moc)
+            return nnx.merge(graph, params)(z, text, t, lengths, config.moc, attention=attention)
 
         return solve(velocity, z, levels, "euler")
 
@@ -151,10 +150,10 @@ def denoising(config: Config, state: TrainState, scene: Scene, effort: Effort) -
 
 
 def training(
-    config: Config, mesh: jax.sharding.Mesh, state: TrainState, scene: Scene, effort: Effort
+    config: Config, attention: SceneAttention, mesh: jax.sharding.Mesh, state: TrainState, scene: Scene, effort: Effort
 ) -> tuple[tuple[Timing, Memory], TrainState]:
     """One update; every launch goes on from the state of the one before, which it overwrites."""
-    step = make_train_step(config, make_blueprint(config, mesh), mesh)
+    step = make_train_step(config, make_blueprint(config, mesh), mesh, attention)
     program = _fitting(step.lower(state, scene, config.moc), config.model)
 
     def launch():
@@ -195,8 +194,9 @@ def _describe(args: Arguments, scene: Scene) -> dict[str, Any]:
     matrices = matrix_flops(model, shape.text_tokens, shape.video_tokens)
     heads = model.depth * model.heads
     attended = 4 * cost.expected_pairs * model.head_dim + cost.flops_pool + cost.flops_route
+    q = jax.ShapeDtypeStruct((1, 1, model.heads, model.head_dim), model.dtype)
     return {
-        "backend": backend_name(args.moc, jax.ShapeDtypeStruct((1, 1, model.heads, model.head_dim), model.dtype)),
+        "backend": resolve(args.attention.backend, args.moc, q).name,
         "dense_by": dense_implementation(),
         "model": dataclasses.asdict(model),
         "parameters": parameter_count(model),

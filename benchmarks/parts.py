@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from benchmarks.inputs import Inputs
 from benchmarks.measure import Ceilings, Effort, both_ways, compile_all
 from moc_jax.attention.accounting import Accounting, account
-from moc_jax.attention.api import backend_name, moc_attention, route
+from moc_jax.attention.api import moc_attention, route
+from moc_jax.attention.backends import Backend, resolve
 from moc_jax.attention.pallas_gpu import attend, device, flash, flash_backward, tiles
 from moc_jax.attention.pallas_gpu.plan import pick_tiles, plan, reader_tiles
 from moc_jax.attention.routing import descriptors
@@ -39,6 +40,7 @@ class Case:
     table: ChunkTable
     cfg: MoCConfig
     routes: Int[Array, "1 H N K"]
+    backend: str | Backend = "auto"
 
     @property
     def elements(self) -> int:
@@ -78,7 +80,8 @@ def sort_pairs(routes: Int[Array, "1 H N K"], table: ChunkTable) -> Schedule:
 
 def parts_of(case: Case) -> list[Part]:
     """All parts, in the order in which they run."""
-    return [*_routing(case), *_attention(case), *_OWN.get(backend_name(case.cfg, case.inputs.q), lambda case: [])(case)]
+    own = _OWN.get(resolve(case.backend, case.cfg, case.inputs.q).name, lambda case: [])
+    return [*_routing(case), *_attention(case), *own(case)]
 
 
 def profile(case: Case, ceilings: Ceilings, effort: Effort) -> list[dict[str, Any]]:
@@ -115,7 +118,7 @@ def _routing(case: Case) -> list[Part]:
         ),
         Part(
             name="pooling + routing",
-            function=lambda q, k, table: route(q, k, table, cfg),
+            function=functools.partial(route, cfg=cfg, backend=case.backend),
             inputs=(q, k, table),
             flops=heads * (cost.flops_pool + cost.flops_route),
             bytes=q.nbytes + read + routes.nbytes,
@@ -138,7 +141,7 @@ def _attention(case: Case) -> list[Part]:
     found = []
     if has_anchors:
         # Read q, k, v and write out; backward reads those and d_out, and writes three gradients.
-        forward = functools.partial(moc_attention, cfg=case.anchored)
+        forward = functools.partial(moc_attention, cfg=case.anchored, backend=case.backend)
         flops = heads * case.cost(case.anchored).flops_attention
         found += _pair("anchors", forward, (*qkv, table), d_out, flops, (4, 12))
     if case.cfg.top_k:
@@ -146,7 +149,7 @@ def _attention(case: Case) -> list[Part]:
         rows = 4 + 5 * case.cfg.top_k, 12 + 15 * case.cfg.top_k
 
         def routed(q, k, v, table, routes):
-            return moc_attention(q, k, v, table, case.unanchored, routes=routes)
+            return moc_attention(q, k, v, table, case.unanchored, routes=routes, backend=case.backend)
 
         flops = heads * case.cost(case.unanchored).flops_attention
         found += _pair("routed (sorting to merge)", routed, (*qkv, table, case.routes), d_out, flops, rows)

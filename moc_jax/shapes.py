@@ -1,22 +1,46 @@
-"""The glossary of dimension letters, jaxtyping's aliases and the one decorator that checks shapes at trace time.
+"""The glossary of dimension letters and of words, jaxtyping's aliases and the decorator that checks shapes.
 
 | letter | dimension |
 |---|---|
 | B | scenes in a batch |
-| N | tokens of a scene: the text block, then the video block |
+| N | tokens of a scene, which keys and values have: the text block, then the video block |
+| Q | query tokens of a scene: the same, or any of them |
 | L | text tokens (the first L of N) |
 | V | video tokens (the last V of N) |
 | H | attention heads |
 | D | size of a head |
 | M | width of the model |
 | C | chunks in the chunk table |
-| K | slots for picked chunks (top_k, and drop-in slots in training) |
+| K | picks that a query has room for (top_k, and in training those of drop-in) |
 | S | shots |
 | P | captions: the global one, then one per shot (S + 1) |
 | F | frames of a scene, all shots one after another (latent frames unless said otherwise) |
 | Y, X | rows and columns of a frame |
 | Z | channels of a latent |
 | E | width of a text embedding |
+| A | runs of anchors: at most three of keys, at most two of queries |
+| G | tiles |
+| T | rows of a tile |
+| R | rows that kernels walk, those of padding included |
+| J | slots |
+
+| word | what it means, in attention/ |
+|---|---|
+| anchor | a chunk that a query always attends to |
+| candidate | a chunk that it may pick |
+| pick | a chunk that it picked |
+| pair | a query and one of its picks |
+| run | rows [begin, end) that lie one after another in memory |
+| segment | the run of queries that share their anchors: a caption, a shot or a chunk |
+| tile | rows that are computed together and keep their sums on the chip: queries, or keys that gradients are for |
+| block | rows of the other side, which tiles meet one block after the other |
+| slot | the place of a pair among all pairs, which are sorted by chunk and cut into tiles |
+| part | attention over some of a query's keys (anchors, picks, a shard of the keys): its output and log-sum-exp |
+| share | of the readers of text, which everybody reads: those that one of several equal tiles meets |
+| span | queries whose pairs a TPU spreads and merges at a time |
+| group | heads that are computed at a time, where their pairs would take too much memory |
+| tiling | sizes of tiles and blocks |
+| window | chunks on either side of the own one, the anchors of `self_anchor = window` |
 """
 
 import jax

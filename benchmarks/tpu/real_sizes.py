@@ -48,12 +48,12 @@ PARTS = ("forward", "gradients")
 
 def program(scene: Scene, part: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function and the shapes of its arguments."""
-    cfg, table = dataclasses.replace(scene.setting.moc, backend="pallas_tpu"), scene.setting.table()
+    cfg, table = scene.setting.moc, scene.setting.table()
     table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), table)
     q = jax.ShapeDtypeStruct((*table.chunk_of.shape, scene.heads, scene.dim), scene.dtype)
 
     def forward(q, k, v, table):
-        return moc_attention(q, k, v, table, cfg)
+        return moc_attention(q, k, v, table, cfg, backend="pallas_tpu")
 
     def gradients(q, k, v, d_out, table):
         out, backward = jax.vjp(lambda q, k, v: forward(q, k, v, table), q, k, v)

@@ -17,6 +17,7 @@ from benchmarks.inputs import make_inputs
 from benchmarks.settings import Setting
 from benchmarks.tpu import listing
 from moc_jax.attention import routing
+from moc_jax.attention.api import route
 from moc_jax.attention.pallas_tpu import attend, device, flash, moves, pairs, pool, ranks, router, tiles, tuning
 from moc_jax.attention.pallas_tpu.placement import Placement
 from moc_jax.attention.pallas_tpu.plan import Plan, key_rows, plan
@@ -128,7 +129,7 @@ def random_routes(setting: Setting, dim: int) -> np.ndarray:
     """[N, K]"""
     table = setting.table()
     inputs = make_inputs("random", table.chunk_of.shape[1], 1, dim)
-    found = jax.jit(lambda q, k: routing.route(q, k, table, setting.moc, block=2048))(inputs.q, inputs.k)
+    found = jax.jit(lambda q, k: route(q, k, table, setting.moc, backend="xla"))(inputs.q, inputs.k)
     return np.asarray(found)[0, 0]
 
 

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moc_jax.attention.layout import queries_of
 from moc_jax.attention.routing import anchor_chunks, candidate_chunks
 from moc_jax.config import ChunkConfig, MoCConfig
 from moc_jax.scene import VIDEO, ChunkTable, SceneLengths, SceneShape, chunk_table
@@ -32,7 +33,7 @@ class Accounting:
     """Counts per head, over all scenes of a table."""
 
     tokens: int
-    """Text and video tokens, padding left out."""
+    """Text and video tokens that keys are of, padding left out."""
     pairs: float
     """(query, key) pairs attended to: the mean over heads if the routes were given, else the worst case."""
     expected_pairs: float
@@ -67,40 +68,46 @@ def account(
     table: ChunkTable,
     cfg: MoCConfig,
     head_dim: int,
-    routes: Int[Array, "B H N K"] | None = None,
+    routes: Int[Array, "B H Q K"] | None = None,
     *,
+    query_chunk: Int[Array, "B Q"] | None = None,
     element_bytes: int = 2,
 ) -> Accounting:
     """Counts what attention over `table` costs per head; exactly if the `routes` of `attention.api.route` are given.
 
+    Where queries are not the table's tokens, give their `query_chunk` as to `moc_attention`.
+
     Raises:
-        ValueError: `routes` are not for the scenes and tokens of `table`.
+        ValueError: `routes` are not for the scenes of `table` and its queries.
     """
-    kind, chunk_of, length = np.asarray(table.kind), table.chunk_of, np.asarray(table.length, np.int64)
+    kind, length = np.asarray(table.kind), np.asarray(table.length, np.int64)
+    queries = queries_of(table, query_chunk)
+    of_queries = np.asarray(queries.length, np.int64)
     anchors, candidates = np.asarray(anchor_chunks(table, cfg)), np.asarray(candidate_chunks(table, cfg))
     routed = cfg.mode == "moc" and cfg.top_k > 0
-    if routes is not None and (routes.shape[0], routes.shape[2]) != chunk_of.shape:
+    if routes is not None and (routes.shape[0], routes.shape[2]) != queries.chunk_of.shape:
+        whose = "the chunk table has" if query_chunk is None else "query_chunk is for"
         raise ValueError(
-            f"routes are for {routes.shape[0]} scenes of {routes.shape[2]} tokens, but the chunk table has "
-            f"{chunk_of.shape[0]} of {chunk_of.shape[1]}; pass the routes of this table"
+            f"routes are for {routes.shape[0]} scenes of {routes.shape[2]} tokens, but {whose} "
+            f"{queries.chunk_of.shape[0]} of {queries.chunk_of.shape[1]}; pass the routes of these queries"
         )
     worst = expected = 0.0
     tokens = dense = pool = route = 0
     for b in range(len(kind)):
         is_video = (kind[b] == VIDEO) & (length[b] > 0)
-        scene_tokens, video_tokens = int(length[b].sum()), int(length[b][is_video].sum())
         scene_worst, scene_expected = _scene_pairs(
-            length[b], anchors[b], candidates[b], cfg.top_k if routed and routes is None else 0
+            of_queries[b], length[b], anchors[b], candidates[b], cfg.top_k if routed and routes is None else 0
         )
         if routes is not None:
             picks = np.asarray(routes[b])
             scene_worst += np.where(picks >= 0, length[b][picks], 0).sum() / picks.shape[0]
             scene_expected = scene_worst
         worst, expected = worst + scene_worst, expected + scene_expected
-        tokens, dense = tokens + scene_tokens, dense + scene_tokens**2
+        scene_tokens = int(length[b].sum())
+        tokens, dense = tokens + scene_tokens, dense + int(of_queries[b].sum()) * scene_tokens
         if routed:
-            pool += video_tokens * head_dim
-            route += 2 * video_tokens * int(is_video.sum()) * head_dim
+            pool += int(length[b][is_video].sum()) * head_dim
+            route += 2 * int(of_queries[b][is_video].sum()) * int(is_video.sum()) * head_dim
     return Accounting(
         tokens=tokens,
         pairs=worst,
@@ -115,19 +122,20 @@ def account(
     )
 
 
-def _scene_pairs(length, anchors, candidates, top_k: int) -> tuple[float, float]:
+def _scene_pairs(queries, length, anchors, candidates, top_k: int) -> tuple[float, float]:
     """Attended pairs of one scene with `top_k` picks per query: the worst case, and the mean over random picks.
 
-    `anchors` and `candidates` [C, C] are those of routing.py: row = the query's chunk.
+    `queries` and `length` [C] are those of each chunk; `anchors` and `candidates` [C, C] are those of routing.py: row =
+    the query's chunk.
     """
     worst = expected = 0.0
-    for c in np.flatnonzero(length):
+    for c in np.flatnonzero(queries):
         always = length[anchors[c]].sum()
         choice = length[candidates[c]]
         k = min(top_k, len(choice))
         picked = np.sort(choice)[len(choice) - k :].sum()
-        worst += length[c] * (always + picked)
-        expected += length[c] * (always + (k * choice.mean() if k else 0))
+        worst += queries[c] * (always + picked)
+        expected += queries[c] * (always + (k * choice.mean() if k else 0))
     return float(worst), float(expected)
 
 

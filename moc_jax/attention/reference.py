@@ -3,40 +3,104 @@
 out_i = softmax_j( q_i . k_j / sqrt(D)  where j in context(i) ) v_j            (MoC, equation 4)
 """
 
+import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moc_jax.attention import routing
+from moc_jax.attention.layout import Queries
 from moc_jax.attention.routing import anchor_chunks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Int, typed
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The dense-mask float32 oracle."""
+
+    name: ClassVar[str] = "reference"
+
+
+def select(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B N H D"],
+    queries: Queries,
+    table: ChunkTable,
+    cfg: MoCConfig,
+    backend: Reference,
+) -> Int[Array, "B H Q K"]:
+    """The best candidates of every query."""
+    return routing.select(q, routing.descriptors(k, table), queries, table, cfg)
+
+
 @typed
-def context_mask(routes: Int[Array, "B H N K"], table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B H N N"]:
-    """True where a query attends to a key: the key's chunk is an anchor of the query's chunk, or was picked."""
-    chunks = table.kind.shape[1]
-    of = jnp.maximum(table.chunk_of, 0)
-    anchors = jnp.take_along_axis(anchor_chunks(table, cfg), of[:, :, None], axis=1)  # [B, N, C]
-    picked = jnp.any(routes[..., None] == jnp.arange(chunks)[None, None, None, None], axis=3)  # [B, H, N, C]
-    context = anchors[:, None] | picked
-    seen = jnp.take_along_axis(context, of[:, None, None, :], axis=3)
-    return seen & table.valid[:, None, :, None] & table.valid[:, None, None, :]
+def anchor_mask(queries: Queries, table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B Q N"]:
+    """True where the key's chunk is an anchor of the query's chunk."""
+    of = jnp.maximum(queries.chunk_of, 0)
+    anchors = jnp.take_along_axis(anchor_chunks(table, cfg), of[:, :, None], axis=1)  # [B, Q, C]
+    seen = jnp.take_along_axis(anchors, jnp.maximum(table.chunk_of, 0)[:, None, :], axis=2)
+    return seen & queries.valid[:, :, None] & table.valid[:, None, :]
+
+
+@typed
+def pick_mask(routes: Int[Array, "B H Q K"], queries: Queries, table: ChunkTable) -> Bool[Array, "B H Q N"]:
+    """True where the query picked the key's chunk."""
+    picked = jnp.any(routes[..., None] == jnp.arange(table.kind.shape[1])[None, None, None, None], axis=3)
+    seen = jnp.take_along_axis(picked, jnp.maximum(table.chunk_of, 0)[:, None, None, :], axis=3)
+    return seen & queries.valid[:, None, :, None] & table.valid[:, None, None, :]
 
 
 @typed
 def attend(
-    q: Float[Array, "B N H D"],
+    q: Float[Array, "B Q H D"],
     k: Float[Array, "B N H D"],
     v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H N K"],
+    routes: Int[Array, "B H Q K"],
+    queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
-) -> Float[Array, "B N H D"]:
-    """Attention under the mask; queries with an empty context give 0.
+    backend: Reference,
+) -> Float[Array, "B Q H D"]:
+    """Attention under the mask; queries with an empty context give 0."""
+    mask = anchor_mask(queries, table, cfg)[:, None] | pick_mask(routes, queries, table)
+    return _part(q, k, v, mask, queries)[0]
+
+
+def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Reference):
+    """See parts.py."""
+    return _part(q, k, v, _of_heads(anchor_mask(queries, table, cfg), q), queries)
+
+
+def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Reference):
+    """See parts.py."""
+    return _part(q, k, v, pick_mask(routes, queries, table), queries)
+
+
+def anchor_gradients(
+    q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Reference
+):
+    """See parts.py."""
+    return _gradients(q, k, v, d_out, lse, delta, _of_heads(anchor_mask(queries, table, cfg), q), queries)
+
+
+def pick_gradients(
+    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Reference
+):
+    """See parts.py."""
+    return _gradients(q, k, v, d_out, lse, delta, pick_mask(routes, queries, table), queries)
+
+
+def _of_heads(mask: Array, q: Array) -> Bool[Array, "B H Q N"]:
+    return jnp.broadcast_to(mask[:, None], (mask.shape[0], q.shape[2], *mask.shape[1:]))
+
+
+def _part(q, k, v, mask: Bool[Array, "B H Q N"], queries: Queries):
+    """Output and log-sum-exp under a mask.
 
     Query by query, each with zeros for the keys and values that it does not see: whatever these hold, NaN too, reaches
     neither its output nor, through it, any gradient.
@@ -45,19 +109,51 @@ def attend(
 
     @jax.checkpoint
     def one_query(inputs):
-        q, mask = inputs  # [B, H, D], [B, H, M]
-        seen = jnp.swapaxes(mask, 1, 2)[..., None]  # [B, M, H, 1]
-        keys, values = jnp.where(seen, k32, 0.0), jnp.where(seen, v32, 0.0)
-        scores = jnp.einsum("bhd,bmhd->bhm", q, keys, precision="highest") / math.sqrt(q.shape[-1])
+        q, mask = inputs  # [B, H, D], [B, H, N]
+        scores, values = _seen(q, k32, v32, mask)
         scores = jnp.where(mask, scores, -jnp.inf)
         largest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        weights = jnp.where(mask, jnp.exp(scores - jnp.where(jnp.isneginf(largest), 0.0, largest)), 0.0)
+        base = jnp.where(jnp.isneginf(largest), 0.0, largest)
+        weights = jnp.where(mask, jnp.exp(scores - base), 0.0)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        lse = lax.stop_gradient(base + jnp.log(total))[..., 0]
         weights = weights / jnp.where(total == 0, 1.0, total)
-        return jnp.einsum("bhm,bmhd->bhd", weights, values, precision="highest")
+        return jnp.einsum("bhm,bmhd->bhd", weights, values, precision="highest"), lse
 
-    q = jnp.where(table.valid[..., None, None], q, 0).astype(jnp.float32)
-    mask = context_mask(routes, table, cfg)
-    out = lax.map(one_query, (jnp.moveaxis(q, 1, 0), jnp.moveaxis(mask, 2, 0)))
-    out = jnp.where(table.valid[..., None, None], jnp.moveaxis(out, 0, 1), 0.0)  # the same for its gradient
-    return out.astype(v.dtype)
+    q = jnp.where(queries.valid[..., None, None], q, 0).astype(jnp.float32)
+    out, lse = lax.map(one_query, (jnp.moveaxis(q, 1, 0), jnp.moveaxis(mask, 2, 0)))
+    out = jnp.where(queries.valid[..., None, None], jnp.moveaxis(out, 0, 1), 0.0)  # the same for its gradient
+    return out.astype(v.dtype), jnp.moveaxis(lse, 0, 2)
+
+
+def _seen(q, k, v, mask):
+    """One query's scores [B, H, N] and the values [B, N, H, D]; of unseen keys, those of zeros."""
+    seen = jnp.swapaxes(mask, 1, 2)[..., None]  # [B, N, H, 1]
+    keys, values = jnp.where(seen, k, 0.0), jnp.where(seen, v, 0.0)
+    return jnp.einsum("bhd,bmhd->bhm", q, keys, precision="highest") / math.sqrt(q.shape[-1]), values
+
+
+def _gradients(q, k, v, d_out, lse, delta, mask: Bool[Array, "B H Q N"], queries: Queries):
+    """p = exp(s - lse):  dv = p^T d_out,  ds = p (d_out v^T - delta),  dq = ds k,  dk = ds^T q."""
+    k32, v32 = k.astype(jnp.float32), v.astype(jnp.float32)
+    scale = 1 / math.sqrt(q.shape[-1])
+
+    def one_query(sums, inputs):
+        q, d_out, lse, delta, mask = inputs  # [B, H, D] twice, [B, H] twice, [B, H, N]
+        scores, values = _seen(q, k32, v32, mask)
+        p = jnp.where(mask, jnp.exp(scores - lse[..., None]), 0.0)
+        d_p = jnp.einsum("bhd,bmhd->bhm", d_out, values, precision="highest")
+        d_s = jnp.where(mask, p * (d_p - delta[..., None]) * scale, 0.0)
+        keys = jnp.where(jnp.swapaxes(mask, 1, 2)[..., None], k32, 0.0)
+        d_q = jnp.einsum("bhm,bmhd->bhd", d_s, keys, precision="highest")
+        d_k = sums[0] + jnp.einsum("bhm,bhd->bmhd", d_s, q, precision="highest")
+        d_v = sums[1] + jnp.einsum("bhm,bhd->bmhd", p, d_out, precision="highest")
+        return (d_k, d_v), d_q
+
+    valid = queries.valid[..., None, None]
+    q32, d_out = (jnp.where(valid, x, 0).astype(jnp.float32) for x in (q, d_out))
+    rows = (jnp.moveaxis(x, axis, 0) for x, axis in ((q32, 1), (d_out, 1), (lse, 2), (delta, 2), (mask, 2)))
+    sums = jnp.zeros_like(k32), jnp.zeros_like(v32)
+    (d_k, d_v), d_q = lax.scan(one_query, sums, tuple(rows))
+    d_q = jnp.where(valid, jnp.moveaxis(d_q, 0, 1), 0.0)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)

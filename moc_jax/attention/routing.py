@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moc_jax.attention.layout import Queries
 from moc_jax.config import MoCConfig
 from moc_jax.scene import GLOBAL, PAD, TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
 
 FEW = 8  # keys whose mean is near the others
-_SLOTS = 32  # of what the slots past the chunks are a multiple
+_WIDTH = 32  # of what the width of routes past the chunks is a multiple
 _MOST_COMPARED = 16  # for more, sorting beats comparing all
-_NOTHING = -1  # a slot that holds no chunk
+_NOTHING = -1  # no pick
 
 
 @typed
@@ -166,77 +167,62 @@ def _rows(x: Array, index: Array) -> Array:
 
 
 @typed
-def route(
-    q: Float[Array, "B N H D"],
-    k: Float[Array, "B N H D"],
-    table: ChunkTable,
-    cfg: MoCConfig,
-    *,
-    keys: Key[Array, "B H"] | None = None,
-    block: int | None = None,
-) -> Int[Array, "B H N _"]:
-    """Equations (1) to (3): the picked chunks of every query, best first; -1 fills slots that hold none.
-
-    `slots` are those of `top_k`, and with `keys` (training: context drop-off and drop-in, one key per scene and head)
-    those of `max_drop_in` behind. Text and padding tokens pick nothing. `block` queries are scored at a time, so that
-    scores never take more than B * H * block * C floats.
-    """
-    q, k = lax.stop_gradient((q, k))
-    picks = select(q, descriptors(k, table), table, cfg, block=block)
-    return picks if keys is None else drop(picks, table, cfg, keys, block=block)
-
-
-@typed
 def select(
-    q: Float[Array, "B N H D"],
+    q: Float[Array, "B Q H D"],
     phi: Float32[Array, "B H C D"],
+    queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
     *,
     block: int | None = None,
-) -> Int[Array, "B H N K"]:
-    """Equations (2) and (3): the best candidates of every query, in `slots` of `top_k`; none of score NaN or -inf."""
+) -> Int[Array, "B H Q K"]:
+    """Equations (2) and (3): the `top_k` best candidates of every query; none of score NaN or -inf.
+
+    Best first, then -1, in `width` of `top_k`. Text and padding tokens pick nothing. `block` queries are scored at a
+    time, so that scores never take more than B * H * block * C floats.
+    """
 
     def one_block(q, candidates, _):
         scores = jnp.einsum("bnhd,bhcd->bhnc", q.astype(jnp.float32), phi, precision="highest")
         return _top(scores, jnp.broadcast_to(candidates[:, None], scores.shape), cfg.top_k)
 
-    return _by_block(one_block, q, 1, table, cfg, block)
+    return _by_block(one_block, q, 1, queries, table, cfg, block)
 
 
 @typed
 def drop(
-    picks: Int[Array, "B H N K"],
+    picks: Int[Array, "B H Q K"],
+    queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
     keys: Key[Array, "B H"],
     *,
     block: int | None = None,
-) -> Int[Array, "B H N _"]:
+) -> Int[Array, "B H Q _"]:
     """Context drop-off and drop-in (MoC, section 3.3), after top-k, independently per query.
 
-    The bits depend on the scene's and head's key and on the token's index only, so that every backend, block size
+    The bits depend on the scene's and head's key and on the query's row only, so that every backend, block size
     and sharding draws the same.
     """
 
     def one_block(picks, candidates, token):
         return _drop(picks, candidates, keys, token, cfg)
 
-    return _by_block(one_block, picks, 2, table, cfg, block)
+    return _by_block(one_block, picks, 2, queries, table, cfg, block)
 
 
-def _by_block(function, x: Array, axis: int, table: ChunkTable, cfg: MoCConfig, block: int | None):
+def _by_block(function, x: Array, axis: int, queries: Queries, table: ChunkTable, cfg: MoCConfig, block: int | None):
     """function(rows of x, their candidates [B, n, C], their tokens [n]) -> [B, H, n, K], `block` tokens at a time.
 
     `axis` is x's axis of tokens.
     """
-    tokens, chunks = table.chunk_of.shape[1], table.kind.shape[1]
+    tokens, chunks = queries.chunk_of.shape[1], table.kind.shape[1]
     # One more row, all False, for the padding tokens' chunk -1.
     candidates = jnp.pad(candidate_chunks(table, cfg), ((0, 0), (0, 1), (0, 0)))
-    block = min(block or tokens, tokens)
+    block = max(1, min(block or tokens, tokens))
     padding = -tokens % block
     x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
-    chunk_of = jnp.pad(table.chunk_of, ((0, 0), (0, padding)), constant_values=_NOTHING)
+    chunk_of = jnp.pad(queries.chunk_of, ((0, 0), (0, padding)), constant_values=_NOTHING)
 
     def one(i):
         rows = lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
@@ -255,19 +241,19 @@ def _top(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
     scores = jnp.where(mask, jnp.where(scores == 0, 0.0, scores), -jnp.inf)
     _, picks = lax.top_k(scores, min(top_k, chunks))
     picks = jnp.where(jnp.take_along_axis(mask, picks, axis=-1), picks, _NOTHING)
-    return with_slots(picks, slots(top_k, chunks))
+    return widened(picks, width(top_k, chunks))
 
 
-def slots(most: int, chunks: int) -> int:
-    """Slots for up to `most` picks: as many, but none past the chunks rounded up to a multiple of 32.
+def width(most: int, chunks: int) -> int:
+    """K for up to `most` picks: as many, but none past the chunks rounded up to a multiple of 32.
 
-    So a setting has the same slots for scenes of all sizes, unless it asks for more than any of them could fill.
+    So a setting has the same width for scenes of all sizes, unless it asks for more than any of them could fill.
     """
-    return min(most, -(-chunks // _SLOTS) * _SLOTS)
+    return min(most, -(-chunks // _WIDTH) * _WIDTH)
 
 
-def with_slots(picks: Int[Array, "B H N _"], count: int) -> Int[Array, "B H N _"]:
-    """`picks` with empty slots behind, `count` in all."""
+def widened(picks: Int[Array, "B H Q _"], count: int) -> Int[Array, "B H Q _"]:
+    """`picks` with -1 behind, `count` in all."""
     return jnp.pad(picks, ((0, 0),) * 3 + ((0, count - picks.shape[-1]),), constant_values=_NOTHING)
 
 
@@ -294,7 +280,7 @@ def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) 
         return jax.vmap(one)(picks, mask, jax.vmap(lambda n: jax.random.fold_in(key, n))(token))
 
     drawn = jax.vmap(jax.vmap(one_head, in_axes=(0, None, 0)))(picks, mask, keys)
-    return with_slots(drawn, picks.shape[-1] + slots(cfg.max_drop_in, chunks))
+    return widened(drawn, picks.shape[-1] + width(cfg.max_drop_in, chunks))
 
 
 def _poisson(rate: float, count: int) -> list[float]:

@@ -15,10 +15,10 @@ from moc_jax.shapes import Array, Bool, Int
 
 
 class Runs(NamedTuple):
-    """R runs of tokens [begin, end) for each of C chunks (or, taken per token, N tokens); begin >= end: none."""
+    """A runs of tokens [begin, end) for each of C chunks (or, taken per query, Q queries); begin >= end: none."""
 
-    begin: Int[Array, "B R C"]
-    end: Int[Array, "B R C"]
+    begin: Int[Array, "B A C"]
+    end: Int[Array, "B A C"]
 
 
 def anchor_runs(table: ChunkTable, cfg: MoCConfig) -> Runs:

@@ -20,11 +20,11 @@ _COMPARE = 2**24  # comparisons that take less time than launching a search
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The sorted walk of one scene. A *slot* is a place for one pair in the tiles; G = tiles, T = tile."""
+    """The sorted walk of one scene."""
 
     tile_chunk: Int[Array, "H G"]  # the chunk that the tile's queries read
     pair_of_slot: Int[Array, "H G T"]  # pair n * K + i of query n; -1: an empty slot
-    slot_of_pair: Int[Array, "H N K"]  # where each pair went; -1: the pair picks nothing
+    slot_of_pair: Int[Array, "H Q K"]  # where each pair went; -1: the pair picks nothing
     chunk_begin: Int[Array, "H C"]  # first slot of each chunk's queries
     chunk_end: Int[Array, "H C"]  # one past their last
 
@@ -42,10 +42,10 @@ def _take(x: Array, index: Array) -> Array:
 
 
 @typed
-def group_by_chunk(routes: Int[Array, "H N K"], chunks: int, tile: int, most_pairs: int | None = None) -> Schedule:
+def group_by_chunk(routes: Int[Array, "H Q K"], chunks: int, tile: int, most_pairs: int | None = None) -> Schedule:
     """A stable sort of each head's pairs by chunk: within a chunk, queries stay in order.
 
-    No head has more than `most_pairs` pairs that pick something, if that is known to be fewer than N * K.
+    No head has more than `most_pairs` pairs that pick something, if that is known to be fewer than Q * K.
     One flat sort serves all heads, by keys as narrow as they come: a radix sort's time goes with the bits of the key.
     """
     heads, queries, slots = routes.shape

@@ -28,24 +28,33 @@ bfloat16 inputs). FLOPs: 4 * D per attended pair forward and 10 * D backward, ro
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moc_jax.attention import routing
+from moc_jax.attention.layout import Queries
 from moc_jax.attention.runs import Runs, anchor_runs
-from moc_jax.attention.schedule import Schedule, group_by_chunk
+from moc_jax.attention.xla_walk import (
+    Walk,
+    backward_step,
+    d_q_of_rows,
+    forward_step,
+    shift_of,
+    sums_of_rows,
+)
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, typed
 
 _LARGE = 8192  # tokens from which a scene is large
-_MASKED = -1e30  # a score that is none
+_ROUTE_BLOCK = 2048  # queries scored at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class XlaTiling:
     """Sizes of a walk's steps. Small chunks want small blocks: what a block holds beyond its chunk is wasted."""
 
     anchor_tile: int = 128  # queries that walk their anchors together
@@ -63,334 +72,191 @@ class Tiling:
         return max(self.anchor_block, self.routed_block)
 
 
-def default_tiling(tokens: int, max_chunk: int, slots: int, cfg: MoCConfig) -> Tiling:
+def default_tiling(tokens: int, max_chunk: int, picks: int, cfg: MoCConfig) -> XlaTiling:
     """Small steps for small scenes, large ones for large scenes: on an accelerator a step costs some kernel launches,
     whatever its size. Chunks are walked in equal blocks, and by equal tiles where each has anchors of its own. A
-    routed tile is at most half of the slots * max_chunk queries that pick a chunk on average, since each chunk's last
+    routed tile is at most half of the picks * max_chunk queries that pick a chunk on average, since each chunk's last
     tile is half empty."""
     tile, block = (128, 128) if tokens < _LARGE else (2048, 2560)
     by_chunk = cfg.mode == "moc" and cfg.self_anchor in ("chunk", "window")
     reach = max_chunk * (2 * cfg.window + 1 if cfg.self_anchor == "window" else 1)
-    return Tiling(
-        anchor_tile=_part(max_chunk, tile) if by_chunk else tile,
-        anchor_block=_part(reach, block) if by_chunk else block,
-        routed_tile=max([128, *(t for t in (256, 512, 1024, 2048) if t <= min(tile, slots * max_chunk // 2))]),
-        routed_block=_part(max_chunk, block),
+    return XlaTiling(
+        anchor_tile=_equal(max_chunk, tile) if by_chunk else tile,
+        anchor_block=_equal(reach, block) if by_chunk else block,
+        routed_tile=max([128, *(t for t in (256, 512, 1024, 2048) if t <= min(tile, picks * max_chunk // 2))]),
+        routed_block=_equal(max_chunk, block),
     )
 
 
-def _part(length, most):
+def _equal(length, most):
     """The size of equal parts of at most about `most`, in steps of 16."""
     parts = -(-length // most)
     return -(-length // (16 * parts)) * 16
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Xla:
+    """Plain XLA: any device, memory linear in tokens."""
+
+    name: ClassVar[str] = "xla"
+    tiling: XlaTiling | None = None
+    """None: chosen from the shapes."""
+
+
 class _Static(NamedTuple):
     text_tokens: int
-    tiling: Tiling
+    first_video: int  # no query before is video
+    tiling: XlaTiling
+    anchors: bool  # whether they are walked
+
+
+def select(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B N H D"],
+    queries: Queries,
+    table: ChunkTable,
+    cfg: MoCConfig,
+    backend: Xla,
+) -> Int[Array, "B H Q K"]:
+    """The best candidates of every query."""
+    return routing.select(q, routing.descriptors(k, table), queries, table, cfg, block=_ROUTE_BLOCK)
 
 
 @typed
 def attend(
-    q: Float[Array, "B N H D"],
+    q: Float[Array, "B Q H D"],
     k: Float[Array, "B N H D"],
     v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H N K"],
+    routes: Int[Array, "B H Q K"],
+    queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
-) -> Float[Array, "B N H D"]:
+    backend: Xla,
+) -> Float[Array, "B Q H D"]:
     """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0."""
-    runs = _runs_of_tokens(table, cfg)
-    # Padding must not decide how large scores may be.
-    q, k, v = (jnp.swapaxes(jnp.where(table.valid[..., None, None], x, 0), 1, 2) for x in (q, k, v))
+    scene, static = _scene(routes, queries, table, cfg, backend)
     with jax.named_scope("moc_attention"):
-        tiling = default_tiling(q.shape[2], table.max_chunk, routes.shape[-1], cfg)
-        static = _Static(table.text_tokens, tiling)
-        out = jnp.swapaxes(_attend(q, k, v, runs, routes, table.start, table.length, static), 1, 2)
-    return jnp.where(table.valid[..., None, None], out, 0)  # and its gradient
+        out = jnp.swapaxes(_attend((*_by_head(q, k, v, queries, table), *scene), static), 1, 2)
+    return jnp.where(queries.valid[..., None, None], out, 0)  # and its gradient
 
 
-def _runs_of_tokens(table: ChunkTable, cfg: MoCConfig) -> Runs:
-    far, of = table.chunk_of.shape[1], jnp.maximum(table.chunk_of, 0)[:, None]
+def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla):
+    """See parts.py."""
+    none = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
+    return _part(q, k, v, queries, table, *_scene(none, queries, table, cfg, backend))
+
+
+def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla):
+    """See parts.py."""
+    return _part(q, k, v, queries, table, *_scene(routes, queries, table, cfg, backend, anchors=False))
+
+
+def anchor_gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla):
+    """See parts.py."""
+    none = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
+    return _gradients(q, k, v, d_out, lse, delta, queries, table, *_scene(none, queries, table, cfg, backend))
+
+
+def pick_gradients(
+    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla
+):
+    """See parts.py."""
+    scene, static = _scene(routes, queries, table, cfg, backend, anchors=False)
+    return _gradients(q, k, v, d_out, lse, delta, queries, table, scene, static)
+
+
+# ------------------------------------------------------------------------------------------- inputs of the walks
+
+
+def _by_head(q, k, v, queries: Queries, table: ChunkTable) -> tuple[Array, Array, Array]:
+    """[B, H, tokens, D], 0 for padding, which must not decide how large scores may be."""
+
+    def one(x, valid):
+        return jnp.swapaxes(jnp.where(valid[..., None, None], x, 0), 1, 2)
+
+    return one(q, queries.valid), one(k, table.valid), one(v, table.valid)
+
+
+def _scene(
+    routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla, *, anchors: bool = True
+) -> tuple[tuple[Runs, Array, Array, Array], _Static]:
+    """What is attended to, and what of it is static."""
+    tokens = table.chunk_of.shape[1]
+    tiling = backend.tiling or default_tiling(tokens, table.max_chunk, routes.shape[-1], cfg)
+    static = _Static(table.text_tokens, queries.first_video, tiling, anchors)
+    return (_runs_of_queries(queries, table, cfg), routes, table.start, table.length), static
+
+
+def _runs_of_queries(queries: Queries, table: ChunkTable, cfg: MoCConfig) -> Runs:
+    """The anchors of each query; those of padding are empty."""
+    far, of = table.chunk_of.shape[1], jnp.maximum(queries.chunk_of, 0)[:, None]
     runs = anchor_runs(table, cfg)
-    begin, end = (jnp.take_along_axis(x, jnp.broadcast_to(of, (*x.shape[:2], far)), axis=2) for x in runs)
-    return Runs(jnp.where(table.valid[:, None], begin, far), jnp.where(table.valid[:, None], end, 0))
+    begin, end = (jnp.take_along_axis(x, jnp.broadcast_to(of, (*x.shape[:2], of.shape[2])), axis=2) for x in runs)
+    return Runs(jnp.where(queries.valid[:, None], begin, far), jnp.where(queries.valid[:, None], end, 0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attend(q, k, v, runs, routes, chunk_start, chunk_length, static):
-    return _attend_forward(q, k, v, runs, routes, chunk_start, chunk_length, static)[0]
+def _part(q, k, v, queries: Queries, table: ChunkTable, scene, static: _Static):
+    out, lse = _forward((*_by_head(q, k, v, queries, table), *scene), static)
+    return jnp.swapaxes(out, 1, 2), lse
 
 
-def _attend_forward(q, k, v, runs, routes, chunk_start, chunk_length, static):
-    """[B, H, N, D] -> output; one scene at a time, so that walks are as long as its own."""
-    inputs = q, k, v, runs, routes, chunk_start, chunk_length
+def _gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, scene, static: _Static):
+    d_out = jnp.swapaxes(jnp.where(queries.valid[..., None, None], d_out.astype(q.dtype), 0), 1, 2)
+    lse, delta = (jnp.where(queries.valid[:, None], x, 0.0) for x in (lse, delta))
+    inputs = (*_by_head(q, k, v, queries, table), *scene)
+    d_q, d_k, d_v = _backward(inputs, d_out, lse, delta, static)
+    return jnp.swapaxes(d_q, 1, 2), jnp.swapaxes(d_k, 1, 2), jnp.swapaxes(d_v, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------- forward and backward
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attend(inputs, static):
+    return _forward(inputs, static)[0]
+
+
+def _forward(inputs, static):
+    """q, k, v [B, H, tokens, D] and their scenes -> output, log-sum-exp.
+
+    One scene at a time, so that walks are as long as its own.
+    """
 
     def one(args):
         q, *scene = args
-        walk = _Walk(scene, static)
-        shift = lax.cond(
-            _scores_bound(q, walk.k) <= _largest_exponent(q.dtype),
-            lambda: jnp.zeros(q.shape[:2]),
-            lambda: _largest_scores(q, walk),
-        )
-        (total, values), _ = walk(_forward_step, _sums_of_rows, (q, shift), ())
-        divisor = jnp.where(total > 0, total, 1.0)
-        return (values / divisor[..., None]).astype(q.dtype), shift + jnp.log(divisor)
+        walk = Walk(scene, static)
+        shift = shift_of(q, walk)
+        (total, values), _ = walk(forward_step, sums_of_rows, (q, shift), ())
+        out = values / jnp.where(total == 0, 1.0, total)[..., None]
+        return out.astype(q.dtype), shift + jnp.log(total)
 
-    out, lse = lax.map(one, inputs)
-    return out, (*inputs, out, lse)
+    return lax.map(one, inputs)
+
+
+def _attend_forward(inputs, static):
+    out, lse = _forward(inputs, static)
+    return out, (inputs, out, lse)
 
 
 def _attend_backward(static, residuals, d_out):
+    inputs, out, lse = residuals
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    return ((*_backward(inputs, d_out, lse, delta, static), None, None, None, None),)
+
+
+def _backward(inputs, d_out, lse, delta, static):
+    """dq, dk, dv of what is walked, given the final log-sum-exp and delta."""
+    lse = jnp.where(jnp.isneginf(lse), 0.0, lse)  # of queries that see nothing, whose rows no key meets
+
     def one(args):
-        q, *scene, out, lse, d_out = args
-        walk, scale = _Walk(scene, static), 1 / math.sqrt(q.shape[-1])
-        delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [H, N]
+        q, *scene, d_out, lse, delta = args
+        walk, scale = Walk(scene, static), 1 / math.sqrt(q.shape[-1])
         sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (walk.k, walk.v))
-        (d_q,), (d_k, d_v) = walk(_backward_step, _d_q_of_rows, (q, lse, delta, d_out), sums)
-        d_k, d_v = (x[:, : q.shape[1]] for x in (d_k, d_v))
+        (d_q,), (d_k, d_v) = walk(backward_step, d_q_of_rows, (q, lse, delta, d_out), sums)
+        d_k, d_v = (x[:, : scene[0].shape[1]] for x in (d_k, d_v))
         return (d_q * scale).astype(q.dtype), (d_k * scale).astype(walk.k.dtype), d_v.astype(walk.v.dtype)
 
-    return *lax.map(one, (*residuals, d_out)), None, None, None, None
+    return lax.map(one, (*inputs, d_out, lse, delta))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-# ---------------------------------------------------------------------------------------------------- steps
-# From here on one scene: q [H, N, D], k and v [H, N + padding, D]. A step folds one block of keys into what a tile's
-# queries own, and adds to the sums of all tiles. rows: [H, T, ...]; block: see _Block.
-
-
-class _Block(NamedTuple):
-    """S keys in a row, [H, S, D]; zero where the run has ended. A is 1 where all heads read the same, else H."""
-
-    k: Array
-    v: Array
-    low: Array  # [A]: the first key
-    seen: Array  # [A, S]: inside the run
-
-
-def _sums_of_rows(rows, dim):
-    """A forward walk's own: total and values."""
-    return jnp.zeros(rows), jnp.zeros((*rows, dim))
-
-
-def _forward_step(rows, block, own, sums):
-    q, shift = rows
-    total, values = own
-    p = _weights(q, block.k, shift, _largest_exponent(q.dtype))
-    # Without the barrier XLA sums p as it was before rounding, for which it has to keep a float32 p.
-    seen = jnp.where(block.seen[:, None], lax.optimization_barrier(p), 0)
-    total = total + jnp.sum(seen, axis=-1, dtype=jnp.float32)
-    return (total, values + _dot("hts,hsd->htd", p, block.v)), sums
-
-
-def _d_q_of_rows(rows, dim):
-    """A backward walk's own."""
-    return (jnp.zeros((*rows, dim)),)
-
-
-def _backward_step(rows, block, own, sums):
-    q, lse, delta, d_out = rows
-    d_k, d_v = sums
-    p = _weights(q, block.k, lse, 0.0)  # final weights are at most 1
-    # Rounded before the product with p, not after: so the product can be made before anything is written.
-    g = (_dot("htd,hsd->hts", d_out, block.v) - delta[..., None]).astype(p.dtype) * p
-    d_q = own[0] + _dot("hts,hsd->htd", g, block.k)
-    d_k = _add(d_k, block, _dot("hts,htd->hsd", g, q))
-    d_v = _add(d_v, block, _dot("hts,htd->hsd", p, d_out))
-    return (d_q,), (d_k, d_v)
-
-
-def _weights(q, k, shift, most):
-    """exp(scores - shift) in q's type [H, T, S]; at most exp(most), also for keys that are not seen."""
-    scores = _dot("htd,hsd->hts", q, k) / math.sqrt(q.shape[-1])
-    return jnp.exp(jnp.minimum(scores - shift[..., None], most)).astype(q.dtype)
-
-
-def _dot(spec, a, b):
-    precision = "highest" if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _add(x, block, rows):
-    """Adds rows [H, S, D] to x [H, N + padding, D] where the block lies, but for keys that are not seen."""
-    rows = jnp.where(block.seen[..., None], rows, 0.0) + _take(x, block.low, rows.shape[1])
-    if block.low.shape[0] == 1:
-        return lax.dynamic_update_slice_in_dim(x, rows, block.low[0], axis=1)
-    return jax.vmap(lambda x, rows, i: lax.dynamic_update_slice_in_dim(x, rows, i, axis=0))(x, rows, block.low)
-
-
-def _take(x, low, size):
-    """`size` rows of each head from its own row `low`."""
-    if low.shape[0] == 1:
-        return lax.dynamic_slice_in_dim(x, low[0], size, axis=1)
-    return jax.vmap(lambda rows, i: lax.dynamic_slice_in_dim(rows, i, size))(x, low)
-
-
-# ---------------------------------------------------------------------------------------------------- (a) shift
-
-
-def _largest_exponent(dtype):
-    """x such that exp(x) and exp(-x) are normal numbers of this type, and sums of exp(x) are of float32."""
-    return 9.0 if dtype == jnp.float16 else 60.0
-
-
-def _scores_bound(q, k):
-    """No score of any head is larger than this, nor smaller than minus this."""
-    norms = (jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), axis=1) for x in (q, k))
-    return jnp.sqrt(jnp.max(math.prod(norms)) / q.shape[-1])
-
-
-def _largest_scores(q, walk):
-    """The largest score of each query [H, N]; 0 for queries that see nothing."""
-    (largest,), _ = walk(_largest_step, _largest_of_rows, (q,), (), combine=jnp.maximum)
-    return jnp.where(largest > _MASKED, largest, 0.0)
-
-
-def _largest_of_rows(rows, dim):
-    return (jnp.full(rows, _MASKED),)
-
-
-def _largest_step(rows, block, own, sums):
-    scores = _dot("htd,hsd->hts", rows[0], block.k) / math.sqrt(block.k.shape[-1])
-    scores = jnp.where(block.seen[:, None], scores, _MASKED)
-    return (jnp.maximum(own[0], jnp.max(scores, axis=-1)),), sums
-
-
-# ---------------------------------------------------------------------------------------------------- walks
-
-
-class _Walk:
-    """All that the queries of a scene attend to."""
-
-    def __init__(self, scene, static):
-        k, v, self._runs, routes, self._chunk_start, self._chunk_length = scene
-        padding = ((0, 0), (0, static.tiling.padding), (0, 0))
-        self.k, self.v = jnp.pad(k, padding), jnp.pad(v, padding)
-        self._static = static
-        self._schedule: Schedule | None = None
-        if routes.shape[-1]:
-            routes = routes[:, static.text_tokens :]
-            self._schedule = group_by_chunk(routes, self._chunk_start.shape[0], static.tiling.routed_tile)
-
-    def __call__(self, step, start, rows, sums, *, combine=jnp.add):
-        """What each query owns in the end, and the sums.
-
-        Args:
-            step: See above.
-            start: What rows of a shape, for head dimension D, own at first.
-            rows: Arrays [H, N, ...] that `step` reads.
-            sums: What all steps add to.
-            combine: How a query's anchors and pairs make one.
-        """
-        own, sums = self._over_anchors(step, start, rows, sums)
-        schedule = self._schedule
-        if schedule is not None:
-            pairs, sums = self._over_pairs(schedule, step, start, rows, sums)
-            nothing = start((1, 1), 1)
-            own = tuple(_combined(*x, schedule, combine) for x in zip(own, pairs, nothing, strict=True))
-        return own, sums
-
-    def _along(self, step, rows, own, sums, begin, end, size):
-        """Folds the run [begin, end) of each head into what a tile owns."""
-
-        def one(i, carry):
-            low = jnp.minimum(begin + i * size, end)
-            seen = low[:, None] + jnp.arange(size)[None] < end[:, None]
-            k, v = (jnp.where(seen[..., None], _take(x, low, size), 0) for x in (self.k, self.v))
-            return step(rows, _Block(k, v, low, seen), *carry)
-
-        steps = jnp.max(jnp.maximum(end - begin + size - 1, 0) // size)
-        return lax.fori_loop(0, steps, one, (own, sums))
-
-    # ------------------------------------------------------------------------------------------------ (b) anchors
-
-    def _over_anchors(self, step, start, rows, sums):
-        """Tile by tile: as many queries from the first on that none has walked, as share its runs.
-
-        A tile that is not full writes beyond its queries; what it writes there, later tiles overwrite.
-        """
-        heads, tokens, dim = self.k.shape[0], rows[0].shape[1], self.k.shape[-1]
-        text, tiling = self._static.text_tokens, self._static.tiling
-        size = tiling.anchor_tile
-        rows = [jnp.pad(x, [(0, 0), (0, size)] + [(0, 0)] * (x.ndim - 2)) for x in rows]
-        stops = _stops(self._runs)
-
-        def tile(carry):
-            first, out, sums = carry
-            stop = jnp.minimum(first + size, stops[first])
-            mine = jnp.broadcast_to(first + jnp.arange(size)[None] < stop, (heads, size))
-            of_tile = [_only(mine, lax.dynamic_slice_in_dim(x, first, size, axis=1)) for x in rows]
-            own = start((heads, size), dim)
-            runs = self._runs.begin.shape[0]
-            for r in range(runs):
-                begin, end = self._runs.begin[r, first][None], self._runs.end[r, first][None]
-                block = tiling.anchor_block if r == runs - 1 else min(tiling.anchor_block, max(1, text))
-                own, sums = self._along(step, of_tile, own, sums, begin, end, block)
-            update = functools.partial(lax.dynamic_update_slice_in_dim, start_index=first, axis=1)
-            return stop, jax.tree.map(update, out, own), sums
-
-        carry = jnp.int32(0), start((heads, tokens + size), dim), sums
-        _, out, sums = lax.while_loop(lambda carry: carry[0] < tokens, tile, carry)
-        return tuple(x[:, :tokens] for x in out), sums
-
-    # ------------------------------------------------------------------------------------------------ (c) routed
-
-    def _over_pairs(self, schedule, step, start, rows, sums):
-        """Tile by tile of the schedule. What pairs own comes back as [G, H, T, ...]."""
-        text, tiling = self._static
-        slots, dim = schedule.slot_of_pair.shape[-1], self.k.shape[-1]
-        # Values of pairs are rounded like outputs, if that type reaches as far as float32.
-        partial = rows[0].dtype if rows[0].dtype == jnp.bfloat16 else jnp.float32
-
-        def tile(sums, args):
-            pair, chunk = args  # [H, T], [H]
-            query = text + jnp.maximum(pair, 0) // slots
-            of_pair = [_only(pair >= 0, _rows(x, query)) for x in rows]
-            begin = self._chunk_start[chunk]
-            end = begin + jnp.where(jnp.any(pair >= 0, axis=1), self._chunk_length[chunk], 0)
-            own = start(pair.shape, dim)
-            own, sums = self._along(step, of_pair, own, sums, begin, end, tiling.routed_block)
-            return sums, tuple(x.astype(partial) if x.ndim == 3 else x for x in own)
-
-        tiles = (jnp.moveaxis(schedule.pair_of_slot, 1, 0), jnp.moveaxis(schedule.tile_chunk, 1, 0))
-        sums, pairs = lax.scan(tile, sums, tiles)
-        return pairs, sums
-
-
-def _combined(own, pairs, nothing, schedule, combine):
-    """own [H, N, ...] and each video query's pairs [G, H, T, ...], in the order of its slots."""
-    slots = schedule.slot_of_pair  # [H, V, K]
-    tiles, heads, size = pairs.shape[:3]
-    slot, head = jnp.maximum(slots, 0), jnp.arange(heads)[:, None, None]
-    place = (slot // size * heads + head) * size + slot % size
-    pairs = pairs.reshape(tiles * heads * size, *pairs.shape[3:])
-    text = own.shape[1] - slots.shape[1]
-    video = own[:, text:]
-    for i in range(slots.shape[-1]):
-        part = pairs[place[..., i]].astype(own.dtype)
-        used = (slots[..., i] >= 0).reshape(*slots.shape[:2], *[1] * (part.ndim - 2))
-        video = combine(video, jnp.where(used, part, nothing.reshape(())))
-    return jnp.concatenate([own[:, :text], video], axis=1)
-
-
-def _stops(runs):
-    """For each token, the next one whose runs are others [N]."""
-    tokens = runs.begin.shape[1]
-    both = jnp.concatenate([runs.begin, runs.end])
-    change = jnp.any(both[:, 1:] != both[:, :-1], axis=0)
-    after = jnp.where(change, jnp.arange(1, tokens, dtype=jnp.int32), tokens)
-    return lax.cummin(jnp.pad(after, (0, 1), constant_values=tokens), reverse=True)
-
-
-def _only(mine, x):
-    """x [H, T, ...], zero where not mine [H, T]: such rows add nothing to the sums."""
-    return jnp.where(mine.reshape(*mine.shape, *[1] * (x.ndim - 2)), x, 0)
-
-
-def _rows(x, index):
-    """x [H, N, ...] at each head's own rows [H, T]."""
-    return jax.vmap(lambda x, i: x[i])(x, index)

@@ -9,6 +9,7 @@ import dataclasses
 from moc_jax.config.base import INT32, ConfigError, OwnFolder, Settings, check
 from moc_jax.config.network import ChunkConfig, CodecConfig, MoCConfig, ModelConfig, TextConfig
 from moc_jax.config.run import (
+    AttentionConfig,
     BucketConfig,
     ChunkStage,
     DataConfig,
@@ -20,6 +21,7 @@ from moc_jax.config.run import (
 )
 
 __all__ = [
+    "AttentionConfig",
     "BucketConfig",
     "ChunkConfig",
     "ChunkStage",
@@ -47,6 +49,7 @@ class Config(Settings):
     workdir: OwnFolder = "out/run"
     """Checkpoints, logs, previews and the resolved config go here."""
     moc: MoCConfig = MoCConfig()
+    attention: AttentionConfig = AttentionConfig()
     model: ModelConfig = ModelConfig()
     codec: CodecConfig = CodecConfig()
     text: TextConfig = TextConfig()

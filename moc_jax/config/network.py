@@ -46,11 +46,8 @@ class MoCConfig(Settings, at="moc"):
     """Training: p ~ U(0, drop_off_max); of the k picks that a query holds, floor(p * k) random ones are dropped."""
     drop_in_rate: Annotated[float, Range(0, 1e6)] = 0.5
     """Training: Poisson rate of further random candidates added per query."""
-    max_drop_in: Annotated[int, Range(0, 2**10, "slots")] = 2
-    """Training: static slots for drop-in; more than this many are cut."""
-    backend: Literal["auto", "reference", "xla", "pallas_gpu", "pallas_tpu"] = "auto"
-    """`reference` is the dense-mask float32 oracle; `xla` runs on any device with memory linear in tokens;
-    `pallas_gpu` has kernels for Hopper GPUs, `pallas_tpu` for TPUs, and `auto` takes them there."""
+    max_drop_in: Annotated[int, Range(0, 2**10, "chunks")] = 2
+    """Training: the most chunks that drop-in adds to a query; more are cut."""
 
     def check_together(self):
         anchored = self.self_anchor != "none" or self.text_anchor != "none" or self.top_k > 0

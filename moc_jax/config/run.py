@@ -1,4 +1,4 @@
-"""Settings of a run: data, diffusion, sampling, optimizer, training, mesh."""
+"""Settings of a run: attention's backend, data, diffusion, sampling, optimizer, training, mesh."""
 
 import dataclasses
 import re
@@ -83,6 +83,15 @@ class DataConfig(Settings, at="data"):
             f"data.min_shot_frames is {self.min_shot_frames}, but shots are cut off at data.max_shot_frames = "
             f"{self.max_shot_frames}: none would be left",
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(Settings, at="attention"):
+    """How attention is computed on these devices. What it computes is `moc`, and belongs to the weights."""
+
+    backend: Literal["auto", "reference", "xla", "pallas_gpu", "pallas_tpu"] = "auto"
+    """`reference` is the dense-mask float32 oracle; `xla` runs on any device with memory linear in tokens;
+    `pallas_gpu` has kernels for Hopper GPUs, `pallas_tpu` for TPUs, and `auto` takes them there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from moc_jax.attention.api import moc_attention, route, scene_keys
+from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
 from moc_jax.config import ConfigError, MoCConfig, ModelConfig
 from moc_jax.models.layers import HeadNorm, Mlp, Modulation, TimeEmbedding, dense, layer_norm
 from moc_jax.models.rope import rope_angles, rotate
@@ -96,6 +96,7 @@ class MMDiT(nnx.Module):
         moc: MoCConfig,
         *,
         key: Key[Array, ""] | None = None,
+        attention: SceneAttention = RoutedAttention(),
         with_routes: bool = False,
     ) -> Float32[Array, "B F Y X Z"] | tuple[Float32[Array, "B F Y X Z"], Int[Array, "depth B H V K"], ChunkTable]:
         """Velocity of noisy latents `video` whose shots stand at noise levels `t` in [0, 1] (1: pure noise).
@@ -103,6 +104,7 @@ class MMDiT(nnx.Module):
         Args:
             lengths: `shot_frames` in latent frames. Velocities of padding frames mean nothing.
             key: Switches context drop-off and drop-in on (training).
+            attention: What the tokens' q, k and v meet in.
             with_routes: Also return the chunks that the video queries of each layer picked, and the chunk table.
 
         Raises:
@@ -119,7 +121,7 @@ class MMDiT(nnx.Module):
         tokens = rearrange(video, "b (f pt) (y ph) (x pw) z -> b (f y x) (pt ph pw z)", pt=pt, ph=ph, pw=pw)
         dtype = jnp.dtype(self.cfg.dtype)
         text_x, video_x = self.text_in(text.astype(dtype)), self.video_in(tokens.astype(dtype))
-        attend = _attention(table, moc, with_routes)
+        attend = _attention(attention, table, moc, with_routes)
         text_x, video_x, routes = self._run_blocks(text_x, video_x, time, slots, angles, attend, key)
 
         shift, scale = self.final_modulation(time, slots[1])
@@ -170,15 +172,14 @@ def _stacked_blocks(cfg: ModelConfig, rngs: nnx.Rngs) -> Block:
     return blocks
 
 
-def _attention(table: ChunkTable, moc: MoCConfig, with_routes: bool):
+def _attention(attention: SceneAttention, table: ChunkTable, moc: MoCConfig, with_routes: bool):
     """Attention over this scene's chunks, each device on its own share of the batch."""
 
     def attend(q, k, v, key):
         keys = None if key is None else scene_keys(key, q.shape[0], q.shape[2])
 
         def local(q, k, v, table, keys):
-            routes = route(q, k, table, moc, key=keys)
-            out = moc_attention(q, k, v, table, moc, routes=routes)
+            out, routes = attention(q, k, v, table, moc, key=keys)
             return (out, routes) if with_routes else (out, None)
 
         return batch_sharded(local)(q, k, v, table, keys)

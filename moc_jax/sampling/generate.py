@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from moc_jax.attention.api import RoutedAttention
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
@@ -93,6 +94,7 @@ class Sampler:
         self.config, self.codec = config, codec
         self._encoder = build_text_encoder(config.text) if encoder is None else encoder
         self._graph = abstract_model(config.model)[0]
+        self._attention = RoutedAttention(backend=config.attention.backend)
         self._progress = progress
         self._stop = Signals() if stop is None else stop  # such signals never ask
         self._programs: dict[Any, jax.stages.Compiled] = {}
@@ -172,7 +174,7 @@ class Sampler:
 
     def _velocity(self, params: Any, request: Request) -> VelocityFn:
         def model(video, text, t, lengths):
-            return nnx.merge(self._graph, params)(video, text, t, lengths, self.config.moc)
+            return nnx.merge(self._graph, params)(video, text, t, lengths, self.config.moc, attention=self._attention)
 
         r, scale = request, self.config.sample.guidance
         return guided_velocity(model, r.text, r.lengths, r.negative_text, r.negative_lengths, scale)
@@ -202,7 +204,9 @@ class Sampler:
         levels = jnp.full(request.lengths.shot_frames.shape, t)
         z_t = add_noise(request.known.video, _noises(request)[0], levels, request.lengths)
         model = nnx.merge(self._graph, params)
-        _, routes, table = model(z_t, request.text, levels, request.lengths, self.config.moc, with_routes=True)
+        _, routes, table = model(
+            z_t, request.text, levels, request.lengths, self.config.moc, attention=self._attention, with_routes=True
+        )
         return _everywhere(routing_shares(routes, table, levels.shape[1]))
 
 

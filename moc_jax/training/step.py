@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from moc_jax.attention.api import RoutedAttention, SceneAttention
 from moc_jax.config import Config, MoCConfig
 from moc_jax.diffusion.process import VelocityFn, flow_loss
 from moc_jax.scene import Scene
@@ -33,11 +34,14 @@ class StepMetrics:
     scene_loss: Float32[Array, "B"]  # mean over each scene's shots
 
 
-def make_train_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Wrapped:
+def make_train_step(
+    cfg: Config, blueprint: Blueprint, mesh: Mesh, attention: SceneAttention | None = None
+) -> jax.stages.Wrapped:
     """(state, batch, attention config) -> (state, metrics). Donates the state; compiles once per bucket and config.
 
-    To be called with the mesh in context (`jax.set_mesh`).
+    To be called with the mesh in context (`jax.set_mesh`). `attention`: None takes what `cfg.attention` says.
     """
+    attention = attention or RoutedAttention(backend=cfg.attention.backend)
     rate, accumulate = learning_rate(cfg.optimizer, cfg.train.steps), cfg.optimizer.accumulate
     updates_in_all = cfg.train.steps // accumulate
 
@@ -45,7 +49,7 @@ def make_train_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages
         noise_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.train.seed), state.step))
 
         def loss_of(params):
-            velocity_fn = _velocity(blueprint, params, scene, moc, key=drop_key)
+            velocity_fn = _velocity(blueprint, params, scene, moc, attention, key=drop_key)
             return flow_loss(velocity_fn, scene, noise_key, cfg.diffusion)
 
         (loss, shot_loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
@@ -78,11 +82,12 @@ def make_validation_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.s
     t stands at the centres of `train.validation_buckets` equal parts of (0, 1); the noise depends on the batch's number
     alone. Nothing is dropped off or in.
     """
+    attention = RoutedAttention(backend=cfg.attention.backend)
     levels = validation_levels(cfg)
 
     def validation_step(params: Params, scene: Scene, number: Int32[Array, ""], moc: MoCConfig):
         key = jax.random.fold_in(jax.random.key(cfg.train.seed), number)
-        velocity_fn = _velocity(blueprint, params, scene, moc, key=None)
+        velocity_fn = _velocity(blueprint, params, scene, moc, attention, key=None)
         shots = scene.lengths.shot_frames
 
         def loss_at(level: Float[Array, ""]):
@@ -106,10 +111,16 @@ def validation_levels(cfg: Config) -> Float32[Array, "T"]:
 
 
 def _velocity(
-    blueprint: Blueprint, params: Params, scene: Scene, moc: MoCConfig, *, key: Key[Array, ""] | None
+    blueprint: Blueprint,
+    params: Params,
+    scene: Scene,
+    moc: MoCConfig,
+    attention: SceneAttention,
+    *,
+    key: Key[Array, ""] | None,
 ) -> VelocityFn:
     model = nnx.merge(blueprint.graph, params)
-    return lambda z, t: model(z, scene.text, t, scene.lengths, moc, key=key)
+    return lambda z, t: model(z, scene.text, t, scene.lengths, moc, key=key, attention=attention)
 
 
 def _averaged(ema: Params | None, params: Params, step: Int32[Array, ""], cfg: Config) -> Params | None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 import moc_jax
 from moc_jax.attention.accounting import account
-from moc_jax.attention.api import backend_name
+from moc_jax.attention.backends import resolve
 from moc_jax.config import BucketConfig, Config, MoCConfig
 from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import Manifest, SceneEntry
@@ -96,11 +96,12 @@ def summary(
     ]
     q = jax.ShapeDtypeStruct((1, 1, cfg.model.heads, cfg.model.head_dim), cfg.model.dtype)
     for moc, of_buckets in costs.items():
+        backend = resolve(cfg.attention.backend, moc, q).name
         how = "dense" if moc.mode == "dense" else f"chunks of {moc.chunk.size} {moc.chunk.unit}, top {moc.top_k}"
         for shape, cost in zip(buckets[0].shapes, of_buckets):
             if cost is not None:
                 lines.append(
-                    f"attention by {backend_name(moc, q)} ({how}; bucket of {shape.frames} frames) skips "
+                    f"attention by {backend} ({how}; bucket of {shape.frames} frames) skips "
                     f"{cost.sparsity:.1%} of all pairs; "
                     f"{cost.tokens:,.0f} tokens and {si(cost.flops)}FLOP per scene, "
                     f"{si(cost.flops * cfg.train.batch_size)}FLOP per step, {cost.attention_share:.0%} in attention"

@@ -13,7 +13,6 @@ A step of their grid takes it some ten milliseconds, so blocks are small, but no
 """
 
 import contextlib
-import dataclasses
 import math
 from unittest import mock
 
@@ -34,7 +33,7 @@ BACKENDS = ("reference", "xla", *(["pallas_gpu"] if device.is_hopper() else ["pa
 FAMILIES = [BACKENDS[:2], *([name] for name in BACKENDS[2:])]
 
 _FAST = {"xla_backend_optimization_level": 0}
-_SMALL = xla.Tiling(anchor_tile=8, anchor_block=8, routed_tile=8, routed_block=8)
+_SMALL = {"xla": xla.Xla(tiling=xla.XlaTiling(anchor_tile=8, anchor_block=8, routed_tile=8, routed_block=8))}
 _SMALL_TPU = tuning.Blocks(
     anchors=flash.Tiling(queries=32, keys=64, compute_queries=32, compute_keys=64, ahead=0),
     text=flash.Tiling(queries=16, keys=64, compute_queries=16, compute_keys=64, ahead=0),
@@ -48,23 +47,24 @@ _SMALL_TPU = tuning.Blocks(
 )
 
 
-def moc_attention(q, k, v, table, cfg, **options):
+def moc_attention(q, k, v, table, cfg, *, backend, **options):
     """`api.moc_attention` for any head size, and with TPU kernels interpreted."""
-    if cfg.backend != "pallas_gpu":
-        with _interpreted(cfg, q):
-            return api.moc_attention(q, k, v, table, cfg, **options)
-    return api.moc_attention(*_widened(q, k, v), table, cfg, **options)[..., : v.shape[-1]]
+    if backend != "pallas_gpu":
+        with _interpreted(backend, q):
+            return api.moc_attention(q, k, v, table, cfg, backend=backend, **options)
+    return api.moc_attention(*_widened(q, k, v), table, cfg, backend=backend, **options)[..., : v.shape[-1]]
 
 
-def route(q, k, table, cfg, **options):
+def route(q, k, table, cfg, *, backend, **options):
     """`api.route` for any head size, and with TPU kernels interpreted."""
-    with _interpreted(cfg, q):
-        return api.route(*(_widened(q, k) if cfg.backend == "pallas_gpu" else (q, k)), table, cfg, **options)
+    with _interpreted(backend, q):
+        q, k = _widened(q, k) if backend == "pallas_gpu" else (q, k)
+        return api.route(q, k, table, cfg, backend=backend, **options)
 
 
 @contextlib.contextmanager
-def _interpreted(cfg, q):
-    if cfg.backend != "pallas_tpu":
+def _interpreted(backend, q):
+    if backend != "pallas_tpu":
         yield
         return
     small = (
@@ -84,50 +84,45 @@ def _widened(q, *others):
     return tuple(jnp.pad(x, padding) for x in (q * jnp.asarray(scale, q.dtype), *others))
 
 
-_routing = jax.jit(route, static_argnames="cfg", compiler_options=_FAST)
+_routing = jax.jit(route, static_argnames=("cfg", "backend"), compiler_options=_FAST)
 
 
-def routing(q, k, table, cfg, *, key=None):
+def routing(q, k, table, cfg, *, key=None, backend="xla"):
     """The routes, from a program for the config or, of TPU kernels, for all that pick so many."""
-    if cfg.backend != "pallas_tpu":
-        return _routing(q, k, table, cfg, key=key)
+    if backend != "pallas_tpu":
+        return _routing(q, k, table, cfg, key=key, backend=backend)
     with pieces.apart():
-        return route(jnp.asarray(q), jnp.asarray(k), table, cfg, key=key)
+        return route(jnp.asarray(q), jnp.asarray(k), table, cfg, key=key, backend=backend)
 
 
-def outputs_and_gradients(q, k, v, table, cfg, dout, key=None):
+def outputs_and_gradients(q, k, v, table, cfg, dout, key=None, *, backend):
     """The output, and (dq, dk, dv) for the gradient `dout` of it."""
-    out, vjp = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg, key=key), q, k, v)
+    out, vjp = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg, key=key, backend=backend), q, k, v)
     return out, vjp(dout)
 
 
-@jax.jit(static_argnames="cfg", compiler_options=_FAST)
-def _attention_and_gradients(q, k, v, table, cfg, dout, key=None):
-    with mock.patch.object(xla, "default_tiling", return_value=_SMALL):
-        return outputs_and_gradients(q, k, v, table, cfg, dout, key)
+_outputs_and_gradients = jax.jit(outputs_and_gradients, static_argnames=("cfg", "backend"), compiler_options=_FAST)
 
 
-def attention_and_gradients(q, k, v, table, cfg, dout, key=None):
+def attention_and_gradients(q, k, v, table, cfg, dout, key=None, *, backend):
     """As `outputs_and_gradients`, compiled: as one program or, with TPU kernels, in pieces."""
-    if cfg.backend != "pallas_tpu":
-        return _attention_and_gradients(q, k, v, table, cfg, dout, key)
+    if backend != "pallas_tpu":
+        return _outputs_and_gradients(q, k, v, table, cfg, dout, key, backend=_SMALL.get(backend, backend))
     with pieces.apart():
-        return outputs_and_gradients(*map(jnp.asarray, (q, k, v)), table, cfg, jnp.asarray(dout), key)
+        arrays = map(jnp.asarray, (q, k, v))
+        return outputs_and_gradients(*arrays, table, cfg, jnp.asarray(dout), key, backend=backend)
 
 
-_attention = jax.jit(moc_attention, static_argnames="cfg")
+_attention = jax.jit(moc_attention, static_argnames=("cfg", "backend"))
 
 
-def attention(q, k, v, table, cfg, *, key=None, routes=None):
+def attention(q, k, v, table, cfg, *, key=None, routes=None, backend):
     """The output as numpy; from the program that also takes gradients, to compile only one."""
-    if cfg.backend == "pallas_tpu":
+    if backend == "pallas_tpu":
         with pieces.apart():
             routes = None if routes is None else jnp.asarray(routes)
-            return np.asarray(moc_attention(*map(jnp.asarray, (q, k, v)), table, cfg, key=key, routes=routes))
+            arrays = map(jnp.asarray, (q, k, v))
+            return np.asarray(moc_attention(*arrays, table, cfg, key=key, routes=routes, backend=backend))
     if routes is not None:
-        return np.asarray(_attention(q, k, v, table, cfg, routes=routes))
-    return np.asarray(attention_and_gradients(q, k, v, table, cfg, np.zeros_like(v), key)[0])
-
-
-def with_backend(cfg, backend):
-    return dataclasses.replace(cfg, backend=backend)
+        return np.asarray(_attention(q, k, v, table, cfg, routes=routes, backend=backend))
+    return np.asarray(attention_and_gradients(q, k, v, table, cfg, np.zeros_like(v), key, backend=backend)[0])

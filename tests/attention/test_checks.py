@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.attention import api
+from moc_jax.attention import api, reference
 from moc_jax.config import ChunkConfig, Config, MoCConfig
 from moc_jax.scene import ChunkTable, SceneLengths, SceneShape, chunk_table
 from tests.attention.scenes import HEAD_DIM, HEADS, TOKENS, cut, qkv, table_of
@@ -15,22 +15,14 @@ from tests.attention.scenes import HEAD_DIM, HEADS, TOKENS, cut, qkv, table_of
 # Chunks: 0 and 1 captions, 2 to 4 video of shot 0, 5 a caption, 6 video of shot 1; then padding.
 SCENES = [cut(1, (1, [4, 6, 3]), (2, [5]))] * 2
 TABLE = table_of(SCENES)
-CFG = MoCConfig(top_k=2, self_anchor="chunk", causal_routing=False, backend="xla")
+CFG = MoCConfig(top_k=2, self_anchor="chunk", causal_routing=False)
 Q, K, V = (jnp.asarray(x) for x in qkv(0, SCENES))
 VIDEO_TOKEN = 12
 ROUTES = np.full((2, HEADS, TOKENS, 2), -1)
 
 
-def call(q=Q, k=K, v=V, table=TABLE, cfg=CFG, **options):
-    return api.moc_attention(q, k, v, table, cfg, **options)
-
-
-def unchecked(cfg, **changes):
-    """As if the config had never been checked."""
-    cfg = dataclasses.replace(cfg)
-    for name, value in changes.items():
-        object.__setattr__(cfg, name, value)
-    return cfg
+def call(q=Q, k=K, v=V, table=TABLE, cfg=CFG, backend="xla", **options):
+    return api.moc_attention(q, k, v, table, cfg, backend=backend, **options)
 
 
 def table_with(**changes):
@@ -53,13 +45,10 @@ def routes_with(*picks, token=VIDEO_TOKEN):
         (dict(k=K.astype(jnp.int32)), TypeError, "k is int32; .*float32, bfloat16, float16"),
         (dict(q=np.asarray(Q, np.float64)), TypeError, "q is float64; .*float32, bfloat16, float16"),
         (dict(q=Q[0]), ValueError, rf"q has shape \({TOKENS}, {HEADS}, {HEAD_DIM}\); it must be \[B, N, H, D\]"),
-        (dict(v=V[..., :8]), ValueError, r"v has shape \(.*8\) and q \(.*16\); they must be equal"),
+        (dict(v=V[..., :8]), ValueError, r"v has shape \(.*8\) and k \(.*16\); they must be equal"),
         (dict(cfg=Config()), TypeError, "cfg is a Config; give a MoCConfig"),
-        (
-            dict(cfg=unchecked(CFG, backend="cudnn")),
-            ValueError,
-            "backend is 'cudnn'; choose one of auto, reference, xla",
-        ),
+        (dict(backend="cudnn"), ValueError, "backend is 'cudnn'; choose one of auto, reference, xla"),
+        (dict(backend=reference), TypeError, "backend is a module; give a name or one of Reference"),
         (dict(table=None), TypeError, "table is a NoneType; make a ChunkTable with"),
         (dict(table=dataclasses.replace(TABLE, kind=[[1]])), TypeError, "table.kind is a list"),
         (
@@ -108,9 +97,8 @@ def test_what_does_not_fit_is_refused(given, error, message):
 def test_numpy_arrays_are_arrays():
     numpy = [np.asarray(x) for x in (Q, K, V)]
     table = ChunkTable(*(np.asarray(x, np.int64) for x in jax.tree.leaves(TABLE)), *_static(TABLE))
-    cfg = dataclasses.replace(CFG, backend="reference")
-    routes = np.asarray(api.route(*numpy[:2], table, cfg), np.int64)
-    np.testing.assert_array_equal(call(*numpy, table, cfg, routes=routes), call(cfg=cfg))
+    routes = np.asarray(api.route(*numpy[:2], table, CFG, backend="reference"), np.int64)
+    np.testing.assert_array_equal(call(*numpy, table, routes=routes, backend="reference"), call(backend="reference"))
 
 
 def _static(table):

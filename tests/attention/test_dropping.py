@@ -9,7 +9,7 @@ import pytest
 from moc_jax.config import MoCConfig
 from moc_jax.scene import VIDEO
 from tests.attention import oracle
-from tests.attention.compiled import BACKENDS, attention_and_gradients, routing, with_backend
+from tests.attention.compiled import BACKENDS, attention_and_gradients, routing
 from tests.attention.configs import EVERY, MULTI_SHOT, SINGLE_SHOT, name
 from tests.attention.scenes import HEADS, PAIR, TOKENS, cut, qkv, table_of
 from tests.attention.tolerances import GRADIENT, assert_close
@@ -41,7 +41,7 @@ def test_without_a_key_nothing_is_dropped(backend):
     q, k, _ = qkv(0, PAIR, backend=backend)
     for cfg in (MULTI_SHOT, SINGLE_SHOT):
         off = dataclasses.replace(cfg, drop_off_max=0.0, drop_in_rate=0.0, max_drop_in=0)
-        routes = [routing(q, k, table_of(PAIR), with_backend(c, backend)) for c in (cfg, off)]
+        routes = [routing(q, k, table_of(PAIR), c, backend=backend) for c in (cfg, off)]
         np.testing.assert_array_equal(*routes)
         assert routes[0].shape[-1] == cfg.top_k
 
@@ -52,7 +52,7 @@ def test_rules_of_candidates_are_kept(cfg):
     cfg = dataclasses.replace(cfg, top_k=3, drop_off_max=0.9, drop_in_rate=1.5)
     q, k, v = qkv(0, PAIR, backend=BACKENDS[-1])  # what all of them know
     table, key = table_of(PAIR), jax.random.key(3)
-    routes = [np.asarray(routing(q, k, table, with_backend(cfg, backend), key=key)) for backend in BACKENDS]
+    routes = [np.asarray(routing(q, k, table, cfg, key=key, backend=backend)) for backend in BACKENDS]
     for other in routes[1:]:
         np.testing.assert_array_equal(other, routes[0])
     plain = oracle.moc(q, k, v, PAIR, cfg).routes
@@ -73,13 +73,13 @@ def test_rules_of_candidates_are_kept(cfg):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_follows_the_drawn_routes(backend):
     """Outputs and gradients are those of the anchors, all of them, and of the drawn picks, no others."""
-    cfg, key = dataclasses.replace(SINGLE_SHOT, top_k=4, drop_off_max=0.9, backend=backend), jax.random.key(5)
+    cfg, key = dataclasses.replace(SINGLE_SHOT, top_k=4, drop_off_max=0.9), jax.random.key(5)
     q, k, v = qkv(0, PAIR, backend=backend)
     table = table_of(PAIR)
-    routes = np.asarray(routing(q, k, table, cfg, key=key))
-    assert (routes[..., : cfg.top_k] != np.asarray(routing(q, k, table, cfg))).any()
+    routes = np.asarray(routing(q, k, table, cfg, key=key, backend=backend))
+    assert (routes[..., : cfg.top_k] != np.asarray(routing(q, k, table, cfg, backend=backend))).any()
     want = oracle.moc(q, k, v, PAIR, cfg, routes)
-    out, grads = attention_and_gradients(q, k, v, table, cfg, np.ones_like(v), key)
+    out, grads = attention_and_gradients(q, k, v, table, cfg, np.ones_like(v), key, backend=backend)
     assert_close(out, want.out, "output")
     for got, expected, which in zip(
         grads, oracle.moc_gradients(q, k, v, want.mask, np.ones_like(v)), ("dq", "dk", "dv")
@@ -102,7 +102,7 @@ def test_drop_off_removes_floor_p_k():
 
 
 def test_drop_off_counts_the_picks_that_a_query_holds():
-    """With causal routing the n-th chunk's queries hold n, up to the five slots: floor(p n) of them are dropped."""
+    """With causal routing the n-th chunk's queries hold n, up to five: floor(p n) of them are dropped."""
     cfg = dataclasses.replace(CFG, causal_routing=True, drop_off_max=0.5, max_drop_in=0)
     before, after = picks(cfg)
     held, kept = ((x >= 0).sum(axis=-1) for x in (before, after))
@@ -113,7 +113,7 @@ def test_drop_off_counts_the_picks_that_a_query_holds():
         np.testing.assert_allclose(got, shares, atol=4 * 0.5 / np.sqrt(dropped.size), err_msg=f"{count} held")
 
 
-def test_drop_in_is_poisson_cut_at_its_slots():
+def test_drop_in_is_poisson_cut_at_its_most():
     before, after = picks(dataclasses.replace(CFG, drop_off_max=0.0, drop_in_rate=0.5, max_drop_in=2))
     assert contains(after, before).all()
     new = (after >= 0) & ~contains(before, after)
@@ -128,7 +128,7 @@ def test_drop_in_is_poisson_cut_at_its_slots():
 
 
 def test_drop_in_takes_what_is_left():
-    """Fewer candidates than slots: all of them are added, and no more."""
+    """Fewer candidates than are drawn: all of them are added, and no more."""
     before, after = picks(dataclasses.replace(CFG, top_k=10, drop_off_max=0.0, drop_in_rate=50.0, max_drop_in=3))
     assert ((after >= 0).sum(axis=-1) == 11).all()
     assert contains(after, before).all()
@@ -147,7 +147,7 @@ def test_draws_are_independent_and_repeatable():
 
 
 def test_settings_beyond_the_chunks_cost_no_more_than_all_of_them():
-    """A million picks or drop-ins: as many slots as chunks, rounded up, and the picks of a setting that takes all."""
+    """A million picks or drop-ins: as wide as there are chunks, rounded up, with the picks that take all chunks."""
     q, k, _ = qkv(0, UNIFORM)
     table, key = table_of(UNIFORM), jax.random.key(0)
     all_chunks = dataclasses.replace(CFG, top_k=20, drop_off_max=0.7, drop_in_rate=2.0, max_drop_in=20)

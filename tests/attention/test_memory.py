@@ -19,11 +19,11 @@ def program(tokens, cfg, backend):
     """Output and gradients over shots of 256 tokens in chunks of 32, as a traced program, not run."""
     scene = cut(0, *[(0, [CHUNK] * (SHOT // CHUNK))] * (tokens // SHOT), text_tokens=0)
     table = table_of([scene], text_tokens=0, tokens=tokens, chunks=len(scene), max_chunk=CHUNK)
-    cfg = MoCConfig(mode=cfg.mode, top_k=3, self_anchor=cfg.self_anchor, causal_routing=False, backend=backend)
+    cfg = MoCConfig(mode=cfg.mode, top_k=3, self_anchor=cfg.self_anchor, causal_routing=False)
 
     @jax.jit
     def run(q, k, v, table):
-        out, vjp = jax.vjp(lambda *x: moc_attention(*x, table, cfg), q, k, v)
+        out, vjp = jax.vjp(lambda *x: moc_attention(*x, table, cfg, backend=backend), q, k, v)
         return out, vjp(out)
 
     x = jax.ShapeDtypeStruct((1, tokens, HEADS, DIM), jnp.float32)
@@ -73,13 +73,11 @@ def test_picks_beyond_the_chunks_cost_no_more_than_all_of_them(backend):
     x = jax.ShapeDtypeStruct((1, 192, 1, 64), jnp.bfloat16)
 
     def largest(top_k):
-        cfg = MoCConfig(
-            top_k=top_k, max_drop_in=min(top_k, 1024), self_anchor="chunk", causal_routing=False, backend=backend
-        )
+        cfg = MoCConfig(top_k=top_k, max_drop_in=min(top_k, 1024), self_anchor="chunk", causal_routing=False)
 
         def run(q, k, v):
-            routes = route(q, k, table, cfg, key=jax.random.key(0))
-            out, vjp = jax.vjp(lambda *x: moc_attention(*x, table, cfg, routes=routes), q, k, v)
+            routes = route(q, k, table, cfg, key=jax.random.key(0), backend=backend)
+            out, vjp = jax.vjp(lambda *x: moc_attention(*x, table, cfg, routes=routes, backend=backend), q, k, v)
             return routes, vjp(out)
 
         with tpu.compiled_for("v5p"), gpu.lowered_only():

@@ -45,10 +45,13 @@ def naive_moba(q, k, v, chunk, top_k, *, token_causal):
 @pytest.mark.slow_interpreted(1)
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_moba_is_a_special_case(backend, top_k):
-    cfg = MoCConfig(top_k=top_k - 1, self_anchor="chunk", backend=backend)
+    cfg = MoCConfig(top_k=top_k - 1, self_anchor="chunk")
     q, k, v = qkv(0, [SCENE], shape=(VIDEO_TOKENS, HEADS, HEAD_DIM), backend=backend)
     table = table_of([SCENE], **TABLE)
-    routes, out = np.asarray(routing(q, k, table, cfg)), attention(q, k, v, table, cfg)
+    routes, out = (
+        np.asarray(routing(q, k, table, cfg, backend=backend)),
+        attention(q, k, v, table, cfg, backend=backend),
+    )
 
     causal, chosen = naive_moba(q[0], k[0], v[0], CHUNK, top_k, token_causal=True)
     last = np.arange(CHUNK - 1, VIDEO_TOKENS, CHUNK)

@@ -15,7 +15,6 @@ from tests.attention.compiled import (
     attention_and_gradients,
     outputs_and_gradients,
     routing,
-    with_backend,
 )
 from tests.attention.configs import COVERING, DENSE, EVERY, MULTI_SHOT, NO_ANCHORS, PAST, SINGLE_SHOT, WINDOW, name
 from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, PAIR, cut, qkv, random_scenes, table_of
@@ -28,8 +27,7 @@ def check(cfg, scenes, kind, seed, backends):
     dout = np.random.default_rng(seed + 1).standard_normal(v.shape).astype(v.dtype)
     table, routes = table_of(scenes), None
     for backend in backends:
-        backend_cfg = with_backend(cfg, backend)
-        before, routes = routes, np.asarray(routing(q, k, table, backend_cfg))
+        before, routes = routes, np.asarray(routing(q, k, table, cfg, backend=backend))
         assert routes.shape[-1] == (cfg.top_k if cfg.mode == "moc" else 0)
         ties = [
             oracle.near_ties(routes[b], q[b], k[b], scene, cfg) for b, scene in enumerate(scenes) if cfg.mode == "moc"
@@ -38,7 +36,7 @@ def check(cfg, scenes, kind, seed, backends):
         if not np.array_equal(before, routes):
             want = oracle.moc(q, k, v, scenes, cfg, routes)
             want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
-        out, grads = attention_and_gradients(q, k, v, table, backend_cfg, dout)
+        out, grads = attention_and_gradients(q, k, v, table, cfg, dout, backend=backend)
         scale = HUGE if kind == "huge queries" else 1
         # Weights in bfloat16 are off by a share of themselves, so outputs by that share of the values.
         spread = 1 if v.dtype == np.float32 else max(1, np.abs(v).max().astype(float) / max(1, np.abs(want.out).max()))
@@ -79,7 +77,7 @@ def test_random_scenes_interpreted(backends, cfg, scenes, kind, seed):
 def test_routes_under_every_config(cfg):
     q, k, _ = qkv(5, PAIR)
     table = table_of(PAIR)
-    routes = np.asarray(routing(q, k, table, with_backend(cfg, "xla")))
+    routes = np.asarray(routing(q, k, table, cfg, backend="xla"))
     np.testing.assert_array_equal(routes, [oracle.route(q[b], k[b], scene, cfg) for b, scene in enumerate(PAIR)])
     text_or_padding = np.asarray(table.token_kind) != VIDEO
     assert (routes.swapaxes(1, 2)[text_or_padding] == -1).all()
@@ -101,12 +99,13 @@ def test_large_scenes(backend, cfg):
     table = table_of(LARGE, text_tokens=180, tokens=tokens, max_chunk=300)
     q, k, v = qkv(0, LARGE, shape=(tokens, 1, HEAD_DIM), backend=backend)
     dout = qkv(1, LARGE, shape=(tokens, 1, HEAD_DIM), backend=backend)[0]
-    cfg = with_backend(cfg, backend)
-    routes = np.asarray(routing(q, k, table, cfg))
+    routes = np.asarray(routing(q, k, table, cfg, backend=backend))
     if cfg.mode == "moc":
         assert sum(oracle.near_ties(routes[b], q[b], k[b], scene, cfg) for b, scene in enumerate(LARGE)) <= 1
     want = oracle.moc(q, k, v, LARGE, cfg, routes)
-    out, grads = jax.jit(outputs_and_gradients, static_argnames="cfg")(q, k, v, table, cfg, dout)
+    out, grads = jax.jit(outputs_and_gradients, static_argnames=("cfg", "backend"))(
+        q, k, v, table, cfg, dout, backend=backend
+    )
     assert_close(out, want.out, "output", table=OUTPUT)
     want_grads = oracle.moc_gradients(q, k, v, want.mask, dout)
     for grad, want_grad, which in zip(grads, want_grads, ("dq", "dk", "dv")):

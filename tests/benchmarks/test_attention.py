@@ -14,7 +14,6 @@ from benchmarks.settings import SETTINGS
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import route
 from moc_jax.config import ChunkConfig, MoCConfig
-from tests.attention.compiled import with_backend
 
 HEADS, DIM, SHRINK = 2, 8, 450
 SMALL = ["--shrink", str(SHRINK), "--heads", str(HEADS), "--head-dim", str(DIM), "--repeats", "2", "--backend", "xla"]
@@ -106,7 +105,7 @@ def test_correlated_routes_are_alike(entries):
         q, k, v, d_out = make_inputs(kind, tokens, 1, 32)
         for x in (q, k, v, d_out):
             assert np.asarray(x, np.float32).std() == pytest.approx(1, abs=0.2)
-        routes = jax.jit(route, static_argnames="cfg")(q, k, table, with_backend(setting.moc, "xla"))
+        routes = jax.jit(route, static_argnames=("cfg", "backend"))(q, k, table, setting.moc, backend="xla")
         ratios[kind] = union_ratio(routes, 0)
     chunks, k = 24, 3
     assert ratios["random"] == pytest.approx(chunks / k, rel=0.02)  # 128 random queries pick all chunks

@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 from benchmarks import model
+from moc_jax.attention.api import RoutedAttention
 from moc_jax.config import ChunkConfig, MoCConfig, ModelConfig
 from moc_jax.models.mmdit import MMDiT
 from moc_jax.models.presets import parameter_count
 
 TINY = ModelConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32")
-MOC = MoCConfig(chunk=ChunkConfig(size=8), top_k=1, backend="xla")
+MOC = MoCConfig(chunk=ChunkConfig(size=8), top_k=1)
 ARGUMENTS = model.Arguments(model=TINY, moc=MOC, shots=3, frames=2, rows=8, columns=8, caption=2)
 
 
@@ -22,7 +23,7 @@ ARGUMENTS = model.Arguments(model=TINY, moc=MOC, shots=3, frames=2, rows=8, colu
 def test_both_steps_are_stored(tmp_path):
     size = ["--shots", "2", "--frames", "2", "--rows", "4", "--columns", "4", "--caption", "2", "--repeats", "1"]
     network = ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--model.text-dim", "8"]
-    model.run([*size, *network, "--moc.chunk.size", "4", "--moc.backend", "xla", "--out", str(tmp_path)])
+    model.run([*size, *network, "--moc.chunk.size", "4", "--attention.backend", "xla", "--out", str(tmp_path)])
     (file,) = tmp_path.glob("model-*.json")
     denoising, entry = json.loads(file.read_text())["entries"].values()
     assert entry["tokens"] == denoising["tokens"] == 2 * 2 * 2 * 2 + 3 * 2
@@ -42,14 +43,15 @@ def test_the_baseline_is_the_same_model_dense():
     weights = jax.tree.map(lambda x: 0.3 * random.standard_normal(x.shape).astype(x.dtype), weights)
     t = jnp.full(scene.lengths.shot_frames.shape, 0.5)
 
-    def velocity(name, moc):
-        with model.attention_of(name):
-            network = nnx.merge(graph, weights)
-            return np.asarray(jax.jit(lambda z: network(z, scene.text, t, scene.lengths, moc))(scene.video))
+    def velocity(attention, moc):
+        network = nnx.merge(graph, weights)
+        run = jax.jit(lambda z: network(z, scene.text, t, scene.lengths, moc, attention=attention))
+        return np.asarray(run(scene.video))
 
-    ours = velocity("moc", MoCConfig(mode="dense", backend="xla"))
-    np.testing.assert_allclose(velocity("dense", MOC), ours, rtol=2e-3, atol=2e-4)
-    assert np.abs(velocity("moc", MOC) - ours).max() > 1e-2
+    routed = RoutedAttention(backend="xla")
+    ours = velocity(routed, MoCConfig(mode="dense"))
+    np.testing.assert_allclose(velocity(model.dense, MOC), ours, rtol=2e-3, atol=2e-4)
+    assert np.abs(velocity(routed, MOC) - ours).max() > 1e-2
 
 
 def test_the_size_is_wans():

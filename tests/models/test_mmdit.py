@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moc_jax.attention.api import RoutedAttention
 from moc_jax.config import ChunkConfig, ConfigError, MoCConfig, ModelConfig
 from moc_jax.models.mmdit import MMDiT
 from moc_jax.models.presets import PRESETS, matrix_flops, parameter_count
@@ -30,14 +31,17 @@ def _model(cfg=CFG):
 GRAPH, WEIGHTS = _model()
 
 
-@jax.jit(static_argnames=("moc", "with_routes"))
-def _model_of(weights, video, text, t, lengths, moc, key=None, with_routes=True):
-    return nnx.merge(GRAPH, weights)(video, text, t, lengths, moc, key=key, with_routes=with_routes)
+@jax.jit(static_argnames=("moc", "with_routes", "backend"))
+def _model_of(weights, video, text, t, lengths, moc, key=None, with_routes=True, backend="auto"):
+    attention = RoutedAttention(backend=backend)
+    return nnx.merge(GRAPH, weights)(
+        video, text, t, lengths, moc, key=key, attention=attention, with_routes=with_routes
+    )
 
 
-def _run(video, text, t, lengths, moc=MOC, key=None):
+def _run(video, text, t, lengths, moc=MOC, key=None, **options):
     """The velocity, from the program that also gives routes: compiling is what takes these tests their time."""
-    return _model_of(WEIGHTS, video, text, t, lengths, moc, key)[0]
+    return _model_of(WEIGHTS, video, text, t, lengths, moc, key, **options)[0]
 
 
 def _inputs(frames=10, seed=0):
@@ -123,9 +127,8 @@ def test_dense_attention_is_a_switch_on_the_same_weights():
 @pytest.mark.parametrize("mode", ["moc", "dense"])
 def test_the_backends_agree_through_the_whole_model(mode):
     video, text, t = _inputs()
-    out = [
-        _run(video, text, t, _lengths(), dataclasses.replace(MOC, mode=mode, backend=b)) for b in ("xla", "reference")
-    ]
+    moc = dataclasses.replace(MOC, mode=mode)
+    out = [_run(video, text, t, _lengths(), moc, backend=backend) for backend in ("xla", "reference")]
     for b, used in enumerate((9, 7)):
         np.testing.assert_allclose(out[0][b, :used], out[1][b, :used], atol=5e-5)
 

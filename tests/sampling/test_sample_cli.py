@@ -15,7 +15,7 @@ from PIL import Image
 import sample
 from moc_jax.checkpoint import CheckpointError, Checkpoints
 from moc_jax.cli import clean_exit
-from moc_jax.config import CodecConfig, ConfigError
+from moc_jax.config import AttentionConfig, CodecConfig, ConfigError
 from moc_jax.data import codec_of, prepare
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.storyboard import StoryboardError
@@ -124,8 +124,10 @@ def test_every_setting_takes_its_place():
         shift=2.0,
         order="shots",
         history_noise=0.1,
+        attention=AttentionConfig(backend="xla"),
     )
     config = sample.configure(CONFIG, 1, args)
+    assert config.attention.backend == "xla"
     assert (config.moc.mode, config.moc.top_k, config.moc.chunk.size, config.moc.chunk.unit) == (
         "dense",
         2,
@@ -136,7 +138,8 @@ def test_every_setting_takes_its_place():
         CONFIG.sample, solver="dpm++", steps=7, guidance=3.0, shift=2.0, order="shots", history_noise=0.1
     )
     plain = sample.Arguments(checkpoint="run", storyboard=(), out="x.mp4")
-    assert sample.configure(CONFIG, 1, plain) == CONFIG
+    assert CONFIG.attention.backend == "reference"  # where it was trained; here, what suits this machine
+    assert sample.configure(CONFIG, 1, plain) == dataclasses.replace(CONFIG, attention=AttentionConfig())
 
 
 def test_help_explains_each_setting(capsys):

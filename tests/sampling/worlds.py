@@ -9,6 +9,7 @@ from flax import nnx
 
 from moc_jax.codecs import fit_codec
 from moc_jax.config import (
+    AttentionConfig,
     BucketConfig,
     ChunkConfig,
     CodecConfig,
@@ -24,7 +25,8 @@ from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.storyboard import parse_storyboard
 
 CONFIG = Config(
-    moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=1), top_k=1, backend="reference"),
+    moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=1), top_k=1),
+    attention=AttentionConfig(backend="reference"),
     model=ModelConfig(dim=32, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none"),
     codec=CodecConfig(channels=4),
     text=TextConfig(dim=8, max_tokens=12),

@@ -23,8 +23,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moc_jax.attention import routing
 from moc_jax.attention.heads import Heads, head_groups
-from moc_jax.attention.pallas_gpu import device, flash, flash_backward
+from moc_jax.attention.layout import Queries
+from moc_jax.attention.pallas_gpu import device, flash, flash_backward, router
+from moc_jax.attention.pallas_gpu.device import Hopper
 from moc_jax.attention.pallas_gpu.plan import Plan, pick_tiles, plan, reader_tiles
 from moc_jax.attention.pallas_gpu.tiles import ALIGN, TILE, Tuning
 from moc_jax.attention.schedule import Schedule, group_by_chunk, tile_capacity
@@ -45,14 +48,55 @@ class _Static(NamedTuple):
     interpret: object
 
 
+def select(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B N H D"],
+    queries: Queries,
+    table: ChunkTable,
+    cfg: MoCConfig,
+    backend: Hopper,
+) -> Int[Array, "B H Q K"]:
+    """The best candidates of every query, best first.
+
+    Raises:
+        NotImplementedError: the device, the type, D or `top_k` is none that the kernels can do.
+    """
+    device.check(q, k, k)
+    return router.select(q, routing.descriptors(k, table), table, cfg, interpret=device.interpreter())
+
+
+def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper):
+    """Output and natural log-sum-exp of the anchors alone."""
+    raise NotImplementedError("parts by these kernels")
+
+
+def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper):
+    """Output and natural log-sum-exp of the picks alone."""
+    raise NotImplementedError("parts by these kernels")
+
+
+def anchor_gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper):
+    """Gradients of the anchors' part."""
+    raise NotImplementedError("parts by these kernels")
+
+
+def pick_gradients(
+    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
+):
+    """Gradients of the picks' part."""
+    raise NotImplementedError("parts by these kernels")
+
+
 @typed
 def attend(
     q: Float[Array, "B N H D"],
     k: Float[Array, "B N H D"],
     v: Float[Array, "B N H D"],
     routes: Int[Array, "B H N K"],
+    queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
+    backend: Hopper,
 ) -> Float[Array, "B N H D"]:
     """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0.
 

@@ -2,11 +2,21 @@
 
 import contextlib
 import contextvars
+import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from moc_jax.shapes import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hopper:
+    """Kernels for Hopper GPUs."""
+
+    name: ClassVar[str] = "pallas_gpu"
+
 
 HEAD_DIMS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)

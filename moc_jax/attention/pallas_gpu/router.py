@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moc_jax.attention.routing import candidate_runs, pickable_chunks, slots, with_slots
+from moc_jax.attention.routing import candidate_runs, pickable_chunks, widened, width
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int, typed
@@ -123,7 +123,7 @@ def select(
         interpret=interpret,
     )(q, _parts(phi, table, tiling, q.dtype), runs, used)
     picks = jnp.swapaxes(picks, 2, 3)[:, :, :tokens]
-    return with_slots(picks, slots(cfg.top_k, phi.shape[2]))
+    return widened(picks, width(cfg.top_k, phi.shape[2]))
 
 
 def _check(q, chunks: int, cfg):

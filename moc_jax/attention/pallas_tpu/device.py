@@ -2,12 +2,22 @@
 
 import contextlib
 import contextvars
+import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.shapes import Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tpu:
+    """Kernels for TPUs."""
+
+    name: ClassVar[str] = "pallas_tpu"
+
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 LANES = 128  # of a vector register, and the width of the smallest tile of memory

@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention import routing
+from moc_jax.attention.layout import queries_of
 from moc_jax.attention.pallas_tpu import device
 from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.routing import candidate_runs, pickable_chunks
@@ -109,10 +110,10 @@ def select(
     _check(q)
     top_k = min(cfg.top_k, phi.shape[2])
     if top_k > _MOST_PICKS:
-        return routing.select(q, phi, table, cfg, block=_XLA_BLOCK)
+        return routing.select(q, phi, queries_of(table), table, cfg, block=_XLA_BLOCK)
     if top_k < cfg.top_k:
         few = select(q, phi, table, dataclasses.replace(cfg, top_k=top_k), tiling=tiling, interpret=interpret)
-        return routing.with_slots(few, routing.slots(cfg.top_k, phi.shape[2]))
+        return routing.widened(few, routing.width(cfg.top_k, phi.shape[2]))
     batch, tokens, heads, _ = q.shape
     if cfg.top_k == 0 or tokens == 0:
         return jnp.full((batch, heads, tokens, cfg.top_k), _NOTHING, jnp.int32)

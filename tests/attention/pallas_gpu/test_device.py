@@ -1,14 +1,13 @@
 """No fallback hides: programs for Hopper hold the kernels, and where those can't run the reason is said."""
 
 import collections
-import dataclasses
 import logging
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from moc_jax.attention import api
+from moc_jax.attention import api, backends
 from moc_jax.attention.pallas_gpu import device
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
@@ -37,16 +36,16 @@ def shape(*dims, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def trace(function, cfg, tokens, chunks, head_dim, dtype=jnp.bfloat16):
+def trace(function, cfg, tokens, chunks, head_dim, dtype=jnp.bfloat16, backend="pallas_gpu"):
     """function(q, k, v, table) for 12 heads and a scene of that size, traced for a Hopper GPU."""
     table = ChunkTable(*[shape(1, chunks)] * 4, shape(1, tokens), 512, 1280)
     x = shape(1, tokens, 12, head_dim, dtype=dtype)
     with device.lowered_only():
-        return jax.jit(lambda q, k, v, table: function(q, k, v, table, cfg)).trace(x, x, x, table)
+        return jax.jit(lambda q, k, v, table: function(q, k, v, table, cfg, backend=backend)).trace(x, x, x, table)
 
 
-def gradients(q, k, v, table, cfg):
-    out, vjp = jax.vjp(lambda *x: api.moc_attention(*x, table, cfg), q, k, v)
+def gradients(q, k, v, table, cfg, backend):
+    out, vjp = jax.vjp(lambda *x: api.moc_attention(*x, table, cfg, backend=backend), q, k, v)
     return vjp(out)
 
 
@@ -70,7 +69,6 @@ WITH_PICKS, WITHOUT = {"moc_router": 1, "moc_forward": 2}, {"moc_forward": 1}
     ids=["180k tokens", "1.44M tokens", "chunk", "window", "dense", "no picks"],
 )
 def test_programs_for_hopper_hold_the_kernels(cfg, sizes, forward):
-    cfg = dataclasses.replace(cfg, backend="pallas_gpu")
     assert kernels(trace(api.moc_attention, cfg, *sizes).jaxpr.jaxpr) == forward
     calls = forward["moc_forward"]
     both = forward | {"moc_query_gradients": calls, "moc_key_gradients": calls}
@@ -82,14 +80,14 @@ def test_programs_for_hopper_hold_the_kernels(cfg, sizes, forward):
 
 @off_gpu
 def test_the_count_sees_programs_without_kernels():
-    assert not kernels(trace(gradients, MoCConfig(backend="xla"), 33_272, 22, 64).jaxpr.jaxpr)
+    assert not kernels(trace(gradients, MoCConfig(), 33_272, 22, 64, backend="xla").jaxpr.jaxpr)
 
 
 @off_gpu
 def test_off_hopper_it_is_refused():
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR, shape=(64, 2, 64), dtype=jnp.bfloat16))
-    cfg = dataclasses.replace(MULTI_SHOT, backend="pallas_gpu")
-    for run in (lambda: api.moc_attention(q, k, v, table_of(PAIR), cfg), lambda: api.route(q, k, table_of(PAIR), cfg)):
+    given = dict(table=table_of(PAIR), cfg=MULTI_SHOT, backend="pallas_gpu")
+    for run in (lambda: api.moc_attention(q, k, v, **given), lambda: api.route(q, k, **given)):
         with pytest.raises(NotImplementedError, match=r'Hopper GPU.*not cpu.*backend="auto" or "xla"'):
             run()
 
@@ -104,7 +102,7 @@ def test_off_hopper_it_is_refused():
     ],
 )
 def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message, top_k):
-    cfg = MoCConfig(top_k=top_k, backend="pallas_gpu")
+    cfg = MoCConfig(top_k=top_k)
     with pytest.raises(NotImplementedError, match=message):
         trace(api.moc_attention, cfg, 6_304, 28, head_dim, dtype)
 
@@ -112,18 +110,18 @@ def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message, top_k
 def test_types_must_agree():
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR, shape=(64, 2, 64), dtype=jnp.bfloat16))
     with device.lowered_only(), pytest.raises(NotImplementedError, match="v float16"):
-        api.moc_attention(q, k, v.astype(jnp.float16), table_of(PAIR), MoCConfig(top_k=0, backend="pallas_gpu"))
+        api.moc_attention(q, k, v.astype(jnp.float16), table_of(PAIR), MoCConfig(top_k=0), backend="pallas_gpu")
 
 
 @off_gpu
 def test_auto_says_once_that_it_is_xla(caplog):
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
-    cfg = dataclasses.replace(MULTI_SHOT, backend="auto")
-    assert api.backend_name(cfg) == api.backend_name(cfg, q) == "xla"
-    api._say_which.cache_clear()
-    with caplog.at_level(logging.INFO, logger=api.__name__):
+    cfg = MULTI_SHOT
+    assert backends.resolve("auto", cfg) == backends.resolve("auto", cfg, q) == backends.Xla()
+    backends._say_which.cache_clear()
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
         for _ in range(2):
             api.moc_attention(q, k, v, table_of(PAIR), cfg)
-    said = [record.getMessage() for record in caplog.records if record.name == api.__name__]
+    said = [record.getMessage() for record in caplog.records if record.name == backends.__name__]
     kind = f"float32, head dimension 16, top_k {cfg.top_k} on cpu"
     assert said == [f"attention by plain XLA: there are no kernels for {kind}"]

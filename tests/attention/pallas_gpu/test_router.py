@@ -12,6 +12,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moc_jax.attention import routing
+from moc_jax.attention.layout import queries_of
 from moc_jax.attention.pallas_gpu import device, router
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
@@ -36,7 +37,7 @@ def check(q, phi, table, cfg):
     """Exact equality: no near-ties in these inputs, or scores that are exact."""
     interpret = None if device.is_hopper() else plgpu.InterpretGPUParams()
     got = np.asarray(router.select(q, phi, table, cfg, interpret=interpret))
-    want = np.asarray(routing.select(q, phi, table, cfg))
+    want = np.asarray(routing.select(q, phi, queries_of(table), table, cfg))
     np.testing.assert_array_equal(got, want)
     assert (want >= 0).any()
     return got

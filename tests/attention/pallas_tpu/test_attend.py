@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.attention import api
+from moc_jax.attention import api, backends
 from moc_jax.attention.pallas_tpu import device
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from tests.attention import oracle
-from tests.attention.compiled import attention_and_gradients, outputs_and_gradients, route, with_backend
+from tests.attention.compiled import attention_and_gradients, outputs_and_gradients, route
 from tests.attention.configs import DENSE, MULTI_SHOT, NO_ANCHORS, name
 from tests.attention.scenes import HEADS, PAIR, TOKENS, cut, qkv, table_of
 from tests.attention.tolerances import GRADIENT, assert_close
@@ -46,15 +46,15 @@ def shape(*dims, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def trace(function, cfg, dtype=jnp.bfloat16, tokens=4608, chunks=16, head_dim=128, scenes=(1,)):
+def trace(function, cfg, dtype=jnp.bfloat16, tokens=4608, chunks=16, head_dim=128, scenes=(1,), backend="pallas_tpu"):
     q = shape(*scenes, tokens, 2, head_dim, dtype=dtype)
     table = ChunkTable(*[shape(*scenes, chunks)] * 4, shape(*scenes, tokens), 512, 512, 4)
     with device.compiled_for("v5p"):
-        return jax.make_jaxpr(functools.partial(function, cfg=cfg))(q, q, q, table).jaxpr
+        return jax.make_jaxpr(functools.partial(function, cfg=cfg, backend=backend))(q, q, q, table).jaxpr
 
 
-def gradients(q, k, v, table, cfg):
-    out, vjp = jax.vjp(lambda q, k, v: api.moc_attention(q, k, v, table, cfg), q, k, v)
+def gradients(q, k, v, table, cfg, backend):
+    out, vjp = jax.vjp(lambda q, k, v: api.moc_attention(q, k, v, table, cfg, backend=backend), q, k, v)
     return vjp(out)
 
 
@@ -69,16 +69,15 @@ def gradients(q, k, v, table, cfg):
     ids=lambda x: name(x) if isinstance(x, MoCConfig) else "",
 )
 def test_programs_for_tpus_hold_the_kernels(cfg, forward, backward, backend):
-    cfg = with_backend(cfg, backend)
-    assert kernels(trace(api.moc_attention, cfg)) == forward
-    assert kernels(trace(gradients, cfg)) == forward + backward
+    assert kernels(trace(api.moc_attention, cfg, backend=backend)) == forward
+    assert kernels(trace(gradients, cfg, backend=backend)) == forward + backward
 
 
 def test_vmap_calls_each_kernel_once():
     """With more scenes, not scene by scene."""
-    cfg = MoCConfig(top_k=3, backend="pallas_tpu")
+    cfg = MoCConfig(top_k=3)
     one = trace(gradients, cfg)
-    more = trace(lambda *x, cfg: jax.vmap(functools.partial(gradients, cfg=cfg))(*x), cfg, scenes=(3, 1))
+    more = trace(lambda *x, **given: jax.vmap(functools.partial(gradients, **given))(*x), cfg, scenes=(3, 1))
     assert kernels(more) == kernels(one)
     assert "while" not in {equation.primitive.name for equation in more.eqns}
 
@@ -93,7 +92,7 @@ def test_programs_for_others_hold_none():
 def test_off_tpus_it_is_refused():
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
     with pytest.raises(NotImplementedError, match='"pallas_tpu" needs a TPU, not cpu'):
-        api.moc_attention(q, k, v, table_of(PAIR), with_backend(MULTI_SHOT, "pallas_tpu"))
+        api.moc_attention(q, k, v, table_of(PAIR), MULTI_SHOT, backend="pallas_tpu")
 
 
 @pytest.mark.parametrize(
@@ -102,15 +101,15 @@ def test_off_tpus_it_is_refused():
 )
 def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message):
     with pytest.raises(NotImplementedError, match=message):
-        trace(api.moc_attention, MoCConfig(top_k=0, backend="pallas_tpu"), dtype, head_dim=head_dim)
+        trace(api.moc_attention, MoCConfig(top_k=0), dtype, head_dim=head_dim)
 
 
 def test_auto_says_once_what_it_took(caplog):
-    api._say_which.cache_clear()
-    with caplog.at_level(logging.INFO, logger=api.__name__):
+    backends._say_which.cache_clear()
+    with caplog.at_level(logging.INFO, logger=backends.__name__):
         for _ in range(2):
-            trace(api.moc_attention, MoCConfig(top_k=0))
-    said = [record.getMessage() for record in caplog.records if record.name == api.__name__]
+            trace(api.moc_attention, MoCConfig(top_k=0), backend="auto")
+    said = [record.getMessage() for record in caplog.records if record.name == backends.__name__]
     assert len(said) == 1
     assert "pallas_tpu" in said[0]
     assert "TPU v5p" in said[0]
@@ -122,7 +121,6 @@ def test_auto_says_once_what_it_took(caplog):
 )
 def test_sharded_over_eight_devices(cfg):
     """Scenes over four devices, heads over two, under shard_map: as exact as on one, and where it was asked for."""
-    cfg = with_backend(cfg, "pallas_tpu")
     scenes = [*PAIR, cut(1, (2, [6, 6, 6]), (1, [9, 2, 5])), cut(0, (1, [3, 3, 3, 3]), (0, [17, 8]))]
     q, k, v = qkv(0, scenes)
     dout = qkv(1, scenes)[0]
@@ -131,8 +129,8 @@ def test_sharded_over_eight_devices(cfg):
     table = table_of(scenes)
 
     def run(q, k, v, dout, table):
-        routes = route(q, k, table, cfg)
-        return routes, outputs_and_gradients(q, k, v, table, cfg, dout)
+        routes = route(q, k, table, cfg, backend="pallas_tpu")
+        return routes, outputs_and_gradients(q, k, v, table, cfg, dout, backend="pallas_tpu")
 
     specs = (*[by_head] * 4, jax.tree.map(lambda _: by_scene, table))
     out_specs = jax.P("data", "heads"), (by_head, (by_head,) * 3)
@@ -152,11 +150,11 @@ def test_sharded_over_eight_devices(cfg):
 @pytest.mark.slow
 def test_heads_in_groups(monkeypatch):
     """As long scenes need it, each head's pairs by themselves: the same bits."""
-    cfg = with_backend(MULTI_SHOT, "pallas_tpu")
+    cfg = MULTI_SHOT
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
-    together = attention_and_gradients(q, k, v, table_of(PAIR), cfg, v)
+    together = attention_and_gradients(q, k, v, table_of(PAIR), cfg, v, backend="pallas_tpu")
     monkeypatch.setattr("moc_jax.attention.pallas_tpu.attend._BUFFER", 1)
-    apart = attention_and_gradients(q, k, v, table_of(PAIR), cfg, v)
+    apart = attention_and_gradients(q, k, v, table_of(PAIR), cfg, v, backend="pallas_tpu")
     for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(apart)):
         np.testing.assert_array_equal(a, b)
 
@@ -173,9 +171,10 @@ def test_chunks_longer_than_a_block(monkeypatch):
         pick_gradients=dataclasses.replace(compiled._SMALL_TPU.pick_gradients, at_once=8),
     )
     monkeypatch.setattr(compiled, "_SMALL_TPU", small)
-    cfg = with_backend(MULTI_SHOT, "pallas_tpu")
+    cfg = MULTI_SHOT
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
-    out, grads = jax.jit(functools.partial(outputs_and_gradients, table=table_of(PAIR), cfg=cfg, dout=v))(q, k, v)
+    given = dict(table=table_of(PAIR), cfg=cfg, dout=v, backend="pallas_tpu")
+    out, grads = jax.jit(functools.partial(outputs_and_gradients, **given))(q, k, v)
     want = oracle.moc(*map(np.asarray, (q, k, v)), PAIR, cfg)
     assert_close(out, want.out, "output")
     want_grads = oracle.moc_gradients(*map(np.asarray, (q, k, v)), want.mask, np.asarray(v))

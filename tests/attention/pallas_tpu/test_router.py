@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moc_jax.attention import routing
+from moc_jax.attention.layout import queries_of
 from moc_jax.attention.pallas_tpu import router
 from moc_jax.config import MoCConfig
 from tests.attention.configs import COVERING, MULTI_SHOT, NO_ANCHORS, PAST, SINGLE_SHOT, name
@@ -26,7 +27,7 @@ def inputs(dtype, kind="normal", scenes=PAIR, table=None, tokens=64, head_dim=16
 def check(q, phi, table, cfg, **options):
     """Exact equality: no near-ties in these inputs, or scores that are exact."""
     got = np.asarray(router.select(q, phi, table, cfg, **options))
-    np.testing.assert_array_equal(got, np.asarray(routing.select(q, phi, table, cfg)))
+    np.testing.assert_array_equal(got, np.asarray(routing.select(q, phi, queries_of(table), table, cfg)))
     assert (got >= 0).any()
     return got
 
