@@ -109,13 +109,13 @@ def _check_places(table: ChunkTable, tokens: int) -> None:
             b, c = np.argwhere(wrong)[0]
             raise ValueError(
                 f"chunk {c} of scene {b} (kind {kind[b, c]}) is tokens [{start[b, c]}, {end[b, c]}), {length[b, c]} in "
-                f"all, but {limit}: make the table with chunk_table or table_from_runs"
+                f"all, but {limit}: make the table with chunk_table or chunk_table_from"
             )
     if chunk_of.size and not (chunk_of.min() >= -1 and chunk_of.max() < kind.shape[1]):
         b, n = np.argwhere((chunk_of < -1) | (chunk_of >= kind.shape[1]))[0]
         raise ValueError(
             f"token {n} of scene {b} is in chunk {chunk_of[b, n]}; chunks are 0 to {kind.shape[1] - 1}, -1 is padding: "
-            "make the table with chunk_table or table_from_runs"
+            "make the table with chunk_table or chunk_table_from"
         )
 
 

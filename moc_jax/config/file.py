@@ -13,7 +13,8 @@ import types
 
 from moc_jax import config as config_module
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import check, expanded, shown
+from moc_jax.config.base import check, expanded, nearest, shown
+from moc_jax.config.shipped import shipped_names
 
 
 def read_config_text(file: str) -> str:
@@ -56,6 +57,11 @@ def _check_is_file(file: str, path: pathlib.Path) -> None:
     if not folder.is_dir():
         hint = f"nor is there a folder {shown(str(folder))}, seen from {os.getcwd()}"
     what = "that is a folder" if path.is_dir() else "that is not a file" if path.exists() else "there is no such file"
+    names = shipped_names()
+    if path.stem in names:
+        what += f" (`--config {path.stem}` is the one that moc_jax comes with)"
+    elif file and file == path.stem and not path.exists():  # meant as a name
+        what, hint = "there is no config of that name", f"those there are: {', '.join(names)}{nearest(file, names)}"
     raise ConfigError(f"--config {shown(file) if not file.strip() else file}: {what}; {hint}")
 
 

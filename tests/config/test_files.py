@@ -77,6 +77,19 @@ def test_a_folder_that_is_not_there_is_named_with_where_it_was_looked_for(tmp_pa
         load_config(["--config", "configs/demo.py"])
 
 
+def test_the_configs_that_the_package_comes_with_have_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["--config", "demo"]).workdir == "out/demo"
+    with pytest.raises(
+        ConfigError, match=r"--config demmo: there is no config of that name; those there are: demo, .*"
+    ):
+        load_config(["--config", "demmo"])
+    with pytest.raises(
+        ConfigError, match=r"there is no such file \(`--config demo` is the one that moc_jax comes with\)"
+    ):
+        load_config(["--config", "configs/demo.py"])
+
+
 def test_an_error_in_an_imported_file_names_both(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "base_of_all.py").write_text("\n\nsteps = ten\n")

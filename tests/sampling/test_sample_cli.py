@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sample
 from moc_jax.checkpoint import CheckpointError, Checkpoints
 from moc_jax.cli import clean_exit
+from moc_jax.commands import sample
 from moc_jax.config import AttentionConfig, CodecConfig, ConfigError
 from moc_jax.data import codec_of, prepare
 from moc_jax.sampling.generate import Sampler

@@ -1,4 +1,4 @@
-"""train.py itself: its previews, and Ctrl-C before there is anything to save."""
+"""moc-train itself: its previews, and Ctrl-C before there is anything to save."""
 
 import dataclasses
 import os
@@ -14,10 +14,10 @@ from etils.epath.testing import mock_epath
 from PIL import Image
 
 import moc_jax.data
-import train
+from moc_jax.commands import train
 from moc_jax.config import ConfigError
 from moc_jax.data import prepare, read_video
-from moc_jax.sampling import generate
+from moc_jax.sampling import preview
 from moc_jax.training.workdir import claimed
 from tests.training.processes import finish, start_python
 from tests.training.small import changed
@@ -41,8 +41,8 @@ def test_previews_of_a_run_in_a_bucket_go_there(prepared_config, monkeypatch):
     config = dataclasses.replace(prepared_config, workdir="gs://bucket/run")
     frames = np.zeros((9, 32, 48, 3), np.uint8)
     sample = types.SimpleNamespace(video=frames, shots=[frames] * 3)
-    monkeypatch.setattr(generate, "Sampler", lambda *_: lambda params, boards: [sample for _ in boards])
-    preview = train.make_preview(config, prepare(prepared_config))
+    monkeypatch.setattr(preview, "Sampler", lambda *_: lambda params, boards: [sample for _ in boards])
+    show = preview.make_preview(config, prepare(prepared_config))
     done = []
 
     def copy(original, path, to, *, overwrite):
@@ -55,7 +55,7 @@ def test_previews_of_a_run_in_a_bucket_go_there(prepared_config, monkeypatch):
         copy=copy,
         replace=lambda original, path, to: done.append(("replace", str(to))),
     ):
-        preview({}, 7)
+        show({}, 7)
     assert done == [
         (action, f"gs://bucket/run/previews/{name}")
         for kind in ("mp4", "png")
@@ -65,7 +65,8 @@ def test_previews_of_a_run_in_a_bucket_go_there(prepared_config, monkeypatch):
 
 def test_ctrl_c_while_preparing_is_told_in_a_line(config_file, command, tmp_path):
     script = """
-import signal, sys, time, train, moc_jax.data as data
+import signal, sys, time, moc_jax.data as data
+from moc_jax.commands import train
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 def prepare(*arguments):
     print("preparing", flush=True)

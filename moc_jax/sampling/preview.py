@@ -1,0 +1,49 @@
+"""Previews: what a run samples now and then while it trains, to be looked at."""
+
+import dataclasses
+
+import jax
+from etils import epath
+
+from moc_jax.codecs import Codec
+from moc_jax.config import Config, MoCConfig
+from moc_jax.data import Manifest, codec_of, write_video
+from moc_jax.sampling.generate import Sampler
+from moc_jax.sampling.pictures import contact_sheet, save_picture
+from moc_jax.sampling.scenes import scene_storyboard
+from moc_jax.sampling.storyboard import Storyboard, load_storyboard
+from moc_jax.signals import Stop
+
+
+def make_preview(config: Config, manifest: Manifest, stop: Stop | None = None) -> "Preview":
+    """What makes a run's previews; `stop` is asked as it samples."""
+    given = config.train.preview_storyboard
+    board = load_storyboard(given) if given else scene_storyboard(manifest.split("train")[0], config)
+    return Preview(config, board, codec_of(manifest), stop)
+
+
+class Preview:
+    """(weights, step) -> previews/<step>.mp4 and a contact sheet in the workdir."""
+
+    def __init__(self, config: Config, board: Storyboard, codec: Codec, stop: Stop | None):
+        self._config, self._board, self._codec, self._stop = config, board, codec, stop
+        self._samplers: dict[MoCConfig, Sampler] = {}  # one per chunk size of the schedule
+
+    def __call__(self, params, step: int) -> None:
+        config, board = self._config, self._board
+        moc = config.moc_at(step - 1)
+        if moc not in self._samplers:
+            self._samplers[moc] = Sampler(dataclasses.replace(config, moc=moc), self._codec, None, self._stop)
+        (sample,) = self._samplers[moc](params, [board])
+        if jax.process_index() == 0:
+            video, picture = self._files(step)
+            captions = [shot.caption for shot in board.shots]
+            write_video(video, sample.video, config.data.fps)
+            save_picture(contact_sheet([(f"step {step}", sample.shots)], captions, title=board.caption), picture)
+
+    def missing(self, step: int) -> bool:
+        """Whether the previews of `step` are not there, or not all of them."""
+        return not all(file.exists() for file in self._files(step))
+
+    def _files(self, step: int) -> list[epath.Path]:
+        return [epath.Path(self._config.workdir) / "previews" / f"{step:08}.{kind}" for kind in ("mp4", "png")]
