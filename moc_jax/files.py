@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,10 +57,41 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         try:
             stack.enter_context(_locked(partial))
             yield partial
+            _flush(partial)
             os.replace(partial, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 partial.unlink()
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Where to make what shall be the folder `path`: it appears there when the block ends well, else nothing is left.
+
+    It is made as `.<name>.partial` beside it. The caller sees to it that no other process makes it too, and removes
+    what a killed one left.
+
+    Raises:
+        OSError: the folder, or a file in it, cannot be made.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        for file in filter(Path.is_file, partial.rglob("*")):
+            _flush(file)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """To the disk: a file that took its name before its content would be half-written after a power failure."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager

@@ -36,15 +36,28 @@ class ProcessError(RuntimeError):
 
 
 def join(cfg: MeshConfig) -> None:
-    """Makes this process one of the run's, before any device is touched; what `cfg` leaves open the cluster tells.
+    """Makes this process one of the run's, and starts its devices; what `cfg` leaves open the cluster tells.
 
     From then on a watcher (moc_jax/watcher.py) reports a process that is lost, and ends this one.
 
     Raises:
-        ConfigError: neither of them tells all that is needed.
+        ConfigError: neither of them tells all that is needed, or this machine has no such devices.
     """
-    if not cfg.distributed:
-        return
+    if cfg.distributed:
+        _join_cluster(cfg)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        asked = jax.config.jax_platforms
+        if not asked:
+            raise
+        raise ConfigError(
+            f"JAX_PLATFORMS is {asked!r}, which can't be used here: {error}. Set it to what this machine has (cpu, "
+            "cuda, tpu), or unset it"
+        ) from error
+
+
+def _join_cluster(cfg: MeshConfig) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # until training, SIGTERM ends a process as usual
     timeout: dict[str, Any] = {} if cfg.heartbeat == _JAX_HEARTBEAT else {"heartbeat_timeout_seconds": cfg.heartbeat}
     try:
@@ -213,7 +226,7 @@ def gather(text: str) -> list[str]:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(data.size))
-    padded = np.zeros(sizes.max(), np.uint8)
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)  # few sizes, so that few programs are compiled
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [row[:size].tobytes().decode() for row, size in zip(rows, sizes)]

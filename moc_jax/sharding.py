@@ -21,6 +21,8 @@ from moc_jax.config import ConfigError, MeshConfig
 AXES = ("data", "fsdp", "context", "tensor")
 
 Path = tuple[str, ...]
+type Params = dict[str, jax.Array | Params]
+"""Weights as a checkpoint and the training state hold them: nested by name, float32."""
 LogicalAxes = Mapping[Path, tuple[str, ...]]  # parameter's path -> names of its dimensions
 
 

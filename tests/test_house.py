@@ -17,7 +17,7 @@ UNDER_THE_ENTRY_POINTS = {
     "documents",
     "errors",
 }
-UNDER_THE_ENTRY_POINTS |= {"files", "models", "processes", "sharding", "signals", "text"}
+UNDER_THE_ENTRY_POINTS |= {"files", "models", "processes", "progress", "sharding", "signals", "text"}
 # What each room may import, besides itself and the leaves.
 ALLOWED = {
     "config": set(),
@@ -32,9 +32,11 @@ ALLOWED = {
     "text": set(),
     "diffusion": set(),
     "documents": set(),
-    "data": {"codecs", "documents", "files", "text"},
+    "progress": set(),
+    "data": {"codecs", "documents", "files", "progress", "text"},
+    "compilation": {"files"},
     "cli": {"config_json", "signals"},
-    "commands": {"cli", "sampling", "training", *UNDER_THE_ENTRY_POINTS},
+    "commands": {"cli", "compilation", "sampling", "training", *UNDER_THE_ENTRY_POINTS},
     "errors": set(),
     "files": set(),
     "signals": set(),

@@ -90,6 +90,19 @@ def find_sources(cfg: DataConfig) -> Sources:
     return Sources(tuple(sources), (*notes, *more, *unreadable, *repeated, *remarks))
 
 
+def find_file(cfg: DataConfig, name: str, digest: str) -> Path | None:
+    """Where the file of a `Source` of this name and digest lies now; None if it is not there.
+
+    Raises:
+        ConfigError, CaptionError, OSError: a path of the config, or a caption file, that cannot be read.
+    """
+    for place in find_places(cfg.source, "source")[0]:
+        named = name in (place.name, place.path.as_posix())
+        if named and _digest(place.path, load_captions(place.path, cfg).file) == digest:
+            return place.path
+    return None
+
+
 _Captioned = tuple[Place, Captions]
 
 

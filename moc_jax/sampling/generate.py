@@ -28,7 +28,7 @@ from moc_jax.sampling.scenes import Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int, UInt8, typed
-from moc_jax.sharding import RULES, batch_shards
+from moc_jax.sharding import RULES, Params, batch_shards, replicated
 from moc_jax.signals import Signals, Stop
 from moc_jax.text import TextEncoder, build_text_encoder
 
@@ -104,6 +104,11 @@ class Sampler:
             "end": jax.jit(self._end),
         }
         self._route = jax.jit(self._routing)
+
+    @explain_memory("the weights", SamplingError, _remedies)
+    def placed(self, params: Params) -> Params:
+        """The weights, whole on each device of the mesh in context."""
+        return jax.device_put(params, replicated(jax.sharding.get_mesh()))
 
     @explain_memory("sampling", SamplingError, _remedies)
     def __call__(
