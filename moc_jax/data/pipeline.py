@@ -1,7 +1,6 @@
 """Encoded scenes -> batches, by Grain: read, augment, pack, stack; ahead of the step, in a thread or in processes."""
 
 import dataclasses
-from typing import Any
 
 import grain
 import jax
@@ -64,7 +63,7 @@ class SceneIterator(grain.DatasetIterator):
 
     _reading: grain.DatasetIterator | None = None  # on the class: Grain closes iterators that were never built, too
 
-    def __init__(self, batches: grain.MapDataset, buckets: Buckets, workers: int, identity: dict[str, Any]):
+    def __init__(self, batches: grain.MapDataset, buckets: Buckets, workers: int, identity: dict[str, object]):
         super().__init__()
         self.buckets = buckets
         self._batches, self._workers, self._identity = batches, workers, identity
@@ -86,11 +85,11 @@ class SceneIterator(grain.DatasetIterator):
         # Workers hand over shared memory, which the process would still hold, and complain about, when it ends.
         return jax.tree.map(np.array, scene) if self._workers else scene
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         """The next batch's number, and what it is a number of."""
         return {"step": self._step, **self._identity}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, object]) -> None:
         """Goes on from a saved state.
 
         Raises:
@@ -114,7 +113,7 @@ class SceneIterator(grain.DatasetIterator):
             self._reading = None
 
 
-def _identity(cfg: Config, buckets: Buckets, manifest: Manifest) -> dict[str, Any]:
+def _identity(cfg: Config, buckets: Buckets, manifest: Manifest) -> dict[str, object]:
     shapes = [list(dataclasses.astuple(shape)) for shape in buckets.shapes]
     return {"data": manifest.fingerprint, "batch_size": cfg.train.batch_size, "seed": cfg.train.seed, "buckets": shapes}
 
