@@ -94,7 +94,8 @@ class CaptionStore:
 
     def damaged(self) -> str | None:
         """Reads everything; the first caption that is damaged, None if none is."""
-        return next((caption for caption in self._entries if not self.intact(caption)), None)
+        captions = track(list(self._entries), "checking captions", unit="caption", keep=False)
+        return next((caption for caption in captions if not self.intact(caption)), None)
 
     def _bytes(self) -> np.ndarray:
         if self._mapped is None:
@@ -176,6 +177,7 @@ class CaptionWriter:
         for caption, where in track(list(lacking.items()), "encoding captions", unit="caption"):
             embedding = self._encoded(caption, where)
             self._write(caption, embedding.view(np.uint8), (embedding.shape[1], embedding.dtype.name))
+        self._encoder = None  # it may be large, and the videos come next
 
     def _encoded(self, caption: str, where: str) -> Float[np.ndarray, "L E"]:
         if self._encoder is None:
