@@ -88,6 +88,48 @@ def test_only_checkpoint_imports_orbax_and_nobody_imports_torch():
         assert "orbax" not in packages or path.name == "checkpoint.py", path
 
 
+def _private(tree: ast.AST) -> set[str]:
+    """What it takes of jax that has no public name, or none that stays."""
+    aliases, found = {}, set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {alias.asname or alias.name.split(".")[0]: alias.asname and alias.name for alias in node.names}
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root, _, rest = ast.unparse(node).partition(".")
+            if root in aliases:
+                found.add(f"{aliases[root] or root}.{rest}")
+    return {name for name in found if re.match(r"jaxlib|jax\.(core|interpreters|extend)\b|jax\.(\w+\.)*_(?!_)", name)}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import jax._src.core",
+        "from jax import core",
+        "import jax\njax.core.Tracer",
+        "import jaxlib",
+        "import jax\njax._src",
+        "from jax.experimental import pallas as pl\npl._x",
+    ],
+)
+def test_private_parts_of_jax_are_found(source):
+    assert _private(ast.parse(source))
+
+
+def test_private_parts_of_jax_are_in_one_file():
+    """tests/private_jax.py has those of the tests."""
+    files = [*_sources(), *(ROOT / "benchmarks").rglob("*.py")]
+    touching = {
+        str(path.relative_to(ROOT)): found for path in files if (found := _private(ast.parse(path.read_text())))
+    }
+    assert set(touching) == {"moc_jax/processes.py"}, touching
+
+
 def test_files_stay_small():
     clone = [ROOT / "train.py", ROOT / "sample.py"]
     for path in [*_sources(), *clone]:
