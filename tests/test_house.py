@@ -157,6 +157,8 @@ ONLY_IN = {
     # files that appear whole
     r"(os\.(replace|rename|renames|fsync)|shutil\.move|tempfile\.mkstemp)": {"files.py"},
     r"\w+\.rename": {"files.py", "checkpoint.py", "training/history.py"},  # the latter two move damaged things aside
+    # captions are encoded once, into a store, and a storyboard's own as it is sampled
+    r"build_text_encoder\(.*\)": {"data/caption_store.py", "sampling/generate.py"},
     # values and names in messages
     r"reprlib\.\w+|\w+\.encode\('unicode_escape'\)|\w+\.encode\('utf-8', 'backslashreplace'\)": {"showing.py"},
 }
