@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 BIN := $(VENV)/bin
 comma := ,
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -20,7 +21,7 @@ ifeq ($(filter $(ACCELERATOR),cpu cuda cuda12 tpu),)
 $(error ACCELERATOR is $(ACCELERATOR); it must be cpu, cuda, cuda12 or tpu)
 endif
 
-.PHONY: demo test test-long test-tpu test-slow test-gpu test-wheel lint types setup clean
+.PHONY: demo test test-long test-tpu test-slow test-gpu test-wheel lint types pictures docs setup clean
 setup: $(VENV)/ready $(VENV)/$(ACCELERATOR)
 
 $(VENV)/ready: requirements.lock pyproject.toml
@@ -77,5 +78,18 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/pyrefly check
 
+# The documentation's pictures, drawn anew.
+pictures: $(VENV)/ready
+	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python docs/pictures/draw.py
+
+# The documentation as a site in out/site; its tools need nothing of the package, so they have an environment of their own.
+$(DOCS_VENV)/ready: requirements-docs.lock
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.lock
+	touch $@
+
+docs: $(DOCS_VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) out cache
+	rm -rf $(VENV) $(DOCS_VENV) out cache

@@ -21,8 +21,9 @@ import tempfile
 import threading
 import traceback
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import moc_jax
 from moc_jax.config import Config, ConfigError
@@ -218,8 +219,24 @@ def report_errors(program: str, packages: str) -> None:
     sys.excepthook = lambda kind, error, trace: sys.exit(_report(error))
     threading.excepthook = lambda failed: _report(failed.exc_value)
     sys.unraisablehook = lambda failed: _report(failed.exc_value)
+    warnings.showwarning = show_warning
     with clean_exit():
         _check_packages(program, packages)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning in one line, as errors are shown; where it arose only if it is none of ours. Above a progress bar."""
+    elsewhere = "" if category is UserWarning else f" ({category.__name__} in {filename}, line {lineno})"
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    with contextlib.suppress(OSError):
+        (tqdm.write if tqdm else print)(f"warning: {message}{elsewhere}", file=file or sys.stderr)
 
 
 def _check_packages(program: str, packages: str) -> None:

@@ -16,16 +16,18 @@ import jax
 from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
+from moc_jax.compilation import kept_programs
 from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
-from moc_jax.config.base import File, Folder, Settings
+from moc_jax.config.base import File, Folder, OptionalPath, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
-from moc_jax.documents import printable
-from moc_jax.sampling.compare import comparison, mean_psnr, training_scene
+from moc_jax.processes import join
+from moc_jax.sampling.compare import mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
-from moc_jax.sharding import make_mesh, replicated
+from moc_jax.sharding import make_mesh
+from moc_jax.showing import printable
 from moc_jax.signals import Stop
 
 FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError  # exit code 1
@@ -38,7 +40,7 @@ class Arguments(Settings):
     storyboard: tuple[File, ...] = ()
     """YAML files."""
     training_scene: int | None = None
-    """Instead of a storyboard: the training scene of this number, by its captions, compared with the original."""
+    """Instead of a storyboard: the training scene of this number, beside its original and the codec's rendering."""
     out: File
     """The MP4 to write; with several storyboards, a folder."""
     step: int | None = None
@@ -72,6 +74,8 @@ class Arguments(Settings):
     overwrite: bool = False
     """Replace files that exist."""
     attention: AttentionConfig = AttentionConfig()
+    compilation_cache: OptionalPath = "auto"
+    """Where compiled programs are kept, as in training."""
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
@@ -87,36 +91,36 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     png = {"suffix": ".png", "overwrite": args.overwrite}
     sheets = target_files(args.contact_sheet, names, **png, setting="--contact-sheet")
     routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
+    join(MeshConfig())
+    with kept_programs(args.compilation_cache):
+        _sample(args, boards, videos, sheets, routings, stop)
 
+
+def _sample(args: Arguments, boards, videos, sheets, routings, stop: Stop | None) -> None:
     checkpoint = load_for_sampling(args.checkpoint, args.step)
     config = configure(checkpoint.config, checkpoint.step, args)
     if routings and config.moc.mode == "dense":
         raise ConfigError("--routing-picture: dense attention routes nothing; leave it or --dense out")
-    codec, original = load_codec(config.codec, checkpoint.codec_state), None
+    codec, scene = load_codec(config.codec, checkpoint.codec_state), None
     if args.training_scene is not None:
-        board, original = training_scene(config, codec, args.training_scene)
-        boards = [_overridden(board, args)]
-    sampler = Sampler(config, codec, None, stop, progress=True)
-
-    mesh = make_mesh(MeshConfig())
-    with jax.set_mesh(mesh):
-        params = jax.device_put(checkpoint.params, replicated(mesh))
-        samples = sampler(params, boards)
-        for sample, path in zip(samples, videos):
-            write_video(path, sample.video, config.data.fps)
-            made = f"{len(sample.shots)} shots, {len(sample.video)} frames at {config.data.fps:g} fps"
-            print(f"{printable(str(path))}: {made}")
-        for sample, path in zip(samples, sheets):
-            board = sample.storyboard
-            rows = [*([("training scene", original)] if original else []), ("sample", sample.shots)]
-            captions = [shot.caption for shot in board.shots]
-            scores = mean_psnr(sample.shots, original)[1] if original else []
-            notes = [f"PSNR {score:.1f} dB" for score in scores]
-            save_picture(contact_sheet(rows, captions, title=board.caption, notes=notes, fps=config.data.fps), path)
-        for sample, path in zip(samples, routings):
-            save_picture(routing_picture(sampler.routing(params, sample)), path)
-        if original:
-            print(comparison(samples[0].shots, original))
+        scene = training_scene(config, codec, args.training_scene)
+        boards = [_overridden(scene.board, args)]
+    sampler, fps = Sampler(config, codec, None, stop, progress=True), config.data.fps
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        samples = sampler(params := sampler.placed(checkpoint.params), boards)
+        shares = [sampler.routing(params, sample) for sample, _ in zip(samples, routings)]
+    for sample, path in zip(samples, videos):
+        write_video(path, sample.video, fps)
+        print(f"{printable(str(path))}: {len(sample.shots)} shots, {len(sample.video)} frames at {fps:g} fps")
+    for sample, path in zip(samples, sheets):
+        rows = [*(scene.rows() if scene else []), ("sample", sample.shots)]
+        captions = [shot.caption for shot in sample.storyboard.shots]
+        notes = [f"PSNR {score:.1f} dB" for score in mean_psnr(sample.shots, scene.codec)[1]] if scene else []
+        save_picture(contact_sheet(rows, captions, title=sample.storyboard.caption, notes=notes, fps=fps), path)
+    for share, path in zip(shares, routings):
+        save_picture(routing_picture(share), path)
+    if scene:
+        print(scene.comparison(samples[0].shots))
 
 
 def configure(config: Config, step: int, args: Arguments) -> Config:

@@ -26,6 +26,7 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
             # Only now: a wrong setting is reported before any device is touched.
             from moc_jax.checkpoint import CheckpointError
             from moc_jax.codecs import CodecMismatch
+            from moc_jax.compilation import kept_programs
             from moc_jax.data import CaptionError, DataError, VideoError, prepare, resolved
             from moc_jax.processes import ProcessError, join, losses_reported, main_process_first
             from moc_jax.sampling.generate import SamplingError
@@ -44,7 +45,11 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
         data = CaptionError, DataError, VideoError
         with clean_exit(*data, CheckpointError, CodecMismatch, LockError, ProcessError, SamplingError, TrainingError):
             join(config.mesh)
-            with claimed(config.workdir) as lock, losses_reported(config.mesh.heartbeat):
+            with (
+                claimed(config.workdir) as lock,
+                losses_reported(config.mesh.heartbeat),
+                kept_programs(config.compilation_cache),
+            ):
                 mesh, stop = make_mesh(config.mesh), RunStop(signals)
                 codec = initial_codec(config)
                 manifest = main_process_first("prepare the data", lambda: prepare(config, codec))

@@ -1,6 +1,7 @@
 """Previews: what a run samples now and then while it trains, to be looked at."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from etils import epath
@@ -8,25 +9,37 @@ from etils import epath
 from moc_jax.codecs import Codec
 from moc_jax.config import Config, MoCConfig
 from moc_jax.data import Manifest, codec_of, write_video
+from moc_jax.sampling.compare import prepared_scene
 from moc_jax.sampling.generate import Sampler
-from moc_jax.sampling.pictures import contact_sheet, save_picture
+from moc_jax.sampling.pictures import Row, contact_sheet, save_picture, shown_frames
 from moc_jax.sampling.scenes import scene_storyboard
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.signals import Stop
 
 
 def make_preview(config: Config, manifest: Manifest, stop: Stop | None = None) -> "Preview":
-    """What makes a run's previews; `stop` is asked as it samples."""
-    given = config.train.preview_storyboard
-    board = load_storyboard(given) if given else scene_storyboard(manifest.split("train")[0], config)
-    return Preview(config, board, codec_of(manifest), stop)
+    """What makes a run's previews; `stop` is asked as it samples.
+
+    Without a storyboard it is the first training scene that is sampled, and shown below the original and below what the
+    codec makes of it, which no sample surpasses.
+    """
+    given, codec = config.train.preview_storyboard, codec_of(manifest)
+    if given:
+        return Preview(config, load_storyboard(given), codec, stop)
+    entry = manifest.split("train")[0]
+    if jax.process_index():  # the main process alone draws
+        return Preview(config, scene_storyboard(entry, config), codec, stop)
+    scene = prepared_scene(config, manifest, codec, entry)
+    rows = [(name, [shown_frames(shot) for shot in shots]) for name, shots in scene.rows()]
+    return Preview(config, scene.board, codec, stop, rows)
 
 
 class Preview:
     """(weights, step) -> previews/<step>.mp4 and a contact sheet in the workdir."""
 
-    def __init__(self, config: Config, board: Storyboard, codec: Codec, stop: Stop | None):
-        self._config, self._board, self._codec, self._stop = config, board, codec, stop
+    def __init__(self, config: Config, board: Storyboard, codec: Codec, stop: Stop | None, rows: Sequence[Row] = ()):
+        """`rows`: what to show above the sample."""
+        self._config, self._board, self._codec, self._stop, self._rows = config, board, codec, stop, rows
         self._samplers: dict[MoCConfig, Sampler] = {}  # one per chunk size of the schedule
 
     def __call__(self, params, step: int) -> None:
@@ -39,7 +52,8 @@ class Preview:
             video, picture = self._files(step)
             captions = [shot.caption for shot in board.shots]
             write_video(video, sample.video, config.data.fps)
-            save_picture(contact_sheet([(f"step {step}", sample.shots)], captions, title=board.caption), picture)
+            rows = [*self._rows, (f"step {step}", sample.shots)]
+            save_picture(contact_sheet(rows, captions, title=board.caption), picture)
 
     def missing(self, step: int) -> bool:
         """Whether the previews of `step` are not there, or not all of them."""

@@ -154,7 +154,7 @@ def test_warnings_of_what_will_not_work_as_hoped():
 
 
 def test_the_storyboard_of_a_training_scene_has_its_durations():
-    shots = tuple(ShotEntry(caption=f"shot {n}", frames=n) for n in (1, 7, 3))
+    shots = tuple(ShotEntry(caption=f"shot {n}", frames=n, start=0) for n in (1, 7, 3))
     entry = SceneEntry(name="a#0", source="a", split="train", caption="all", shots=shots, shard=0, record=0)
     board = scene_storyboard(entry, CONFIG)
     request = make_request([board], CONFIG, make_codec(), build_text_encoder(CONFIG.text))
