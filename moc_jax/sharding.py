@@ -70,8 +70,9 @@ RULES = Rules(
         # weights
         ("layers", ()),
         ("embed", ("fsdp",)),
-        ("embed_out", ()),  # the second dimension of an embed x embed matrix
+        ("embed_out", ()),  # the second embed of a matrix from embed to embed
         ("mlp", ("tensor",)),
+        ("qkv", ()),  # query, key and value of one head lie together
         ("heads", ("tensor",)),
         ("head_dim", ()),
         ("modulation", ()),

@@ -7,7 +7,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-LEAVES = {"config", "shapes", "scene", "cuts"}
+LEAVES = {"config", "cuts", "reading", "scene", "shapes", "showing"}
 UNDER_THE_ENTRY_POINTS = {
     "attention",
     "checkpoint",
@@ -24,6 +24,8 @@ ALLOWED = {
     "config": set(),
     "config_json": set(),
     "shapes": set(),
+    "reading": set(),
+    "showing": set(),
     "scene": set(),
     "cuts": set(),
     "sharding": set(),
@@ -143,3 +145,40 @@ def test_functions_stay_short():
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= limit, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines (limit {limit})"
+
+
+# One of each: where else a way of reading, writing or showing would be a second one.
+ONLY_IN = {
+    # what a text says; storyboard.py writes YAML, and the others read what the run's own processes tell each other
+    r"json\.loads?": {"reading.py", "processes.py", "watcher.py", "training/loop.py", "training/diagnosis.py"},
+    r"yaml\.(?!safe_dump)\w+": {"documents.py"},
+    r"\w+\.decode\('utf-8-sig'\)": {"reading.py"},
+    # files that appear whole
+    r"(os\.(replace|rename|renames|fsync)|shutil\.move|tempfile\.mkstemp)": {"files.py"},
+    r"\w+\.rename": {"files.py", "checkpoint.py", "training/history.py"},  # the latter two move damaged things aside
+    # values and names in messages
+    r"reprlib\.\w+|\w+\.encode\('unicode_escape'\)|\w+\.encode\('utf-8', 'backslashreplace'\)": {"showing.py"},
+}
+
+
+def _calls(path: pathlib.Path) -> list[str]:
+    """Every call and every name with a dot, as text."""
+    tree = ast.parse(path.read_text())
+    return [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call | ast.Attribute)]
+
+
+@pytest.mark.parametrize("way", ONLY_IN)
+def test_one_of_each(way):
+    """Strict reading, atomic writing and showing stand once: see reading.py, documents.py, files.py and showing.py."""
+    apart = [ROOT / "benchmarks" / name for name in ("results.py", "report.py")]
+    named = {path: path.relative_to(ROOT / "moc_jax").as_posix() for path in _sources()} | {p: p.name for p in apart}
+    users = {name for path, name in named.items() if any(re.fullmatch(way, call) for call in _calls(path))}
+    assert users <= ONLY_IN[way], f"{sorted(users - ONLY_IN[way])} must use what {sorted(ONLY_IN[way])[0]} offers"
+    assert ONLY_IN[way] <= users, f"{sorted(ONLY_IN[way] - users)} need not be named here any more"
+
+
+def test_unfinished_files_have_their_names_from_one_place():
+    for path in _sources():
+        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        unfinished = [t for t in texts if isinstance(t, str) and re.fullmatch(r"\S*\.(tmp|part|partial)", t)]
+        assert not unfinished or path.name in ("files.py", "workdir.py"), f"{path}: {unfinished}"

@@ -6,7 +6,6 @@ turn of each loop; a test holds the loops that a kernel has against what is coun
 
 import dataclasses
 import functools
-import math
 import re
 
 import jax
@@ -18,6 +17,7 @@ from benchmarks.settings import Setting
 from benchmarks.tpu import listing
 from moc_jax.attention import routing
 from moc_jax.attention.api import route
+from moc_jax.attention.layout import queries_of
 from moc_jax.attention.pallas_tpu import attend, device, flash, moves, pairs, pool, ranks, router, tiles, tuning
 from moc_jax.attention.pallas_tpu.placement import Placement
 from moc_jax.attention.pallas_tpu.plan import Plan, key_rows, plan
@@ -61,12 +61,11 @@ class Scene:
     def blocks(self) -> tuning.Blocks:
         if self.sizes is not None:
             return self.sizes
-        with device.compiled_for(self.chip):
-            return tuning.blocks(self.setting.moc, self.table, self.dim, jnp.bfloat16)
+        return tuning.blocks(self.setting.moc, self.table, self.dim, jnp.bfloat16, device.Chip(self.chip))
 
     @functools.cached_property
     def plan(self) -> Plan:
-        return jax.jit(lambda table: plan(table, self.setting.moc, self.blocks))(self.table)
+        return jax.jit(lambda table: plan(queries_of(table), table, self.setting.moc, self.blocks))(self.table)
 
     @property
     def chunks(self) -> int:
@@ -80,10 +79,10 @@ class Scene:
     def placement(self) -> Placement:
         """Shapes, of one scene."""
         shape = jax.ShapeDtypeStruct((1, self.heads, *self.table.chunk_of.shape[1:], self.setting.moc.top_k), jnp.int32)
-        place = functools.partial(attend._place, table=self.table, blocks=self.blocks, dim=self.dim, dtype=jnp.bfloat16)
+        static = attend._Static(device.Chip(self.chip), self.blocks, self.table.max_chunk, self.table.text_tokens, 0)
+        place = functools.partial(attend._place, table=self.table, static=static, dim=self.dim, dtype=jnp.bfloat16)
         order = self.plan.order
-        with device.compiled_for(self.chip):
-            return jax.eval_shape(lambda routes: place(routes, order), shape)
+        return jax.eval_shape(lambda routes: place(routes, order), shape)
 
     @property
     def step(self) -> int:
@@ -116,8 +115,7 @@ class Scene:
     @property
     def groups(self) -> int:
         """Of heads."""
-        with device.compiled_for(self.chip):
-            return attend._groups(self.heads, self.placement, self.dim, jnp.bfloat16)
+        return attend._groups(self.heads, self.placement, self.dim, jnp.bfloat16, device.Chip(self.chip))
 
     def pick_tiles(self, size: int) -> np.ndarray:
         """Tiles of slots of each chunk."""
@@ -328,25 +326,11 @@ def _move(s: Scene) -> list[tuple[int, ...]]:
     return [turns, turns[:1] + turns[2:]]
 
 
-def _move_lanes(s: Scene) -> list[tuple[int, ...]]:
-    """The grid, clearing, pieces, some vectors of a piece."""
-    lines, columns = s.heads * s.setting.moc.top_k, s.plan.order.rows
-    rows = -(-lines // device.ROWS)
-    fit = max(1, moves._BUFFER // (4 * rows * device.ROWS) // moves._COLUMNS)
-    tile = min(fit * moves._COLUMNS, moves._MOST_COLUMNS, columns)
-    tiles = -(-columns // tile)
-    pieces = tiles + 2 * s.setting.shots + 1
-    at_once = math.gcd(tile // device.LANES, max(1, moves._REGISTERS // rows))
-    turns = tiles, 0, pieces, pieces * (tile // device.LANES // at_once)
-    return [turns, turns[:1] + turns[2:]]
-
-
 # Turns of each loop of a kernel; several answers where a loop may be missing.
 _TURNS = {
     "moc_columns": _columns,
     "moc_pool": _pool,
     "moc_move": _move,
-    "moc_move_lanes": _move_lanes,
     "moc_router": _router,
     "moc_ranks": _ranks,
     "moc_look_up": _look_up,

@@ -20,7 +20,6 @@ from moc_jax.compilation import kept_programs
 from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
-from moc_jax.documents import printable
 from moc_jax.processes import join
 from moc_jax.sampling.compare import mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
@@ -28,6 +27,7 @@ from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_pictu
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
 from moc_jax.sharding import make_mesh
+from moc_jax.showing import printable
 from moc_jax.signals import Stop
 
 FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError  # exit code 1

@@ -9,7 +9,7 @@ from moc_jax.data.captions import CaptionError
 from moc_jax.data.manifest import DataError, Manifest, SceneEntry
 from moc_jax.data.pack import misfit
 from moc_jax.data.sources import Split
-from moc_jax.documents import printable
+from moc_jax.showing import printable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

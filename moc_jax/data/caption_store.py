@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moc_jax.config import TextConfig
-from moc_jax.config.base import shown
 from moc_jax.data.captions import CaptionError
 from moc_jax.data.manifest import DataError, Manifest
 from moc_jax.files import remove_leftovers, whole_file
 from moc_jax.progress import track
+from moc_jax.reading import parse_json
 from moc_jax.shapes import Float
+from moc_jax.showing import shown
 from moc_jax.text import TextEncoder, build_text_encoder, encoder_fingerprint
 
 _FOOTER = struct.Struct("<Q32s16s")  # bytes of the index, its SHA-256, what the file is
@@ -114,7 +115,7 @@ def _read_index(file: Path) -> tuple[dict[str, _Entry], int, str]:
         text = data.read(length)
     if hashlib.sha256(text).digest() != digest:
         raise ValueError("its index is damaged")
-    index = json.loads(text)
+    index = parse_json(text)
     entries, first = {}, 0
     for caption, tokens, checksum in index["captions"]:
         entries[caption] = _Entry(first, tokens, checksum)

@@ -18,7 +18,6 @@ _PIECES = (
     (flash, "forward"),
     (flash_backward, "gradients"),
     (moves, "move"),
-    (moves, "move_lanes"),
     (packing, "columns"),
     (attend, "place"),
     (pairs, "spread"),

@@ -6,17 +6,22 @@
 
 Backward, with the merged output o and log-sum-exp L, every part's gradients follow from o and L alone
 (flash_backward.py); a query sums its pairs' gradients by the same gather. Nothing is scattered, no sum depends on
-timing: the same bits on every run.
+timing: the same bits on every run. `_forward` and `_gradients` take anchors, picks or both: parts by themselves are
+the same code with the other left out.
+
+A query's output and dq are the same bits whatever other queries there are (plan.py). dk and dv are sums over the
+queries that are given.
 
 Padding of q, k and v may hold anything finite: blocks that reach into it are masked. Backward, its values and output
 gradients become 0 on their way in, which takes a pass over each.
 
-Bytes: pairs' queries and outputs take 2 * N * K * D * 2 bytes for each head, so heads go in groups that keep a buffer
+Bytes: pairs' queries and outputs take 2 * Q * K * D * 2 bytes for each head, so heads go in groups that keep a buffer
 within 1 GiB. FLOPs: 4 * D per attended pair forward, 14 * D backward.
 """
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,30 +29,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention import routing
-from moc_jax.attention.heads import Heads, head_groups
-from moc_jax.attention.layout import Queries
+from moc_jax.attention.layout import ALIGN, LOG2E, Heads, Queries, by_group, head_groups, round_up, sum_other_parts
 from moc_jax.attention.pallas_gpu import device, flash, flash_backward, router
 from moc_jax.attention.pallas_gpu.device import Hopper
-from moc_jax.attention.pallas_gpu.plan import Plan, pick_tiles, plan, reader_tiles
-from moc_jax.attention.pallas_gpu.tiles import ALIGN, TILE, Tuning
-from moc_jax.attention.schedule import Schedule, group_by_chunk, tile_capacity
+from moc_jax.attention.pallas_gpu.plan import AnchorTiles, PickTiles, anchor_tiles, pick_tiles
+from moc_jax.attention.pallas_gpu.tiles import TILE
+from moc_jax.attention.schedule import Schedule
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Float, Int, typed
-
-_BUFFER = 2**30  # bytes of one buffer of sorted rows
-
-FORWARD = Tuning(block=128, stages=2, slots=2)
-QUERY_GRADIENTS = Tuning(block=64, stages=3, slots=1)
-KEY_GRADIENTS = Tuning(block=64, stages=2, slots=1, compute_registers=240, copy_registers=24)
+from moc_jax.shapes import Array, Bool, Float, Float32, Int, typed
 
 
-class _Static(NamedTuple):
-    groups: int  # of heads
-    blocks: int  # persistent thread blocks
-    interpret: object
-
-
+@typed
 def select(
     q: Float[Array, "B Q H D"],
     k: Float[Array, "B N H D"],
@@ -61,180 +54,256 @@ def select(
     Raises:
         NotImplementedError: the device, the type, D or `top_k` is none that the kernels can do.
     """
-    device.check(q, k, k)
-    return router.select(q, routing.descriptors(k, table), table, cfg, interpret=device.interpreter())
-
-
-def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper):
-    """Output and natural log-sum-exp of the anchors alone."""
-    raise NotImplementedError("parts by these kernels")
-
-
-def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper):
-    """Output and natural log-sum-exp of the picks alone."""
-    raise NotImplementedError("parts by these kernels")
-
-
-def anchor_gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper):
-    """Gradients of the anchors' part."""
-    raise NotImplementedError("parts by these kernels")
-
-
-def pick_gradients(
-    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
-):
-    """Gradients of the picks' part."""
-    raise NotImplementedError("parts by these kernels")
+    device.check(backend, q, k)
+    return router.select(q, routing.descriptors(k, table), queries, table, cfg, interpret=backend.interpret)
 
 
 @typed
 def attend(
-    q: Float[Array, "B N H D"],
+    q: Float[Array, "B Q H D"],
     k: Float[Array, "B N H D"],
     v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H N K"],
+    routes: Int[Array, "B H Q K"],
     queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
     backend: Hopper,
-) -> Float[Array, "B N H D"]:
+) -> Float[Array, "B Q H D"]:
     """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0.
 
     Raises:
         NotImplementedError: the device, the type or D is none that the kernels can do.
     """
-    device.check(q, k, v)
-    tokens, heads, dim = q.shape[1:]
-    # Blocks of keys start at multiples of 8, and text is cut into whole tiles; what is added belongs to no chunk.
-    rows = max(tokens + -tokens % ALIGN, table.text_tokens + -table.text_tokens % TILE, TILE)
-    more = (0, rows - tokens)
-    q, k, v = (jnp.pad(x, ((0, 0), more, (0, 0), (0, 0))) for x in (q, k, v))
-    routes = jnp.pad(routes, ((0, 0), (0, 0), more, (0, 0)), constant_values=-1)
-    table = dataclasses.replace(table, chunk_of=jnp.pad(table.chunk_of, ((0, 0), more), constant_values=-1))
     with jax.named_scope("moc_attention"):
-        slots = tile_capacity(rows * routes.shape[-1], table.kind.shape[1], TILE) * TILE
-        groups = head_groups(heads, q.shape[0] * slots * dim * q.dtype.itemsize, _BUFFER)
-        static = _Static(groups, device.multiprocessors(), device.interpreter())
-        tiles, schedule = plan(table, cfg), sort_picks(routes, table)
-        if schedule is None and not tiles.anchors:
-            return jnp.zeros(q[:, :tokens].shape, v.dtype)
-        out = _attend(q, k, v, tiles, schedule, table, static)
-    return out[:, :tokens]
+        out = _attend(*_prepared(q, k, v, routes, queries, table, cfg, backend), backend)
+    return out[:, : q.shape[1]]
 
 
 @typed
-def sort_picks(routes: Int[Array, "B H N K"], table: ChunkTable) -> Schedule | None:
-    """The picks' pairs of each scene sorted by chunk (arrays [B, H, ...]); None if there are no slots."""
-    if routes.shape[-1] == 0:
-        return None
-    # An empty chunk is as good as none: its tile would have no keys.
-    length = jnp.take_along_axis(table.length[:, None, None], jnp.maximum(routes, 0), axis=3)
-    routes = jnp.where(length > 0, routes, -1)
-    sort = functools.partial(group_by_chunk, chunks=table.kind.shape[1], tile=TILE)
-    if routes.shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], sort(routes[0]))
-    return jax.vmap(sort)(routes)
+def anchor_part(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    queries: Queries,
+    table: ChunkTable,
+    cfg: MoCConfig,
+    backend: Hopper,
+) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
+    """Output and natural log-sum-exp of the anchors alone; raises as `attend`."""
+    prepared = _prepared(q, k, v, None, queries, table, cfg, backend)
+    return _part(_forward(*prepared, backend), q.shape[1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, plan: Plan, schedule: Schedule | None, table, static):
-    return _forward(q, k, v, plan, schedule, table, static)[0]
+@typed
+def pick_part(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    routes: Int[Array, "B H Q K"],
+    queries: Queries,
+    table: ChunkTable,
+    cfg: MoCConfig,
+    backend: Hopper,
+) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
+    """Output and natural log-sum-exp of the picks alone; raises as `attend`."""
+    prepared = _prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False)
+    return _part(_forward(*prepared, backend), q.shape[1])
 
 
-def _forward(q, k, v, plan, schedule, table, static):
-    """[B, N, H, D] -> output, and base-2 log-sum-exp [B, H, N]."""
-    kernel = functools.partial(flash.forward, tuning=FORWARD, blocks=static.blocks, interpret=static.interpret)
-    all_heads = Heads(0, q.shape[2])
-    if plan.anchors:
-        anchor_out, anchor_lse = kernel(q, k, v, plan.queries, all_heads.operand, sorted_rows=False)
-
-    def one_group(heads):
-        parts = []
-        if plan.anchors:
-            parts.append(Part(anchor_out, plan.query_row[:, None], plan.anchored[:, None], heads.first, anchor_lse))
-        if schedule is not None:
-            rows = queries_of_slots(schedule, heads)
-            work = heads.of(pick_tiles(schedule, table))
-            out, lse = kernel(take_rows(q, rows, heads), k, v, work, heads.operand, sorted_rows=True)
-            parts += [Part(out, slot, slot >= 0, 0, lse) for slot in slots_of_pairs(schedule, heads)]
-        return merge(parts, heads.count, v.dtype)
-
-    batch, tokens, heads, _ = q.shape
-    like = jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)
-    return _by_group(one_group, like, (2, 1), heads, static.groups)
+def _part(found: tuple[Array, ...], rows: int):
+    out, lse = found
+    return out[:, :rows], lse[:, :, :rows] / LOG2E
 
 
-def _attend_forward(q, k, v, plan, schedule, table, static):
-    out, lse = _forward(q, k, v, plan, schedule, table, static)
-    return out, (q, k, v, plan, schedule, table, out, lse)
+@typed
+def anchor_gradients(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    d_out: Float[Array, "B Q H D"],
+    lse: Float32[Array, "B H Q"],
+    delta: Float32[Array, "B H Q"],
+    queries: Queries,
+    table: ChunkTable,
+    cfg: MoCConfig,
+    backend: Hopper,
+) -> tuple[Float[Array, "B Q H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]:
+    """dq, dk and dv of the anchors' part, given the final log-sum-exp and delta; raises as `attend`."""
+    prepared = _prepared(q, k, v, None, queries, table, cfg, backend)
+    return _part_gradients(*prepared, d_out, lse, delta, k.shape[1], backend)
 
 
-def _attend_backward(static, residuals, d_out):
-    q, k, v, plan, schedule, table, out, lse = residuals
-    # Blocks of a run may hold padding. Its weights are 0, but what they are multiplied with may be NaN, or v d_out
-    # overflow. A mask inside of dq's kernel, after the products, took it from 53 to 55 ms in the reference scene.
-    d_out, v = (jnp.where(table.valid[..., None, None], x, 0).astype(q.dtype) for x in (d_out, v))
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, N]
-    common = dict(blocks=static.blocks, interpret=static.interpret)
-    for_queries = functools.partial(flash_backward.query_gradients, tuning=QUERY_GRADIENTS, **common)
-    for_keys = functools.partial(flash_backward.key_gradients, tuning=KEY_GRADIENTS, **common)
-    inputs = q, k, v, d_out, lse, delta
-    all_heads = Heads(0, q.shape[2])
-    if plan.anchors:
-        query_rows = for_queries(*inputs, plan.queries, all_heads.operand, sorted_rows=False)
-        key_rows = for_keys(*inputs, plan.keys, all_heads.operand, sorted_rows=False)
-    valid = table.valid[:, None]
+@typed
+def pick_gradients(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    routes: Int[Array, "B H Q K"],
+    d_out: Float[Array, "B Q H D"],
+    lse: Float32[Array, "B H Q"],
+    delta: Float32[Array, "B H Q"],
+    queries: Queries,
+    table: ChunkTable,
+    cfg: MoCConfig,
+    backend: Hopper,
+) -> tuple[Float[Array, "B Q H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]:
+    """dq, dk and dv of the picks' part, given the final log-sum-exp and delta; raises as `attend`."""
+    prepared = _prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False)
+    return _part_gradients(*prepared, d_out, lse, delta, k.shape[1], backend)
 
-    def one_group(heads):
-        queries, keys = [], ([], [])
-        if plan.anchors:
-            queries.append(Part(query_rows, plan.query_row[:, None], plan.anchored[:, None], heads.first))
-            for parts, rows in zip(keys, key_rows, strict=True):
-                parts.append(Part(rows, plan.key_row[:, None], valid, heads.first))
-        if schedule is not None:
-            rows = queries_of_slots(schedule, heads)
-            pairs = (
-                take_rows(q, rows, heads),
-                k,
-                v,
-                take_rows(d_out, rows, heads),
-                _take_scalars(lse, rows, heads),
-                _take_scalars(delta, rows, heads),
-            )
-            work = heads.of(pick_tiles(schedule, table))
-            d_pairs = for_queries(*pairs, work, heads.operand, sorted_rows=True)
-            queries += [Part(d_pairs, slot, slot >= 0, 0) for slot in slots_of_pairs(schedule, heads)]
-            work = heads.of(reader_tiles(schedule, plan.chunks))
-            d_chunks = for_keys(*pairs, work, heads.operand, sorted_rows=True)
-            for parts, of_chunks in zip(keys, d_chunks, strict=True):
-                parts.append(Part(of_chunks, plan.chunks.row_of_token[:, None], valid, 0))
-        d_k, d_v = (_add_text_parts(_sum(parts, heads.count), parts[0], plan, heads) for parts in keys)
-        return tuple(x.astype(q.dtype) for x in (_sum(queries, heads.count), d_k, d_v))
 
-    like = (jax.ShapeDtypeStruct(q.shape, q.dtype),) * 3
-    return *_by_group(one_group, like, (2, 2, 2), q.shape[2], static.groups), None, None, None
+def _part_gradients(q, k, v, work: "_Work", d_out, lse, delta, tokens: int, backend: Hopper):
+    rows = d_out.shape[1]
+    more, valid = (0, q.shape[1] - rows), work.query_valid
+    d_out = jnp.where(valid[..., None, None], jnp.pad(d_out, ((0, 0), more, (0, 0), (0, 0))), 0).astype(q.dtype)
+    lse, delta = (jnp.pad(x, ((0, 0), (0, 0), more)) for x in (lse * LOG2E, delta))
+    lse, delta = (jnp.where(valid[:, None], x, nothing) for x, nothing in ((lse, -jnp.inf), (delta, 0.0)))
+    d_q, d_k, d_v = _gradients(q, k, v, work, d_out, _without_weights(lse), delta, backend)
+    return d_q[:, :rows], d_k[:, :tokens], d_v[:, :tokens]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What the kernels walk: anchors, picks or both. Padding is where `valid` is False."""
+
+    anchors: AnchorTiles | None
+    picks: PickTiles | None
+    query_valid: Bool[Array, "B Q"]
+    key_valid: Bool[Array, "B N"]
+
+    def groups(self, heads: int, row_bytes: int, most: int) -> int:
+        """Groups of heads whose buffers of sorted rows take at most `most` bytes."""
+        if self.picks is None:
+            return 1
+        batch, _, *slots = self.picks.schedule.pair_of_slot.shape
+        return head_groups(heads, batch * math.prod(slots) * row_bytes, most)
+
+
+def _prepared(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper, anchors=True):
+    """q, k and v as kernels take them, and what is walked: picks if there are `routes`, and anchors."""
+    device.check(backend, q, k, v)
+    # Blocks of keys start at multiples of 8, and text is cut into whole tiles; what is added belongs to no chunk.
+    rows = max(round_up(q.shape[1], ALIGN), TILE)
+    tokens = max(round_up(k.shape[1], ALIGN), round_up(table.text_tokens, TILE), TILE)
+    more_rows, more_tokens = (0, rows - q.shape[1]), (0, tokens - k.shape[1])
+    q, k, v = (
+        jnp.pad(x, ((0, 0), more, (0, 0), (0, 0))) for x, more in ((q, more_rows), (k, more_tokens), (v, more_tokens))
+    )
+    query_chunk, chunk_of = (
+        jnp.pad(x.chunk_of, ((0, 0), more), constant_values=-1)
+        for x, more in ((queries, more_rows), (table, more_tokens))
+    )
+    queries = dataclasses.replace(queries, chunk_of=query_chunk)
+    table = dataclasses.replace(table, chunk_of=chunk_of)
+    if routes is not None:
+        routes = jnp.pad(routes, ((0, 0), (0, 0), more_rows, (0, 0)), constant_values=-1)
+    work = _Work(
+        anchor_tiles(queries, table, cfg, backend.tiles.text_readers) if anchors else None,
+        None if routes is None else pick_tiles(routes, table),
+        queries.valid,
+        table.valid,
+    )
+    return q, k, v, work
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, work: _Work, backend: Hopper):
+    return _forward(q, k, v, work, backend)[0]
+
+
+def _attend_forward(q, k, v, work: _Work, backend: Hopper):
+    out, lse = _forward(q, k, v, work, backend)
+    return out, (q, k, v, work, out, _without_weights(lse))
+
+
+def _without_weights(lse: Array) -> Array:
+    """+inf where there is nothing to attend to: padding may lie among the queries of a run."""
+    return jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+
+
+def _attend_backward(backend: Hopper, residuals, d_out):
+    q, k, v, work, out, lse = residuals
+    d_out = jnp.where(work.query_valid[..., None, None], d_out, 0).astype(q.dtype)
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, Q]
+    return *_gradients(q, k, v, work, d_out, lse, delta, backend), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# ---------------------------------------------------------------------------------------------- groups of heads
+def _forward(q, k, v, work: _Work, backend: Hopper):
+    """[B, Q, H, D] -> output, and base-2 log-sum-exp [B, H, Q]."""
+    batch, rows, heads, dim = q.shape
+    start = jnp.zeros(q.shape, v.dtype), jnp.full((batch, heads, rows), -jnp.inf)
+    anchors, picks, all_heads = work.anchors, work.picks, Heads(0, heads)
+    if anchors is None and picks is None:
+        return start
+    if anchors is not None:
+        of_anchors = flash.forward(q, k, v, anchors.queries, all_heads.operand, backend, sorted_rows=False)
+
+    def one_group(heads: Heads, whole):
+        parts = []
+        if anchors is not None:
+            out, lse = of_anchors
+            parts.append(Part(out, anchors.query_row[:, None], anchors.anchored[:, None], heads.first, lse))
+        if picks is not None:
+            pairs = take_rows(q, queries_of_slots(picks.schedule, heads), heads)
+            tiles = heads.of(picks.queries)
+            out, lse = flash.forward(pairs, k, v, tiles, heads.operand, backend, sorted_rows=True)
+            parts += [Part(out, slot, slot >= 0, 0, lse) for slot in slots_of_pairs(picks.schedule, heads)]
+        return tuple(heads.put(*x) for x in zip(whole, merge(parts, heads.count, v.dtype), (2, 1), strict=True))
+
+    return by_group(one_group, start, heads, work.groups(heads, dim * q.dtype.itemsize, backend.tiles.group_bytes))
 
 
-def _by_group(function, like, axes, heads: int, groups: int):
-    """function(group of heads) -> arrays with the group's heads along `axes`, put together for all heads."""
-    count = heads // groups
-    if groups == 1:
-        return function(Heads(0, heads))
+def _gradients(q, k, v, work: _Work, d_out, lse, delta, backend: Hopper):
+    """dq, dk and dv from the final output's gradient, base-2 log-sum-exp and delta.
 
-    def one(i, whole):
-        parts = function(Heads(i * count, count))
-        return tuple(
-            lax.dynamic_update_slice_in_dim(x, part, i * count, axis)
-            for x, part, axis in zip(whole, parts, axes, strict=True)
-        )
+    For queries without keys and padding the first and last are 0, and the log-sum-exp is +inf.
+    """
+    heads, dim = q.shape[2:]
+    start = tuple(jnp.zeros(x.shape, q.dtype) for x in (q, k, v))
+    anchors, picks, all_heads = work.anchors, work.picks, Heads(0, heads)
+    if anchors is None and picks is None:
+        return start
+    # Blocks of a run may hold padding. Its weights are 0, but what they are multiplied with may be NaN, or v d_out
+    # overflow. A mask inside of dq's kernel, after the products, took it from 53 to 55 ms in the reference scene.
+    v = jnp.where(work.key_valid[..., None, None], v, 0)
+    for_queries = functools.partial(flash_backward.query_gradients, backend=backend)
+    for_keys = functools.partial(flash_backward.key_gradients, backend=backend)
+    if anchors is not None:
+        inputs = q, k, v, d_out, lse, delta
+        query_rows = for_queries(*inputs, anchors.queries, all_heads.operand, sorted_rows=False)
+        key_rows = for_keys(*inputs, anchors.keys, all_heads.operand, sorted_rows=False)
+    valid = work.key_valid[:, None]
 
-    return lax.fori_loop(0, groups, one, tuple(jnp.zeros(x.shape, x.dtype) for x in like))
+    def one_group(heads: Heads, whole):
+        of_queries, of_keys = [], ([], [])
+        if anchors is not None:
+            of_queries.append(Part(query_rows, anchors.query_row[:, None], anchors.anchored[:, None], heads.first))
+            for parts, rows in zip(of_keys, key_rows, strict=True):
+                parts.append(Part(rows, anchors.key_row[:, None], valid, heads.first))
+        if picks is not None:
+            rows = queries_of_slots(picks.schedule, heads)
+            of_pairs = (take_rows(x, rows, heads) for x in (q, d_out))
+            scalars = (_take_scalars(x, rows, heads) for x in (lse, delta))
+            pairs, d_pairs = of_pairs
+            inputs = pairs, k, v, d_pairs, *scalars
+            d_q = for_queries(*inputs, heads.of(picks.queries), heads.operand, sorted_rows=True)
+            of_queries += [Part(d_q, slot, slot >= 0, 0) for slot in slots_of_pairs(picks.schedule, heads)]
+            d_chunks = for_keys(*inputs, heads.of(picks.keys), heads.operand, sorted_rows=True)
+            for parts, of_chunks in zip(of_keys, d_chunks, strict=True):
+                parts.append(Part(of_chunks, picks.key_row[:, None], valid, 0))
+        sums = [_sum(parts, heads.count) for parts in (of_queries, *of_keys)]
+        if anchors is not None:
+            sums[1:] = [_add_text_parts(x, parts[0], anchors, heads) for x, parts in zip(sums[1:], of_keys)]
+        return tuple(heads.put(x, part.astype(q.dtype), 2) for x, part in zip(whole, sums, strict=True))
+
+    return by_group(one_group, start, heads, work.groups(heads, dim * q.dtype.itemsize, backend.tiles.group_bytes))
+
+
+# ------------------------------------------------------------------------------------------- gathers and sums
 
 
 def queries_of_slots(schedule: Schedule, heads: Heads) -> Int[Array, "B H S"]:
@@ -247,9 +316,6 @@ def slots_of_pairs(schedule: Schedule, heads: Heads) -> list[Int[Array, "B H N"]
     """Where the pairs of each query lie; -1: nowhere."""
     slots = heads.of(schedule.slot_of_pair)
     return [slots[..., i] for i in range(slots.shape[-1])]
-
-
-# ------------------------------------------------------------------------------------------- gathers and sums
 
 
 class Part(NamedTuple):
@@ -317,12 +383,10 @@ def _sum(parts: list[Part], heads: int) -> Float[Array, "B N H D"]:
     return functools.reduce(jnp.add, rows).swapaxes(1, 2)
 
 
-def _add_text_parts(total, part: Part, plan: Plan, heads: Heads):
+def _add_text_parts(total, part: Part, anchors: AnchorTiles, heads: Heads):
     """Adds what the first part of the text's tiles lacks: its other readers."""
-    if plan.text_parts < 2:
+    if anchors.text_parts < 2:
         return total
-    batch, _, _, dim = part.rows.shape
-    rows = heads.of(part.rows)[:, :, : plan.text_parts * plan.text_tiles * TILE].astype(jnp.float32)
-    rows = jnp.sum(rows.reshape(batch, heads.count, plan.text_parts, -1, dim)[:, :, 1:], axis=2).swapaxes(1, 2)
-    text = slice(0, plan.text_tokens)  # what else lies in the last tile is video
+    rows = sum_other_parts(heads.of(part.rows), anchors.text_parts, anchors.text_tiles * TILE).swapaxes(1, 2)
+    text = slice(0, anchors.text_tokens)  # what else lies in the last tile is video
     return total.at[:, text].add(jnp.where(part.there[:, 0, text, None, None], rows[:, text], 0.0))

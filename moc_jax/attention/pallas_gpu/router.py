@@ -20,6 +20,8 @@ them: while one warpgroup waits for its product, the others search.
 
 import dataclasses
 import functools
+from collections.abc import Hashable
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moc_jax.attention.layout import (
+    ALIGN,
+    Queries,
+    candidate_rows,
+    candidates_are_split,
+    round_up,
+    split_in_parts,
+)
 from moc_jax.attention.routing import candidate_runs, pickable_chunks, widened, width
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
@@ -34,6 +44,7 @@ from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 _ROWS = 64  # queries of one warpgroup: the M of wgmma
 _GROUPS = 3  # warpgroups that compute; registers leave room for no fourth
+_STEP = _GROUPS * _ROWS  # queries of a block
 _PARTS = 3  # 16-bit parts of a float32: 3 * 8 bits in bfloat16, 3 * 11 in float16
 _MOST_STEPS = 8  # tiles of queries per program: enough to pay for loading phi
 _PROGRAMS = 4 * 132  # at least so many, where there is work for them: they fill the last wave
@@ -42,29 +53,31 @@ _MOST_PICKS = 16  # a list of 2 * 2 registers each
 _SMEM = 220 * 1024  # of 227 KiB; the rest is for barriers and what the compiler takes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tiling:
-    """How the chunks of one head go through shared memory."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterTiling:
+    """How queries and the chunks of one head go through shared memory."""
 
     tiles: int
     columns: int  # of one tile
     slots: int  # tiles that fit at once: all of them, or a ring
+    steps: int  # blocks of queries per program
 
     @property
     def resident(self) -> bool:
         return self.slots == self.tiles
 
     @classmethod
-    def of(cls, chunks: int, head_dim: int) -> "_Tiling":
-        """As many chunks at once as shared memory and registers have room for."""
+    def of(cls, chunks: int, head_dim: int, queries: int) -> Self:
+        """As many chunks at once as shared memory and registers have room for; for so many queries of all heads."""
+        steps = max(1, min(_MOST_STEPS, queries // (_STEP * _PROGRAMS)))
         column = _PARTS * head_dim * 2
-        room = (_SMEM - _GROUPS * _ROWS * head_dim * 2) // column
+        room = (_SMEM - _STEP * head_dim * 2) // column
         tiles = -(-chunks // _MOST_COLUMNS)
-        columns = -(-chunks // tiles // 8) * 8
+        columns = round_up(-(-chunks // tiles), 8)
         if tiles * columns <= room:
-            return cls(tiles, columns, tiles)
+            return cls(tiles=tiles, columns=columns, slots=tiles, steps=steps)
         columns = min(_MOST_COLUMNS, room // 2 // 8 * 8)
-        return cls(-(-chunks // columns), columns, 2)
+        return cls(tiles=-(-chunks // columns), columns=columns, slots=2, steps=steps)
 
 
 def can_select(cfg: MoCConfig) -> bool:
@@ -74,46 +87,38 @@ def can_select(cfg: MoCConfig) -> bool:
 
 @typed
 def select(
-    q: Float[Array, "B N H D"],
+    q: Float[Array, "B Q H D"],
     phi: Float32[Array, "B H C D"],
+    queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
     *,
-    interpret=None,
-) -> Int[Array, "B H N K"]:
+    tiling: RouterTiling | None = None,
+    interpret: Hashable | None = None,
+) -> Int[Array, "B H Q K"]:
     """As `routing.select`: the best candidates of every query, best first; -1 fills slots that hold none.
 
     Args:
         q: After QK-norm and rotary embedding; bfloat16 or float16.
         phi: The chunks' descriptors, `routing.descriptors`.
+        tiling: None: what suits the sizes.
+        interpret: As `Hopper.interpret`.
 
     Raises:
         NotImplementedError: q's type, D or `top_k` (and the number of chunks) is none that the kernel can do.
     """
     _check(q, phi.shape[2], cfg)
-    batch, tokens, heads, head_dim = q.shape
-    q = jnp.pad(q, ((0, 0), (0, -tokens % 8), (0, 0), (0, 0)))  # the copy engine's rows come in eights
-    tiling = _Tiling.of(phi.shape[2], head_dim)
-    step = _GROUPS * _ROWS
-    steps = max(1, min(_MOST_STEPS, batch * heads * tokens // (step * _PROGRAMS)))
-    blocks = -(-tokens // (step * steps))
-    runs = [jnp.pad(run, ((0, 0), (0, 1))) for run in candidate_runs(table, cfg)]  # padding tokens: no candidates
-    padding = blocks * steps * step - tokens
-    of = jnp.pad(table.chunk_of, ((0, 0), (0, padding)), constant_values=-1)
-    of = jnp.where(of < 0, phi.shape[2], of)
-    runs = jnp.stack([jnp.take_along_axis(run, of, axis=1) for run in runs], axis=1)
-    used = -(-jnp.max(runs[:, 2].reshape(batch, -1, step), axis=-1) // tiling.columns)  # [B, blocks * steps]
+    batch, count, heads, head_dim = q.shape
+    q = jnp.pad(q, ((0, 0), (0, -count % ALIGN), (0, 0), (0, 0)))
+    tiling = tiling or RouterTiling.of(phi.shape[2], head_dim, batch * heads * count)
+    blocks = -(-count // (_STEP * tiling.steps))
+    runs = candidate_rows(candidate_runs(table, cfg), queries, blocks * tiling.steps * _STEP)
+    used = -(-jnp.max(runs[:, 2].reshape(batch, -1, _STEP), axis=-1) // tiling.columns)  # [B, blocks * steps]
 
-    rows = tokens + -tokens % _ROWS
     top_k = min(cfg.top_k, phi.shape[2])  # no query has more candidates than there are chunks
     picks = plgpu.kernel(
-        functools.partial(
-            _kernel,
-            tiling=tiling,
-            steps=steps,
-            split=not cfg.causal_routing and cfg.self_anchor != "none",
-        ),
-        out_type=jax.ShapeDtypeStruct((batch, heads, top_k, rows), jnp.int32),
+        functools.partial(_kernel, tiling=tiling, split=candidates_are_split(cfg)),
+        out_type=jax.ShapeDtypeStruct((batch, heads, top_k, round_up(count, _ROWS)), jnp.int32),
         kernel_name="moc_router",
         grid=(heads, blocks, batch),
         grid_names=("heads", "blocks", "batch"),
@@ -122,23 +127,23 @@ def select(
         scratch_types=_scratch(tiling, head_dim, q.dtype),
         interpret=interpret,
     )(q, _parts(phi, table, tiling, q.dtype), runs, used)
-    picks = jnp.swapaxes(picks, 2, 3)[:, :, :tokens]
+    picks = jnp.swapaxes(picks, 2, 3)[:, :, :count]
     return widened(picks, width(cfg.top_k, phi.shape[2]))
 
 
 def _check(q, chunks: int, cfg):
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
-            f"q is {q.dtype}; the routing kernel takes bfloat16 or float16: cast q and k, or use backend = xla"
+            f'q is {q.dtype}; the routing kernel takes bfloat16 or float16: cast q and k, or use backend="xla"'
         )
     if q.shape[-1] % 64 or q.shape[-1] > 256:
         raise NotImplementedError(
-            f"heads of size {q.shape[-1]}; the routing kernel takes 64, 128, 192 and 256: use backend = xla"
+            f'heads of size {q.shape[-1]}; the routing kernel takes 64, 128, 192 and 256: use backend="xla"'
         )
     if min(cfg.top_k, chunks) > _MOST_PICKS:
         raise NotImplementedError(
             f"moc.top_k is {cfg.top_k} of {chunks} chunks; the routing kernel keeps at most {_MOST_PICKS} picks in "
-            "registers: pick fewer, larger chunks, or use backend = xla"
+            'registers: pick fewer, larger chunks, or use backend="xla"'
         )
 
 
@@ -157,14 +162,8 @@ def _parts(phi, table, tiling, dtype):
     phi = jnp.where(pickable, phi, jnp.nan)
     padding = tiling.tiles * tiling.columns - chunks
     phi = jnp.pad(phi, ((0, 0), (0, 0), (0, padding), (0, 0)), constant_values=jnp.nan)
-    parts = []
-    for _ in range(_PARTS):
-        # Not a plain cast there and back, which XLA may take for excess precision and drop.
-        finfo = jnp.finfo(dtype)
-        part = lax.reduce_precision(phi, exponent_bits=finfo.nexp, mantissa_bits=finfo.nmant)
-        parts.append(part.astype(dtype).reshape(batch, heads, tiling.tiles, tiling.columns, head_dim))
-        phi = phi - part
-    return jnp.stack(parts, axis=3).reshape(-1, tiling.columns, head_dim)
+    phi = phi.reshape(batch, heads, tiling.tiles, tiling.columns, head_dim)
+    return jnp.stack(split_in_parts(phi, dtype, _PARTS), axis=3).reshape(-1, tiling.columns, head_dim)
 
 
 def _scratch(tiling, head_dim, dtype):
@@ -172,30 +171,29 @@ def _scratch(tiling, head_dim, dtype):
     return dict(
         q_smem_ref=plgpu.SMEM((_GROUPS, _ROWS, head_dim), dtype, transforms=layout),
         phi_smem_ref=plgpu.SMEM((tiling.slots, _PARTS, tiling.columns, head_dim), dtype, transforms=layout),
-        q_loaded_ref=plgpu.Barrier(num_barriers=_GROUPS),
-        phi_loaded_ref=plgpu.Barrier(num_barriers=tiling.slots),
-        phi_free_ref=plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=tiling.slots),
+        q_loaded_barrier_ref=plgpu.Barrier(num_barriers=_GROUPS),
+        phi_loaded_barrier_ref=plgpu.Barrier(num_barriers=tiling.slots),
+        phi_free_barrier_ref=plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=tiling.slots),
     )
 
 
 def _kernel(
-    q_hbm_ref,  # [B, N, H, D]
-    phi_hbm_ref,  # [B * H * tiles * parts, columns, D]
-    runs_hbm_ref,  # [B, 3, padded N]
-    used_hbm_ref,  # [B, steps of all blocks]: tiles of phi that hold candidates of the step's queries
-    picks_hbm_ref,  # [B, H, K, N rounded up to _ROWS]
+    q_gmem_ref,  # [B, Q, H, D]
+    phi_gmem_ref,  # [B * H * tiles * parts, columns, D]
+    runs_gmem_ref,  # [B, 3, padded Q]
+    used_gmem_ref,  # [B, steps of all blocks]: tiles of phi that hold candidates of the step's queries
+    picks_gmem_ref,  # [B, H, K, Q rounded up to _ROWS]
     *,
     q_smem_ref,
     phi_smem_ref,
-    q_loaded_ref,
-    phi_loaded_ref,
-    phi_free_ref,
+    q_loaded_barrier_ref,
+    phi_loaded_barrier_ref,
+    phi_free_barrier_ref,
     tiling,
-    steps,
     split,  # whether candidates go on behind the anchors: with causal routing they don't
 ):
     batch, head, group = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("group")
-    heads = q_hbm_ref.shape[2]
+    heads, steps = q_gmem_ref.shape[2], tiling.steps
     # The last queries have the most candidates, so they start first.
     block = lax.axis_size("blocks") - 1 - lax.axis_index("blocks")
 
@@ -206,7 +204,7 @@ def _kernel(
         def load(tile, slot):
             first = ((batch * heads + head) * tiling.tiles + tile) * _PARTS
             plgpu.copy_gmem_to_smem(
-                phi_hbm_ref.at[pl.ds(first, _PARTS)], phi_smem_ref.at[slot], phi_loaded_ref.at[slot]
+                phi_gmem_ref.at[pl.ds(first, _PARTS)], phi_smem_ref.at[slot], phi_loaded_barrier_ref.at[slot]
             )
 
         if tiling.resident:
@@ -219,20 +217,20 @@ def _kernel(
 
             @pl.when(loaded >= tiling.slots)
             def _():
-                plgpu.barrier_wait(phi_free_ref.at[slot])
+                plgpu.barrier_wait(phi_free_barrier_ref.at[slot])
 
             load(tile, slot)
             return loaded + 1
 
         def one_step(step, loaded):
-            return lax.fori_loop(0, used_hbm_ref[batch, block * steps + step], load_next, loaded)
+            return lax.fori_loop(0, used_gmem_ref[batch, block * steps + step], load_next, loaded)
 
         lax.fori_loop(0, steps, one_step, 0)
 
     @pl.when(group < _GROUPS)
     def _pick():
         plgpu.set_max_registers(160, action="increase")
-        load_q = functools.partial(_load_q, q_hbm_ref, q_smem_ref, q_loaded_ref, batch, head, group)
+        load_q = functools.partial(_load_q, q_gmem_ref, q_smem_ref, q_loaded_barrier_ref, batch, head, group)
 
         def row_of(step):
             return ((block * steps + step) * _GROUPS + group) * _ROWS
@@ -240,38 +238,38 @@ def _kernel(
         load_q(row_of(0))
         if tiling.resident:
             for slot in range(tiling.slots):
-                plgpu.barrier_wait(phi_loaded_ref.at[slot])
+                plgpu.barrier_wait(phi_loaded_barrier_ref.at[slot])
 
         def one_step(step, seen):
-            row, used = row_of(step), used_hbm_ref[batch, block * steps + step]
+            row, used = row_of(step), used_gmem_ref[batch, block * steps + step]
 
             def load_next_q():
                 pl.when(step + 1 < steps)(lambda: load_q(row_of(step + 1)))
 
             runs = [
-                plgpu.load(runs_hbm_ref.at[batch, i, pl.ds(row, _ROWS)], layout=_ROW, optimized=False)
+                plgpu.load(runs_gmem_ref.at[batch, i, pl.ds(row, _ROWS)], layout=_ROW, optimized=False)
                 for i in range(3 if split else 1)
             ]
-            plgpu.barrier_wait(q_loaded_ref.at[group])
+            plgpu.barrier_wait(q_loaded_barrier_ref.at[group])
 
             def one_tile(tile, carry):
                 seen, best = carry
                 slot = tile if tiling.resident else lax.rem(seen, tiling.slots)
                 if not tiling.resident:
-                    plgpu.barrier_wait(phi_loaded_ref.at[slot])
+                    plgpu.barrier_wait(phi_loaded_barrier_ref.at[slot])
                 scores = _scores(q_smem_ref.at[group], phi_smem_ref.at[slot])
                 if not tiling.resident:
-                    plgpu.barrier_arrive(phi_free_ref.at[slot])
+                    plgpu.barrier_arrive(phi_free_barrier_ref.at[slot])
                 pl.when(tile == used - 1)(load_next_q)
                 return seen + 1, _merge(scores, [run - tile * tiling.columns for run in runs], best, tile)
 
             pl.when(used == 0)(load_next_q)
-            seen, (_, picks) = lax.fori_loop(0, used, one_tile, (seen, _nothing(picks_hbm_ref.shape[2])))
+            seen, (_, picks) = lax.fori_loop(0, used, one_tile, (seen, _nothing(picks_gmem_ref.shape[2])))
 
-            @pl.when(row < picks_hbm_ref.shape[3])
+            @pl.when(row < picks_gmem_ref.shape[3])
             def _():
                 for i, pick in enumerate(picks):
-                    picks_hbm_ref[batch, head, i, pl.ds(row, _ROWS)] = pick
+                    picks_gmem_ref[batch, head, i, pl.ds(row, _ROWS)] = pick
 
             return seen
 
@@ -281,9 +279,11 @@ def _kernel(
 _TILE, _ROW = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1)
 
 
-def _load_q(q_hbm_ref, q_smem_ref, q_loaded_ref, batch, head, group, row):
+def _load_q(q_gmem_ref, q_smem_ref, q_loaded_barrier_ref, batch, head, group, row):
     """Rows past the last token come as zeros."""
-    plgpu.copy_gmem_to_smem(q_hbm_ref.at[batch, pl.ds(row, _ROWS), head], q_smem_ref.at[group], q_loaded_ref.at[group])
+    plgpu.copy_gmem_to_smem(
+        q_gmem_ref.at[batch, pl.ds(row, _ROWS), head], q_smem_ref.at[group], q_loaded_barrier_ref.at[group]
+    )
 
 
 def _scores(q_smem_ref, phi_smem_ref):

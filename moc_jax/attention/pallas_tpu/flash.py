@@ -37,8 +37,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device, packing
-from moc_jax.attention.pallas_tpu.device import LANES, ROWS
+from moc_jax.attention.pallas_tpu import packing
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.attention.pallas_tpu.tiles import Tiles
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
@@ -132,9 +132,9 @@ def forward(
     mean_keys: int | None = None,
     packed: bool = False,
     tiling: Tiling,
+    chip: Chip,
     name: str = "moc_forward",
     into: tuple[Array, Array] | None = None,
-    interpret: Any = False,
 ) -> tuple[Float[Array, "B _ R D"], Float32[Array, "B _ R"]] | Float32[Array, "B _ R E"]:
     """Output and base-2 log-sum-exp of the queries that tiles hold; of other queries and unused tiles, anything.
 
@@ -146,6 +146,7 @@ def forward(
         mean_keys: Of a tile, for the compiler's estimate.
         packed: Both in one array, as `packing.pack` makes it.
         tiling: Sizes of blocks; `tiling.queries` rows are a tile.
+        chip: That the program is for.
         name: Of the kernel, in profiles and listings.
         into: Output and log-sum-exp of other queries, which stay; their memory is used.
     """
@@ -199,13 +200,8 @@ def forward(
             ],
         ),
         input_output_aliases={5 + i: i for i in range(len(others))},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=device.vmem_limit(),
-            disable_bounds_checks=True,  # the interpreter checks them
-        ),
+        compiler_params=chip.params("ppaa"),
         cost_estimate=_cost(q, job, mean_keys or longest_run or -(-k.shape[2] // max(1, tiles.count))),
-        interpret=interpret,
     )(table, first_head.astype(jnp.int32), q, k, v, *others)
     return found[0] if packed else (found[0], found[1][:, :, 0])
 

@@ -33,7 +33,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.pallas_tpu.device import ROWS, Chip
 from moc_jax.attention.pallas_tpu.tiles import Tiles, blocks_of, steps
 from moc_jax.shapes import Array, Float, Float32, Int, Int32, typed
 
@@ -55,8 +55,8 @@ class Tiling:
     where D is less than the unit is wide: they fill it, while q, k and d_out fill a part."""
 
     def __post_init__(self):
-        if min(self.block, self.at_once) < device.ROWS or self.block % device.ROWS or self.at_once % device.ROWS:
-            raise ValueError(f"{self}: sizes must be positive multiples of {device.ROWS}")
+        if min(self.block, self.at_once) < ROWS or self.block % ROWS or self.at_once % ROWS:
+            raise ValueError(f"{self}: sizes must be positive multiples of {ROWS}")
 
 
 @typed
@@ -72,11 +72,11 @@ def gradients(
     *,
     rows: int,
     tiling: Tiling,
+    chip: Chip,
     accumulate: bool,
     pairs: int | None = None,
     d_q_type: Any = None,
     name: str = "moc_gradients",
-    interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Float[Array, "B Hq Nq D"], Float[Array, "B Hq R D"], Float[Array, "B Hq R D"]]:
     """dq of the queries, and dk and dv of each tile's rows, R = tiles * rows.
 
@@ -89,6 +89,7 @@ def gradients(
         tiles: Keys over queries. Steps beyond a tile's own, and tiles without queries, stay at the block that holds
             the begin of an empty run: nothing is copied where that is the last one walked.
         rows: Keys of a tile.
+        chip: That the program is for.
         accumulate: Several tiles may read a query: dq is float32, their sum, and 0 if none does. Otherwise a block of
             queries must be read by one tile at most, and blocks that none reads are not written.
         d_q_type: Of dq if it does not accumulate; q's if None.
@@ -99,7 +100,7 @@ def gradients(
         dq, dk, dv. Row r of tile g is row r of the keys that it loads; 0 where it is not one of the tile's keys.
     """
     job = Job.of(q, k, tiles, rows=rows, tiling=tiling, accumulate=accumulate)
-    job.check(interpret)
+    job.check()
     operands = [q, d_out, jnp.stack([lse, delta], axis=2), k, v]
     d_q_type = jnp.float32 if accumulate else d_q_type or q.dtype
     if accumulate:
@@ -118,20 +119,10 @@ def gradients(
             scratch_shapes=_scratch(job, d_q_type),
         ),
         input_output_aliases={7: 0} if accumulate else {},
-        compiler_params=_compiler_params(),
+        compiler_params=chip.params("ppaa", vmem=chip.info.vmem_capacity_bytes),
         cost_estimate=job.cost(pairs),
-        interpret=interpret,
     )(_lines(tiles, tiling.block), first_head.astype(jnp.int32), *operands)
     return d_q, d_k, d_v
-
-
-def _compiler_params() -> pltpu.CompilerParams:
-    chip = pltpu.ChipVersion(device.chip().removeprefix("tpu"))
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=pltpu.get_tpu_info_for_chip(chip, 1).vmem_capacity_bytes,
-        disable_bounds_checks=True,  # 160 cycles of every step; the interpreter has them
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,14 +158,12 @@ class Job:
             accumulate=accumulate,
         )
 
-    def check(self, interpret) -> None:
+    def check(self) -> None:
         """Raises ValueError where sizes don't fit together."""
         if self.queries % self.tiling.block:
             raise ValueError(f"{self.queries} queries are no multiple of the {self.tiling.block} of a step")
         if self.rows % self.tiling.at_once:
             raise ValueError(f"{self.rows} keys are no multiple of the {self.tiling.at_once} computed at once")
-        if not interpret and (self.tiling.block % device.LANES or self.tiling.at_once % device.LANES):
-            raise ValueError(f"{self.tiling}: sizes must be multiples of {device.LANES}")
 
     def line(self, scene, head, tile):
         """Where a tile's line starts in the flat table."""
@@ -238,7 +227,7 @@ def _specs(job: Job) -> _Specs:
 
     def keys(scene, head, tile, step, table_smem_ref, first_head_smem_ref):
         row = table_smem_ref[job.line(scene, head, tile) + _ROW]
-        return scene, first_head_smem_ref[0] + head, pl.multiple_of(row, device.ROWS), 0
+        return scene, first_head_smem_ref[0] + head, pl.multiple_of(row, ROWS), 0
 
     none = pl.squeezed
     query_spec = pl.BlockSpec((none, none, block, job.dim), wide)

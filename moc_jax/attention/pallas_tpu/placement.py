@@ -19,8 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device
-from moc_jax.attention.pallas_tpu.device import LANES, ROWS
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.attention.pallas_tpu.ranks import ranks
 from moc_jax.shapes import Array, Int, typed
 
@@ -83,7 +82,7 @@ def place(
     routes = jnp.pad(routes, ((0, 0), (0, 0), (0, -rows % window), (0, 0)), constant_values=-1)
     windows = routes.shape[2] // window
     by_window = routes.reshape(batch, heads * windows, window, picks)
-    rank, counts = ranks(by_window, chunks, interpret=device.interpreter())
+    rank, counts = ranks(by_window, chunks)
     room = _room(window, picks, chunks)
     some = (lengths > 0)[:, None, None]
     run_rows = jnp.where(some, up(counts, ROWS).reshape(batch, heads, windows, chunks), 0)
@@ -148,7 +147,6 @@ def _lookup(routes: Int[Array, "B H W K"], rank, first: Int[Array, "X C"], nobod
         cost_estimate=pl.CostEstimate(
             flops=2 * routes.size * chunks, transcendentals=0, bytes_accessed=3 * 4 * routes.size
         ),
-        interpret=device.interpreter(),
     )(first.astype(jnp.int32)[:, None], tokens_last(routes), tokens_last(rank))
     return found.reshape(batch * windows, picks, rows)
 
@@ -180,14 +178,14 @@ def step_rows(rows: int, window: int) -> int:
     return math.gcd(rows, window, STEP)
 
 
-def window_size(rows: int, picks: int, width: int, chunks: int) -> tuple[int, int]:
+def window_size(rows: int, picks: int, width: int, chunks: int, chip: Chip) -> tuple[int, int]:
     """(rows, buffers) of a window of queries whose pairs' rows have `width` 32-bit columns: what fits the chip.
 
     Raises:
         NotImplementedError: not even the smallest window fits, as every chunk needs up to 7 rows of padding.
     """
     row = up(width, LANES) * 4
-    limit = device.vmem_limit() - 4 * STEP * row  # beside what else a step has
+    limit = chip.vmem_limit - 4 * STEP * row  # beside what else a step has
 
     def fitting(bytes_per_row: int) -> int:
         fit = max(0, limit // bytes_per_row - _room(0, picks, chunks)) // max(1, picks)
@@ -199,7 +197,7 @@ def window_size(rows: int, picks: int, width: int, chunks: int) -> tuple[int, in
         needed = _room(LANES, picks, chunks) * (row + row // PARTS)
         raise NotImplementedError(
             f"{chunks} chunks and top_k {picks} need {needed / 2**20:.1f} MiB of vector memory, of which TPU "
-            f'{device.chip()} has {limit / 2**20:.1f} to spare: take larger chunks, fewer picks, or backend="xla"'
+            f'{chip.name} has {limit / 2**20:.1f} to spare: take larger chunks, fewer picks, or backend="xla"'
         )
     return (two, 2) if two == one or two * picks >= _LONG_RUN * chunks else (one, 1)
 

@@ -2,8 +2,9 @@
 
 Tokens that share their anchors form a *segment*: each caption, and each shot where the own shot is an anchor, else each
 chunk. Queries are laid out segment after segment, each from a whole tile on (`Order`), so that no tile crosses a
-segment and all of a tile's rows read the same runs of keys. Keys and values stay where they are: runs are rows of
-memory. Rows of the order that hold no token have zeros for queries and nothing to read.
+segment and all of a tile's rows read the same runs of keys. Captions come first, and segments in the order of their
+chunks, wherever the queries lie and however many of them a chunk has. Keys and values stay where they are: runs are
+rows of memory. Rows of the order that hold no token have zeros for queries and nothing to read.
 
 For the gradients of keys, segments are cut into tiles of keys, which walk runs of the ordered queries.
 """
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moc_jax.attention.layout import Queries
 from moc_jax.attention.pallas_tpu.device import ROWS
 from moc_jax.attention.pallas_tpu.placement import Placement
 from moc_jax.attention.pallas_tpu.tiles import Tiles
@@ -34,9 +36,10 @@ class Moves(NamedTuple):
     target: Int[Array, "B S"]
     size: Int[Array, "B S"]
 
-    @property
-    def back(self) -> "Moves":
-        return Moves(self.target, self.source, self.size)
+    def by_target(self) -> "Moves":
+        """With targets that ascend."""
+        order = jnp.argsort(jnp.where(self.size > 0, self.target, jnp.iinfo(jnp.int32).max), axis=1)
+        return Moves(*(jnp.take_along_axis(x, order, axis=1) for x in self))
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +47,8 @@ class Moves(NamedTuple):
 class Order:
     """Where queries lie: captions first, each from a multiple of a text tile on, then video."""
 
-    moves: Moves  # of tokens to rows, both ascending
+    moves: Moves  # of tokens to rows
+    back: Moves  # of rows to tokens
     chunk_of_row: Int[Array, "B R"]  # the first chunk of the row's segment; -1: none
     text_rows: int = dataclasses.field(metadata={"static": True})  # rows before the video's; whole tiles of video
 
@@ -64,9 +68,7 @@ class Cut(NamedTuple):
     def moves(self, rows: int) -> Moves:
         """From the rows of all tiles to the tokens, which ascend."""
         first = rows * jnp.arange(self.row.shape[1])[None]
-        moves = Moves(first + self.begin - self.row, self.begin, self.end - self.begin)
-        order = jnp.argsort(jnp.where(moves.size > 0, moves.target, jnp.iinfo(jnp.int32).max), axis=1)
-        return Moves(*(jnp.take_along_axis(x, order, axis=1) for x in moves))
+        return Moves(first + self.begin - self.row, self.begin, self.end - self.begin).by_target()
 
 
 @jax.tree_util.register_dataclass
@@ -85,15 +87,16 @@ class Plan:
     text_tiles: int = dataclasses.field(metadata={"static": True})  # how many of `keys` text has each time
 
 
-def plan(table: ChunkTable, cfg: MoCConfig, blocks: Blocks) -> Plan:
+def plan(queries: Queries, table: ChunkTable, cfg: MoCConfig, blocks: Blocks) -> Plan:
     """The tiles of scenes under a config."""
-    lead, begin, end = _segments(table, by_shot(cfg))
-    order = _order(table, lead, begin, end, by_shot(cfg), blocks)
+    lead = _leads(table, by_shot(cfg))
+    order, chunk_row = _order(queries, table, lead, by_shot(cfg), blocks)
     runs = anchor_runs(table, cfg)
     some = jnp.any(runs.begin < runs.end, axis=1)
     any_anchors = cfg.mode == "dense" or cfg.self_anchor != "none" or table.text_tokens > 0 or cfg.top_k == 0
     text, video = slice(0, order.text_rows), slice(order.text_rows, None)
-    keys, key_moves, parts, tiles = _key_tiles(table, cfg, begin, end, order, blocks)
+    readers = reader_runs(table, cfg, chunk_row, queries.length)
+    keys, key_moves, parts, tiles = _key_tiles(table, cfg, *_extent(lead, table), readers, order.rows, blocks)
     return Plan(
         order=order,
         text=_query_tiles(order.chunk_of_row[:, text], runs, blocks.text_queries),
@@ -142,39 +145,43 @@ def cut_chunks(table: ChunkTable, blocks: Blocks) -> Cut:
     return _cut(begin, end, tokens, rows, min(table.kind.shape[1], tokens), last)
 
 
-def _segments(table: ChunkTable, by_shot: bool):
-    """The first chunk of each chunk's segment, and for first chunks where their segment begins and ends."""
-    batch, chunks = table.kind.shape
-    index = jnp.broadcast_to(jnp.arange(chunks)[None], (batch, chunks))
-    lead = index
-    if by_shot:
-        video = table.kind == VIDEO
-        follows = video[:, 1:] & video[:, :-1] & (table.shot[:, 1:] == table.shot[:, :-1])
-        lead = lax.cummax(jnp.where(jnp.pad(follows, ((0, 0), (1, 0))), 0, index), axis=1)
-    member = (lead[:, None, :] == index[:, :, None]) & (table.length > 0)[:, None, :]
-    far = table.chunk_of.shape[1]
-    begin = jnp.min(jnp.where(member, table.start[:, None], far), axis=-1)
-    end = jnp.max(jnp.where(member, (table.start + table.length)[:, None], 0), axis=-1)
-    return lead, jnp.minimum(begin, end), end
+def _leads(table: ChunkTable, by_shot: bool) -> Int[Array, "B C"]:
+    """The first chunk of each chunk's segment."""
+    index = jnp.broadcast_to(jnp.arange(table.kind.shape[1])[None], table.kind.shape)
+    if not by_shot:
+        return index
+    video = table.kind == VIDEO
+    follows = video[:, 1:] & video[:, :-1] & (table.shot[:, 1:] == table.shot[:, :-1])
+    return lax.cummax(jnp.where(jnp.pad(follows, ((0, 0), (1, 0))), 0, index), axis=1)
 
 
-def _most(table: ChunkTable, by_shot: bool) -> tuple[int, int]:
-    """The most captions and video segments that scenes of this shape have."""
+def _extent(lead: Int[Array, "B C"], tokens: ChunkTable | Queries) -> tuple[Int[Array, "B C"], Int[Array, "B C"]]:
+    """For first chunks of segments, where the segment's keys, or its queries, begin and end."""
+    there = (lead[:, None, :] == jnp.arange(lead.shape[1])[None, :, None]) & (tokens.length > 0)[:, None, :]
+    begin = jnp.min(jnp.where(there, tokens.start[:, None], jnp.iinfo(jnp.int32).max), axis=-1)
+    end = jnp.max(jnp.where(there, (tokens.start + tokens.length)[:, None], 0), axis=-1)
+    return jnp.minimum(begin, end), end
+
+
+def _most(table: ChunkTable, by_shot: bool, text: int, video: int) -> tuple[int, int]:
+    """The most captions and video segments that so many tokens of text and of video have."""
     chunks = table.kind.shape[1]
     shots = chunks if table.max_shots is None else table.max_shots
-    video = table.chunk_of.shape[1] - table.text_tokens
-    return min(chunks, shots + 1, table.text_tokens), min(shots if by_shot else chunks, chunks, video)
+    return min(chunks, shots + 1, text), min(shots if by_shot else chunks, chunks, video)
 
 
-def _order(table: ChunkTable, lead, begin, end, by_shot: bool, blocks: Blocks) -> Order:
-    captions, segments = _most(table, by_shot)
-    tokens = table.chunk_of.shape[1]
-    text_rows = _up(table.text_tokens + captions * (blocks.text_queries - 1), blocks.align)
-    rows = text_rows + _up(tokens - table.text_tokens + segments * (blocks.align - 1), blocks.align)
+def _order(queries: Queries, table: ChunkTable, lead, by_shot: bool, blocks: Blocks):
+    """The order, and the row of each chunk's first query."""
+    text, video = queries.text_tokens, queries.chunk_of.shape[1] - queries.first_video
+    captions, segments = _most(table, by_shot, text, video)
+    text_rows = _up(text + captions * (blocks.text_queries - 1), blocks.align)
+    rows = text_rows + _up(video + segments * (blocks.align - 1), blocks.align)
+    begin, end = _extent(lead, queries)
     size, first = end - begin, jnp.zeros_like(begin)
     for kind, align, offset in ((TEXT, blocks.text_queries, 0), (VIDEO, blocks.align, text_rows)):
         room = jnp.where(table.kind == kind, _up(size, align), 0)
         first = jnp.where(table.kind == kind, offset + jnp.cumsum(room, axis=1) - room, first)
+    chunk_row = queries.start + jnp.take_along_axis(first - begin, lead, axis=1)
 
     # Segments start at whole tiles, so finding the segment of each tile is enough.
     step = blocks.text_queries
@@ -185,11 +192,9 @@ def _order(table: ChunkTable, lead, begin, end, by_shot: bool, blocks: Blocks) -
     first_of, size_of = (jnp.repeat(jnp.take_along_axis(x, segment, axis=1), step, axis=1) for x in (first, size))
     there &= jnp.arange(rows)[None] - first_of < size_of
     parts = [(begin, first, jnp.where(table.kind == kind, size, 0)) for kind in (TEXT, VIDEO)]
-    return Order(
-        moves=Moves(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))),
-        chunk_of_row=jnp.where(there, jnp.repeat(segment, step, axis=1), -1).astype(jnp.int32),
-        text_rows=text_rows,
-    )
+    moves = Moves(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
+    of_row = jnp.where(there, jnp.repeat(segment, step, axis=1), -1).astype(jnp.int32)
+    return Order(moves, Moves(moves.target, moves.source, moves.size).by_target(), of_row, text_rows), chunk_row
 
 
 def _query_tiles(chunk_of_row: Int[Array, "B R"], runs: Runs, size: int) -> Tiles:
@@ -201,17 +206,10 @@ def _query_tiles(chunk_of_row: Int[Array, "B R"], runs: Runs, size: int) -> Tile
     return Tiles(jnp.moveaxis(lines, 1, 2).reshape(*lead.shape, 2 * lines.shape[1])[:, None])
 
 
-def _key_tiles(table: ChunkTable, cfg: MoCConfig, begin, end, order: Order, blocks: Blocks):
+def _key_tiles(table: ChunkTable, cfg: MoCConfig, begin, end, readers: Runs, query_rows: int, blocks: Blocks):
     """(tiles, moves of their rows to tokens, times that text's tiles are repeated, number of them)."""
-    readers = reader_runs(table, cfg)
-    # The same runs as rows of the order: a run's first and last token belong to somebody, so they have rows.
-    some = readers.begin < readers.end
-    readers = Runs(
-        jnp.where(some, _row_of(readers.begin, order), 0), jnp.where(some, _row_of(readers.end - 1, order) + 1, 0)
-    )
-
-    captions, segments = _most(table, by_shot(cfg))
     tokens, rows = table.chunk_of.shape[1], blocks.gradient_keys
+    captions, segments = _most(table, by_shot(cfg), table.text_tokens, tokens - table.text_tokens)
     last_row = key_rows(table.chunk_of.shape[1], table.text_tokens, blocks) - blocks.gradient_keys
     all_alike = cfg.visibility == "scene" and (cfg.mode == "dense" or cfg.text_anchor == "all")
     if not all_alike or table.text_tokens == 0:
@@ -223,21 +221,14 @@ def _key_tiles(table: ChunkTable, cfg: MoCConfig, begin, end, order: Order, bloc
     is_text = table.kind == TEXT
     text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1)
     count = -(-table.text_tokens // rows)
-    parts = -(-order.rows // (_PART * blocks.gradient_queries))
-    text = _text_lines(readers, is_text, text_end, parts, count, order.rows, blocks)
+    parts = -(-query_rows // (_PART * blocks.gradient_queries))
+    text = _text_lines(readers, is_text, text_end, parts, count, query_rows, blocks)
     cut = _cut(begin, jnp.where(is_text, begin, end), tokens, rows, segments, last_row)
     of_text, of_video = rows * jnp.arange(count)[None], cut.moves(rows)
     of_text = Moves(of_text, of_text, jnp.clip(text_end[:, None] - of_text, 0, rows))
     of_video = of_video._replace(source=of_video.source + parts * count * rows)
     moves = [jnp.concatenate([jnp.broadcast_to(x, of_text.size.shape), y], axis=1) for x, y in zip(of_text, of_video)]
     return Tiles(jnp.concatenate([text, _lines(cut, readers)], axis=1)[:, None]), Moves(*moves), parts, count
-
-
-def _row_of(token: Int[Array, "B R C"], order: Order) -> Int[Array, "B R C"]:
-    """Rows of tokens that have some."""
-    source, target, size = (x[:, None, None] for x in order.moves)
-    inside = (source <= token[..., None]) & (token[..., None] < source + size)
-    return jnp.sum(jnp.where(inside, target - source, 0), axis=-1) + token
 
 
 def _text_lines(readers: Runs, is_text, text_end, parts: int, count: int, rows: int, blocks: Blocks):

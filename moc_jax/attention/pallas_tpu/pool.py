@@ -13,7 +13,6 @@ Bytes: k once, and up to 15 rows more per chunk.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device
 from moc_jax.attention.pallas_tpu.batching import more_scenes
-from moc_jax.attention.pallas_tpu.device import ROWS
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.attention.routing import FEW
 from moc_jax.scene import VIDEO, ChunkTable
 from moc_jax.shapes import Array, Float, Float32, typed
@@ -34,21 +32,19 @@ _REGISTERS = 8  # that hold the sums of heads at once
 
 
 @typed
-def descriptors(k: Float[Array, "B N H D"], table: ChunkTable, *, interpret: Any = None) -> Float32[Array, "B H C D"]:
+def descriptors(k: Float[Array, "B N H D"], table: ChunkTable, *, chip: Chip) -> Float32[Array, "B H C D"]:
     """Equation (1) for video chunks, the only ones that can be picked; 0 for all others and for empty ones."""
-    return more_scenes(functools.partial(_means, interpret=device.interpreter() if interpret is None else interpret))(
-        k, table
-    )
+    return more_scenes(functools.partial(_means, chip=chip))(k, table)
 
 
-def _means(k, table: ChunkTable, interpret):
+def _means(k, table: ChunkTable, chip: Chip):
     batch, tokens, heads, dim = k.shape
     chunks, rows = table.kind.shape[1], min(_up(table.max_chunk + ROWS - 1, _GROUP), _MOST_ROWS)
     k = jnp.swapaxes(k, 1, 2)
     more = max(-tokens % ROWS, rows - tokens)
     k = jnp.pad(k, ((0, 0), (0, 0), (0, more), (0, 0))) if more else k
     last = k.shape[2] - rows
-    group = _heads_of_group(heads, rows * max(dim, device.LANES) * k.dtype.itemsize)
+    group = _heads_of_group(heads, rows * max(dim, LANES) * k.dtype.itemsize, chip)
     length = jnp.where(table.kind == VIDEO, table.length, 0)
     lines = jnp.stack([jnp.where(length > 0, table.start, 0), length], axis=-1).astype(jnp.int32)
     steps = -(-(table.max_chunk + ROWS - 1) // rows)
@@ -70,26 +66,21 @@ def _means(k, table: ChunkTable, interpret):
             out_specs=pl.BlockSpec((pl.squeezed, pl.squeezed, group, 1, dim), lambda b, g, c, s, _: (b, c, g, 0, 0)),
             scratch_shapes=[pltpu.VMEM((group, n, dim), jnp.float32) for n in (1, ROWS)],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=device.vmem_limit(),
-            disable_bounds_checks=True,  # the interpreter checks them
-        ),
+        compiler_params=chip.params("ppaa"),
         cost_estimate=pl.CostEstimate(flops=k.size, transcendentals=0, bytes_accessed=k.size * k.dtype.itemsize),
-        interpret=interpret,
     )(lines.reshape(-1), k)
     return jnp.swapaxes(means[:, :, :, 0], 1, 2)
 
 
-def _heads_of_group(heads: int, bytes_per_head: int) -> int:
+def _heads_of_group(heads: int, bytes_per_head: int, chip: Chip) -> int:
     """Half of the heads at most, so that two cores share them, whose blocks fit twice into a quarter of VMEM."""
-    fit = max(1, device.vmem_limit() // 8 // bytes_per_head)
+    fit = max(1, chip.vmem_limit // 8 // bytes_per_head)
     return max(n for n in range(1, max(1, heads // 2) + 1) if heads % n == 0 and n <= fit)
 
 
 def heads_at_once(heads: int, dim: int) -> int:
     """Heads of a group whose sums fit their registers."""
-    most = max(1, _REGISTERS // pl.cdiv(dim, device.LANES))
+    most = max(1, _REGISTERS // pl.cdiv(dim, LANES))
     return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
 
 

@@ -17,7 +17,7 @@ instructions for 8 x 128 pairs of chunk and token, hides the products.
 
 import dataclasses
 import functools
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,6 @@ def ranks(
     chunks: int,
     *,
     tiling: Tiling | None = None,
-    interpret: Any = None,
 ) -> tuple[Int32[Array, "B H N K"], Int32[Array, "B H C"]]:
     """The rank of each pick among its head's picks of the same chunk, in the order of tokens, and the picks per chunk.
 
@@ -74,7 +73,6 @@ def ranks(
         routes: Picked chunks; a token picks none twice, and -1 is no chunk.
         chunks: C.
         tiling: None: what suits the sizes.
-        interpret: As of `pallas_call`; None: what `device.interpreter` says.
 
     Raises:
         NotImplementedError: More tokens than float32 counts exactly.
@@ -89,12 +87,12 @@ def ranks(
     routes = jnp.swapaxes(routes.astype(jnp.int32), 2, 3)
     routes = jnp.pad(routes, ((0, 0), (0, 0), (0, 0), (0, padding)), constant_values=_NOTHING)
     routes = routes.reshape(batch * heads, slots, -1, _LANES)
-    rank, counts = _call(routes, chunks, tiling, interpret)
+    rank, counts = _call(routes, chunks, tiling)
     rank = jnp.swapaxes(rank.reshape(batch, heads, slots, -1), 2, 3)[:, :, :tokens]
     return rank, counts[:, :chunks, 0].reshape(batch, heads, chunks)
 
 
-def _call(routes, chunks, tiling, interpret):
+def _call(routes, chunks, tiling):
     """The ranks of routes [B * H, K, N / 128, 128], and counts [B * H, padded C, 128], the same in every lane."""
     heads, slots, groups, _ = routes.shape
     rows, padded = tiling.block // _LANES, pl.cdiv(chunks, tiling.chunks) * tiling.chunks
@@ -123,7 +121,6 @@ def _call(routes, chunks, tiling, interpret):
         cost_estimate=pl.CostEstimate(
             flops=2 * heads * groups * _LANES**2 * padded, bytes_accessed=2 * routes.nbytes, transcendentals=0
         ),
-        interpret=device.interpreter() if interpret is None else interpret,
     )(used.astype(jnp.int32).reshape(-1), routes)
 
 

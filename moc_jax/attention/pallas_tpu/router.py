@@ -24,7 +24,7 @@ once because a product's first result takes some 250 cycles.
 import dataclasses
 import functools
 import itertools
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention import routing
-from moc_jax.attention.layout import queries_of
+from moc_jax.attention.layout import Queries
 from moc_jax.attention.pallas_tpu import device
 from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.routing import candidate_runs, pickable_chunks
@@ -85,24 +85,22 @@ def can_select(cfg: MoCConfig) -> bool:
 
 @typed
 def select(
-    q: Float[Array, "B N H D"],
+    q: Float[Array, "B Q H D"],
     phi: Float32[Array, "B H C D"],
+    queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
     *,
     tiling: Tiling | None = None,
-    interpret: Any = None,
-) -> Int[Array, "B H N K"]:
+) -> Int[Array, "B H Q K"]:
     """As `routing.select`: the best candidates of every query, best first; -1 fills slots that hold none.
 
-    More than 16 picks would leave the kernel too few
-    registers; they are plain XLA's, scored in blocks.
+    More than 16 picks would leave the kernel too few registers; they are plain XLA's, scored in blocks.
 
     Args:
         q: After QK-norm and rotary embedding; bfloat16 or float32.
         phi: The chunks' descriptors, `routing.descriptors`.
         tiling: None: what suits the sizes.
-        interpret: As of `pallas_call`; None: what `device.interpreter` says.
 
     Raises:
         NotImplementedError: q's type or D is none that the kernel can do.
@@ -110,21 +108,21 @@ def select(
     _check(q)
     top_k = min(cfg.top_k, phi.shape[2])
     if top_k > _MOST_PICKS:
-        return routing.select(q, phi, queries_of(table), table, cfg, block=_XLA_BLOCK)
+        return routing.select(q, phi, queries, table, cfg, block=_XLA_BLOCK)
     if top_k < cfg.top_k:
-        few = select(q, phi, table, dataclasses.replace(cfg, top_k=top_k), tiling=tiling, interpret=interpret)
+        few = select(q, phi, queries, table, dataclasses.replace(cfg, top_k=top_k), tiling=tiling)
         return routing.widened(few, routing.width(cfg.top_k, phi.shape[2]))
     batch, tokens, heads, _ = q.shape
     if cfg.top_k == 0 or tokens == 0:
         return jnp.full((batch, heads, tokens, cfg.top_k), _NOTHING, jnp.int32)
     tiling = tiling or Tiling.of(tokens, cfg.top_k)
-    interpret = device.interpreter() if interpret is None else interpret
 
-    def picks(q, phi, table):
-        found = _call(jnp.swapaxes(q, 1, 2), _parts(phi, table, tiling, q.dtype), table, cfg, tiling, interpret)
+    def picks(q, phi, queries, table):
+        runs = _token_runs(queries, table, cfg, -(-tokens // tiling.block) * tiling.block)
+        found = _call(jnp.swapaxes(q, 1, 2), _parts(phi, table, tiling, q.dtype), runs, cfg, tiling)
         return jnp.swapaxes(found.reshape(*found.shape[:3], -1), 2, 3)[:, :, :tokens]
 
-    return more_scenes(picks)(q, phi, table)
+    return more_scenes(picks)(q, phi, queries, table)
 
 
 def _check(q):
@@ -155,11 +153,10 @@ def _parts(phi, table, tiling, dtype):
     return jnp.stack(parts[::-1], axis=3).reshape(phi.shape[0], tiles, len(parts) * tiling.chunks, head_dim)
 
 
-def _call(q, parts, table, cfg, tiling, interpret):
-    """The picks [B, H, K, N / 128, 128] of q [B, H, N, D], N padded to blocks."""
+def _call(q, parts, runs, cfg, tiling):
+    """The picks [B, H, K, Q / 128, 128] of q [B, H, Q, D], Q padded to blocks."""
     batch, heads, tokens, head_dim = q.shape
     blocks = pl.cdiv(tokens, tiling.block)
-    runs = _token_runs(table, cfg, blocks * tiling.block)
     used = -(-jnp.max(runs[:, 2].reshape(-1, tiling.block), axis=-1) // tiling.chunks)
     rows = tiling.block // _LANES
 
@@ -198,14 +195,13 @@ def _call(q, parts, table, cfg, tiling, interpret):
             bytes_accessed=q.nbytes + parts.nbytes + heads * runs.nbytes + 4 * batch * heads * tokens * cfg.top_k,
             transcendentals=0,
         ),
-        interpret=interpret,
     )(used.astype(jnp.int32), q, parts, runs)
 
 
-def _token_runs(table, cfg, tokens):
-    """Each token's `candidate_runs` (first, second, end): [B, 3, tokens]; padding tokens have none."""
+def _token_runs(queries, table, cfg, tokens):
+    """Each query's `candidate_runs` (first, second, end): [B, 3, tokens]; padding tokens have none."""
     chunks = table.kind.shape[1]
-    of = jnp.pad(table.chunk_of, ((0, 0), (0, tokens - table.chunk_of.shape[1])), constant_values=_NOTHING)
+    of = jnp.pad(queries.chunk_of, ((0, 0), (0, tokens - queries.chunk_of.shape[1])), constant_values=_NOTHING)
     of = jnp.where(of < 0, chunks, of)
     runs = [jnp.pad(run, ((0, 0), (0, 1))) for run in candidate_runs(table, cfg)]
     return jnp.stack([jnp.take_along_axis(run, of, axis=1) for run in runs], axis=1).astype(jnp.int32)

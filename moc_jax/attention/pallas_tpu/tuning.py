@@ -12,8 +12,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from moc_jax.attention.pallas_tpu import device, flash, flash_backward, tuned
-from moc_jax.attention.pallas_tpu.device import LANES, ROWS
+from moc_jax.attention.pallas_tpu import flash, flash_backward, tuned
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 
@@ -80,9 +80,9 @@ class Blocks:
         return max(sizes)
 
 
-def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype) -> Blocks:
-    """The sizes for a config on the chip that the program is for."""
-    chip, size, scene = device.chip(), _Size(dim, jnp.dtype(dtype).itemsize), _Scene.of(cfg, table)
+def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype, chip: Chip) -> Blocks:
+    """The sizes for a config on a chip."""
+    size, scene = _Size(dim, jnp.dtype(dtype).itemsize), _Scene.of(cfg, table)
     in_one = scene.chunk.length <= _MOST
     anchors = _forward(chip, "anchors", size, scene.segment, scene.anchors)
     picks = _forward(chip, "picks" if in_one else "anchors", size, scene.pickers, [scene.chunk])
@@ -186,10 +186,10 @@ class _Size:
 
 
 def _forward(
-    chip: str, kernel: Kernel, size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
+    chip: Chip, kernel: Kernel, size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
 ) -> flash.Tiling:
     """The tiling of the least cost that fits: queries in tiles, over blocks of keys."""
-    most, most_keys, *_ = _FORWARD[kernel][chip]
+    most, most_keys, *_ = _FORWARD[kernel][chip.name]
     most = max(most, _whole(queries))
     options = itertools.product(
         _candidates([queries], min(most, most_queries)), _candidates(keys, max(most_keys, *map(_whole, keys)))
@@ -200,10 +200,10 @@ def _forward(
         return small * queries.cost(t.queries) * sum(run.cost(t.keys) for run in keys)
 
     tilings = [forward_tiling(chip, kernel, q, kv) for q, kv in options]
-    return min((t for t in tilings if size.forward(t) <= device.vmem_limit()), key=cost)
+    return min((t for t in tilings if size.forward(t) <= chip.vmem_limit), key=cost)
 
 
-def _with_short(chip: str, picks: flash.Tiling, longest_chunk: int) -> flash.Tiling:
+def _with_short(chip: Chip, picks: flash.Tiling, longest_chunk: int) -> flash.Tiling:
     """Chunks that begin at a multiple of 8 may need 128 rows less than others."""
     rows = picks.keys - LANES
     if not longest_chunk <= rows < picks.keys:
@@ -211,9 +211,9 @@ def _with_short(chip: str, picks: flash.Tiling, longest_chunk: int) -> flash.Til
     return dataclasses.replace(picks, short=(rows, forward_tiling(chip, "picks", picks.queries, rows).compute_keys))
 
 
-def forward_tiling(chip: str, kernel: Kernel, queries: int, keys: int) -> flash.Tiling:
+def forward_tiling(chip: Chip, kernel: Kernel, queries: int, keys: int) -> flash.Tiling:
     """Blocks of these sizes, with what is computed at once on the chip cut down to what divides them."""
-    _, _, at_once, keys_at_once, ahead, *of_short = _FORWARD[kernel][chip]
+    _, _, at_once, keys_at_once, ahead, *of_short = _FORWARD[kernel][chip.name]
     return flash.Tiling(
         queries=queries,
         keys=keys,
@@ -224,10 +224,10 @@ def forward_tiling(chip: str, kernel: Kernel, queries: int, keys: int) -> flash.
 
 
 def _backward(
-    chip: str, kernel: Kernel, size: _Size, keys: _Run, queries: _Run, tile: int
+    chip: Chip, kernel: Kernel, size: _Size, keys: _Run, queries: _Run, tile: int
 ) -> tuple[int, flash_backward.Tiling]:
     """(rows of a tile of keys, tiling) of the least cost that fits; blocks of queries divide `tile`."""
-    most, most_keys, *_ = _BACKWARD[kernel][0][chip]
+    most, most_keys, *_ = _BACKWARD[kernel][0][chip.name]
     divisors = [block for block in range(LANES, tile + 1, LANES) if tile % block == 0]
     small = [block for block in divisors if block <= most]
     options = [
@@ -235,16 +235,16 @@ def _backward(
         for block in (small if 2 * max(small) >= min(most, tile) else divisors)
         for rows in _candidates([keys], max(most_keys, _whole(keys)))
     ]
-    fitting = [(rows, t) for rows, t in options if size.backward(t, rows) <= device.vmem_limit()]
+    fitting = [(rows, t) for rows, t in options if size.backward(t, rows) <= chip.vmem_limit]
     return min(fitting, key=lambda option: keys.cost(option[0]) * queries.cost(option[1].block))
 
 
-def backward_tiling(chip: str, kernel: Kernel, block: int, rows: int, dim: int) -> flash_backward.Tiling:
+def backward_tiling(chip: Chip, kernel: Kernel, block: int, rows: int, dim: int) -> flash_backward.Tiling:
     """Blocks of these sizes, with the keys computed at once on the chip cut down to what divides them."""
     tables = _BACKWARD[kernel]
-    at_once = max(_divisor(rows, table[chip][2]) for table in tables)
+    at_once = max(_divisor(rows, table[chip.name][2]) for table in tables)
     large = min(block, rows) >= _TRANSPOSED_FROM and dim <= LANES
-    return flash_backward.Tiling(block=block, at_once=at_once, transposed=tables[0][chip][3] and large)
+    return flash_backward.Tiling(block=block, at_once=at_once, transposed=tables[0][chip.name][3] and large)
 
 
 def _candidates(runs: Iterable[_Run], most: int) -> list[int]:

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from moc_jax.attention.pallas_tpu import device, pairs
+from moc_jax.attention.pallas_tpu.device import Chip
 from moc_jax.attention.pallas_tpu.placement import STEP, step_rows, window_size
 from moc_jax.attention.pallas_tpu.placement import place as place_pairs
+from tests.attention.interpreter import interpreted, row_by_row
 
 BATCH, HEADS, ROWS, PICKS, CHUNKS, DIM, TILE = 2, 2, 96, 3, 7, 16, 16
+CHIP = Chip("v5e")
 EMPTY = 4  # a chunk of no length, which some pick
 
 
@@ -68,6 +71,12 @@ def test_slots_are_a_sort_by_chunk(interpreter):
         )
 
 
+@contextlib.contextmanager
+def moved(one_by_one):
+    with row_by_row() if one_by_one else contextlib.nullcontext(), interpreted():
+        yield
+
+
 @pytest.mark.parametrize(("one_by_one", "buffers"), [(False, 2), (True, 2), (False, 1)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_spread(interpreter, dtype, one_by_one, buffers):
@@ -80,10 +89,10 @@ def test_spread(interpreter, dtype, one_by_one, buffers):
     @jax.jit
     def run(routes, x):
         p = place(routes, window=windows[rows], buffers=buffers)
-        with pairs.row_by_row() if one_by_one else contextlib.nullcontext():
-            return p, pairs.spread(x, p, fill_first_lane=np.inf, interpret=interpreter)
+        return p, pairs.spread(x, p, chip=CHIP, fill_first_lane=np.inf)
 
-    p, got = run(routes, x)
+    with moved(one_by_one):
+        p, got = run(routes, x)
     slot, got = slots_of(p, routes), np.asarray(got)
     for b, h in np.ndindex(BATCH, HEADS):
         want = np.zeros((p.slots, DIM), dtype)
@@ -125,14 +134,12 @@ def test_merge_and_add(interpreter, dtype, one_by_one, buffers, anchored):
 
     @jax.jit
     def run(rows_, plain, own, own_lse, p):
-        with pairs.row_by_row() if one_by_one else contextlib.nullcontext():
-            merged = pairs.merge(
-                rows_, p, (own, own_lse) if anchored else None, dim=DIM, dtype=dtype, interpret=interpreter
-            )
-            numbers = jnp.nan_to_num(own)
-            return *merged, pairs.add(plain, p, numbers if anchored else None, dtype=jnp.float32, interpret=interpreter)
+        merged = pairs.merge(rows_, p, (own, own_lse) if anchored else None, dim=DIM, dtype=dtype, chip=CHIP)
+        numbers = jnp.nan_to_num(own)
+        return *merged, pairs.add(plain, p, numbers if anchored else None, dtype=jnp.float32, chip=CHIP)
 
-    got, got_lse, total = run((wide if dtype == jnp.float32 else packed)(out, lse), out, own, own_lse, p)
+    with moved(one_by_one):
+        got, got_lse, total = run((wide if dtype == jnp.float32 else packed)(out, lse), out, own, own_lse, p)
 
     slot = slots_of(p, routes)
     flat = np.maximum(slot, 0).reshape(BATCH, HEADS, -1)
@@ -155,26 +162,22 @@ def test_merge_and_add(interpreter, dtype, one_by_one, buffers, anchored):
 
 @pytest.mark.parametrize("chip", sorted(set(device.CHIPS.values())))
 def test_windows_fit_the_chip(chip):
-    with device.compiled_for(chip):
-        for picks, width, chunks in ((5, 128, 154), (5, 256, 154), (8, 128, 400), (24, 128, 1161), (5, 128, 1253)):
-            rows, buffers = window_size(200_000, picks, width, chunks)
-            assert rows % step_rows(200_704, rows) == 0
-            assert step_rows(200_704, rows) in (512, STEP)
-            buffer = 4 * width * (rows * picks + chunks * 7)
-            assert buffers * buffer < device.vmem_limit() - 2**21
+    for picks, width, chunks in ((5, 128, 154), (5, 256, 154), (8, 128, 400), (24, 128, 1161), (5, 128, 1253)):
+        rows, buffers = window_size(200_000, picks, width, chunks, Chip(chip))
+        assert rows % step_rows(200_704, rows) == 0
+        assert step_rows(200_704, rows) in (512, STEP)
+        buffer = 4 * width * (rows * picks + chunks * 7)
+        assert buffers * buffer < Chip(chip).vmem_limit - 2**21
 
 
 def test_many_chunks_have_one_buffer_where_vector_memory_is_short():
     """64 shots, 1.44 M tokens in chunks of 1 250: v4 has a quarter of the others' vector memory, or less."""
-    with device.compiled_for("v5e"):
-        assert window_size(1_500_000, 5, 128, 1253) == (8192, 2)
-    with device.compiled_for("v4"):
-        assert window_size(200_000, 5, 128, 154) == (2048, 2)
-        assert window_size(1_500_000, 5, 128, 1253) == (2048, 1)
+    assert window_size(1_500_000, 5, 128, 1253, Chip("v5e")) == (8192, 2)
+    assert window_size(200_000, 5, 128, 154, Chip("v4")) == (2048, 2)
+    assert window_size(1_500_000, 5, 128, 1253, Chip("v4")) == (2048, 1)
 
 
 def test_more_chunks_than_vector_memory_has_room_for_are_refused():
-    with device.compiled_for("v4"):
-        assert window_size(3_000_000, 5, 128, 2800) == (256, 1)
-        with pytest.raises(NotImplementedError, match=r"3100 chunks and top_k 5 need 12\.\d MiB.* TPU v4 has 12\.0"):
-            window_size(3_000_000, 5, 128, 3100)
+    assert window_size(3_000_000, 5, 128, 2800, Chip("v4")) == (256, 1)
+    with pytest.raises(NotImplementedError, match=r"3100 chunks and top_k 5 need 12\.\d MiB.* TPU v4 has 12\.0"):
+        window_size(3_000_000, 5, 128, 3100, Chip("v4"))

@@ -26,7 +26,7 @@ def inputs(dtype, kind="normal", scenes=PAIR, table=None, tokens=64, head_dim=16
 
 def check(q, phi, table, cfg, **options):
     """Exact equality: no near-ties in these inputs, or scores that are exact."""
-    got = np.asarray(router.select(q, phi, table, cfg, **options))
+    got = np.asarray(router.select(q, phi, queries_of(table), table, cfg, **options))
     np.testing.assert_array_equal(got, np.asarray(routing.select(q, phi, queries_of(table), table, cfg)))
     assert (got >= 0).any()
     return got
@@ -113,7 +113,12 @@ def test_several_tiles_of_chunks_and_blocks_of_tokens(interpreter):
 
 def test_no_picks(interpreter):
     q, phi, table, _ = inputs(jnp.bfloat16)
-    assert router.select(q, phi, table, dataclasses.replace(MULTI_SHOT, top_k=0)).shape == (BATCH, HEADS, 64, 0)
+    assert router.select(q, phi, queries_of(table), table, dataclasses.replace(MULTI_SHOT, top_k=0)).shape == (
+        BATCH,
+        HEADS,
+        64,
+        0,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ limits
@@ -143,4 +148,4 @@ def test_blocks_are_whole_registers(sizes):
 def test_what_the_kernel_cannot_do_is_refused(dtype, head_dim, top_k, message):
     q, phi, table, _ = inputs(dtype, head_dim=head_dim)
     with pytest.raises(NotImplementedError, match=message):
-        router.select(q, phi, table, MoCConfig(top_k=top_k))
+        router.select(q, phi, queries_of(table), table, MoCConfig(top_k=top_k))
