@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
@@ -102,11 +102,11 @@ def make_request(
             raise StoryboardError(str(error)) from error
         return stack_scenes(packed)
 
-    def of_shots(rows: Sequence[Any], shape: tuple[int, ...] = (), dtype: type = bool) -> Any:
+    def of_shots(rows: Sequence[list[bool] | np.ndarray], shape: tuple[int, ...] = (), dtype: type = bool) -> Array:
         out = np.zeros((len(rows), bucket.shots, *shape), dtype)
         for b, row in enumerate(rows):
             out[b, : len(row)] = row
-        return out
+        return cast(Array, out)
 
     scene, negative = pack(texts), pack(negatives)
     boards = [board.shots for board in storyboards]

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from moc_jax.attention.api import RoutedAttention
 from moc_jax.checkpoint import Checkpoints
 from moc_jax.config import Config, ConfigError, MoCConfig
 from moc_jax.config_json import config_to_json

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +17,9 @@ from moc_jax.shapes import Array, Int32
 from moc_jax.sharding import LogicalAxes, Params, logical_axes, tree_shardings
 from moc_jax.training.optimizer import make_optimizer
 
+Items = dict[str, Any]
+"""The parts of a checkpoint, by name: trees of arrays, of what stands in their place, or of their shardings."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,7 @@ class TrainState:
 
     step: Int32[Array, ""]
     params: Params
-    optimizer: Any  # as Optax made it
+    optimizer: optax.OptState  # as Optax made it
     ema: Params | None  # moving average of the weights; None where none is kept
 
     @property
@@ -33,13 +36,13 @@ class TrainState:
         """The weights to validate and sample with."""
         return self.params if self.ema is None else self.ema
 
-    def items(self) -> dict[str, Any]:
+    def items(self) -> Items:
         """The parts of a checkpoint, by name."""
         ema = {} if self.ema is None else {"ema": self.ema}
         return {"params": self.params, **ema, "optimizer": {"chain": self.optimizer, "step": self.step}}
 
     @classmethod
-    def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
+    def from_items(cls, items: Items) -> "TrainState":
         """What `items` took apart."""
         optimizer = items["optimizer"]
         return cls(optimizer["step"], items["params"], optimizer["chain"], items.get("ema"))
