@@ -328,3 +328,11 @@ def test_call_by_call_is_the_same_as_in_one_program():
     np.testing.assert_allclose(
         sampler._run(make_params(), request), whole(make_params(), jax.tree.map(jnp.asarray, request)), atol=2e-5
     )
+
+
+def test_no_program_of_sampling_calls_back_into_python():
+    """Such a program is never kept, and would be compiled at every start."""
+    run(TWO)
+    programs = make_sampler(CONFIG)._programs
+    assert {name for name, *_ in programs} == {"begin", "call", "end"}
+    assert not any("callback" in program.as_text() for program in programs.values())

@@ -135,6 +135,20 @@ def traces(monkeypatch):
     return count
 
 
+def test_no_step_calls_back_into_python():
+    """Such a program is never kept, and would be compiled at every start."""
+    mesh, blueprint, step = program()
+    validate = make_validation_step(CONFIG.train, CONFIG.diffusion, blueprint, mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    with jax.set_mesh(mesh):
+        lowered = [
+            step.lower(blueprint.abstract, make_scene(), CONFIG.moc),
+            validate.lower(blueprint.abstract.params, make_scene(), number, CONFIG.moc),
+        ]
+    seen = jax.jit(lambda x: jax.debug.print("{}", x)).lower(1.0)
+    assert ["callback" in program.as_text() for program in (seen, *lowered)] == [True, False, False]
+
+
 def test_one_compilation_per_bucket_and_chunk_size(traces):
     config = changed(CONFIG, train={"chunk_schedule": (ChunkStage(step=2, size=2), ChunkStage(step=4, size=1))})
     assert [config.moc_at(step).chunk.size for step in range(6)] == [1, 1, 2, 2, 1, 1]
