@@ -88,7 +88,7 @@ def account(
     if routes is not None and (routes.shape[0], routes.shape[2]) != queries.chunk_of.shape:
         raise ValueError(
             f"routes are for {routes.shape[0]} scenes of {routes.shape[2]} tokens, but the chunk table has "
-            f"{queries.chunk_of.shape[0]} of {queries.chunk_of.shape[1]}; pass the routes of this table, or their query_chunk"
+            f"{queries.chunk_of.shape[0]} of {queries.chunk_of.shape[1]}; pass this table's routes, or query_chunk"
         )
     worst = expected = 0.0
     tokens = dense = pool = route = 0
