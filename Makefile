@@ -3,9 +3,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 BIN := $(VENV)/bin
 CLIP := cache/demo/bikes.mp4
-.PHONY: demo test test-long test-tpu test-slow test-gpu lint types setup clean
+.PHONY: demo test test-long test-tpu test-slow test-gpu lint types pictures docs setup clean
 setup: $(VENV)/ready
 
 $(VENV)/ready: requirements.lock pyproject.toml
@@ -53,5 +54,18 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/pyrefly check
 
+# The documentation's pictures, drawn anew.
+pictures: $(VENV)/ready
+	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python docs/pictures/draw.py
+
+# The documentation as a site in out/site; its tools need nothing of the package, so they have an environment of their own.
+$(DOCS_VENV)/ready: requirements-docs.lock
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.lock
+	touch $@
+
+docs: $(DOCS_VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) out cache
+	rm -rf $(VENV) $(DOCS_VENV) out cache

@@ -1,7 +1,7 @@
 """Tables and plot of the committed results.
 
-python -m benchmarks.report                       # all tables
-python -m benchmarks.report --readme README.md    # also: the plot, and the block between the README's markers
+python -m benchmarks.report            # all tables
+python -m benchmarks.report --write    # also: the plot, and what stands between the markers of README and docs
 """
 
 import dataclasses
@@ -23,10 +23,12 @@ from benchmarks.tables import (
     schedule_table,
     separated,
     short_table,
+    summary_table,
 )
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-PLOT = "scaling.png"
+ROOT = pathlib.Path(__file__).parents[1]
+README, PAGE, PLOT = "README.md", "docs/performance.md", "docs/pictures/scaling.png"
 _INK, _MUTED, _DENSE = "#1b1b1f", "#6b6b76", "#c2570c"
 _MOC = "#2563c9", "#7a4fb5", "#2f8f6b"
 
@@ -34,18 +36,26 @@ _MOC = "#2563c9", "#7a4fb5", "#2f8f6b"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     results: pathlib.Path = results.FOLDER
-    readme: pathlib.Path | None = None
-    """Put the short tables into this file, between its markers, and draw the plot beside the results."""
+    write: bool = False
+    """Rewrite what stands between the markers of README.md and docs/performance.md, and draw the plot."""
+    root: pathlib.Path = ROOT
+    """The repository that --write changes."""
 
 
 def main(args: Arguments) -> None:
-    """Prints all tables; with a README, writes its block and the plot."""
+    """Prints all tables; asked to, writes the README's and the page's blocks and the plot."""
     print(report(args.results))
-    if args.readme is None:
+    if not args.write:
         return
-    draw(args.results)
-    text = args.readme.read_text()
-    args.readme.write_text(with_block(text, readme_block(args.results)))
+    draw(args.results, args.root / PLOT)
+    for name, block in blocks(args.results).items():
+        file = args.root / name
+        file.write_text(with_block(file.read_text(), block))
+
+
+def blocks(folder: pathlib.Path) -> dict[str, str]:
+    """What the committed results say, by the file that shows it."""
+    return {README: readme_block(folder), PAGE: page_block(folder)}
 
 
 def report(folder: pathlib.Path) -> str:
@@ -66,7 +76,13 @@ def report(folder: pathlib.Path) -> str:
 
 
 def readme_block(folder: pathlib.Path) -> str:
-    """What the README shows: the settings with random routes, the model's steps, and the plot."""
+    """What the README shows: the largest setting and the model's steps."""
+    attention, model = (results.load(folder, script) for script in ("attention", "model"))
+    return "\n".join(summary_table(attention, model)) or "*Not measured yet.*"
+
+
+def page_block(folder: pathlib.Path) -> str:
+    """What docs/performance.md shows: every setting, the plot, the model's steps, and TPUs."""
     lines = []
     for file in results.load(folder, "attention"):
         entries = list(file["entries"].values())
@@ -74,29 +90,32 @@ def readme_block(folder: pathlib.Path) -> str:
         if settings:
             tables = separated([short_table(settings), quoted_table(settings)])
             lines += [
-                f"One layer's attention on one {file['card']}; random routes are the worst case:",
+                f"## One layer's attention on one {file['card']}",
+                "",
+                "Random routes are the worst case; in correlated ones neighbors pick alike, as in video.",
                 "",
                 *tables,
                 "",
             ]
         if len(settings) < len(entries):
-            lines += [f"![Time against tokens, MoC and dense](benchmarks/results/{PLOT})", ""]
+            lines += [f"![Time against tokens, MoC and dense]({PLOT.removeprefix('docs/')})", ""]
         lines += [*_provenance(entries), ""]
     for file in results.load(folder, "model"):
         entries = list(file["entries"].values())
-        lines += [f"A whole model on one {file['card']}:", "", *model_tables(entries), "", *_provenance(entries), ""]
+        lines += [f"## A whole model on one {file['card']}", "", *model_tables(entries), "", *_provenance(entries), ""]
     lines += _tpu_block(folder)
     return "\n".join(lines).strip() or "*Not measured yet.*"
 
 
 def _tpu_block(folder: pathlib.Path) -> list[str]:
-    """What the README shows of TPUs."""
+    """What the page shows of TPUs."""
     lines: list[str] = []
     estimates, schedules = (results.load(folder, f"tpu_{name}") for name in ("estimate", "schedule"))
     if estimates:
         lines += [
-            "One layer's attention on TPUs at 180,504 tokens, random routes, **estimated** by the compiler's schedule;"
-            " no TPU was at hand:",
+            "## One layer's attention on TPUs",
+            "",
+            "180,504 tokens, random routes, **estimated** by the compiler's schedule; no TPU was at hand:",
             "",
             *estimate_table(estimates),
             "",
@@ -106,6 +125,8 @@ def _tpu_block(folder: pathlib.Path) -> list[str]:
     if schedules:
         sizes = [(kernel, 1024, 1024) for kernel in ("anchors", "picks")]
         lines += [
+            "## The kernels for TPUs, by the compiler's schedule",
+            "",
             "Each kernel's tile beside splash attention's in blocks of the same rows, and a step's cycles per 2^20"
             " pairs where they are fewest, of both kernels weighed by the pairs of the scene above:",
             "",
@@ -133,8 +154,8 @@ def with_block(text: str, block: str) -> str:
     return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
 
 
-def draw(folder: pathlib.Path) -> pathlib.Path | None:
-    """Time against tokens as a picture beside the results; None if scaling was not measured."""
+def draw(folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path | None:
+    """Time against tokens as a picture; None if scaling was not measured."""
     found = [(file["card"], e) for file in results.load(folder, "attention") for e in file["entries"].values()]
     series = [(card, entry) for card, entry in found if "points" in entry]
     if not series:
@@ -151,7 +172,6 @@ def draw(folder: pathlib.Path) -> pathlib.Path | None:
             _series(axes, points, "dense", "dense attention" + (f", {card}" if several else ""), _DENSE)
         _series(axes, points, "moc", "MoC" + (f" ({entry['backend']}), {card}" if several else ""), colour)
     _axes(axes, *series[0], several=len({card for card, _ in series}) > 1)
-    path = folder / PLOT
     figure.savefig(path)
     pyplot.close(figure)
     return path

@@ -35,6 +35,25 @@ def short_table(entries: Sequence[Entry]) -> list[str]:
     return markdown([*head, "bound"], rows)
 
 
+def summary_table(attention: Iterable[Entry], model: Iterable[Entry]) -> list[str]:
+    """Lines of markdown: what the multi-shot scene takes, its picks random, by files of attention and of the model."""
+    rows, tokens = [], 0
+    for file in attention:
+        for e in file["entries"].values():
+            if "points" in e or (e["setting"], e["inputs"]) != ("multi_shot", "random"):
+                continue
+            tokens = e["tokens"]
+            for way, name in (("forward", "forward"), ("forward_backward", "forward and backward")):
+                rows.append([f"one layer's attention, {name}", file["card"], *_versus(e[way])])
+    for file in model:
+        for e in file["entries"].values():
+            size = f"model of {e['parameters'] / 1e9:.1f} B parameters"
+            for step, found in e["steps"].items():
+                times = (_seconds(found[name]) for name in ("moc", "dense"))
+                rows.append([f"{size}, a {step} step", file["card"], *times, f"{found['ratio']:.2f}x"])
+    return markdown([f"{tokens:,} tokens", "on one", "MoC", "dense", "times as fast"], rows)
+
+
 def _settings_table(entries: Sequence[Entry]) -> list[str]:
     head = [
         "setting", "inputs", "backend", "tokens", "bound", "U/k",

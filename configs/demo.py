@@ -7,8 +7,8 @@ each query reads its own shot, all captions and the 3 two-frame chunks of earlie
 
 or, once the clip is there (`python -m moc_jax.data.demo_clip cache/demo`),
 
-    python train.py --config configs/demo.py
-    python sample.py --checkpoint out/demo --storyboard configs/demo/storyboard.yaml --out out/demo/sample.mp4
+    moc-train --config demo
+    moc-sample --checkpoint out/demo --storyboard configs/demo/storyboard.yaml --out out/demo/sample.mp4
 
 One network on one scene: it shows that the whole path works, not that the model generalises.
 """

@@ -3,7 +3,7 @@
 Each query reads its own shot, all captions and the 4 two-frame chunks of earlier shots that match it best. The model
 has 115 M parameters and wants one accelerator; on a processor, add `--model.dim 128 --model.depth 4 --model.heads 2`.
 
-    python train.py --config configs/own_videos.py --data.source my_videos/ --workdir runs/mine
+    moc-train --config own_videos --data.source my_videos/ --workdir runs/mine
 
 Shots longer than 8 seconds are cut off (`--data.max-shot-frames`). Look at `runs/mine/previews` early: blur that does
 not sharpen wants more steps, noise wants a lower learning rate.

@@ -3,7 +3,7 @@
 25 latent frames of 240 tokens; each query reads its own chunk of 256 tokens, all captions and 3 more chunks, chosen
 from the whole shot: 84 % of the pairs are skipped (`python -m moc_jax.attention.accounting`).
 
-    python train.py --config configs/single_shot.py --data.source videos/ --workdir runs/single
+    moc-train --config single_shot --data.source videos/ --workdir runs/single
 
 The published schedule: 10 000 iterations at a learning rate of 9e-5, before multi-shot training.
 """

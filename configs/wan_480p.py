@@ -4,7 +4,7 @@ One latent frame is one chunk; each query reads its own frame, all captions and 
 skipped (`python -m moc_jax.attention.accounting`). The network is our MMDiT of a like size, with our own codec and
 text encoder; Wan's weights do not load into it.
 
-    python train.py --config configs/wan_480p.py --data.source videos/ --workdir runs/wan
+    moc-train --config wan_480p --data.source videos/ --workdir runs/wan
 """
 
 import dataclasses

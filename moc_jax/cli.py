@@ -1,4 +1,4 @@
-"""Command lines: `--config configs/x.py --any.nested.field value` -> a `Config`, before jax starts; and exit codes.
+"""Command lines: `--config demo --any.nested.field value` -> a `Config`, before jax starts; and exit codes.
 
 Every field of the config is an option, with the comment below the field as its help; an unknown option fails and
 suggests the near one. Tuples of small records are written with colons: `--train.chunk-schedule 0:10 500:5`.
@@ -21,29 +21,43 @@ import tempfile
 import threading
 import traceback
 import typing
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import moc_jax
 from moc_jax.config import Config, ConfigError
 from moc_jax.config.base import field_kinds
 from moc_jax.config.file import read_config_text, run_config_file
+from moc_jax.config.shipped import shipped_names, shipped_or
 from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.signals import Interrupted, Signals
 
-__all__ = ["clean_exit", "config_from_json", "config_to_json", "load_config", "parse", "read_config_file", "run"]
+__all__ = [
+    "clean_exit",
+    "config_from_json",
+    "config_to_json",
+    "load_config",
+    "parse",
+    "read_config_file",
+    "run",
+    "sample",
+    "train",
+]
 
 UNEXPECTED = 70  # exit code: EX_SOFTWARE of sysexits.h
-# What is imported of the packages that pyproject.toml asks for.
-PACKAGES = "jax flax optax orbax grain array_record numpy einops jaxtyping beartype tyro yaml etils av scenedetect PIL"
-PACKAGES += " matplotlib tensorboardX tqdm"
+# What is imported of the packages that pyproject.toml asks for: always, and by the extra that programs need.
+CORE = "jax flax numpy einops jaxtyping beartype"
+TRAIN = "optax orbax grain array_record tyro yaml etils av scenedetect PIL matplotlib tensorboardX tqdm"
+_CLONE = pathlib.Path(__file__).parents[1]
+_CORE_ALONE = ("moc_jax.attention.", "moc_jax.models.")  # modules, run as programs, that need no more
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """`--config FILE` (a Python file that defines `config: Config`, or a saved config.json), then overrides.
+    """`--config`, then overrides: a Python file that defines `config: Config`, a saved config.json, or a shipped name.
 
     Raises:
-        ConfigError: no such file, no config in it, or several files given.
+        ConfigError: no such config, no config in it, or several files given.
         SystemExit: code 2 for an option or value that can't be (tyro names it), code 0 after `--help`.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -52,12 +66,13 @@ def load_config(argv: Sequence[str]) -> Config:
         known, rest = first.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error.argument_name}: {error.message}, the file of an experiment") from error
-    usage = "--config FILE takes a file of configs/ (or a run's config.json); every field below overrides it."
+    usage = (
+        f"--config takes a name ({', '.join(shipped_names())}), a .py file of yours, or a run's config.json; every "
+        "field below overrides it."
+    )
     if known.config is None:
         if not {"-h", "--help"} & set(rest):
-            raise ConfigError(
-                "no --config given: name an experiment, such as --config configs/demo.py (--help lists every field)"
-            )
+            raise ConfigError("no --config given: name an experiment, such as --config demo (--help lists every field)")
         return parse(Config, rest, default=Config(), description=usage, flags=False)
     if len(known.config) > 1:
         raise ConfigError(f"--config is given {len(known.config)} times: {', '.join(known.config)}; give one file")
@@ -92,11 +107,12 @@ def parse[T](
 
 
 def read_config_file(file: str) -> tuple[Config, str]:
-    """The config in `file`, .py or .json, and the docstring of a .py file.
+    """The config in `file`, .py or .json, or of a shipped one's name, and the docstring of a .py file.
 
     Raises:
         ConfigError: with the file, the line and the cause.
     """
+    file = shipped_or(file)
     if pathlib.Path(file).suffix.lower() == ".json":
         return config_from_json(read_config_text(file), name=file), ""
     return run_config_file(file)
@@ -153,11 +169,21 @@ def clean_exit(*failures: type[Exception]) -> Iterator[None]:
         sys.exit(128 + caught.number)
 
 
-def run(script: str) -> NoReturn:
-    """The program of the module `script`: imports it, calls `main(argv, signals)`, and exits, never with a traceback.
+def train() -> NoReturn:
+    """`moc-train`, and train.py."""
+    run("moc_jax.commands.train")
 
-    Codes: 0; those of `clean_exit`, with `script.FAILURES`; 2 without the packages that it needs; 141 when what read
-    the output is gone, as shells have it; and `UNEXPECTED` with the place of a file that holds the traceback.
+
+def sample() -> NoReturn:
+    """`moc-sample`, and sample.py."""
+    run("moc_jax.commands.sample")
+
+
+def run(module: str) -> NoReturn:
+    """The program in `module`: imports it, calls its `main(argv, signals)`, and exits, never with a traceback.
+
+    Codes: 0; those of `clean_exit`, with the module's `FAILURES`; 2 without the packages that it needs; 141 when what
+    read the output is gone, as shells have it; and `UNEXPECTED` with the place of a file that holds the traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
@@ -168,13 +194,13 @@ def run(script: str) -> NoReturn:
     with Signals(whole_process=True) as signals:
         code: Any = 0
         try:
-            report_errors(f"{script}.py")
+            report_errors(os.path.basename(sys.argv[0]), f"{CORE} {TRAIN}")
             with clean_exit():
                 with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
-                    module = importlib.import_module(script)
+                    program = importlib.import_module(module)
                 signals.check()
-                with clean_exit(*getattr(module, "FAILURES", ())):
-                    module.main(sys.argv[1:], signals)
+                with clean_exit(*getattr(program, "FAILURES", ())):
+                    program.main(sys.argv[1:], signals)
             sys.stdout.flush()
         except SystemExit as end:
             code = end.code
@@ -183,23 +209,49 @@ def run(script: str) -> NoReturn:
         sys.exit(_flushed(code))
 
 
-def report_errors(program: str = "-m ...") -> None:
+def report_errors_of(module: str) -> None:
+    """`report_errors` for python -m `module`."""
+    report_errors("-m ...", CORE if module.startswith(_CORE_ALONE) else f"{CORE} {TRAIN}")
+
+
+def report_errors(program: str, packages: str) -> None:
     """From here on no error is shown as a traceback, wherever it arises; exits with 2 where packages are missing."""
     sys.excepthook = lambda kind, error, trace: sys.exit(_report(error))
     threading.excepthook = lambda failed: _report(failed.exc_value)
     sys.unraisablehook = lambda failed: _report(failed.exc_value)
+    warnings.showwarning = show_warning
     with clean_exit():
-        _check_packages(program)
+        _check_packages(program, packages)
 
 
-def _check_packages(program: str) -> None:
-    missing = [name for name in PACKAGES.split() if importlib.util.find_spec(name) is None]
-    if missing:
-        named = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning in one line, as errors are shown; where it arose only if it is none of ours. Above a progress bar."""
+    elsewhere = "" if category is UserWarning else f" ({category.__name__} in {filename}, line {lineno})"
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    with contextlib.suppress(OSError):
+        (tqdm.write if tqdm else print)(f"warning: {message}{elsewhere}", file=file or sys.stderr)
+
+
+def _check_packages(program: str, packages: str) -> None:
+    missing = [name for name in packages.split() if importlib.util.find_spec(name) is None]
+    if not missing:
+        return
+    named = f"this Python ({sys.executable}) lacks {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}"
+    extra = bool(set(missing) & set(TRAIN.split()))
+    if (_CLONE / "pyproject.toml").is_file():
+        here = "'.[train]'" if extra else "."
         raise ConfigError(
-            f"this Python ({sys.executable}) lacks {named}: run `make setup` once, then .venv/bin/python {program}; "
-            "or `pip install -e .` with this one"
+            f"{named}: run `make setup` once, then .venv/bin/python {program}; or `pip install -e {here}` with this one"
         )
+    what = "the extra `train` brings them: pip install 'moc_jax[train]'" if extra else "pip install moc_jax brings them"
+    raise ConfigError(f"{named}; {what}")
 
 
 def _flushed(code: Any) -> Any:

@@ -12,7 +12,9 @@ import warnings
 from typing import Any
 
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import checked, field_kinds, nearest, shown
+from moc_jax.config.base import checked, field_kinds, nearest
+from moc_jax.reading import parse_json
+from moc_jax.showing import shown
 
 
 def config_to_json(config: Config) -> str:
@@ -28,14 +30,9 @@ def config_from_json(text: str, *, name: str = "config.json") -> Config:
             type, or a setting that can't be. `name` says in the message which file it was.
     """
     try:
-        tree = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique)
-        return _dataclass(Config, tree, "", name)
-    except ConfigError as error:
+        return _dataclass(Config, parse_json(text), "", name)
+    except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name} is no config: it is nested too deeply") from error
-    except ValueError as error:  # no JSON, or a number of more digits than Python reads
-        raise ConfigError(f"{name} is no JSON: {error}") from error
 
 
 def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
@@ -47,15 +44,6 @@ def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
         inner = f"{path}.{field.name}" if path else field.name
         found |= differences(getattr(a, field.name), getattr(b, field.name), inner)
     return found
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"the key {shown(twice)} is given twice in one object; keep one of them")
-    return tree
 
 
 def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:

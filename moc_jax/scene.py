@@ -89,18 +89,19 @@ class ChunkTable:
 
     @property
     def token_kind(self) -> Int[Array, "B N"]:
-        return _of_token(self.kind, self.chunk_of, PAD)
+        return at_tokens(self.kind, self.chunk_of, PAD)
 
     @property
     def token_shot(self) -> Int[Array, "B N"]:
-        return _of_token(self.shot, self.chunk_of, NO_SHOT)
+        return at_tokens(self.shot, self.chunk_of, NO_SHOT)
 
     @property
     def valid(self) -> Bool[Array, "B N"]:
         return self.chunk_of >= 0
 
 
-def _of_token(per_chunk: Array, chunk_of: Array, padding: int) -> Array:
+def at_tokens(per_chunk: Int[Array, "B C"], chunk_of: Int[Array, "B N"], padding: int) -> Int[Array, "B N"]:
+    """Each token's value of a value per chunk; `padding` for tokens of no chunk."""
     picked = jnp.take_along_axis(per_chunk, jnp.maximum(chunk_of, 0), axis=-1)
     return jnp.where(chunk_of >= 0, picked, padding)
 
@@ -174,7 +175,7 @@ def chunk_table(lengths: SceneLengths, shape: SceneShape, chunk: ChunkConfig) ->
         shot=shot,
         start=start,
         length=length,
-        chunk_of=_chunk_of(start, length, shape.tokens),
+        chunk_of=chunks_of_tokens(start, length, shape.tokens),
         text_tokens=shape.text_tokens,
         max_chunk=min(chunk.size * unit, shape.video_tokens),
         max_shots=shape.shots,
@@ -219,7 +220,7 @@ def _check_room(name: str, lengths: Array, room: int) -> None:
             )
 
 
-def _chunk_of(start: Array, length: Array, tokens: int) -> Int[Array, "B N"]:
+def chunks_of_tokens(start: Int[Array, "B C"], length: Int[Array, "B C"], tokens: int) -> Int[Array, "B N"]:
     """The chunk that holds each token: the last non-empty one that starts at or before it, if it reaches that far."""
 
     def one(start, length):
@@ -232,42 +233,6 @@ def _chunk_of(start: Array, length: Array, tokens: int) -> Int[Array, "B N"]:
         return jnp.where(inside, chunk, -1)
 
     return jax.vmap(one)(start, length)
-
-
-def table_from_runs(runs: list[list[tuple[int, int, int]]], *, text_tokens: int, video_tokens: int) -> ChunkTable:
-    """A chunk table from explicit runs, one list per scene of (kind, shot, length) in scene order.
-
-    For chunks that no `ChunkConfig` makes: hand-cut scenes, benchmarks, tests. Runs of one shot must be neighbours.
-
-    Raises:
-        ValueError: the runs hold more text or video than `text_tokens` or `video_tokens`.
-    """
-    most = max(len(r) for r in runs)
-    kind = np.full((len(runs), most), PAD)
-    shot = np.full((len(runs), most), NO_SHOT)
-    start, length = np.zeros((2, len(runs), most), int)
-    for b, scene in enumerate(runs):
-        used = {TEXT: 0, VIDEO: 0}
-        for c, (of_kind, of_shot, size) in enumerate(scene):
-            kind[b, c], shot[b, c], length[b, c] = of_kind, of_shot, size
-            start[b, c] = used[of_kind] + (text_tokens if of_kind == VIDEO else 0)
-            used[of_kind] += size
-        if used[TEXT] > text_tokens or used[VIDEO] > video_tokens:
-            raise ValueError(
-                f"scene {b} has {used[TEXT]} text and {used[VIDEO]} video tokens; the table has room for "
-                f"{text_tokens} and {video_tokens}"
-            )
-    start, length = jnp.asarray(start), jnp.asarray(length)
-    return ChunkTable(
-        kind=jnp.asarray(kind),
-        shot=jnp.asarray(shot),
-        start=start,
-        length=length,
-        chunk_of=_chunk_of(start, length, text_tokens + video_tokens),
-        text_tokens=text_tokens,
-        max_chunk=int(max([1, *np.asarray(length)[kind == VIDEO]])),
-        max_shots=max(len({of_shot for of_kind, of_shot, _ in scene if of_shot != GLOBAL}) for scene in runs),
-    )
 
 
 def frame_shot(shot_frames: Int[Array, "B S"], frames: int) -> Int[Array, "B F"]:

@@ -21,6 +21,8 @@ from moc_jax.config import ConfigError, MeshConfig
 AXES = ("data", "fsdp", "context", "tensor")
 
 Path = tuple[str, ...]
+type Params = dict[str, jax.Array | Params]
+"""Weights as a checkpoint and the training state hold them: nested by name, float32."""
 LogicalAxes = Mapping[Path, tuple[str, ...]]  # parameter's path -> names of its dimensions
 
 
@@ -68,8 +70,9 @@ RULES = Rules(
         # weights
         ("layers", ()),
         ("embed", ("fsdp",)),
-        ("embed_out", ()),  # the second dimension of an embed x embed matrix
+        ("embed_out", ()),  # the second embed of a matrix from embed to embed
         ("mlp", ("tensor",)),
+        ("qkv", ()),  # query, key and value of one head lie together
         ("heads", ("tensor",)),
         ("head_dim", ()),
         ("modulation", ()),

@@ -17,9 +17,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_loads_and_says_how_to_run_it(path):
     config, about = read_config_file(str(path))
-    assert load_config(["--config", str(path)]) == config
+    assert load_config(["--config", str(path)]) == load_config(["--config", path.stem]) == config
     assert config_from_json(config_to_json(config)) == config
-    assert f"python train.py --config configs/{path.name}" in about
+    assert f"moc-train --config {path.stem}" in about
     for named in re.findall(r"configs/[\w/.-]+\.(?:py|yaml)", about):
         assert (ROOT / named).is_file(), f"{path.name} names {named}, which is not there"
 

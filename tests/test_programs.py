@@ -1,4 +1,4 @@
-"""train.py and sample.py from outside: whatever happens ends with a line and an exit code, never with a traceback."""
+"""moc-train and moc-sample, as train.py and sample.py: whatever happens ends with a line, never with a traceback."""
 
 import importlib.metadata
 import os
@@ -11,7 +11,7 @@ import tomllib
 import pytest
 
 import moc_jax
-from moc_jax.cli import PACKAGES
+from moc_jax.cli import CORE, TRAIN
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -118,7 +118,7 @@ def test_without_a_place_for_the_traceback_the_line_still_comes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["train.py", "--help"], ["-c", "import sys; from moc_jax.cli import run; run('train')", "-h"]]
+    "words", [["train.py", "--help"], ["-c", "import sys; from moc_jax.cli import train; train()", "-h"]]
 )
 def test_a_reader_that_is_gone_is_no_traceback(words):
     """As behind `| head`, for help too; the pipe is broken before the first byte."""
@@ -155,18 +155,19 @@ def test_modules_that_are_programs_end_with_a_line_too(tmp_path):
 
 def test_the_packages_looked_for_are_those_that_the_project_asks_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in project["dependencies"]}
     found = importlib.metadata.packages_distributions()
-    imported = [{name.lower().replace("_", "-") for name in found[package]} for package in PACKAGES.split()]
-    assert len(imported) == len(asked)
-    assert all(names & asked for names in imported)
+    for packages, lines in ((CORE, project["dependencies"]), (TRAIN, project["optional-dependencies"]["train"])):
+        asked = {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines}
+        imported = [{name.lower().replace("_", "-") for name in found[package]} for package in packages.split()]
+        assert len(imported) == len(asked)
+        assert all(names & asked for names in imported)
 
 
 def test_the_version_has_one_source():
     """pyproject.toml takes it from the package, and nothing asks for the metadata of an installation."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "version" not in project["project"]
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "moc_jax.__version__"}
+    assert project["tool"]["hatch"]["version"] == {"path": "moc_jax/__init__.py"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", moc_jax.__version__)
     for path in [*ROOT.glob("*.py"), *(ROOT / "moc_jax").rglob("*.py")]:
         assert not re.search(r"version\([\"']moc_jax|\(\"moc_jax\",", path.read_text()), path

@@ -25,7 +25,6 @@ from moc_jax.scene import (
     max_chunks,
     max_video_chunks,
     positions,
-    table_from_runs,
 )
 
 SHAPE = SceneShape(shots=4, frames=11, rows=2, columns=3, text_tokens=9)
@@ -243,36 +242,7 @@ def test_later_shots_do_not_move_earlier_ones():
     np.testing.assert_array_equal(first[SHAPE.text_tokens :][:42], longer[SHAPE.text_tokens :][:42])
 
 
-# ------------------------------------------------------------------------------------------------ runs, frames
-
-
-def test_table_from_runs_lays_text_before_video():
-    runs = [
-        [(TEXT, GLOBAL, 2), (TEXT, 0, 0), (VIDEO, 0, 3), (VIDEO, 0, 1), (TEXT, 1, 3), (VIDEO, 1, 5)],
-        [(TEXT, GLOBAL, 0), (VIDEO, 0, 4)],
-    ]
-    table = table_from_runs(runs, text_tokens=6, video_tokens=10)
-    rows = [
-        [(TEXT, GLOBAL, 0, 2), (TEXT, 0, 2, 0), (VIDEO, 0, 6, 3), (VIDEO, 0, 9, 1), (TEXT, 1, 2, 3), (VIDEO, 1, 10, 5)],
-        [(TEXT, GLOBAL, 0, 0), (VIDEO, 0, 6, 4)],
-    ]
-    for b in range(2):
-        assert_table(table, b, rows[b], 16)
-    assert (table.text_tokens, table.max_chunk) == (6, 5)
-
-
-def test_table_from_runs_equals_the_table_of_a_config():
-    scene = ([5, 0, 2, 0], [2, 1, 0, 3, 0])
-    for chunk in CHUNKS:
-        rows = cut_by_hand(*scene, SHAPE, chunk)
-        runs = [(kind, shot, length) for kind, shot, _, length in rows]
-        table = table_from_runs([runs], text_tokens=SHAPE.text_tokens, video_tokens=SHAPE.video_tokens)
-        assert_table(table, 0, rows, SHAPE.tokens)
-
-
-def test_table_from_runs_without_room():
-    with pytest.raises(ValueError, match=r"scene 1 has 3 text and 4 video tokens.*room for 3 and 3"):
-        table_from_runs([[(VIDEO, 0, 3)], [(TEXT, 0, 3), (VIDEO, 0, 4)]], text_tokens=3, video_tokens=3)
+# ------------------------------------------------------------------------------------------------ frames
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)

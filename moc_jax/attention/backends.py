@@ -26,7 +26,6 @@ from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int
 
 Backend = Reference | Xla | Hopper | Tpu
-Part = tuple[Array, Array]  # output [B, Q, H, D], natural log-sum-exp [B, H, Q]
 Gradients = tuple[Array, Array, Array]
 
 BY_NAME: dict[str, type[Backend]] = {kind.name: kind for kind in (Reference, Xla, Hopper, Tpu)}

@@ -109,13 +109,13 @@ def _check_places(table: ChunkTable, tokens: int) -> None:
             b, c = np.argwhere(wrong)[0]
             raise ValueError(
                 f"chunk {c} of scene {b} (kind {kind[b, c]}) is tokens [{start[b, c]}, {end[b, c]}), {length[b, c]} in "
-                f"all, but {limit}: make the table with chunk_table or table_from_runs"
+                f"all, but {limit}: make the table with chunk_table or chunk_table_from"
             )
     if chunk_of.size and not (chunk_of.min() >= -1 and chunk_of.max() < kind.shape[1]):
         b, n = np.argwhere((chunk_of < -1) | (chunk_of >= kind.shape[1]))[0]
         raise ValueError(
             f"token {n} of scene {b} is in chunk {chunk_of[b, n]}; chunks are 0 to {kind.shape[1] - 1}, -1 is padding: "
-            "make the table with chunk_table or table_from_runs"
+            "make the table with chunk_table or chunk_table_from"
         )
 
 
@@ -134,11 +134,13 @@ def check_query_chunk(query_chunk: Any, q: Array, table: ChunkTable) -> Array | 
                 "query_chunk, the chunk of each query token"
             )
         return None
+    if q.shape[1] == 0:
+        raise ValueError("q has no tokens; leave such a call out")
     values = concrete(query_chunk)
     query_chunk = as_array("query_chunk", query_chunk, integers=True)
     if query_chunk.shape != q.shape[:2]:
         raise ValueError(f"query_chunk has shape {query_chunk.shape}; for q of {q.shape} it must be {q.shape[:2]}")
-    if values is not None and values.size:
+    if values is not None:
         _check_runs(values, table)
     return query_chunk
 

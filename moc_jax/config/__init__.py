@@ -6,7 +6,7 @@ and `sample.py` expose each field on the command line (`--moc.top-k 3`), with th
 
 import dataclasses
 
-from moc_jax.config.base import INT32, ConfigError, OwnFolder, Settings, check
+from moc_jax.config.base import INT32, ConfigError, OptionalPath, OwnFolder, Settings, check
 from moc_jax.config.network import ChunkConfig, CodecConfig, MoCConfig, ModelConfig, TextConfig
 from moc_jax.config.run import (
     AttentionConfig,
@@ -48,6 +48,9 @@ class Config(Settings):
 
     workdir: OwnFolder = "out/run"
     """Checkpoints, logs, previews and the resolved config go here."""
+    compilation_cache: OptionalPath = "auto"
+    """Where compiled programs are kept, one folder for all hosts; `auto`: moc_jax/programs in the user's cache folder,
+    or JAX_COMPILATION_CACHE_DIR; empty: nowhere."""
     moc: MoCConfig = MoCConfig()
     attention: AttentionConfig = AttentionConfig()
     model: ModelConfig = ModelConfig()

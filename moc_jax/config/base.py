@@ -12,9 +12,10 @@ import numbers
 import operator
 import os
 import pathlib
-import reprlib
 import typing
 from typing import Annotated, Any, Literal
+
+from moc_jax.showing import shown
 
 INT32 = 2**31 - 1  # steps, sizes and positions are 32-bit numbers on the devices
 
@@ -160,24 +161,6 @@ def checked(kind: Any, value: Any, name: str) -> Any:
         check(type(value) is kind, f"{name} is {shown(value)}; it must be a {getattr(kind, '__name__', kind)}")
         return value
     return {int: _int, float: _float, bool: _bool, str: _text}[kind](value, name)
-
-
-def shown(value: Any) -> str:
-    """repr(value) for a message: cut short, whatever the value is."""
-    try:
-        return _SHORT.repr(value)
-    except Exception:  # whatever a foreign __repr__ raises
-        return f"one {type(value).__name__} too long to show"
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        if x.bit_length() < 400:
-            return repr(x)
-        return f"an integer of about {x.bit_length() * 3 // 10:,} digits"  # Python refuses to write the largest
-
-
-_SHORT = _Short(maxstring=120, maxother=160, maxlist=4, maxtuple=4, maxdict=4, maxlevel=3)
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:

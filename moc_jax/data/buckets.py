@@ -1,13 +1,15 @@
 """Which scene goes into which static shape, decided from the manifest before the first batch."""
 
 import dataclasses
+from collections.abc import Mapping
 
-from moc_jax.config import BucketConfig, Config, ConfigError
+from moc_jax.config import BucketConfig, Config, ConfigError, TextConfig
+from moc_jax.data.caption_store import check_length, open_captions
+from moc_jax.data.captions import CaptionError
 from moc_jax.data.manifest import DataError, Manifest, SceneEntry
 from moc_jax.data.pack import misfit
 from moc_jax.data.sources import Split
-from moc_jax.documents import printable
-from moc_jax.text import build_text_encoder
+from moc_jax.showing import printable
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +22,8 @@ class Buckets:
     """Of each shape, in the manifest's order."""
     dropped: dict[str, str]
     """Scenes that fit no shape, with the reason."""
+    tokens: Mapping[str, int]
+    """Text tokens of each caption."""
 
     def summary(self) -> str:
         """Kept scenes and padding per shape, and the dropped scenes with their reasons."""
@@ -47,17 +51,24 @@ def resolved(cfg: Config, manifest: Manifest) -> Config:
     Raises:
         ConfigError: see `assign_buckets`.
     """
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, buckets=_shapes(cfg, _sizes(cfg, manifest))))
+    sizes = _sizes(manifest, open_captions(manifest, cfg.text).tokens, cfg.text)
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, buckets=_shapes(cfg, sizes)))
 
 
-def assign_buckets(cfg: Config, manifest: Manifest, split: Split) -> Buckets:
+def assign_buckets(cfg: Config, manifest: Manifest, tokens: Mapping[str, int], split: Split) -> Buckets:
     """Each scene goes into the smallest bucket that holds it; without configured buckets, one holds them all.
 
+    Args:
+        cfg: its buckets, patch and limit of text tokens.
+        manifest: the scenes.
+        tokens: of each caption.
+        split: which of the scenes.
+
     Raises:
-        ConfigError: a bucket's frames are no multiple of the model's patch.
+        ConfigError: a bucket's frames are no multiple of the model's patch, or a caption is too long.
         DataError: no scene of the split is left; says why.
     """
-    sizes = _sizes(cfg, manifest)
+    sizes = _sizes(manifest, tokens, cfg.text)
     shapes = _shapes(cfg, sizes)
     scenes: list[list[SceneEntry]] = [[] for _ in shapes]
     dropped = {}
@@ -71,20 +82,21 @@ def assign_buckets(cfg: Config, manifest: Manifest, split: Split) -> Buckets:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in dropped.items())
         fix = "widen data.buckets" if dropped else "set data.validation_source or data.validation_fraction"
         raise DataError(f"no {split} scene is left; {fix}{reasons}")
-    return Buckets(split=split, shapes=shapes, scenes=tuple(map(tuple, scenes)), dropped=dropped)
+    return Buckets(split=split, shapes=shapes, scenes=tuple(map(tuple, scenes)), dropped=dropped, tokens=tokens)
 
 
-def _sizes(cfg: Config, manifest: Manifest) -> dict[str, tuple[int, int, int]]:
+def _sizes(manifest: Manifest, tokens: Mapping[str, int], cfg: TextConfig) -> dict[str, tuple[int, int, int]]:
     """Shots, latent frames and text tokens of every scene, by name."""
-    encoder = build_text_encoder(cfg.text)
 
-    def tokens(scene: SceneEntry) -> int:
+    def text_tokens(scene: SceneEntry) -> int:
         try:
-            return sum(len(encoder(caption)) for caption in scene.captions)
-        except ValueError as error:
-            raise ConfigError(f"scene {scene.name}: {error}") from error
+            for caption in scene.captions:
+                check_length(caption, tokens[caption], cfg, f"scene {scene.name}")
+        except CaptionError as error:
+            raise ConfigError(str(error)) from error
+        return sum(tokens[caption] for caption in scene.captions)
 
-    return {scene.name: (len(scene.shots), scene.frames, tokens(scene)) for scene in manifest.scenes}
+    return {scene.name: (len(scene.shots), scene.frames, text_tokens(scene)) for scene in manifest.scenes}
 
 
 def _shapes(cfg: Config, sizes: dict[str, tuple[int, int, int]]) -> tuple[BucketConfig, ...]:

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from moc_jax.config import DataConfig
-from moc_jax.config.base import shown
 from moc_jax.documents import DocumentError, checked_text, read_document, read_text
+from moc_jax.showing import shown
 
 SUFFIXES = (".yaml", ".yml", ".json", ".txt")
 

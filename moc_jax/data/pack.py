@@ -41,7 +41,7 @@ def pack_scene(
         raise ValueError(f"{name} does not fit its bucket: {problem}")
     return Scene(
         video=_padded(shots, bucket.frames),
-        text=_padded(texts, bucket.text_tokens),
+        text=_padded([text.astype(np.float32, copy=False) for text in texts], bucket.text_tokens),
         lengths=SceneLengths(
             shot_frames=_padded([np.array(shot_frames, np.int32)], bucket.shots),
             text_lengths=_padded([np.array(text_lengths, np.int32)], bucket.shots + 1),

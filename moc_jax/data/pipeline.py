@@ -10,13 +10,13 @@ from absl import flags
 
 from moc_jax.config import Config, ConfigError
 from moc_jax.data.buckets import Buckets, assign_buckets
+from moc_jax.data.caption_store import CaptionStore, open_captions
 from moc_jax.data.manifest import DataError, Manifest, SceneEntry, verify
 from moc_jax.data.pack import blank_scene, pack_scene, stack_scenes
 from moc_jax.data.plan import Batch, TrainPlan, ValidationPlan, augmentation
 from moc_jax.data.shards import ShardReader
 from moc_jax.data.sources import Split
 from moc_jax.scene import Scene
-from moc_jax.text import build_text_encoder
 
 _AHEAD = 2  # batches read ahead, per worker
 
@@ -42,7 +42,8 @@ def make_pipeline(
             f"train.batch_size = {cfg.train.batch_size} does not divide by the {process_count} processes; "
             f"the nearest that do are {max(1, rows) * process_count} and {(rows + 1) * process_count}"
         )
-    buckets = assign_buckets(cfg, manifest, split)
+    captions = open_captions(manifest, cfg.text)
+    buckets = assign_buckets(cfg, manifest, captions.tokens, split)
     used = sorted({scene.shard for scenes in buckets.scenes for scene in scenes})
     verify(manifest, used[process_index::process_count])  # each process a part, since together they read all
     sizes = tuple(map(len, buckets.scenes))
@@ -51,7 +52,8 @@ def make_pipeline(
         plan = TrainPlan(sizes, cfg.train.batch_size, cfg.train.seed)
     else:
         plan = ValidationPlan(sizes, cfg.train.batch_size)
-    load = _Load(cfg, manifest, buckets, slice(process_index * rows, (process_index + 1) * rows), training)
+    mine = slice(process_index * rows, (process_index + 1) * rows)
+    load = _Load(cfg, manifest, captions, buckets, mine, training)
     return SceneIterator(
         grain.MapDataset.source(plan).map(load), buckets, cfg.data.workers, _identity(cfg, buckets, manifest)
     )
@@ -120,11 +122,13 @@ def _identity(cfg: Config, buckets: Buckets, manifest: Manifest) -> dict[str, An
 class _Load:
     """One planned batch -> this process's rows of it."""
 
-    def __init__(self, cfg: Config, manifest: Manifest, buckets: Buckets, rows: slice, training: bool):
+    def __init__(
+        self, cfg: Config, manifest: Manifest, captions: CaptionStore, buckets: Buckets, rows: slice, training: bool
+    ):
         self._cfg, self._buckets, self._rows, self._training = cfg, buckets, rows, training
         self._latent_shape = manifest.latent_shape
         self._reader = ShardReader(manifest)
-        self._encoder = build_text_encoder(cfg.text)
+        self._captions = captions
 
     def __call__(self, batch: Batch) -> Scene:
         shape = self._buckets.shapes[batch.bucket]
@@ -132,11 +136,12 @@ class _Load:
         for row in range(len(batch.scenes))[self._rows]:
             number = batch.scenes[row]
             if number is None:
-                scenes.append(blank_scene(shape, self._latent_shape, self._encoder.dim))
+                scenes.append(blank_scene(shape, self._latent_shape, self._captions.dim))
                 continue
             entry = self._buckets.scenes[batch.bucket][number]
             shots, captions = self._read(entry, batch.bucket, batch.first_turn + row)
-            scenes.append(pack_scene(shots, [self._encoder(c) for c in captions], shape, name=f"scene {entry.name}"))
+            texts = [self._captions.read(caption) for caption in captions]
+            scenes.append(pack_scene(shots, texts, shape, name=f"scene {entry.name}"))
         return stack_scenes(scenes)
 
     def _read(self, entry: SceneEntry, bucket: int, turn: int) -> tuple[list[np.ndarray], tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import Literal, overload
 from moc_jax.config import ConfigError, DataConfig
 from moc_jax.data.captions import CaptionError, Captions, caption_files, load_captions
 from moc_jax.data.folders import Place, count, find_places, some
-from moc_jax.documents import printable
+from moc_jax.showing import printable
 
 _SAMPLE = 1 << 20  # bytes hashed at the beginning, in the middle and at the end of a file
 
@@ -88,6 +88,19 @@ def find_sources(cfg: DataConfig) -> Sources:
         raise ConfigError("no file of data.source can be read:\n  " + "\n  ".join(unreadable))
     repeated, remarks = _repeated(files, used), _caption_notes(sources, cfg)
     return Sources(tuple(sources), (*notes, *more, *unreadable, *repeated, *remarks))
+
+
+def find_file(cfg: DataConfig, name: str, digest: str) -> Path | None:
+    """Where the file of a `Source` of this name and digest lies now; None if it is not there.
+
+    Raises:
+        ConfigError, CaptionError, OSError: a path of the config, or a caption file, that cannot be read.
+    """
+    for place in find_places(cfg.source, "source")[0]:
+        named = name in (place.name, place.path.as_posix())
+        if named and _digest(place.path, load_captions(place.path, cfg).file) == digest:
+            return place.path
+    return None
 
 
 _Captioned = tuple[Place, Captions]

@@ -1,34 +1,20 @@
 """How near a sample comes to the scene it was trained on, measured against what the codec makes of that scene."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import Config, ConfigError
-from moc_jax.data.manifest import codec_of
+from moc_jax.data.manifest import Manifest, SceneEntry, codec_of
+from moc_jax.data.originals import original_shots
 from moc_jax.data.prepare import prepare
+from moc_jax.data.quality import psnr
 from moc_jax.data.shards import ShardReader
 from moc_jax.sampling.scenes import scene_storyboard
 from moc_jax.sampling.storyboard import Storyboard
-from moc_jax.shapes import Shaped, UInt8, typed
-
-
-@typed
-def psnr(a: Shaped[np.ndarray, "*shape"], b: Shaped[np.ndarray, "*shape"]) -> float:
-    """Peak signal-to-noise ratio in dB: 10 log10(range^2 / mean squared error); infinite for equal arrays.
-
-    Args:
-        a, b: frames of one type: uint8 (range 255) or floats in [-1, 1] (range 2).
-
-    Raises:
-        ValueError: the types differ.
-    """
-    if a.dtype != b.dtype:
-        raise ValueError(f"cannot compare {a.dtype} with {b.dtype} frames; convert one of them")
-    peak = 255.0 if a.dtype == np.uint8 else 2.0
-    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
-    return float("inf") if error == 0 else float(10 * np.log10(peak**2 / error))
+from moc_jax.shapes import UInt8
 
 
 def mean_psnr(sample: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> tuple[float, list[float]]:
@@ -47,17 +33,36 @@ def mean_psnr(sample: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> 
     return float(np.mean(per_shot)), per_shot
 
 
-def comparison(sample: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> str:
-    """`mean_psnr` in a line of words."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingScene:
+    """A scene of the training data, to be asked for and to be compared with."""
+
+    board: Storyboard
+    """Asks for it: its captions and durations."""
+    codec: list[UInt8[np.ndarray, "_ Y X 3"]]
+    """Its shots as the codec reconstructs them: the best that a model of these latents can show."""
+    original: list[UInt8[np.ndarray, "_ Y X 3"]] | None
+    """Its shots as they were filmed; None: the video is gone, or another one lies there."""
+
+    def rows(self) -> list[tuple[str, list[UInt8[np.ndarray, "_ Y X 3"]]]]:
+        """For a contact sheet."""
+        return [*([("original", self.original)] if self.original else []), ("codec", self.codec)]
+
+    def comparison(self, sample: Sequence[np.ndarray]) -> str:
+        """`mean_psnr` of a sample, and of the codec's reconstruction, in words."""
+        line = f"PSNR against the codec's own reconstruction: {_shown(sample, self.codec)}"
+        if self.original is None:
+            return line
+        return f"{line}\nPSNR of the reconstruction against the original: {_shown(self.codec, self.original)}"
+
+
+def _shown(sample: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> str:
     mean, per_shot = mean_psnr(sample, reference)
-    shown = ", ".join(f"{value:.1f}" for value in per_shot)
-    return f"PSNR against the codec's own reconstruction: {mean:.2f} dB (by shot: {shown})"
+    return f"{mean:.2f} dB (by shot: {', '.join(f'{value:.1f}' for value in per_shot)})"
 
 
-def training_scene(config: Config, codec: Codec, number: int) -> tuple[Storyboard, list[UInt8[np.ndarray, "_ Y X 3"]]]:
-    """A scene of the training data: the storyboard that asks for it, and its shots as the codec reconstructs them.
-
-    The reconstruction is the best that a model of these latents can show.
+def training_scene(config: Config, codec: Codec, number: int) -> TrainingScene:
+    """A scene of the data that a run was trained on.
 
     Args:
         config: of the training run; its prepared data is read, or prepared again if it is gone.
@@ -76,6 +81,14 @@ def training_scene(config: Config, codec: Codec, number: int) -> tuple[Storyboar
     scenes = manifest.split("train")
     if not 0 <= number < len(scenes):
         raise ConfigError(f"there is no training scene {number}; the data has {len(scenes)}, counted from 0")
-    entry = scenes[number]
+    return prepared_scene(config, manifest, codec, scenes[number])
+
+
+def prepared_scene(config: Config, manifest: Manifest, codec: Codec, entry: SceneEntry) -> TrainingScene:
+    """A scene of prepared data; `codec` is what it was encoded with."""
     shots, _ = ShardReader(manifest).read(entry)
-    return scene_storyboard(entry, config), [pixels_from_unit(codec.decode(shot)) for shot in shots]
+    return TrainingScene(
+        board=scene_storyboard(entry, config),
+        codec=[pixels_from_unit(codec.decode(shot)) for shot in shots],
+        original=original_shots(manifest, entry, config.data, codec.stride[0]),
+    )

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
-from moc_jax.attention.api import RoutedAttention
+from moc_jax.attention.api import routed_attention
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
@@ -24,11 +23,12 @@ from moc_jax.diffusion.guidance import guided_velocity
 from moc_jax.diffusion.process import VelocityFn, add_noise
 from moc_jax.errors import explain_memory
 from moc_jax.models.mmdit import abstract_model
+from moc_jax.progress import Progress
 from moc_jax.sampling.scenes import Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int, UInt8, typed
-from moc_jax.sharding import RULES, batch_shards
+from moc_jax.sharding import RULES, Params, batch_shards, replicated
 from moc_jax.signals import Signals, Stop
 from moc_jax.text import TextEncoder, build_text_encoder
 
@@ -80,7 +80,7 @@ class Sampler:
 
         Args:
             stop: is asked between two calls of the model; what it raises ends the sampling.
-            progress: a bar over the calls of the model.
+            progress: shows how many calls of the model are done.
 
         Raises:
             ConfigError: the codec's latents are not the model's.
@@ -94,7 +94,7 @@ class Sampler:
         self.config, self.codec = config, codec
         self._encoder = build_text_encoder(config.text) if encoder is None else encoder
         self._graph = abstract_model(config.model)[0]
-        self._attention = RoutedAttention(backend=config.attention.backend)
+        self._attention = routed_attention(config.attention)
         self._progress = progress
         self._stop = Signals() if stop is None else stop  # such signals never ask
         self._programs: dict[Any, jax.stages.Compiled] = {}
@@ -104,6 +104,11 @@ class Sampler:
             "end": jax.jit(self._end),
         }
         self._route = jax.jit(self._routing)
+
+    @explain_memory("the weights", SamplingError, _remedies)
+    def placed(self, params: Params) -> Params:
+        """The weights, whole on each device of the mesh in context."""
+        return jax.device_put(params, replicated(jax.sharding.get_mesh()))
 
     @explain_memory("sampling", SamplingError, _remedies)
     def __call__(
@@ -152,14 +157,14 @@ class Sampler:
         placed = _placed(request)
         noises, z_0, carried, turn = self._program("begin", placed)
         solver, rounds = turn_solver(self.config.sample), int(np.max(turn)) + 1
-        shown = self._progress and jax.process_index() == 0
-        with tqdm(total=rounds * solver.calls, desc="sampling", unit="step", disable=not shown) as bar:
+        shown, done = self._progress and jax.process_index() == 0, 0
+        with Progress("sampling", total=rounds * solver.calls, unit="step", enabled=shown) as progress:
             for now in map(np.int32, range(rounds)):
                 for at in zip(*solver.constants):
                     self._stop.check()
                     carried = self._program("call", params, placed, noises, now, z_0, carried, at)
                     jax.block_until_ready(carried)
-                    bar.update()
+                    progress.reach(done := done + 1)
                 z_0, carried = self._program("end", placed, noises, now, z_0, carried)
         return np.asarray(z_0)
 

@@ -21,7 +21,12 @@ from moc_jax.shapes import Float, UInt8, typed
 PAPER, INK, FAINT = "#fcfcfa", "#1d2330", "#7d8493"
 _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _MARGIN, _GAP, _FRAME_GAP = 28, 22, 4
+_FRAMES = 3  # of each shot
 _BLUES = LinearSegmentedColormap.from_list("reads", ["#f3f6fb", "#a9c8ea", "#3f83c4", "#12406f"])
+
+
+Row = tuple[str, Sequence[UInt8[np.ndarray, "_ Y X 3"]]]
+"""A version of a scene: what it is, and the frames of each shot."""
 
 
 class PictureError(SamplingError):
@@ -47,18 +52,18 @@ def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[UInt8[np.ndarray, "_ Y X 3"]]]],
+    rows: Sequence[Row],
     captions: Sequence[str],
     *,
     title: str = "",
     notes: Sequence[str] = (),
     fps: float = 0.0,
-    frames: int = 3,
+    frames: int = _FRAMES,
 ) -> Image.Image:
     """One column per shot, one row per version of the scene, a few frames of each shot from its first to its last.
 
     Args:
-        rows: (what it is, the frames of each shot), for instance the training scene, then the sample.
+        rows: for instance the original, what the codec makes of it, and the sample.
         captions: of each shot, written below its column.
         title: the global caption.
         notes: a line below each column's caption, for instance a score.
@@ -106,7 +111,12 @@ def contact_sheet(
     return sheet
 
 
-def _check_columns(rows: Sequence[tuple[str, Sequence]], columns: int, notes: Sequence[str]) -> None:
+def shown_frames(shot: UInt8[np.ndarray, "F Y X 3"], count: int = _FRAMES) -> UInt8[np.ndarray, "_ Y X 3"]:
+    """The frames of a shot that a contact sheet shows, from its first to its last; of these it shows all."""
+    return shot[np.linspace(0, len(shot) - 1, min(count, len(shot))).round().astype(int)]
+
+
+def _check_columns(rows: Sequence[Row], columns: int, notes: Sequence[str]) -> None:
     for name, shots in rows:
         if len(shots) != columns:
             raise ValueError(f"the row {name!r} has {len(shots)} shots, but there are {columns} captions")
@@ -117,9 +127,8 @@ def _check_columns(rows: Sequence[tuple[str, Sequence]], columns: int, notes: Se
 def _paste_strip(
     sheet: Image.Image, shot: np.ndarray, corner: tuple[int, int], shown: tuple[int, int], count: int
 ) -> None:
-    picks = np.linspace(0, len(shot) - 1, count).round().astype(int)
-    for n, pick in enumerate(picks[: len(shot)]):  # a shot of one frame shows it once
-        image = Image.fromarray(shot[pick]).resize(shown, Image.Resampling.BICUBIC)
+    for n, frame in enumerate(shown_frames(shot, count)):
+        image = Image.fromarray(frame).resize(shown, Image.Resampling.BICUBIC)
         sheet.paste(image, (corner[0], corner[1] + n * (shown[1] + _FRAME_GAP)))
 
 

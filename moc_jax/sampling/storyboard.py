@@ -30,8 +30,9 @@ from typing import Any, NoReturn
 import yaml
 
 from moc_jax.config import ConfigError
-from moc_jax.config.base import expanded, shown
+from moc_jax.config.base import expanded
 from moc_jax.documents import DocumentError, checked_text, read_document
+from moc_jax.showing import shown
 
 SEED_LIMIT = 2**32
 SHOT_LIMIT = 100_000

@@ -14,6 +14,7 @@ import numpy as np
 from moc_jax.config import TextConfig
 from moc_jax.shapes import Float32, typed
 
+_VERSION = b"moc_jax hashed word 1:"  # goes into every vector: another one for another way of splitting or hashing
 _BEGIN = "\x02"  # a control character, which `split_words` never yields
 _SPACELESS = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "BOPOMOFO", "YI SYLLABLE")
 
@@ -49,6 +50,11 @@ class HashedWords:
         self.dim = cfg.dim
         self._max_tokens = cfg.max_tokens
 
+    @staticmethod
+    def fingerprint(cfg: TextConfig) -> str:
+        """See `moc_jax.text.encoder_fingerprint`."""
+        return hashlib.sha256(_VERSION + str(cfg.dim).encode()).hexdigest()[:16]
+
     @typed
     def __call__(self, caption: str) -> Float32[np.ndarray, "L E"]:
         """A begin token, then a row per word.
@@ -67,6 +73,6 @@ class HashedWords:
 
 @functools.lru_cache(maxsize=65536)
 def _vector(word: str, dim: int) -> Float32[np.ndarray, "E"]:
-    stream = hashlib.shake_256(b"moc_jax hashed word 1:" + word.encode("utf-8", "surrogatepass")).digest(2 * dim)
+    stream = hashlib.shake_256(_VERSION + word.encode("utf-8", "surrogatepass")).digest(2 * dim)
     uniform = (np.frombuffer(stream, "<u2").astype(np.float32) + 0.5) / 65536  # in (0, 1)
     return (uniform * 2 - 1) * np.float32(np.sqrt(3))

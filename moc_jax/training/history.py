@@ -4,7 +4,6 @@ Nothing here stops a run, whose checkpoints may well be whole, and nothing is th
 what belongs in its place, gets another name beside it, and a warning gives both.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -16,6 +15,7 @@ from typing import Any
 from etils import epath
 
 from moc_jax.files import is_address, whole_file
+from moc_jax.reading import parse_json
 
 _LONGEST = 1 << 20  # bytes; a line of ours has some hundred
 _FILES, _FOLDERS = ("loss.png", "metrics.jsonl"), ("tensorboard", "previews")
@@ -44,7 +44,8 @@ def keep_until(path: epath.Path, step: int) -> None:
             kept.append(line)
     if damaged:
         aside = _aside(path)
-        aside.write_bytes(b"".join(line + b"\n" for line in damaged))
+        with whole_file(aside) as partial:
+            partial.write_bytes(b"".join(line + b"\n" for line in damaged))
         warnings.warn(
             f"{len(damaged)} line(s) of {path} can't be read and were moved to {aside.name}; all others are kept",
             stacklevel=3,
@@ -111,8 +112,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
     if len(line) > _LONGEST:
         return None
     try:
-        row = json.loads(line.decode("utf-8-sig"), parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or not 0 <= row["step"] < 2**63:
         return None
@@ -126,7 +127,3 @@ def _is_number(value: Any) -> bool:
         return value is None or (type(value) in (int, float) and math.isfinite(value))
     except OverflowError:  # a whole number beyond every float
         return False
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

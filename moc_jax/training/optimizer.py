@@ -17,7 +17,8 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> op
 
     Args:
         steps: batches of the run; with `cfg.accumulate` several of them make one update.
-        logical: names of every weight's dimensions: what has two or more besides `layers` is a matrix and decays.
+        logical: names of every weight's dimensions: what has two or more besides `layers`, and is no bias, is a matrix
+            and decays.
 
     Raises:
         ConfigError: `steps` are too few for a single update.
@@ -28,16 +29,19 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> op
             "would be trained: raise train.steps or lower optimizer.accumulate"
         )
 
-    def is_matrix(params):
-        count = jax.tree.map_with_path(
-            lambda path, _: sum(name != "layers" for name in logical[key_path(path)]), params
-        )
-        return jax.tree.map(lambda dimensions: dimensions >= 2, count)
+    def is_matrix(path, _):
+        *_, last = key_path(path)
+        return last != "bias" and sum(name != "layers" for name in logical[key_path(path)]) >= 2
 
     chain = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),
         optax.adamw(
-            learning_rate(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay, mask=is_matrix
+            learning_rate(cfg, steps),
+            b1=cfg.b1,
+            b2=cfg.b2,
+            eps=cfg.eps,
+            weight_decay=cfg.weight_decay,
+            mask=lambda params: jax.tree.map_with_path(is_matrix, params),
         ),
     )
     return accumulated(chain, cfg.accumulate) if cfg.accumulate > 1 else optax.with_extra_args_support(chain)

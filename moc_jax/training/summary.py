@@ -21,7 +21,6 @@ from moc_jax.models.mmdit import scene_shape
 from moc_jax.models.presets import matrix_flops
 from moc_jax.scene import SceneLengths, chunk_table
 from moc_jax.sharding import AXES, replicated_weights
-from moc_jax.text import build_text_encoder
 from moc_jax.training.optimizer import remainder
 from moc_jax.training.state import Blueprint
 
@@ -40,7 +39,6 @@ class SceneCost:
 
 def scene_costs(cfg: Config, moc: MoCConfig, buckets: Buckets) -> list[SceneCost | None]:
     """What a scene of each bucket costs; None for a bucket without scenes."""
-    encoder = build_text_encoder(cfg.text)
 
     def cost(shape: BucketConfig, scenes: tuple[SceneEntry, ...]) -> SceneCost | None:
         scenes = scenes[:: math.ceil(len(scenes) / _SCENES)] if scenes else ()
@@ -50,7 +48,7 @@ def scene_costs(cfg: Config, moc: MoCConfig, buckets: Buckets) -> list[SceneCost
         text_lengths = np.zeros((len(scenes), shape.shots + 1), np.int32)
         for row, scene in enumerate(scenes):
             shot_frames[row, : len(scene.shots)] = [shot.frames for shot in scene.shots]
-            text_lengths[row, : len(scene.captions)] = [len(encoder(caption)) for caption in scene.captions]
+            text_lengths[row, : len(scene.captions)] = [buckets.tokens[caption] for caption in scene.captions]
         video = len(scenes), shape.frames, *cfg.latent_size, cfg.codec.channels
         text = len(scenes), shape.text_tokens, cfg.text.dim
         tokens_shape, lengths = scene_shape(

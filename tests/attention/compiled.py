@@ -13,13 +13,14 @@ A step of their grid takes it some ten milliseconds, so blocks are small, but no
 """
 
 import contextlib
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moc_jax.attention import api, xla
+from moc_jax.attention import api, parts, xla
 from moc_jax.attention.pallas_gpu import device
 from moc_jax.attention.pallas_tpu import flash, flash_backward, tuning
 from moc_jax.attention.pallas_tpu.device import Tpu
@@ -85,31 +86,84 @@ def _widened(q, *others):
 _routing = jax.jit(route, static_argnames=("cfg", "backend"), compiler_options=_FAST)
 
 
-def routing(q, k, table, cfg, *, key=None, backend="xla"):
+def routing(q, k, table, cfg, *, key=None, query_chunk=None, backend="xla"):
     """The routes, from a program for the config or, of TPU kernels, for all that pick so many."""
+    options = dict(key=key, query_chunk=query_chunk, backend=backend)
     if backend != "pallas_tpu":
-        return _routing(q, k, table, cfg, key=key, backend=backend)
+        return _routing(q, k, table, cfg, **options)
     with pieces.apart():
-        return route(jnp.asarray(q), jnp.asarray(k), table, cfg, key=key, backend=backend)
+        return route(jnp.asarray(q), jnp.asarray(k), table, cfg, **options)
 
 
-def outputs_and_gradients(q, k, v, table, cfg, dout, key=None, *, backend):
+def outputs_and_gradients(q, k, v, table, cfg, dout, key=None, query_chunk=None, *, backend):
     """The output, and (dq, dk, dv) for the gradient `dout` of it."""
+    options = dict(key=key, query_chunk=query_chunk, backend=backend)
     with _interpreted(backend):
-        out, vjp = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg, key=key, backend=backend), q, k, v)
+        out, vjp = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg, **options), q, k, v)
         return out, vjp(dout)
 
 
 _outputs_and_gradients = jax.jit(outputs_and_gradients, static_argnames=("cfg", "backend"), compiler_options=_FAST)
 
 
-def attention_and_gradients(q, k, v, table, cfg, dout, key=None, *, backend):
+def attention_and_gradients(q, k, v, table, cfg, dout, key=None, query_chunk=None, *, backend):
     """As `outputs_and_gradients`, compiled: as one program or, with TPU kernels, in pieces."""
     if backend != "pallas_tpu":
-        return _outputs_and_gradients(q, k, v, table, cfg, dout, key, backend=_SMALL.get(backend, backend))
+        small = _SMALL.get(backend, backend)
+        return _outputs_and_gradients(q, k, v, table, cfg, dout, key, query_chunk, backend=small)
     with pieces.apart():
-        arrays = map(jnp.asarray, (q, k, v))
-        return outputs_and_gradients(*arrays, table, cfg, jnp.asarray(dout), key, backend=backend)
+        q, k, v, dout = map(jnp.asarray, (q, k, v, dout))
+        return outputs_and_gradients(q, k, v, table, cfg, dout, key, query_chunk, backend=backend)
+
+
+def _parts(q, k, v, routes, table, cfg, query_chunk=None, *, backend):
+    q, k, v = (q, k, v) if backend != "pallas_gpu" else _widened(q, k, v)
+    options = dict(query_chunk=query_chunk, backend=_value(backend, q))
+    with _interpreted(backend):
+        anchors = parts.anchor_part(q, k, v, table, cfg, **options)
+        return anchors, parts.pick_part(q, k, v, routes, table, cfg, **options)
+
+
+def _part_gradients(q, k, v, routes, dout, lse, delta, table, cfg, query_chunk=None, *, backend):
+    size, scale = q.shape[-1], 1
+    if backend == "pallas_gpu":
+        wide = _widened(q, k, v, dout)
+        scale = math.sqrt(wide[0].shape[-1] / size)
+        q, k, v, dout = wide
+    options = dict(query_chunk=query_chunk, backend=_value(backend, q))
+    with _interpreted(backend):
+        found = (
+            parts.anchor_gradients(q, k, v, dout, lse, delta, table, cfg, **options),
+            parts.pick_gradients(q, k, v, routes, dout, lse, delta, table, cfg, **options),
+        )
+    return [(dq[..., :size] * scale, dk[..., :size], dv[..., :size]) for dq, dk, dv in found]
+
+
+_jitted = functools.partial(jax.jit, static_argnames=("cfg", "backend"), compiler_options=_FAST)
+_compiled_parts, _compiled_part_gradients = _jitted(_parts), _jitted(_part_gradients)
+
+
+def in_parts(q, k, v, routes, table, cfg, query_chunk=None, *, backend):
+    """(output, log-sum-exp) of anchors and of picks."""
+    size = v.shape[-1]
+    if backend == "pallas_tpu":
+        with pieces.apart():
+            q, k, v, routes = map(jnp.asarray, (q, k, v, routes))
+            found = _parts(q, k, v, routes, table, cfg, query_chunk, backend=backend)
+    else:
+        small = _SMALL.get(backend, backend)
+        found = _compiled_parts(q, k, v, routes, table, cfg, query_chunk, backend=small)
+    return [(out[..., :size], lse) for out, lse in found]
+
+
+def gradients_in_parts(q, k, v, routes, dout, lse, delta, table, cfg, query_chunk=None, *, backend):
+    """(dq, dk, dv) of anchors and of picks, given the final log-sum-exp and delta."""
+    if backend == "pallas_tpu":
+        with pieces.apart():
+            arrays = map(jnp.asarray, (q, k, v, routes, dout, lse, delta))
+            return _part_gradients(*arrays, table, cfg, query_chunk, backend=backend)
+    arrays, small = (q, k, v, routes, dout, lse, delta), _SMALL.get(backend, backend)
+    return _compiled_part_gradients(*arrays, table, cfg, query_chunk, backend=small)
 
 
 _attention = jax.jit(moc_attention, static_argnames=("cfg", "backend"))

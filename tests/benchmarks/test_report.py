@@ -1,4 +1,4 @@
-"""Tables and plot; the README shows exactly what the committed results say."""
+"""Tables and plot; README and docs show exactly what the committed results say."""
 
 import json
 import pathlib
@@ -92,31 +92,43 @@ def test_one_sample_has_no_spread():
     assert milliseconds(None) == ""
 
 
-def test_readme_block_shows_both_kinds_of_routes_with_their_command(folder):
-    block = report.readme_block(folder)
+def test_the_page_shows_both_kinds_of_routes_with_their_command(folder):
+    block = report.page_block(folder)
     assert [block.count(f"| multi_shot | {kind} |") for kind in ("random", "correlated")] == [1, 1]
     assert block.count("`python -m benchmarks.attention`, 2026-01-01, jax 0.11.2") == 1
-    assert "benchmarks/results/scaling.png" in block
+    assert "](pictures/scaling.png)" in block
     assert report.report(folder).count("| multi_shot |") == 2
 
 
-def test_readme_is_rewritten_between_its_markers(folder, tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.run(["--results", str(folder), "--readme", str(readme)])
-    assert readme.read_text() == f"before\n{report.BEGIN}\n{report.readme_block(folder)}\n{report.END}\nafter\n"
-    assert (folder / report.PLOT).stat().st_size > 10_000
+def test_the_readme_shows_the_worst_case_of_the_largest_setting(folder):
+    _, _, *rows = report.readme_block(folder).split("\n")
+    assert rows == [
+        "| one layer's attention, forward | Card | 10 ms ± 0.1 | 52 ms ± 0.52 | 5.20x |",
+        "| one layer's attention, forward and backward | Card | 10 ms ± 0.1 | 52 ms ± 0.52 | 5.20x |",
+    ]
+
+
+def test_files_are_rewritten_between_their_markers(folder, tmp_path):
+    (tmp_path / "docs/pictures").mkdir(parents=True)
+    for name in (report.README, report.PAGE):
+        (tmp_path / name).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.run(["--results", str(folder), "--root", str(tmp_path), "--write"])
+    for name, block in report.blocks(folder).items():
+        assert (tmp_path / name).read_text() == f"before\n{report.BEGIN}\n{block}\n{report.END}\nafter\n"
+    assert (tmp_path / report.PLOT).stat().st_size > 10_000
     with pytest.raises(ValueError, match="must hold"):
         report.with_block("no markers", "block")
 
 
 def test_nothing_measured_is_nothing_shown(tmp_path):
-    assert report.readme_block(tmp_path) == "*Not measured yet.*"
-    assert report.draw(tmp_path) is None
+    assert set(report.blocks(tmp_path).values()) == {"*Not measured yet.*"}
+    assert report.draw(tmp_path, tmp_path / "plot.png") is None
 
 
-def test_the_readme_is_up_to_date():
-    """`python -m benchmarks.report --readme README.md` would change nothing."""
-    text = (ROOT / "README.md").read_text()
-    assert report.with_block(text, report.readme_block(results.FOLDER)) == text
-    assert (f"results/{report.PLOT}" in text) == (results.FOLDER / report.PLOT).exists()
+@pytest.mark.parametrize("name", [report.README, report.PAGE])
+def test_what_is_shown_is_up_to_date(name):
+    """`python -m benchmarks.report --write` would change nothing."""
+    text = (ROOT / name).read_text()
+    assert report.with_block(text, report.blocks(results.FOLDER)[name]) == text
+    assert "pictures/scaling.png" in text
+    assert (ROOT / report.PLOT).exists()

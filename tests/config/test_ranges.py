@@ -106,7 +106,7 @@ NUMBERS += [0.0, -0.0, 0.5, 1.0, 1e-300, 1e-45, 1 - 1e-16, 1e12, 1e300, math.nan
 EXTREMES = st.one_of(
     st.sampled_from(NUMBERS), st.integers(), st.floats(), st.sampled_from(["", "\0", "~", "x" * 10**5])
 )
-SHOT = ShotEntry(caption="", frames=3)
+SHOT = ShotEntry(caption="", frames=3, start=0)
 MANIFEST = types.SimpleNamespace(
     scenes=(SceneEntry(name="a#0", source="a", split="train", caption="", shots=(SHOT,), shard=0, record=0),),
     split=lambda split: MANIFEST.scenes,
@@ -119,7 +119,7 @@ def used(config: Config) -> None:
     rate = learning_rate(config.optimizer, config.train.steps)
     assert all(np.isfinite(float(rate(n))) for n in (0, 1, config.train.steps))
     with contextlib.suppress(DataError):  # a bucket too small for any scene
-        assign_buckets(config, MANIFEST, "train")
+        assign_buckets(config, MANIFEST, {"": 1}, "train")
     for sizes in ((1,), (2, 3)):
         assert len(TrainPlan(sizes, config.train.batch_size, config.train.seed)[0].scenes) == config.train.batch_size
 

@@ -19,6 +19,7 @@ from moc_jax.data import (
     prepare,
     resolved,
 )
+from moc_jax.data.caption_store import open_captions
 from moc_jax.text import build_text_encoder
 from tests.data.small import make_videos, small_config, with_data
 
@@ -61,6 +62,10 @@ def _expected(cfg, manifest, name, bucket):
     encoder = build_text_encoder(cfg.text)
     captions = [f"all of {name}", *(f"{name} {k}" for k in range(len(shots)))]
     return pack_scene(shots, [encoder(c) for c in captions], bucket)
+
+
+def _assign(cfg, manifest):
+    return assign_buckets(cfg, manifest, open_captions(manifest, cfg.text).tokens, "train")
 
 
 def _rows(batch):
@@ -222,7 +227,7 @@ class TestAugmentation:
 class TestBuckets:
     def test_smallest_that_fits(self, prepared):
         cfg, manifest = prepared
-        buckets = assign_buckets(with_data(cfg, buckets=TWO_BUCKETS[::-1]), manifest, "train")
+        buckets = _assign(with_data(cfg, buckets=TWO_BUCKETS[::-1]), manifest)
         assert [[scene.source[0] for scene in scenes] for scenes in buckets.scenes] == [["a", "b", "d", "e"], ["c"]]
         assert "train: 4 scenes in the bucket of 2 shots, 5 latent frames, 40 text tokens" in buckets.summary()
         assert not buckets.dropped
@@ -230,12 +235,12 @@ class TestBuckets:
     def test_padding_is_told_and_much_of_it_is_warned_of(self, prepared):
         cfg, manifest = prepared
         small = with_data(cfg, buckets=TWO_BUCKETS)
-        told = assign_buckets(small, manifest, "train").summary()
+        told = _assign(small, manifest).summary()
         assert "2 shots, 5 latent frames, 40 text tokens; 10% of the frames are padding" in told  # 5, 4, 5, 4 of 5
         assert "3 shots, 8 latent frames, 40 text tokens; 0% of the frames are padding" in told
         assert "warning" not in told
         large = with_data(cfg, buckets=(BucketConfig(shots=9, frames=90, text_tokens=90),))
-        told = assign_buckets(large, manifest, "train").summary()
+        told = _assign(large, manifest).summary()
         assert "; 94% of the frames are padding\n  warning: " in told  # 26 of 450
         assert "data.buckets" in told
         assert "data.max_shot_frames" in told
@@ -258,7 +263,7 @@ class TestBuckets:
 
     def test_what_fits_nowhere_is_counted_with_its_reason(self, prepared):
         cfg, manifest = prepared
-        buckets = assign_buckets(with_data(cfg, buckets=TWO_BUCKETS[:1]), manifest, "train")
+        buckets = _assign(with_data(cfg, buckets=TWO_BUCKETS[:1]), manifest)
         assert buckets.dropped == {"c.mp4#0": "3 shots for a bucket of 2, 8 frames for a bucket of 5"}
         assert "dropped c.mp4#0: 3 shots" in buckets.summary()
         (bucket,) = buckets.shapes
@@ -282,7 +287,7 @@ class TestBuckets:
         cfg, manifest = prepared
         model = dataclasses.replace(cfg.model, patch=(2, 1, 1))
         with pytest.raises(ConfigError, match=r"frames 5 does not divide by model.patch\[0\] = 2"):
-            assign_buckets(dataclasses.replace(with_data(cfg, buckets=TWO_BUCKETS), model=model), manifest, "train")
+            _assign(dataclasses.replace(with_data(cfg, buckets=TWO_BUCKETS), model=model), manifest)
 
     def test_captions_must_fit_the_encoder_as_it_is_now(self, prepared):
         cfg, manifest = prepared

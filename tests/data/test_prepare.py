@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moc_jax.codecs import pixels_to_unit
+from moc_jax.codecs import pixels_from_unit, pixels_to_unit
+from moc_jax.codecs.pca import PCACodec
 from moc_jax.config import ConfigError
 from moc_jax.data.captions import CaptionError
+from moc_jax.data.encode import SceneEncoder
 from moc_jax.data.manifest import DataError, codec_of, load_manifest, verify
 from moc_jax.data.prepare import prepare
+from moc_jax.data.quality import psnr
 from moc_jax.data.shards import ShardReader
 from moc_jax.data.video import VideoError, read_video
 from tests.data.clips import make_clip
@@ -91,14 +94,14 @@ def test_short_shots_are_left_out_and_captions_stay_with_their_shots(tmp_path):
 
 def test_failure_between_the_two_readings_drops_the_file(tmp_path, monkeypatch):
     make_videos(tmp_path, a=(13,), b=(13,))
-    encode = prepare_module._encode
+    scenes = SceneEncoder.scenes
 
-    def failing(cfg, codec, source, cuts, writer):
+    def failing(self, source, cuts):
         if source.name == "a.mp4":
             raise VideoError(source.path, "it became shorter while it was read")
-        return encode(cfg, codec, source, cuts, writer)
+        return scenes(self, source, cuts)
 
-    monkeypatch.setattr(prepare_module, "_encode", failing)
+    monkeypatch.setattr(SceneEncoder, "scenes", failing)
     manifest = prepare(small_config(tmp_path))
     assert manifest.skipped == {"a.mp4": "it became shorter while it was read"}
     assert [scene.name for scene in manifest.scenes] == ["b.mp4#0"]
@@ -106,14 +109,14 @@ def test_failure_between_the_two_readings_drops_the_file(tmp_path, monkeypatch):
 
 def test_latents_that_are_not_finite_name_the_file(tmp_path, monkeypatch):
     make_videos(tmp_path, a=(13,), b=(13,))
-    stills = prepare_module._stills
+    stills = SceneEncoder._stills
 
-    def poisoned(cfg, codec, video):
+    def poisoned(self, video):
         bad = np.nan if not np.isclose(video[0, 0, 0, 0], poisoned.first, atol=0.01) else 0.0
-        return stills(cfg, codec, video) + np.float32(bad)
+        return stills(self, video) + np.float32(bad)
 
     poisoned.first = pixels_to_unit(read_video(tmp_path / "videos" / "b.mp4", *SIZE, 12.0))[0, 0, 0, 0]
-    monkeypatch.setattr(prepare_module, "_stills", poisoned)
+    monkeypatch.setattr(SceneEncoder, "_stills", poisoned)
     manifest = prepare(small_config(tmp_path))
     assert manifest.skipped == {"a.mp4": "its latents hold NaN or infinite values"}
 
@@ -374,6 +377,7 @@ _FULL_DISK = """
 import resource, sys
 from pathlib import Path
 from moc_jax.data.prepare import prepare
+from moc_jax.data.quality import psnr
 from tests.data.small import small_config
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 prepare(small_config(Path(sys.argv[1]), keyframes=200))
@@ -442,3 +446,44 @@ def test_what_a_video_has_lost_is_noted_once(tmp_path):
     ]
     assert "note: a.mkv: a frame is shown" in manifest.summary()
     assert manifest.counts["frames"] == 169
+
+
+def test_the_codec_is_measured_on_what_it_encodes(tmp_path):
+    """PSNR by split; kept, so that later runs report it too."""
+    videos = make_videos(tmp_path, a=(13, 9), b=(17,))
+    (videos / "a.yaml").write_text("cuts: [1.083]")
+    held = make_videos(tmp_path / "held", c=(13,), other=(5,))
+    cfg = small_config(tmp_path, validation_source=(str(held / "c.mp4"),))
+    manifest = prepare(cfg)
+    codec, means = codec_of(manifest), {}
+    for split, cuts in {"train": {"a": (13, 22), "b": (17,)}, "validation": {"c": (13,)}}.items():
+        folder = videos if split == "train" else held
+        clips = [np.split(read_video(folder / f"{name}.mp4", *SIZE, 12.0), ends)[:-1] for name, ends in cuts.items()]
+        shots = [shot for clip in clips for shot in clip]
+        made = [pixels_from_unit(codec.decode(codec.encode(pixels_to_unit(shot)))) for shot in shots]
+        means[split] = np.mean([psnr(a, b) for a, b in zip(shots, made)])
+    line = f"PSNR {means['train']:.1f} dB on training scenes, PSNR {means['validation']:.1f} dB on held-out scenes"
+    assert f"the codec's reconstruction, which no sample surpasses: {line}" in manifest.summary()
+    assert prepare(cfg).codec_psnr == manifest.codec_psnr == load_manifest(manifest.folder).codec_psnr
+
+
+def test_long_shots_are_measured_in_part(tmp_path, monkeypatch):
+    make_videos(tmp_path, a=(50,))
+    decoded, decode = [], PCACodec.decode
+    monkeypatch.setattr(PCACodec, "decode", lambda self, latents: decoded.append(len(latents)) or decode(self, latents))
+    prepare(small_config(tmp_path))
+    assert decoded == [5]  # 17 frames
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_shown_for_a_log_and_for_a_terminal(tmp_path, capsys, monkeypatch, terminal):
+    """In a log, plain lines now and then; on a terminal, a bar."""
+    monkeypatch.setattr("moc_jax.progress.EVERY", 0.01)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    make_videos(tmp_path, a=(13, 13), b=(13,))
+    prepare(small_config(tmp_path))
+    shown = capsys.readouterr().err
+    for what in ("finding shots", "encoding"):
+        assert (f"\r{what}" in shown) == terminal
+        assert (f"{what}: 2 of 2 files in 00:0" in shown) != terminal
+    assert ("\r" in shown) == terminal

@@ -7,8 +7,9 @@ from moc_jax.codecs import fit_codec, pixels_from_unit, pixels_to_unit
 from moc_jax.config import ConfigError
 from moc_jax.data.manifest import codec_of
 from moc_jax.data.prepare import prepare
+from moc_jax.data.quality import psnr
 from moc_jax.data.video import read_video
-from moc_jax.sampling.compare import mean_psnr, psnr, training_scene
+from moc_jax.sampling.compare import mean_psnr, prepared_scene, training_scene
 from moc_jax.sampling.scenes import make_request
 from moc_jax.text import build_text_encoder
 from tests.data.small import SIZE, make_videos, small_config, with_data
@@ -41,12 +42,21 @@ def test_a_training_scene_comes_with_its_storyboard_and_its_reconstruction(tmp_p
     config = small_config(tmp_path, default_shot_caption="part {shot}")
     manifest = prepare(config)
     codec = codec_of(manifest)
-    board, shots = training_scene(config, codec, 0)
+    scene = training_scene(config, codec, 0)
+    board, shots = scene.board, scene.codec
     assert [shot.caption for shot in board.shots] == ["part 1", "part 2"]
     assert [len(frames) for frames in shots] == [9, 13]
     clip = read_video(tmp_path / "videos" / "film.mp4", *SIZE, config.data.fps)
     # Stored in half precision, or it would be the same to the bit.
     assert psnr(shots[0], pixels_from_unit(codec.decode(codec.encode(pixels_to_unit(clip[:9]))))) > 50
+    assert [name for name, _ in scene.rows()] == ["original", "codec"]
+    for ours, theirs in zip(scene.original, (clip[:9], clip[9:22]), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    lines = scene.comparison(scene.codec).splitlines()
+    assert lines[0] == "PSNR against the codec's own reconstruction: inf dB (by shot: inf, inf)"
+    ceiling, per_shot = mean_psnr(shots, scene.original)
+    shown = ", ".join(f"{value:.1f}" for value in per_shot)
+    assert lines[1] == f"PSNR of the reconstruction against the original: {ceiling:.2f} dB (by shot: {shown})"
     request = make_request([board], config, codec, build_text_encoder(config.text))
     np.testing.assert_array_equal(request.lengths.shot_frames, [[3, 4]])
 
@@ -60,3 +70,37 @@ def test_a_training_scene_comes_with_its_storyboard_and_its_reconstruction(tmp_p
     other = fit_codec(config.codec, [np.random.default_rng(0).uniform(-1, 1, (9, *SIZE, 3)).astype(np.float32)])
     with pytest.raises(ConfigError, match=other.fingerprint):
         training_scene(config, other, 0)
+
+
+@pytest.mark.parametrize("change", ["gone", "another", "unreadable", "used as it is"])
+def test_an_original_is_shown_only_while_it_is_there(tmp_path, change):
+    videos = make_videos(tmp_path, film=(9, 14), other=(9,))
+    config = small_config(tmp_path, source=(str(videos / "film.mp4"),))
+    manifest = prepare(config)
+    config = with_data(config, cache=str(manifest.folder))  # needs no video
+    if change == "gone":
+        (videos / "film.mp4").unlink()
+    elif change == "another":
+        (videos / "other.mp4").replace(videos / "film.mp4")
+    elif change == "unreadable":
+        (videos / "film.mp4").unlink()
+        (videos / "film.mp4").mkdir()
+    scene = training_scene(config, codec_of(manifest), 0)
+    there = change == "used as it is"
+    assert (scene.original is not None) == there
+    assert [name for name, _ in scene.rows()] == ["original"] * there + ["codec"]
+    assert len(scene.comparison(scene.codec).splitlines()) == 1 + there
+
+
+def test_originals_are_found_by_their_path_where_names_repeat(tmp_path):
+    """Two folders, one file name: the scenes' sources are whole paths; and scenes begin anywhere in a file."""
+    first, second = make_videos(tmp_path / "x", a=(9,)), make_videos(tmp_path / "y", b=(9,), a=(14, 9, 13))
+    config = small_config(tmp_path, source=(str(first), str(second)), shots_per_scene=2)
+    manifest = prepare(config)
+    (entry,) = [scene for scene in manifest.scenes if scene.name.endswith("y/videos/a.mp4#1")]
+    codec, clip = codec_of(manifest), read_video(second / "a.mp4", *SIZE, config.data.fps)
+    scene = prepared_scene(config, manifest, codec, entry)
+    (shot,), start = scene.original, entry.shots[0].start
+    assert start > 14
+    np.testing.assert_array_equal(shot, clip[start : start + 13])
+    assert psnr(pixels_from_unit(codec.decode(codec.encode(pixels_to_unit(shot)))), scene.codec[0]) > 50

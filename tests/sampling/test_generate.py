@@ -10,13 +10,14 @@ from PIL import Image
 
 from moc_jax.codecs import pixels_from_unit, pixels_to_unit
 from moc_jax.config import BucketConfig, CodecConfig, ConfigError, MeshConfig
+from moc_jax.cuts import chunk_table_from
 from moc_jax.data.manifest import SceneEntry, ShotEntry
 from moc_jax.data.video import write_video
 from moc_jax.diffusion.conditioning import sample_scene
 from moc_jax.sampling.generate import Sampler, SamplingError, _noises, routing_shares
 from moc_jax.sampling.scenes import make_request, scene_storyboard
 from moc_jax.sampling.storyboard import StoryboardError
-from moc_jax.scene import GLOBAL, TEXT, VIDEO, table_from_runs
+from moc_jax.scene import GLOBAL, TEXT, VIDEO
 from moc_jax.sharding import make_mesh
 from moc_jax.signals import Interrupted
 from moc_jax.text import build_text_encoder
@@ -153,7 +154,7 @@ def test_warnings_of_what_will_not_work_as_hoped():
 
 
 def test_the_storyboard_of_a_training_scene_has_its_durations():
-    shots = tuple(ShotEntry(caption=f"shot {n}", frames=n) for n in (1, 7, 3))
+    shots = tuple(ShotEntry(caption=f"shot {n}", frames=n, start=0) for n in (1, 7, 3))
     entry = SceneEntry(name="a#0", source="a", split="train", caption="all", shots=shots, shard=0, record=0)
     board = scene_storyboard(entry, CONFIG)
     request = make_request([board], CONFIG, make_codec(), build_text_encoder(CONFIG.text))
@@ -267,11 +268,9 @@ def test_dense_attention_has_no_routes():
 
 
 def test_routing_shares_count_picks_by_shot():
-    table = table_from_runs(
-        [[(TEXT, GLOBAL, 2), (VIDEO, 0, 2), (VIDEO, 0, 1), (TEXT, 1, 1), (VIDEO, 1, 2), (VIDEO, 2, 1)]],
-        text_tokens=4,
-        video_tokens=7,  # one of padding
-    )
+    kinds, shots = [TEXT, VIDEO, VIDEO, TEXT, VIDEO, VIDEO], [GLOBAL, 0, 0, 1, 1, 2]
+    lengths = np.array([[2, 2, 1, 1, 2, 1]])  # and a token each of text and video that is padding
+    table, _ = chunk_table_from(lengths, np.array(kinds), np.array(shots), tokens=11, text_tokens=4)
     first, second, third = 1, 2, 4  # video chunks: shot 0 has two, shot 1 one, shot 2 one
     picks = [[-1, -1], [-1, -1], [second, -1], [first, -1], [first, second], [third, first], [third, third]]
     routes = jnp.array([[[picks, picks]]])  # one layer, one scene, two heads

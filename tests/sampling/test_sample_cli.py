@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import sample
 from moc_jax.checkpoint import CheckpointError, Checkpoints
 from moc_jax.cli import clean_exit
+from moc_jax.commands import sample
 from moc_jax.config import AttentionConfig, CodecConfig, ConfigError
 from moc_jax.data import codec_of, prepare
 from moc_jax.sampling.generate import Sampler
@@ -251,10 +251,16 @@ def test_a_training_scene_is_shown_with_its_scores(tmp_path, capsys, monkeypatch
     folder = save_checkpoint(tmp_path / "run", config=config, codec=codec_of(prepare(config)))
     shown = {}
     drawn = sample.contact_sheet
-    monkeypatch.setattr(sample, "contact_sheet", lambda *args, **kwargs: shown.update(kwargs) or drawn(*args, **kwargs))
+    monkeypatch.setattr(
+        sample, "contact_sheet", lambda *args, **kwargs: shown.update(kwargs, rows=args[0]) or drawn(*args, **kwargs)
+    )
     words = ["--training-scene", 0, "--out", tmp_path, "--contact-sheet", tmp_path / "sheet.png"]
     call(folder, *words)
-    scores = re.search(r"by shot: (\S+), (\S+)\)", capsys.readouterr().out).groups()
+    out = capsys.readouterr().out
+    scores = re.search(r"own reconstruction: .*by shot: (\S+), (\S+)\)", out).groups()
+    assert re.search(r"PSNR of the reconstruction against the original: [\d.]+ dB", out)
+    assert [name for name, _ in shown["rows"]] == ["original", "codec", "sample"]
+    assert [[len(shot) for shot in shots] for _, shots in shown["rows"]] == [[9, 13]] * 3
     assert shown["notes"] == [f"PSNR {score} dB" for score in scores]
     assert len(read(tmp_path / "scene-0.mp4")[0]) == 22  # 9 and 13 frames
     with pytest.raises(ConfigError, match=r"scene-0\.mp4 exists"):

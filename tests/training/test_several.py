@@ -18,7 +18,8 @@ from tests.training.processes import TIMEOUT, finish, finish_both, kill, start_p
 def patched(config_file, environment, patch):
     """Like `command`, with `patch` (Python, which knows `process`) run before train.py's main."""
     script = (
-        "import sys, train\nprocess = int(sys.argv[sys.argv.index('--mesh.process-id') + 1])\n"
+        "import sys\nfrom moc_jax.commands import train\n"
+        "process = int(sys.argv[sys.argv.index('--mesh.process-id') + 1])\n"
         f"{patch}\nif __name__ == '__main__':\n    train.main(sys.argv[1:])"
     )
 

@@ -1,4 +1,4 @@
-"""train.py itself: its previews, and Ctrl-C before there is anything to save."""
+"""moc-train itself: its previews, and Ctrl-C before there is anything to save."""
 
 import dataclasses
 import os
@@ -14,10 +14,11 @@ from etils.epath.testing import mock_epath
 from PIL import Image
 
 import moc_jax.data
-import train
+from moc_jax.commands import train
 from moc_jax.config import ConfigError
-from moc_jax.data import prepare, read_video
-from moc_jax.sampling import generate
+from moc_jax.data import codec_of, prepare, read_video
+from moc_jax.sampling import preview
+from moc_jax.sampling.compare import prepared_scene
 from moc_jax.training.workdir import claimed
 from tests.training.processes import finish, start_python
 from tests.training.small import changed
@@ -41,8 +42,8 @@ def test_previews_of_a_run_in_a_bucket_go_there(prepared_config, monkeypatch):
     config = dataclasses.replace(prepared_config, workdir="gs://bucket/run")
     frames = np.zeros((9, 32, 48, 3), np.uint8)
     sample = types.SimpleNamespace(video=frames, shots=[frames] * 3)
-    monkeypatch.setattr(generate, "Sampler", lambda *_: lambda params, boards: [sample for _ in boards])
-    preview = train.make_preview(config, prepare(prepared_config))
+    monkeypatch.setattr(preview, "Sampler", lambda *_: lambda params, boards: [sample for _ in boards])
+    show = preview.make_preview(config, prepare(prepared_config))
     done = []
 
     def copy(original, path, to, *, overwrite):
@@ -55,7 +56,7 @@ def test_previews_of_a_run_in_a_bucket_go_there(prepared_config, monkeypatch):
         copy=copy,
         replace=lambda original, path, to: done.append(("replace", str(to))),
     ):
-        preview({}, 7)
+        show({}, 7)
     assert done == [
         (action, f"gs://bucket/run/previews/{name}")
         for kind in ("mp4", "png")
@@ -63,9 +64,29 @@ def test_previews_of_a_run_in_a_bucket_go_there(prepared_config, monkeypatch):
     ]
 
 
+def test_previews_show_the_original_and_what_the_codec_makes_of_it(prepared_config, monkeypatch, tmp_path):
+    """Held in memory as the few frames that are shown; without the videos, the codec's row is there all the same."""
+    config, manifest = dataclasses.replace(prepared_config, workdir=str(tmp_path)), prepare(prepared_config)
+    shots = [np.zeros((9, 32, 48, 3), np.uint8)] * len(manifest.split("train")[0].shots)
+    sample = types.SimpleNamespace(video=shots[0], shots=shots)
+    monkeypatch.setattr(preview, "Sampler", lambda *_: lambda params, boards: [sample for _ in boards])
+    sheets, drawn = [], preview.contact_sheet
+    monkeypatch.setattr(preview, "contact_sheet", lambda rows, *a, **k: sheets.append(rows) or drawn(rows, *a, **k))
+    preview.make_preview(config, manifest)({}, 7)
+    scene = prepared_scene(config, manifest, codec_of(manifest), manifest.split("train")[0])
+    assert [name for name, _ in sheets[0]] == ["original", "codec", "step 7"]
+    for (_, frames), whole in zip(sheets[0], (scene.original, scene.codec)):
+        for few, shot in zip(frames, whole, strict=True):
+            np.testing.assert_array_equal(few, shot[[0, len(shot) // 2, -1]])
+    gone = dataclasses.replace(config, data=dataclasses.replace(config.data, source=("elsewhere",)))
+    preview.make_preview(gone, manifest)({}, 8)
+    assert [name for name, _ in sheets[1]] == ["codec", "step 8"]
+
+
 def test_ctrl_c_while_preparing_is_told_in_a_line(config_file, command, tmp_path):
     script = """
-import signal, sys, time, train, moc_jax.data as data
+import signal, sys, time, moc_jax.data as data
+from moc_jax.commands import train
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
 def prepare(*arguments):
     print("preparing", flush=True)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moc_jax.attention.layout import LOG2E, Heads, Queries, by_group, head_groups, sum_other_parts
+from moc_jax.attention.layout import LOG2E, Heads, Queries, by_group, head_groups, sum_other_shares
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, moves, packing, pairs, pool, router, tuning
 from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip, Tpu
@@ -405,6 +405,6 @@ def _other_shares(rows: Array, tiles: OrderedTiles, table: ChunkTable, blocks: B
     if tiles.text_shares < 2:
         return []
     text = table.text_tokens
-    rows = sum_other_parts(rows, tiles.text_shares, tiles.text_tiles * blocks.gradient_keys)
+    rows = sum_other_shares(rows, tiles.text_shares, tiles.text_tiles * blocks.gradient_keys)
     rows = jnp.where(table.valid[:, :text, None, None], jnp.swapaxes(rows[:, :, :text], 1, 2), 0.0)
     return [jnp.pad(rows, ((0, 0), (0, table.chunk_of.shape[1] - text), (0, 0), (0, 0)))]

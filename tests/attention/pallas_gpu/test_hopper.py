@@ -14,7 +14,8 @@ from moc_jax.attention import api
 from moc_jax.attention.pallas_gpu import device
 from moc_jax.attention.pallas_gpu.device import Hopper, HopperTiling
 from moc_jax.config import MoCConfig
-from moc_jax.scene import GLOBAL, VIDEO, table_from_runs
+from moc_jax.cuts import chunk_table_from
+from moc_jax.scene import GLOBAL, VIDEO
 from moc_jax.scene import TEXT as TEXT_KIND
 from tests.attention import oracle
 from tests.attention.configs import name
@@ -87,7 +88,8 @@ def test_heads_one_by_one_over_more_chunks_than_shared_memory_holds():
     runs = [(TEXT_KIND, GLOBAL, 5)]
     for shot, (caption, chunks) in enumerate(((9, 110), (0, 109))):
         runs += [(TEXT_KIND, shot, caption), *[(VIDEO, shot, 8)] * chunks]
-    table = table_from_runs([runs] * len(SCENES), text_tokens=TEXT, video_tokens=TOKENS - TEXT)
+    kinds, shots, lengths = np.array(runs).T
+    table, _ = chunk_table_from(np.tile(lengths, (len(SCENES), 1)), kinds, shots, tokens=TOKENS, text_tokens=TEXT)
     one_by_one = Hopper(tiling=HopperTiling(group_bytes=1))
     hold_to_the_oracle(MoCConfig(top_k=5), "bfloat16", *arrays, table, scenes, one_by_one)
 

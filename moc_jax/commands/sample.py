@@ -1,0 +1,144 @@
+"""Storyboards -> videos, with the weights and the codec of a checkpoint.
+
+    moc-sample --checkpoint out/run --storyboard scene.yaml --out scene.mp4
+
+A storyboard is a YAML file with a caption and shots (moc_jax/sampling/storyboard.py shows one). Several storyboards
+are sampled as one batch; --out and the pictures are then folders, with one file per storyboard. The same seed gives
+the same bytes. Settings that are not given here are those of the checkpoint.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+
+from moc_jax.checkpoint import CheckpointError, load_for_sampling
+from moc_jax.cli import parse
+from moc_jax.codecs import CodecMismatch, load_codec
+from moc_jax.compilation import kept_programs
+from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
+from moc_jax.config.base import File, Folder, OptionalPath, Settings
+from moc_jax.data import CaptionError, DataError, VideoError, write_video
+from moc_jax.processes import join
+from moc_jax.sampling.compare import mean_psnr, training_scene
+from moc_jax.sampling.generate import Sampler, SamplingError
+from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
+from moc_jax.sampling.storyboard import Storyboard, load_storyboard
+from moc_jax.sampling.targets import target_files
+from moc_jax.sharding import make_mesh
+from moc_jax.showing import printable
+from moc_jax.signals import Stop
+
+FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError  # exit code 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(Settings):
+    checkpoint: Folder
+    """A run's folder, its checkpoints folder, or one checkpoint's."""
+    storyboard: tuple[File, ...] = ()
+    """YAML files."""
+    training_scene: int | None = None
+    """Instead of a storyboard: the training scene of this number, beside its original and the codec's rendering."""
+    out: File
+    """The MP4 to write; with several storyboards, a folder."""
+    step: int | None = None
+    """Which checkpoint; none given: the newest."""
+    dense: bool = False
+    """Every token sees every other: Mixture of Contexts off, same weights."""
+    top_k: int | None = None
+    """Chunks that each query picks."""
+    chunk: int | None = None
+    """The most frames (or tokens, as in training) per chunk."""
+    solver: Literal["euler", "heun", "unipc", "dpm++"] | None = None
+    """Order 1, 2, 2 and 2; heun evaluates the model twice per step."""
+    steps: int | None = None
+    """Steps from noise to video."""
+    guidance: float | None = None
+    """How far to steer from the negative prompt to the captions; 1 is off."""
+    shift: float | None = None
+    """Larger spends more steps at high noise."""
+    order: Literal["joint", "shots"] | None = None
+    """All shots together, or one after another."""
+    history_noise: float | None = None
+    """Noise level at which given and earlier shots are shown to the model."""
+    negative_prompt: str | None = None
+    """What to steer away from; comes before a storyboard's own."""
+    seed: int | None = None
+    """Comes before a storyboard's own; a shot's own seed comes before both."""
+    contact_sheet: File | None = None
+    """Also write a PNG with a few frames of each shot."""
+    routing_picture: File | None = None
+    """Also write a PNG of which shots each shot reads from, per layer."""
+    overwrite: bool = False
+    """Replace files that exist."""
+    attention: AttentionConfig = AttentionConfig()
+    compilation_cache: OptionalPath = "auto"
+    """Where compiled programs are kept, as in training."""
+
+
+def main(argv: Sequence[str], stop: Stop | None = None) -> None:
+    args = parse(Arguments, argv, description=__doc__)
+    configure(Config(), 1, args)  # only a check: nothing is read for the sake of a setting that can't be
+    if bool(args.storyboard) == (args.training_scene is not None):
+        raise ConfigError("give --storyboard or --training-scene: one of them, not both")
+    boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]
+    for board in boards:  # a long one takes a while before the first step is shown
+        print(f"{printable(board.name)}: {len(board.shots):,} shots", flush=True)
+    names = [path.stem for path in args.storyboard] or [f"scene-{args.training_scene}"]
+    videos = target_files(args.out, names, ".mp4", overwrite=args.overwrite)
+    png = {"suffix": ".png", "overwrite": args.overwrite}
+    sheets = target_files(args.contact_sheet, names, **png, setting="--contact-sheet")
+    routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
+    join(MeshConfig())
+    with kept_programs(args.compilation_cache):
+        _sample(args, boards, videos, sheets, routings, stop)
+
+
+def _sample(args: Arguments, boards, videos, sheets, routings, stop: Stop | None) -> None:
+    checkpoint = load_for_sampling(args.checkpoint, args.step)
+    config = configure(checkpoint.config, checkpoint.step, args)
+    if routings and config.moc.mode == "dense":
+        raise ConfigError("--routing-picture: dense attention routes nothing; leave it or --dense out")
+    codec, scene = load_codec(config.codec, checkpoint.codec_state), None
+    if args.training_scene is not None:
+        scene = training_scene(config, codec, args.training_scene)
+        boards = [_overridden(scene.board, args)]
+    sampler, fps = Sampler(config, codec, None, stop, progress=True), config.data.fps
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        samples = sampler(params := sampler.placed(checkpoint.params), boards)
+        shares = [sampler.routing(params, sample) for sample, _ in zip(samples, routings)]
+    for sample, path in zip(samples, videos):
+        write_video(path, sample.video, fps)
+        print(f"{printable(str(path))}: {len(sample.shots)} shots, {len(sample.video)} frames at {fps:g} fps")
+    for sample, path in zip(samples, sheets):
+        rows = [*(scene.rows() if scene else []), ("sample", sample.shots)]
+        captions = [shot.caption for shot in sample.storyboard.shots]
+        notes = [f"PSNR {score:.1f} dB" for score in mean_psnr(sample.shots, scene.codec)[1]] if scene else []
+        save_picture(contact_sheet(rows, captions, title=sample.storyboard.caption, notes=notes, fps=fps), path)
+    for share, path in zip(shares, routings):
+        save_picture(routing_picture(share), path)
+    if scene:
+        print(scene.comparison(samples[0].shots))
+
+
+def configure(config: Config, step: int, args: Arguments) -> Config:
+    """The checkpoint's settings, as they were at its step, with those of the command line in their place."""
+    names = ("solver", "steps", "guidance", "shift", "order", "history_noise")
+    moc = dataclasses.replace(config.moc_at(step - 1), **_given(args, "top_k"))
+    if args.dense:
+        moc = dataclasses.replace(moc, mode="dense")
+    if args.chunk is not None:
+        moc = dataclasses.replace(moc, chunk=dataclasses.replace(moc.chunk, size=args.chunk))
+    sample = dataclasses.replace(config.sample, **_given(args, *names))
+    # How attention is computed is for this machine to say, not for the one that trained.
+    return dataclasses.replace(config, moc=moc, sample=sample, attention=args.attention)
+
+
+def _overridden(board: Storyboard, args: Arguments) -> Storyboard:
+    return dataclasses.replace(board, **_given(args, "seed", "negative_prompt"))
+
+
+def _given(args: Arguments, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}

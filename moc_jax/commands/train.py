@@ -1,0 +1,58 @@
+"""Trains a model on video files; the same command resumes where it was stopped.
+
+    moc-train --config demo [--any.nested.field value]
+
+Several hosts: the same command on each, with --mesh.distributed True (and --mesh.coordinator, --mesh.num-processes and
+--mesh.process-id where the cluster does not give them by itself). Folders must be on storage that all hosts share.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+from moc_jax.cli import clean_exit, load_config
+from moc_jax.signals import Signals
+
+
+def main(argv: Sequence[str], signals: Signals | None = None) -> None:
+    """Exits with 0 when the run is done or was stopped by a signal, 2 for a wrong setting, 1 for what went wrong.
+
+    A signal before there is anything to save exits with 130 (SIGINT) or 143 (SIGTERM).
+    """
+    with clean_exit():
+        config = load_config(argv)
+
+    with contextlib.nullcontext(signals) if signals else Signals(whole_process=True) as signals, clean_exit():
+        with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
+            # Only now: a wrong setting is reported before any device is touched.
+            from moc_jax.checkpoint import CheckpointError
+            from moc_jax.codecs import CodecMismatch
+            from moc_jax.compilation import kept_programs
+            from moc_jax.data import CaptionError, DataError, VideoError, prepare, resolved
+            from moc_jax.processes import ProcessError, join, losses_reported, main_process_first
+            from moc_jax.sampling.generate import SamplingError
+            from moc_jax.sharding import make_mesh
+            from moc_jax.training.lock import LockError
+            from moc_jax.training.loop import TrainingError, train
+            from moc_jax.training.start import initial_codec
+            from moc_jax.training.stop import RunStop
+            from moc_jax.training.workdir import claimed
+
+            if config.train.preview_every:
+                from moc_jax.sampling.preview import make_preview
+            else:
+                make_preview = None
+        signals.check()
+        data = CaptionError, DataError, VideoError
+        with clean_exit(*data, CheckpointError, CodecMismatch, LockError, ProcessError, SamplingError, TrainingError):
+            join(config.mesh)
+            with (
+                claimed(config.workdir) as lock,
+                losses_reported(config.mesh.heartbeat),
+                kept_programs(config.compilation_cache),
+            ):
+                mesh, stop = make_mesh(config.mesh), RunStop(signals)
+                codec = initial_codec(config)
+                manifest = main_process_first("prepare the data", lambda: prepare(config, codec))
+                config = resolved(config, manifest)
+                preview = make_preview(config, manifest, stop) if make_preview else None
+                train(config, manifest, mesh, preview=preview, stop=stop, lock=lock)

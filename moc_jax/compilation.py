@@ -1,0 +1,132 @@
+"""Compiled programs are kept: by jax's persistent cache, in the user's cache folder unless a setting names another.
+
+A program's key is made of its code, the compiler's version and flags, and the devices with all their features, so
+different machines may share a folder. Of several processes the first one writes. Two things would keep a program from
+being found again: a callback into Python inside it, which is never stored, and a shape that differs between starts.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Iterator
+
+import jax
+from etils import epath
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from moc_jax.files import is_address
+
+LIMIT = 8 << 30
+"""Bytes that a folder may hold when a run starts; the demo's programs take 5 MB, those of a large model some 100 MB."""
+
+_FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
+_KEEP_ALL = {
+    "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
+    "jax_persistent_cache_min_entry_size_bytes": (0, -1),
+}
+
+
+@contextlib.contextmanager
+def kept_programs(setting: str) -> Iterator[None]:
+    """While the block runs, what is compiled is taken from the cache, or written there; no failure of it stops a run.
+
+    Args:
+        setting: a folder or address; `auto`: what jax was given (JAX_COMPILATION_CACHE_DIR), else `user_folder`; empty:
+            nothing is kept.
+    """
+    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *_KEEP_ALL)}
+    given = before["jax_compilation_cache_dir"]
+    folder = _made(given or user_folder) if setting == "auto" else _made(setting) if setting else None
+    if folder is not None and str(folder) != given and not is_address(folder):
+        prune(pathlib.Path(folder), LIMIT)
+    values = {name: keep for name, (usual, keep) in _KEEP_ALL.items() if before[name] == usual}  # else the user's own
+    show = warnings.showwarning
+    try:
+        _configure({"jax_compilation_cache_dir": None if folder is None else str(folder), **values})
+        warnings.showwarning = show if folder is None else _reported_once(folder, show)
+        yield
+    finally:
+        warnings.showwarning = show
+        _configure(before)
+
+
+def _configure(values: dict[str, str | float | None]) -> None:
+    if values["jax_compilation_cache_dir"] != jax.config.jax_compilation_cache_dir:
+        reset_cache()  # jax looks at the folder once
+    for name, value in values.items():
+        jax.config.update(name, value)
+
+
+def user_folder() -> pathlib.Path:
+    """Where a user's programs lie by the XDG rules: `$XDG_CACHE_HOME/moc_jax/programs`, or under `~/.cache`.
+
+    Raises:
+        RuntimeError: nothing says where the home folder is.
+    """
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else pathlib.Path.home() / ".cache") / "moc_jax" / "programs"
+
+
+def prune(folder: pathlib.Path, limit: int) -> None:
+    """Removes what was not used for the longest time, until `folder` holds at most `limit` bytes.
+
+    Not by jax's own limit: it needs another package, and makes processes wait for each other at every program.
+    """
+    with contextlib.suppress(OSError):  # another start may be at it, or the folder be read-only
+        found = [(entry, entry.stat()) for entry in folder.glob("*-cache")]
+        size = sum(stat.st_size for _, stat in found)
+        for entry, stat in sorted(found, key=lambda one: max(one[1].st_atime, one[1].st_mtime)):
+            if size <= limit:
+                break
+            entry.unlink(missing_ok=True)
+            size -= stat.st_size
+
+
+def _made(place: str | Callable[[], pathlib.Path]) -> epath.Path | None:
+    """The folder, which exists; None, after a warning, where none can be made."""
+    try:
+        folder = epath.Path(place() if callable(place) else place)
+        if not is_address(folder):
+            os.makedirs(folder, 0o700, exist_ok=True)
+        return folder
+    except (OSError, RuntimeError) as error:
+        warnings.warn(
+            f"compiled programs are not kept, so every start compiles them anew: {error}. Name a folder with "
+            "--compilation-cache, or give '' to keep none",
+            stacklevel=3,
+        )
+        return None
+
+
+def _reported_once(folder: epath.Path, show: Callable[..., None]) -> Callable[..., None]:
+    """`show`, for `warnings.showwarning`; of jax's warnings about each program, one is shown, in words.
+
+    Entries of such a program are removed: one that was cut off, by a full disk or a kill, would never be replaced.
+    """
+    reported = False
+
+    def shown(message: Warning | str, *place: object, **more: object) -> None:
+        nonlocal reported
+        failed = _FAILED.match(str(message))
+        if failed is None:
+            show(message, *place, **more)
+            return
+        did, program, cause = failed.groups()
+        for entry in folder.glob(f"{program}-*-cache"):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+        if not reported:
+            reported = True
+            words = {"reading": "read", "writing": "written"}[did]
+            show(
+                UserWarning(
+                    f"the compilation cache {folder} could not be {words} ({cause.splitlines()[0]}): what is missing "
+                    "there is compiled. Make room or mend it, or name another folder with --compilation-cache"
+                ),
+                *place,
+                **more,
+            )
+
+    return shown

@@ -1,0 +1,63 @@
+"""Previews: what a run samples now and then while it trains, to be looked at."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+
+from moc_jax.codecs import Codec
+from moc_jax.config import Config, MoCConfig
+from moc_jax.data import Manifest, codec_of, write_video
+from moc_jax.sampling.compare import prepared_scene
+from moc_jax.sampling.generate import Sampler
+from moc_jax.sampling.pictures import Row, contact_sheet, save_picture, shown_frames
+from moc_jax.sampling.scenes import scene_storyboard
+from moc_jax.sampling.storyboard import Storyboard, load_storyboard
+from moc_jax.signals import Stop
+
+
+def make_preview(config: Config, manifest: Manifest, stop: Stop | None = None) -> "Preview":
+    """What makes a run's previews; `stop` is asked as it samples.
+
+    Without a storyboard it is the first training scene that is sampled, and shown below the original and below what the
+    codec makes of it, which no sample surpasses.
+    """
+    given, codec = config.train.preview_storyboard, codec_of(manifest)
+    if given:
+        return Preview(config, load_storyboard(given), codec, stop)
+    entry = manifest.split("train")[0]
+    if jax.process_index():  # the main process alone draws
+        return Preview(config, scene_storyboard(entry, config), codec, stop)
+    scene = prepared_scene(config, manifest, codec, entry)
+    rows = [(name, [shown_frames(shot) for shot in shots]) for name, shots in scene.rows()]
+    return Preview(config, scene.board, codec, stop, rows)
+
+
+class Preview:
+    """(weights, step) -> previews/<step>.mp4 and a contact sheet in the workdir."""
+
+    def __init__(self, config: Config, board: Storyboard, codec: Codec, stop: Stop | None, rows: Sequence[Row] = ()):
+        """`rows`: what to show above the sample."""
+        self._config, self._board, self._codec, self._stop, self._rows = config, board, codec, stop, rows
+        self._samplers: dict[MoCConfig, Sampler] = {}  # one per chunk size of the schedule
+
+    def __call__(self, params, step: int) -> None:
+        config, board = self._config, self._board
+        moc = config.moc_at(step - 1)
+        if moc not in self._samplers:
+            self._samplers[moc] = Sampler(dataclasses.replace(config, moc=moc), self._codec, None, self._stop)
+        (sample,) = self._samplers[moc](params, [board])
+        if jax.process_index() == 0:
+            video, picture = self._files(step)
+            captions = [shot.caption for shot in board.shots]
+            write_video(video, sample.video, config.data.fps)
+            rows = [*self._rows, (f"step {step}", sample.shots)]
+            save_picture(contact_sheet(rows, captions, title=board.caption), picture)
+
+    def missing(self, step: int) -> bool:
+        """Whether the previews of `step` are not there, or not all of them."""
+        return not all(file.exists() for file in self._files(step))
+
+    def _files(self, step: int) -> list[epath.Path]:
+        return [epath.Path(self._config.workdir) / "previews" / f"{step:08}.{kind}" for kind in ("mp4", "png")]

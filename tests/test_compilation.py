@@ -1,0 +1,120 @@
+"""Where compiled programs are kept, and that no failure there stops a run."""
+
+import os
+import pathlib
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from moc_jax.compilation import kept_programs, prune, user_folder
+
+# ------------------------------------------------------------------------------------------------ which folder
+
+
+@pytest.fixture
+def as_usual():
+    """jax was given no folder and no limits, as in a user's process."""
+    usual = {
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in usual}
+    for name, value in usual.items():
+        jax.config.update(name, value)
+    yield
+    assert {name: getattr(jax.config, name) for name in usual} == usual  # `kept_programs` leaves all as it was
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def compiled(number):
+    """A program of which there is no other."""
+    return float(jax.jit(lambda x: x * number)(jnp.float32(1)))
+
+
+def test_the_users_cache_folder_by_the_rules_of_xdg(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for base, folder in (
+        ("/var/my cache", "/var/my cache/moc_jax/programs"),
+        ("", "/home/someone/.cache/moc_jax/programs"),
+        ("not/absolute", "/home/someone/.cache/moc_jax/programs"),  # which is to be ignored
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", base)
+        assert user_folder() == pathlib.Path(folder)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert user_folder() == pathlib.Path("/home/someone/.cache/moc_jax/programs")
+
+
+def test_every_program_is_kept_however_fast_it_was_compiled(tmp_path, as_usual):
+    with kept_programs(str(tmp_path / "a" / "b")):
+        assert compiled(1.25) == 1.25
+    assert list((tmp_path / "a" / "b").glob("jit__lambda*-cache"))
+
+
+def test_what_the_user_set_for_jax_stays(compilation_cache):
+    with kept_programs("auto"):
+        assert jax.config.jax_compilation_cache_dir == str(compilation_cache)
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.3
+    with kept_programs(""):
+        assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.jax_compilation_cache_dir == str(compilation_cache)
+
+
+def test_the_folder_stays_bounded(tmp_path):
+    for age, name in enumerate(("new", "old", "oldest")):
+        (tmp_path / f"{name}-cache").write_bytes(bytes(100))
+        os.utime(tmp_path / f"{name}-cache", (1000 - age, 1000 - age))
+    (tmp_path / "else").write_bytes(bytes(1000))
+    prune(tmp_path, 250)
+    assert sorted(os.listdir(tmp_path)) == ["else", "new-cache", "old-cache"]
+    os.utime(tmp_path / "old-cache", (2000, 999))  # used since
+    prune(tmp_path, 150)
+    assert sorted(os.listdir(tmp_path)) == ["else", "old-cache"]
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_a_folder_that_can_be_none_is_reported_and_stops_nothing(tmp_path, monkeypatch, as_usual):
+    (tmp_path / "file").write_text("precious")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    warning = r"compiled programs are not kept.*file.*--compilation-cache"
+    for setting in ("auto", str(tmp_path / "file" / "cache")):
+        with pytest.warns(UserWarning, match=warning), kept_programs(setting):
+            assert (jax.config.jax_compilation_cache_dir, compiled(1.5)) == (None, 1.5)
+
+
+def test_a_full_disk_is_reported_once_and_what_was_cut_off_there_is_replaced(tmp_path, monkeypatch, as_usual):
+    shown, file = [], type(epath.Path(tmp_path))
+    write = file.write_bytes
+
+    def full(path, data):
+        write(path, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: shown.append(str(message)))
+        with kept_programs(str(tmp_path)):
+            monkeypatch.setattr(file, "write_bytes", full)
+            assert [compiled(2.25), compiled(2.5)] == [2.25, 2.5]
+            assert not list(tmp_path.glob("*-cache"))
+            monkeypatch.setattr(file, "write_bytes", write)
+            assert compiled(2.75) == 2.75
+        assert len(shown) == 1
+        assert re.match(rf"the compilation cache {tmp_path} could not be written \(OSError: .*No space left", shown[0])
+
+        (entry,) = tmp_path.glob("*-cache")
+        whole = entry.read_bytes()
+        entry.write_bytes(whole[: len(whole) // 2])  # as a killed process leaves it
+        jax.clear_caches()
+        with kept_programs(str(tmp_path)):
+            assert compiled(2.75) == 2.75
+        assert len(shown) == 2
+        assert re.match(rf"the compilation cache {tmp_path} could not be read \(", shown[1])
+        assert len(entry.read_bytes()) > len(whole) // 2
