@@ -129,6 +129,7 @@ class _Work:
 def _prepared(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper, anchors=True):
     """q, k and v as kernels take them, and what is walked: picks if there are `routes`, and anchors."""
     device.check(backend, q, k, v)
+    device.check_order(queries, table)
     # Blocks start at multiples of 8, and text is cut into whole tiles; what is added belongs to no chunk.
     rows = max(round_up(q.shape[1], ALIGN), TILE)
     tokens = max(round_up(k.shape[1], ALIGN), round_up(table.text_tokens, TILE), TILE)

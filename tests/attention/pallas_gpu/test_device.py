@@ -114,6 +114,17 @@ def test_types_must_agree():
         api.moc_attention(q, k, v.astype(jnp.float16), table_of(PAIR), MoCConfig(top_k=0), backend=HOPPER)
 
 
+def test_queries_in_another_order_are_refused():
+    """Whose keys' readers are no runs: shots the other way round, video before text."""
+    table = table_of(PAIR)
+    x = shape(2, 64, 2, 64, dtype=jnp.bfloat16)
+    for key in (table.token_shot, table.token_kind):
+        query_chunk = jnp.take_along_axis(table.chunk_of, jnp.argsort(-key, axis=1), axis=1)
+        given = dict(table=table, cfg=MoCConfig(top_k=0), query_chunk=query_chunk, backend=HOPPER)
+        with pytest.raises(NotImplementedError, match=r"order of the chunk table.*backend=\"xla\""):
+            jax.eval_shape(functools.partial(api.moc_attention, **given), x, x, x)
+
+
 def test_the_target_is_part_of_what_jit_compiles_for():
     """One jitted function, two targets: two programs, without a state that jit can't see."""
     run = jax.jit(api.moc_attention, static_argnames=("cfg", "backend"))
