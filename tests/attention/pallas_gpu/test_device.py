@@ -81,6 +81,16 @@ def test_programs_for_hopper_hold_the_kernels(cfg, sizes, forward):
 
 
 @off_gpu
+def test_a_shot_of_queries_takes_the_same_kernels():
+    """One shot's queries, of any length, over the keys of eight."""
+    traced = trace(gradients, SHOT, *MULTI_SHOT_SIZES[0], queries=22_501)
+    both = WITH_PICKS | {"moc_query_gradients": 2, "moc_key_gradients": 2}
+    assert kernels(traced.jaxpr.jaxpr) == both
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == sum(both.values())
+
+
+@off_gpu
 def test_the_count_sees_programs_without_kernels():
     assert not kernels(trace(gradients, MoCConfig(), 33_272, 22, 64, backend="xla").jaxpr.jaxpr)
 
