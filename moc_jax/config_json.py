@@ -12,7 +12,9 @@ import warnings
 from typing import Any
 
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import checked, field_kinds, nearest, shown
+from moc_jax.config.base import checked, field_kinds, nearest
+from moc_jax.reading import parse_json
+from moc_jax.showing import shown
 
 
 def config_to_json(config: Config) -> str:
@@ -28,17 +30,12 @@ def config_from_json(text: str, *, name: str = "config.json") -> Config:
             type, or a setting that can't be. `name` says in the message which file it was.
     """
     try:
-        tree = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique)
-        return _dataclass(Config, tree, "", name)
-    except ConfigError as error:
+        return _dataclass(Config, parse_json(text), "", name)
+    except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name} is no config: it is nested too deeply") from error
-    except ValueError as error:  # no JSON, or a number of more digits than Python reads
-        raise ConfigError(f"{name} is no JSON: {error}") from error
 
 
-def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(a: object, b: object, path: str = "") -> dict[str, tuple[object, object]]:
     """The fields in which two configs of one kind differ: dotted name -> (value in `a`, value in `b`)."""
     if not dataclasses.is_dataclass(a) or type(a) is not type(b):
         return {} if a == b else {path: (a, b)}
@@ -49,16 +46,7 @@ def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"the key {shown(twice)} is given twice in one object; keep one of them")
-    return tree
-
-
-def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
+def _dataclass(kind: type, tree: object, path: str, name: str) -> Any:
     if not isinstance(tree, dict):
         what = f"{path or 'the file'} is {shown(tree)}"
         raise ConfigError(f"{what}; it must be an object with the fields of {kind.__name__}")
@@ -77,7 +65,7 @@ def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
     return kind(**{key: _value(kinds[key], tree[key], prefix + key, name) for key in tree})
 
 
-def _value(kind: Any, value: Any, path: str, name: str) -> Any:
+def _value(kind: Any, value: object, path: str, name: str) -> Any:
     """`value`, checked here, where the place in the file is known, with a dataclass in the place of every object."""
     if dataclasses.is_dataclass(kind):
         return _dataclass(typing.cast(type, kind), value, path, name)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 
+from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
@@ -20,7 +21,6 @@ from moc_jax.compilation import kept_programs
 from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
-from moc_jax.documents import printable
 from moc_jax.processes import join
 from moc_jax.sampling.compare import mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
@@ -28,6 +28,7 @@ from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_pictu
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
 from moc_jax.sharding import make_mesh
+from moc_jax.showing import printable
 from moc_jax.signals import Stop
 
 FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError  # exit code 1
@@ -80,7 +81,8 @@ class Arguments(Settings):
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     args = parse(Arguments, argv, description=__doc__)
-    configure(Config(), 1, args)  # only a check: nothing is read for the sake of a setting that can't be
+    configure(Config(), 1, args)  # only checks: nothing is read for the sake of a setting that can't be
+    routed_attention(args.attention)
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
     boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]

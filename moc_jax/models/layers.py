@@ -1,6 +1,7 @@
 """What the transformer is built of. Every weight carries `logical`, the names of its axes, for the sharding rules."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +13,25 @@ from moc_jax.shapes import Array, Float, Float32, typed
 TIME_FREQUENCIES = 128
 _init = nnx.initializers.xavier_uniform()
 
+Axes = Mapping[str, int]  # an axis of a weight: what it is, which the sharding rules go by -> its size
+
 
 def dense(
-    inputs: int,
-    outputs: int,
-    axes: tuple[str, str],
-    *,
-    dtype: jax.typing.DTypeLike,
-    rngs: nnx.Rngs,
-    zero: bool = False,
-) -> nnx.Linear:
-    """A linear layer with named axes; `zero` starts it as a map to nothing (adaLN-Zero, DiT, section 3.2)."""
-    return nnx.Linear(
-        inputs,
-        outputs,
+    inputs: Axes, outputs: Axes, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, zero: bool = False
+) -> nnx.LinearGeneral:
+    """A linear map from the last axes, `inputs`, to the axes `outputs`: dense({"embed": M}, {"heads": H, "head_dim": D}).
+
+    Starts as the matrix from all inputs to all outputs would (Glorot), or with `zero` as a map to nothing (adaLN-Zero,
+    DiT, section 3.2).
+    """
+    return nnx.LinearGeneral(
+        tuple(inputs.values()),
+        tuple(outputs.values()),
+        axis=tuple(range(-len(inputs), 0)),
         dtype=dtype,
         kernel_init=nnx.initializers.zeros if zero else _init,
-        kernel_metadata={"logical": axes},
-        bias_metadata={"logical": axes[1:]},
+        kernel_metadata={"logical": (*inputs, *outputs)},
+        bias_metadata={"logical": (*outputs,)},
         rngs=rngs,
     )
 
@@ -59,8 +61,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(cfg.dtype)
-        self.up = dense(cfg.dim, cfg.mlp_dim, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = dense(cfg.mlp_dim, cfg.dim, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.up = dense({"embed": cfg.dim}, {"mlp": cfg.mlp_dim}, dtype=dtype, rngs=rngs)
+        self.down = dense({"mlp": cfg.mlp_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
         return self.down(nnx.gelu(self.up(x), approximate=True))
@@ -70,8 +72,9 @@ class TimeEmbedding(nnx.Module):
     """t in [0, 1] -> [cos, sin] of 1000 t at geometric frequencies -> linear, SiLU, linear; float32 throughout."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        self.hidden = dense(2 * TIME_FREQUENCIES, cfg.dim, ("frequency", "embed"), dtype=jnp.float32, rngs=rngs)
-        self.out = dense(cfg.dim, cfg.dim, ("embed", "embed_out"), dtype=jnp.float32, rngs=rngs)
+        width = {"embed": cfg.dim}
+        self.hidden = dense({"frequency": 2 * TIME_FREQUENCIES}, width, dtype=jnp.float32, rngs=rngs)
+        self.out = dense(width, {"embed_out": cfg.dim}, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, t: Float[Array, "B P"]) -> Float32[Array, "B P M"]:
         frequency = jnp.exp(-math.log(10_000) * jnp.arange(TIME_FREQUENCIES) / TIME_FREQUENCIES)
@@ -83,10 +86,10 @@ class Modulation(nnx.Module):
     """adaLN: shifts, scales and gates from the timestep, one set per caption slot (the global one, then each shot)."""
 
     def __init__(self, cfg: ModelConfig, count: int, *, rngs: nnx.Rngs):
-        self.count = count
-        self.linear = dense(cfg.dim, count * cfg.dim, ("embed", "modulation"), dtype=jnp.float32, rngs=rngs, zero=True)
+        outputs = {"modulation": count, "embed_out": cfg.dim}
+        self.linear = dense({"embed": cfg.dim}, outputs, dtype=jnp.float32, rngs=rngs, zero=True)
 
     def __call__(self, time: Float32[Array, "B P M"], slot: Float32[Array, "B N P"]) -> list[Float32[Array, "B N M"]]:
         """`slot` is one-hot: a token's shot picks its modulation. A product, since its transpose is one too."""
-        per_shot = jnp.split(self.linear(nnx.silu(time)), self.count, axis=-1)
-        return [jnp.einsum("bnp,bpm->bnm", slot, x) for x in per_shot]
+        per_shot = self.linear(nnx.silu(time))
+        return [jnp.einsum("bnp,bpm->bnm", slot, per_shot[:, :, i]) for i in range(per_shot.shape[2])]

@@ -26,25 +26,29 @@ class StreamBlock(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(cfg.dtype)
-        self.heads = cfg.heads
+        embed, heads = {"embed": cfg.dim}, {"heads": cfg.heads, "head_dim": cfg.head_dim}
         self.modulation = Modulation(cfg, 6, rngs=rngs)
-        self.qkv = dense(cfg.dim, 3 * cfg.dim, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.qkv = dense(embed, {"qkv": 3, **heads}, dtype=dtype, rngs=rngs)
         self.q_norm = HeadNorm(cfg.head_dim)
         self.k_norm = HeadNorm(cfg.head_dim)
-        self.out = dense(cfg.dim, cfg.dim, ("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.out = dense(heads, embed, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(cfg, rngs=rngs)
 
     def before(self, x, time, slot):
         """Normed, modulated q, k, v [B, N, H, D] and what `after` needs of the modulation."""
         shift, scale, *rest = self.modulation(time, slot)
         h = (layer_norm(x) * (1 + scale) + shift).astype(x.dtype)
-        q, k, v = jnp.split(rearrange(self.qkv(h), "b n (h d) -> b n h d", h=3 * self.heads), 3, axis=2)
-        return (self.q_norm(q), self.k_norm(k), v), rest
+        return self.project(h), rest
+
+    def project(self, h):
+        """Query, key and value of every head; nothing of one head is another's, so that heads can be split."""
+        q, k, v = rearrange(self.qkv(h), "b n qkv h d -> qkv b n h d")
+        return self.q_norm(q), self.k_norm(k), v
 
     def after(self, x, attended, rest):
         """The two residual steps: attention's output, then the MLP."""
         gate, shift, scale, mlp_gate = rest
-        x = x + (gate * self.out(rearrange(attended, "b n h d -> b n (h d)"))).astype(x.dtype)
+        x = x + (gate * self.out(attended)).astype(x.dtype)
         h = (layer_norm(x) * (1 + scale) + shift).astype(x.dtype)
         return x + (mlp_gate * self.mlp(h)).astype(x.dtype)
 
@@ -76,11 +80,11 @@ class MMDiT(nnx.Module):
         dtype = jnp.dtype(cfg.dtype)
         width = cfg.patch_size * cfg.latent_channels
         self.time = TimeEmbedding(cfg, rngs=rngs)
-        self.text_in = dense(cfg.text_dim, cfg.dim, ("text", "embed"), dtype=dtype, rngs=rngs)
-        self.video_in = dense(width, cfg.dim, ("patch", "embed"), dtype=dtype, rngs=rngs)
+        self.text_in = dense({"text": cfg.text_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
+        self.video_in = dense({"patch": width}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
         self.blocks = _stacked_blocks(cfg, rngs)
         self.final_modulation = Modulation(cfg, 2, rngs=rngs)
-        self.final = dense(cfg.dim, width, ("embed", "patch"), dtype=jnp.float32, rngs=rngs, zero=True)
+        self.final = dense({"embed": cfg.dim}, {"patch": width}, dtype=jnp.float32, rngs=rngs, zero=True)
 
     @typed
     def __call__(

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from moc_jax.config import ConfigError, OptimizerConfig
-from moc_jax.sharding import key_path
+from moc_jax.config import ConfigError, ModelConfig, OptimizerConfig
+from moc_jax.models.mmdit import abstract_model
+from moc_jax.sharding import key_path, logical_axes
 from moc_jax.training.optimizer import accumulated, learning_rate, make_optimizer, remainder
 
 LOGICAL = {("kernel",): ("layers", "embed", "mlp"), ("bias",): ("layers", "mlp"), ("out",): ("embed", "patch")}
@@ -49,6 +51,19 @@ def test_only_matrices_decay():
     np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
     np.testing.assert_allclose(updates["out"], -0.05, rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
+
+
+def test_of_the_model_kernels_decay_and_no_bias_or_scale():
+    """Also where heads are an axis of their own, a bias's too."""
+    weights = abstract_model(ModelConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8))[1]
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), nnx.to_pure_dict(weights))
+    cfg = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
+    optimizer = make_optimizer(cfg, 10, logical_axes(weights))
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    for path, update in jax.tree.leaves_with_path(updates):
+        *_, last = key_path(path)
+        assert last in ("kernel", "bias", "scale")
+        np.testing.assert_allclose(update, -0.05 if last == "kernel" else 0, rtol=1e-6)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 2.0])
