@@ -45,6 +45,10 @@ class HopperTiling:
     group_bytes: int = 2**30  # of one buffer of sorted rows; more heads come in groups, one after the other
     text_readers: int = 2048  # that a tile of text's keys takes in one go, about
 
+    def __post_init__(self):
+        if self.group_bytes < 1 or self.text_readers < 1:
+            raise ValueError(f"{self}: group_bytes and text_readers are at least 1")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hopper:

@@ -153,6 +153,8 @@ def test_a_tiling_that_no_kernel_can_have_is_refused(fields):
         KernelTiling(**fields)
     with pytest.raises(ValueError, match="504 registers"):
         KernelTiling(compute_registers=240)
+    with pytest.raises(ValueError, match="group_bytes and text_readers are at least 1"):
+        HopperTiling(text_readers=0)
 
 
 @off_gpu
