@@ -30,7 +30,7 @@ from benchmarks import results
 from benchmarks.measure import Effort, Memory, Program, Timing, dense_attention, dense_implementation, time_launches
 from benchmarks.tables import model_tables
 from moc_jax.attention.accounting import account
-from moc_jax.attention.api import RoutedAttention, SceneAttention
+from moc_jax.attention.api import SceneAttention, routed_attention
 from moc_jax.attention.backends import resolve
 from moc_jax.config import (
     AttentionConfig,
@@ -108,7 +108,7 @@ def measure(args: Arguments) -> dict[str, Any]:
         state = create_state(config, make_blueprint(config, mesh))
         for step in args.steps:
             timings: dict[str, dict[str, Any]] = {}
-            for name, attention in (("moc", RoutedAttention(backend=args.attention.backend)), ("dense", dense)):
+            for name, attention in (("moc", routed_attention(args.attention)), ("dense", dense)):
                 if step == "denoising":
                     timing, memory = denoising(config, attention, state, scene, effort)
                 else:

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from moc_jax.attention.api import RoutedAttention, SceneAttention
+from moc_jax.attention.api import SceneAttention, routed_attention
 from moc_jax.config import Config, MoCConfig
 from moc_jax.diffusion.process import VelocityFn, flow_loss
 from moc_jax.scene import Scene
@@ -41,7 +41,7 @@ def make_train_step(
 
     To be called with the mesh in context (`jax.set_mesh`). `attention`: None takes what `cfg.attention` says.
     """
-    attention = attention or RoutedAttention(backend=cfg.attention.backend)
+    attention = attention or routed_attention(cfg.attention)
     rate, accumulate = learning_rate(cfg.optimizer, cfg.train.steps), cfg.optimizer.accumulate
     updates_in_all = cfg.train.steps // accumulate
 
@@ -82,7 +82,7 @@ def make_validation_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.s
     t stands at the centres of `train.validation_buckets` equal parts of (0, 1); the noise depends on the batch's number
     alone. Nothing is dropped off or in.
     """
-    attention = RoutedAttention(backend=cfg.attention.backend)
+    attention = routed_attention(cfg.attention)
     levels = validation_levels(cfg)
 
     def validation_step(params: Params, scene: Scene, number: Int32[Array, ""], moc: MoCConfig):
