@@ -143,7 +143,7 @@ def test_tables_of_other_lengths_share_a_program():
         ({"tokens": 24}, ValueError, "scene 0 has 25 tokens but tokens is 24; give 25 or more"),
         ({"text_tokens": 6}, ValueError, "scene 0 has 7 tokens of text but text_tokens is 6"),
         ({"max_chunk": 4}, ValueError, "scene 0 has 5 tokens in a video chunk but max_chunk is 4"),
-        ({"max_shots": 2}, ValueError, "scene 0 has 3 shots, each part .* or texts beside one, but max_shots is 2"),
+        ({"max_shots": 2}, ValueError, "scene 0 has 3 shots .or parts .* but max_shots is 2"),
         ({"tokens": 25, "text_tokens": 11}, ValueError, r"scene 0 does not fit.*pad q, k and v to 26 tokens .*now 25"),
     ],
 )
