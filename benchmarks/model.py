@@ -105,7 +105,7 @@ def measure(args: Arguments) -> dict[str, Any]:
     entry: dict[str, Any] = {**_describe(args, scene), "steps": {}}
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = create_state(config, make_blueprint(config, mesh))
+        state = create_state(make_blueprint(config.model, config.optimizer, config.train, mesh))
         for step in args.steps:
             timings: dict[str, dict[str, Any]] = {}
             for name, attention in (("moc", routed_attention(args.attention)), ("dense", dense)):
@@ -153,7 +153,8 @@ def training(
     config: Config, attention: SceneAttention, mesh: jax.sharding.Mesh, state: TrainState, scene: Scene, effort: Effort
 ) -> tuple[tuple[Timing, Memory], TrainState]:
     """One update; every launch goes on from the state of the one before, which it overwrites."""
-    step = make_train_step(config, make_blueprint(config, mesh), mesh, attention)
+    blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
+    step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, attention)
     program = _fitting(step.lower(state, scene, config.moc), config.model)
 
     def launch():

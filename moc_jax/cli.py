@@ -45,6 +45,7 @@ __all__ = [
     "train",
 ]
 
+_Code = int | str | None  # as sys.exit takes it
 UNEXPECTED = 70  # exit code: EX_SOFTWARE of sysexits.h
 # What is imported of the packages that pyproject.toml asks for: always, and by the extra that programs need.
 CORE = "jax flax numpy einops jaxtyping beartype"
@@ -192,7 +193,7 @@ def run(module: str) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     with Signals(whole_process=True) as signals:
-        code: Any = 0
+        code: _Code = 0
         try:
             report_errors(os.path.basename(sys.argv[0]), f"{CORE} {TRAIN}")
             with clean_exit():
@@ -255,7 +256,7 @@ def _check_packages(program: str, packages: str) -> None:
     raise ConfigError(f"{named}; {what}")
 
 
-def _flushed(code: Any) -> Any:
+def _flushed(code: _Code) -> _Code:
     """The exit code once all output is out. What can't be goes nowhere, or Python would complain at its end."""
     for stream in (sys.stdout, sys.stderr):
         try:
