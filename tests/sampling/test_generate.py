@@ -1,6 +1,7 @@
 """From storyboards to frames with a small model of random weights: the same bytes, and nothing from elsewhere."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -244,10 +245,13 @@ def test_nan_is_no_video():
         run(TWO, params=huge)
 
 
-def test_progress_counts_every_call_of_the_model(capfd):
+def test_progress_counts_every_call_of_the_model(monkeypatch, capfd):
+    monkeypatch.setattr("moc_jax.progress.EVERY", 0.01)
     sampler = Sampler(IN_TURN, make_codec(), progress=True)
     sampler(make_params(), [TWO], bucket=BUCKET)
-    assert "6/6" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert re.search(r"^sampling: 6 of 6 steps in \d\d:\d\d$", shown, re.MULTILINE)
+    assert "\r" not in shown
 
 
 @pytest.mark.parametrize("causal", [True, False])
