@@ -5,7 +5,7 @@
 
 Both columns are the same model, weights, scene and step functions; only the attention inside differs, and dense
 attention is cuDNN's. Denoising is one Euler step without guidance; training is loss, gradients, clipping and AdamW,
-with context drop-off and drop-in on, as `train.py` does it. Layers are recomputed in the backward pass.
+with context drop-off and drop-in on, as `moc-train` does it. Layers are recomputed in the backward pass.
 
 Memory of the training step, for P parameters, N tokens of width M and `depth` layers: 16 P bytes of weights, gradients
 and two moments; 2 N M depth bytes of layer inputs; and what one layer holds while it is differentiated. The compiler's
@@ -30,7 +30,7 @@ from benchmarks import results
 from benchmarks.measure import Effort, Memory, Program, Timing, dense_attention, dense_implementation, time_launches
 from benchmarks.tables import model_tables
 from moc_jax.attention.accounting import account
-from moc_jax.attention.api import RoutedAttention, SceneAttention
+from moc_jax.attention.api import SceneAttention, routed_attention
 from moc_jax.attention.backends import resolve
 from moc_jax.config import (
     AttentionConfig,
@@ -108,7 +108,7 @@ def measure(args: Arguments) -> dict[str, Any]:
         state = create_state(make_blueprint(config.model, config.optimizer, config.train, mesh))
         for step in args.steps:
             timings: dict[str, dict[str, Any]] = {}
-            for name, attention in (("moc", RoutedAttention(backend=args.attention.backend)), ("dense", dense)):
+            for name, attention in (("moc", routed_attention(args.attention)), ("dense", dense)):
                 if step == "denoising":
                     timing, memory = denoising(config, attention, state, scene, effort)
                 else:

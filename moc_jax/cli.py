@@ -247,9 +247,10 @@ def _check_packages(program: str, packages: str) -> None:
     named = f"this Python ({sys.executable}) lacks {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}"
     extra = bool(set(missing) & set(TRAIN.split()))
     if (_CLONE / "pyproject.toml").is_file():
+        command = f"python {program}" if program.startswith("-m") or program.endswith(".py") else program
         here = "'.[train]'" if extra else "."
         raise ConfigError(
-            f"{named}: run `make setup` once, then .venv/bin/python {program}; or `pip install -e {here}` with this one"
+            f"{named}: run `make setup` once, then .venv/bin/{command}; or `pip install -e {here}` with this one"
         )
     what = "the extra `train` brings them: pip install 'moc_jax[train]'" if extra else "pip install moc_jax brings them"
     raise ConfigError(f"{named}; {what}")

@@ -50,19 +50,26 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
         {
             "scene": ("shots and chunks", TEXT),
             "files": ("all or nothing", MUTED),
-            "documents": ("strict YAML and JSON", MUTED),
+            "documents": ("files written by hand", MUTED),
             "config_json": ("configs as JSON", MUTED),
             "sharding": ("mesh and rules", MUTED),
+        },
+    ),
+    ("settings", {"config": ("every setting", TEXT)}),
+    (
+        "words",
+        {
+            "reading": ("strict text and JSON", MUTED),
+            "errors": ("clear causes", MUTED),
+            "signals": ("Ctrl-C, SIGTERM", MUTED),
+            "watcher": ("lost processes", MUTED),
         },
     ),
     (
         "leaves",
         {
-            "config": ("every setting", TEXT),
             "shapes": ("glossary, array types", TEXT),
-            "errors": ("clear causes", MUTED),
-            "signals": ("Ctrl-C, SIGTERM", MUTED),
-            "watcher": ("lost processes", MUTED),
+            "showing": ("values in messages", MUTED),
             "progress": ("while one waits", MUTED),
         },
     ),

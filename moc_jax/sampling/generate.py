@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from moc_jax.attention.api import RoutedAttention
+from moc_jax.attention.api import routed_attention
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
@@ -96,7 +96,7 @@ class Sampler:
         self._canvas = Canvas(config.data, codec, config.model.patch)
         self._encoder = build_text_encoder(config.text) if encoder is None else encoder
         self._graph = abstract_model(config.model)[0]
-        self._attention = RoutedAttention(backend=config.attention.backend)
+        self._attention = routed_attention(config.attention)
         self._progress = progress
         self._stop = Signals() if stop is None else stop  # such signals never ask
         self._programs: dict[Hashable, jax.stages.Compiled] = {}

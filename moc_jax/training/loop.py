@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from moc_jax.attention.api import RoutedAttention
+from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import Checkpoints
 from moc_jax.config import Config, ConfigError, MoCConfig
 from moc_jax.config_json import config_to_json
@@ -141,7 +141,7 @@ class _Run:
             closes(self._held_out.close)
         self._codec = codec_of(manifest)
         self._blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
-        where = self._blueprint, mesh, RoutedAttention(backend=cfg.attention.backend)
+        where = self._blueprint, mesh, routed_attention(cfg.attention)
         self._step = make_train_step(cfg.train, cfg.optimizer, cfg.diffusion, *where)
         self._validation_step = make_validation_step(cfg.train, cfg.diffusion, *where)
         self._programs: dict[Hashable, jax.stages.Compiled] = {}
