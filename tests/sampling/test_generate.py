@@ -14,7 +14,6 @@ from moc_jax.config import BucketConfig, CodecConfig, ConfigError, MeshConfig
 from moc_jax.cuts import chunk_table_from
 from moc_jax.data.manifest import SceneEntry, ShotEntry
 from moc_jax.data.video import write_video
-from moc_jax.diffusion.conditioning import sample_scene
 from moc_jax.sampling.generate import Sampler, SamplingError, _noises, routing_shares
 from moc_jax.sampling.scenes import make_request, scene_storyboard
 from moc_jax.sampling.storyboard import StoryboardError
@@ -22,6 +21,7 @@ from moc_jax.scene import GLOBAL, TEXT, VIDEO
 from moc_jax.sharding import make_mesh
 from moc_jax.signals import Interrupted
 from moc_jax.text import build_text_encoder
+from tests.diffusion.in_one import sample_scene
 from tests.sampling.worlds import (
     BUCKET,
     CONFIG,
