@@ -245,6 +245,19 @@ def test_nan_is_no_video():
         run(TWO, params=huge)
 
 
+def test_too_little_memory_for_the_weights_names_what_needs_less(monkeypatch):
+    def hungry(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes."
+        )
+
+    monkeypatch.setattr(jax, "device_put", hungry)
+    with jax.set_mesh(make_mesh(MeshConfig())), pytest.raises(SamplingError) as caught:
+        Sampler(CONFIG, make_codec()).placed(make_params())
+    assert str(caught.value).startswith("the devices' memory is too small for the weights: 64 GiB were asked for")
+    assert "model.dtype bfloat16 (now float32)" in str(caught.value)
+
+
 def test_progress_counts_every_call_of_the_model(monkeypatch, capfd):
     monkeypatch.setattr("moc_jax.progress.EVERY", 0.01)
     sampler = Sampler(IN_TURN, make_codec(), progress=True)
