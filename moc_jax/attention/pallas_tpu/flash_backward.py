@@ -98,8 +98,20 @@ def gradients(
     Returns:
         dq, dk, dv. Row r of tile g is row r of the keys that it loads; 0 where it is not one of the tile's keys.
     """
-    job = Job.of(q, k, tiles, rows=rows, tiling=tiling, accumulate=accumulate)
-    job.check()
+    batch, heads, queries, dim = q.shape
+    job = Job(
+        batch=batch,
+        heads=heads,
+        tiles=tiles.count,
+        runs=(tiles.table.shape[3] - 3) // 2,
+        shared=tiles.table.shape[1] != heads,
+        queries=queries,
+        dim=dim,
+        dtype=k.dtype,
+        rows=rows,
+        tiling=tiling,
+        accumulate=accumulate,
+    )
     operands = [q, d_out, jnp.stack([lse, delta], axis=2), k, v]
     d_q_type = jnp.float32 if accumulate else d_q_type or q.dtype
     if accumulate:
@@ -140,25 +152,7 @@ class Job:
     tiling: GradientTiling
     accumulate: bool
 
-    @classmethod
-    def of(cls, q: Array, k: Array, tiles: Tiles, *, rows: int, tiling: GradientTiling, accumulate: bool) -> "Job":
-        batch, heads, queries, dim = q.shape
-        return cls(
-            batch=batch,
-            heads=heads,
-            tiles=tiles.count,
-            runs=(tiles.table.shape[3] - 3) // 2,
-            shared=tiles.table.shape[1] != heads,
-            queries=queries,
-            dim=dim,
-            dtype=k.dtype,
-            rows=rows,
-            tiling=tiling,
-            accumulate=accumulate,
-        )
-
-    def check(self) -> None:
-        """Raises ValueError where sizes don't fit together."""
+    def __post_init__(self):
         if self.queries % self.tiling.block:
             raise ValueError(f"{self.queries} queries are no multiple of the {self.tiling.block} of a step")
         if self.rows % self.tiling.at_once:
@@ -375,9 +369,8 @@ def _step(refs: _Refs, job: Job, scene, head, line, step):
     lse = refs.rows_vmem[0:1]
     counts = (column >= begin) & (column < end) & (lse < jnp.inf)
     lse, delta = jnp.where(counts, lse, jnp.inf), jnp.where(counts, refs.rows_vmem[1:2], 0.0)
-    add_keys = _add_keys_transposed if job.tiling.transposed else _add_keys
     for first in range(0, job.rows, job.tiling.at_once):
-        d_q = add_keys(refs, job, lse, delta, pl.ds(first, job.tiling.at_once))
+        d_q = _add_keys(refs, job, lse, delta, pl.ds(first, job.tiling.at_once))
         refs.d_q_sum_vmem[...] = d_q if first == 0 else refs.d_q_sum_vmem[...] + d_q
 
     pl.when(refs.leaving_smem[0] != _NONE)(functools.partial(_wait_left, refs, job))
@@ -393,21 +386,18 @@ def _step(refs: _Refs, job: Job, scene, head, line, step):
 def _add_keys(refs: _Refs, job: Job, lse, delta, keys):
     """Adds to dk and dv of some of the tile's keys; their part of dq, not scaled."""
     q, d_out, k, v = refs.q_vmem[...], refs.d_out_vmem[...], refs.keys_vmem[keys], refs.values_vmem[keys]
-    p = _weights(k, q, lse)
-    refs.d_v_sum_vmem[keys] += _product(p.astype(q.dtype), d_out, 1, 0)
-    d_s = (p * (_product(v, d_out, 1, 1) - delta)).astype(q.dtype)
-    refs.d_k_sum_vmem[keys] += _product(d_s, q, 1, 0)
-    return _product(d_s.T, k, 1, 0)
 
+    def add(total_vmem, weights, rows):
+        if job.tiling.transposed:  # into sums [D, keys]
+            total_vmem[:, keys] += _product(rows.T, weights, 1, 1)
+        else:
+            total_vmem[keys] += _product(weights, rows, 1, 0)
 
-def _add_keys_transposed(refs: _Refs, job: Job, lse, delta, keys):
-    """The same, into sums [D, keys]."""
-    q, d_out, k, v = refs.q_vmem[...], refs.d_out_vmem[...], refs.keys_vmem[keys], refs.values_vmem[keys]
     p = _weights(k, q, lse)
-    refs.d_v_sum_vmem[:, keys] += _product(d_out.T, p.astype(q.dtype), 1, 1)
+    add(refs.d_v_sum_vmem, p.astype(q.dtype), d_out)
     d_s = (p * (_product(v, d_out, 1, 1) - delta)).astype(q.dtype)
-    refs.d_k_sum_vmem[:, keys] += _product(q.T, d_s, 1, 1)
-    return _product(k.T, d_s, 1, 0).T
+    add(refs.d_k_sum_vmem, d_s, q)
+    return _product(k.T, d_s, 1, 0).T if job.tiling.transposed else _product(d_s.T, k, 1, 0)
 
 
 def _weights(k, q, lse):

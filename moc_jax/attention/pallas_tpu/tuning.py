@@ -44,7 +44,7 @@ class Blocks:
     span_step: int | None = None  # queries of a step of that
 
     def __post_init__(self):
-        sizes = (self.queries, self.gradient_queries, self.text_queries)
+        sizes = (self.anchors.queries, self.anchor_gradients.block, self.text.queries)
         if any(self.align % size for size in sizes):
             raise ValueError(f"{self}: of the blocks of ordered queries, {sizes}, each must divide the largest")
         if self.picks.queries % self.pick_gradients.block:
@@ -57,21 +57,9 @@ class Blocks:
                 raise ValueError(f"{self}: {tiling.at_once} keys at once must divide the {keys} of a tile")
 
     @property
-    def queries(self) -> int:
-        return self.anchors.queries
-
-    @property
-    def gradient_queries(self) -> int:
-        return self.anchor_gradients.block
-
-    @property
-    def text_queries(self) -> int:
-        return self.text.queries
-
-    @property
     def align(self) -> int:
         """Rows at whose multiples a segment's queries start."""
-        return max(self.queries, self.gradient_queries, self.text_queries)
+        return max(self.anchors.queries, self.anchor_gradients.block, self.text.queries)
 
     @property
     def most_keys(self) -> int:
