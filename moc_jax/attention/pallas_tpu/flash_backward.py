@@ -25,7 +25,7 @@ out; 8 n D in and 4 n D out where dq accumulates, 1.5 MB for 1024 x 128 beside 1
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -245,7 +245,7 @@ def _specs(job: Job) -> _Specs:
     return _Specs(inputs + [hbm] * job.accumulate, (hbm, tile_spec, tile_spec))
 
 
-def _scratch(job: Job, d_q_type) -> list[Any]:
+def _scratch(job: Job, d_q_type) -> list[pl.MemoryRef]:
     block, dim = job.tiling.block, job.dim
     tile = pltpu.VMEM((job.rows, dim), job.dtype)
     total = pltpu.VMEM((dim, job.rows) if job.tiling.transposed else (job.rows, dim), jnp.float32)
