@@ -25,13 +25,14 @@ out; 8 n D in and 4 n D out where dq accumulates, 1.5 MB for 1024 x 128 beside 1
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_tpu.device import ROWS, Chip
@@ -74,7 +75,7 @@ def gradients(
     chip: Chip,
     accumulate: bool,
     pairs: int | None = None,
-    d_q_type: Any = None,
+    d_q_type: DTypeLike | None = None,
     name: str = "moc_gradients",
 ) -> tuple[Float[Array, "B Hq Nq D"], Float[Array, "B Hq R D"], Float[Array, "B Hq R D"]]:
     """dq of the queries, and dk and dv of each tile's rows, R = tiles * rows.
@@ -147,7 +148,7 @@ class Job:
     shared: bool  # by all heads: the table
     queries: int
     dim: int
-    dtype: Any
+    dtype: DTypeLike
     rows: int
     tiling: GradientTiling
     accumulate: bool
@@ -244,7 +245,7 @@ def _specs(job: Job) -> _Specs:
     return _Specs(inputs + [hbm] * job.accumulate, (hbm, tile_spec, tile_spec))
 
 
-def _scratch(job: Job, d_q_type) -> list[Any]:
+def _scratch(job: Job, d_q_type) -> list[pl.MemoryRef]:
     block, dim = job.tiling.block, job.dim
     tile = pltpu.VMEM((job.rows, dim), job.dtype)
     total = pltpu.VMEM((dim, job.rows) if job.tiling.transposed else (job.rows, dim), jnp.float32)
@@ -263,28 +264,28 @@ def _scratch(job: Job, d_q_type) -> list[Any]:
 
 class _Refs(NamedTuple):
     # prefetched
-    table_smem: Any
-    first_head_smem: Any
+    table_smem: jax.Ref
+    first_head_smem: jax.Ref
     # inputs
-    q_vmem: Any
-    d_out_vmem: Any
-    rows_vmem: Any  # log-sum-exp, delta
-    k_vmem: Any
-    v_vmem: Any
+    q_vmem: jax.Ref
+    d_out_vmem: jax.Ref
+    rows_vmem: jax.Ref  # log-sum-exp, delta
+    k_vmem: jax.Ref
+    v_vmem: jax.Ref
     # outputs
-    d_q_hbm: Any
-    d_k_vmem: Any
-    d_v_vmem: Any
+    d_q_hbm: jax.Ref
+    d_k_vmem: jax.Ref
+    d_v_vmem: jax.Ref
     # scratch
-    keys_vmem: Any  # k and v with zeros
-    values_vmem: Any
-    d_k_sum_vmem: Any
-    d_v_sum_vmem: Any
-    d_q_sum_vmem: Any  # of this step
-    before_vmem: Any  # of the tiles before
-    d_q_vmem: Any  # on its way out
-    leaving_smem: Any  # the block that is, or _NONE
-    semaphores: Any  # in, out
+    keys_vmem: jax.Ref  # k and v with zeros
+    values_vmem: jax.Ref
+    d_k_sum_vmem: jax.Ref
+    d_v_sum_vmem: jax.Ref
+    d_q_sum_vmem: jax.Ref  # of this step
+    before_vmem: jax.Ref  # of the tiles before
+    d_q_vmem: jax.Ref  # on its way out
+    leaving_smem: jax.Ref  # the block that is, or _NONE
+    semaphores: jax.Ref  # in, out
 
 
 def _kernel(*all_refs, job: Job):
