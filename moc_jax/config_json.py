@@ -1,8 +1,9 @@
 """A config as JSON: what lies beside a run and inside each checkpoint. The round trip is exact.
 
 Reading is strict: an unknown key, a key given twice or a value of the wrong type is an error that names it. A key that
-is missing, because the file is older than the field, takes the field's default and is named in a warning. Types and
-ranges are checked by the config itself.
+is missing, because the file is older than the field, takes the field's default and is named in a warning; but `name`,
+which says of what kind model, codec and text encoder are, must be there. Types and ranges are checked by the config
+itself.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import warnings
 from typing import Any
 
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import checked, field_kinds, nearest, shown
+from moc_jax.config.base import Settings, checked, field_kinds, kind_named, kinds_of, nearest, of_another_kind, shown
 
 
 def config_to_json(config: Config) -> str:
@@ -20,7 +21,7 @@ def config_to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def config_from_json(text: str, *, name: str = "config.json") -> Config:
+def config_from_json[C: Config](text: str, *, name: str = "config.json", kind: type[C] = Config) -> C:
     """The config that `config_to_json` wrote.
 
     Raises:
@@ -29,7 +30,7 @@ def config_from_json(text: str, *, name: str = "config.json") -> Config:
     """
     try:
         tree = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique)
-        return _dataclass(Config, tree, "", name)
+        return settings_from_tree(kind, tree, name=name)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
     except RecursionError as error:
@@ -38,8 +39,25 @@ def config_from_json(text: str, *, name: str = "config.json") -> Config:
         raise ConfigError(f"{name} is no JSON: {error}") from error
 
 
+def settings_from_tree[S](hint: type[S], tree: Any, at: str = "", *, name: str) -> S:
+    """Settings, or one kind of a tagged union of them, from what JSON gives.
+
+    Args:
+        at: where they hang in a config: `codec`.
+        name: of the file, for warnings.
+
+    Raises:
+        ConfigError: as `config_from_json`.
+    """
+    return _value(hint, tree, at, name)
+
+
 def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     """The fields in which two configs of one kind differ: dotted name -> (value in `a`, value in `b`)."""
+    if (
+        type(a) is not type(b) and hasattr(a, "name") and hasattr(b, "name")
+    ):  # kinds of a union have no fields in common
+        return {f"{path}.name": (a.name, b.name)}
     if not dataclasses.is_dataclass(a) or type(a) is not type(b):
         return {} if a == b else {path: (a, b)}
     found = {}
@@ -58,10 +76,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
+def _object(tree: Any, path: str, fields: str) -> None:
     if not isinstance(tree, dict):
-        what = f"{path or 'the file'} is {shown(tree)}"
-        raise ConfigError(f"{what}; it must be an object with the fields of {kind.__name__}")
+        raise ConfigError(f"{path or 'the file'} is {shown(tree)}; it must be an object with the fields of {fields}")
+
+
+def _of_kind(union: dict[str, type[Settings]], tree: Any, path: str, name: str) -> Any:
+    _object(tree, path, " or ".join(kind.__name__ for kind in union.values()))
+    if "name" not in tree:
+        raise ConfigError(f"{path} lacks name, which says what it is; it must be one of {', '.join(union)}")
+    kind = kind_named(union, tree["name"], path)
+    for key in tree:
+        if key not in field_kinds(kind) and (problem := of_another_kind(union, tree["name"], key)):
+            raise ConfigError(f"unknown key {path}.{key}: {problem}")
+    return _dataclass(kind, tree, path, name)
+
+
+def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
+    _object(tree, path, kind.__name__)
     kinds = field_kinds(kind)
     prefix = f"{path}." if path else ""
     for key in tree:
@@ -79,6 +111,8 @@ def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
 
 def _value(kind: Any, value: Any, path: str, name: str) -> Any:
     """`value`, checked here, where the place in the file is known, with a dataclass in the place of every object."""
+    if union := kinds_of(kind):
+        return _of_kind(union, value, path, name)
     if dataclasses.is_dataclass(kind):
         return _dataclass(typing.cast(type, kind), value, path, name)
     if typing.get_origin(kind) is tuple and isinstance(value, list):

@@ -33,7 +33,7 @@ ALLOWED = {
     "diffusion": set(),
     "documents": set(),
     "progress": set(),
-    "data": {"codecs", "documents", "files", "progress", "text"},
+    "data": {"codecs", "config_json", "documents", "files", "progress", "text"},
     "compilation": {"files"},
     "cli": {"config_json", "signals"},
     "commands": {"cli", "compilation", "sampling", "training", *UNDER_THE_ENTRY_POINTS},
@@ -44,7 +44,7 @@ ALLOWED = {
     "watcher": set(),
     "digest": {"sharding"},
     "checkpoint": {"checkpoint_layout", "codecs", "config_json", "digest", "errors", "models", "processes", "sharding"},
-    "checkpoint_layout": {"config_json", "digest", "sharding"},
+    "checkpoint_layout": {"config_json", "digest", "processes", "sharding"},
     "training": UNDER_THE_ENTRY_POINTS,
     "sampling": UNDER_THE_ENTRY_POINTS,
 }

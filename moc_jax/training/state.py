@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from moc_jax import models
 from moc_jax.config import Config
-from moc_jax.models.mmdit import MMDiT, abstract_model
 from moc_jax.shapes import Array, Int32
 from moc_jax.sharding import LogicalAxes, logical_axes, tree_shardings
 from moc_jax.training.optimizer import make_optimizer
@@ -60,7 +60,7 @@ class Blueprint:
 
 def make_blueprint(cfg: Config, mesh: Mesh) -> Blueprint:
     """Works out the state's shapes and shardings without making it."""
-    graph, weights = abstract_model(cfg.model)
+    graph, weights = models.abstract(cfg.model)
     logical = logical_axes(weights)
     optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, logical)
     shapes = jax.eval_shape(lambda: _initial(cfg, optimizer, None))
@@ -80,6 +80,6 @@ def create_state(cfg: Config, blueprint: Blueprint, params: Params | None = None
 
 def _initial(cfg: Config, optimizer: optax.GradientTransformation, params: Params | None) -> TrainState:
     if params is None:
-        params = nnx.to_pure_dict(nnx.state(MMDiT(cfg.model, rngs=nnx.Rngs(cfg.train.seed)), nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(models.build(cfg.model, rngs=nnx.Rngs(cfg.train.seed)), nnx.Param))
     ema = jax.tree.map(jnp.copy, params) if cfg.train.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)

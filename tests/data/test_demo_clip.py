@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from moc_jax.config import DataConfig, TextConfig
+from moc_jax.config import DataConfig, HashConfig
 from moc_jax.data import demo_clip, load_captions
 from moc_jax.text import build_text_encoder
 
@@ -58,5 +58,5 @@ def test_the_captions_are_for_its_six_shots(tmp_path):
     (tmp_path / "bikes.yaml").write_text(demo_clip.CAPTIONS.read_text())
     captions = load_captions(tmp_path / "bikes.mp4", DataConfig())
     assert len(captions.shots) == 6
-    encoder = build_text_encoder(TextConfig())
+    encoder = build_text_encoder(HashConfig())
     assert max(len(encoder(caption)) for caption in (captions.caption, *captions.shots)) <= 64

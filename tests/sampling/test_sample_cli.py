@@ -15,7 +15,7 @@ from PIL import Image
 from moc_jax.checkpoint import CheckpointError, Checkpoints
 from moc_jax.cli import clean_exit
 from moc_jax.commands import sample
-from moc_jax.config import AttentionConfig, CodecConfig, ConfigError
+from moc_jax.config import AttentionConfig, ConfigError, PcaConfig
 from moc_jax.data import codec_of, prepare
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.storyboard import StoryboardError
@@ -278,7 +278,7 @@ def test_a_bad_storyboard_is_named_before_the_checkpoint_is_opened(boards):
 @pytest.mark.parametrize("kind", ["codec", "model"])
 def test_checkpoint_of_another_codec_or_model(tmp_path, boards, kind):
     other = {
-        "codec": {"codec": make_codec(CodecConfig(channels=4, whiten=0.25))},
+        "codec": {"codec": make_codec(PcaConfig(channels=4, whiten=0.25))},
         "model": {"config": dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dim=48))},
     }[kind]
     folder = save_checkpoint(tmp_path / "run", **other)
