@@ -5,7 +5,7 @@
 
 Both columns are the same model, weights, scene and step functions; only the attention inside differs, and dense
 attention is cuDNN's. Denoising is one Euler step without guidance; training is loss, gradients, clipping and AdamW,
-with context drop-off and drop-in on, as `train.py` does it. Layers are recomputed in the backward pass.
+with context drop-off and drop-in on, as `moc-train` does it. Layers are recomputed in the backward pass.
 
 Memory of the training step, for P parameters, N tokens of width M and `depth` layers: 16 P bytes of weights, gradients
 and two moments; 2 N M depth bytes of layer inputs; and what one layer holds while it is differentiated. The compiler's
@@ -31,7 +31,7 @@ from benchmarks.measure import Effort, Memory, Program, Timing, dense_attention,
 from benchmarks.tables import model_tables
 from moc_jax import models
 from moc_jax.attention.accounting import account
-from moc_jax.attention.api import RoutedAttention, SceneAttention
+from moc_jax.attention.api import SceneAttention, routed_attention
 from moc_jax.attention.backends import resolve
 from moc_jax.config import (
     AttentionConfig,
@@ -106,10 +106,10 @@ def measure(args: Arguments) -> dict[str, Any]:
     entry: dict[str, Any] = {**_describe(args, scene), "steps": {}}
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = create_state(config, make_blueprint(config, mesh))
+        state = create_state(make_blueprint(config.model, config.optimizer, config.train, mesh))
         for step in args.steps:
             timings: dict[str, dict[str, Any]] = {}
-            for name, attention in (("moc", RoutedAttention(backend=args.attention.backend)), ("dense", dense)):
+            for name, attention in (("moc", routed_attention(args.attention)), ("dense", dense)):
                 if step == "denoising":
                     timing, memory = denoising(config, attention, state, scene, effort)
                 else:
@@ -154,7 +154,8 @@ def training(
     config: Config, attention: SceneAttention, mesh: jax.sharding.Mesh, state: TrainState, scene: Scene, effort: Effort
 ) -> tuple[tuple[Timing, Memory], TrainState]:
     """One update; every launch goes on from the state of the one before, which it overwrites."""
-    step = make_train_step(config, make_blueprint(config, mesh), mesh, attention)
+    blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
+    step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, attention)
     program = _fitting(step.lower(state, scene, config.moc), config.model)
 
     def launch():

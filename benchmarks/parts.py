@@ -21,8 +21,10 @@ from benchmarks.measure import Ceilings, Effort, both_ways, compile_all
 from moc_jax.attention.accounting import Accounting, account
 from moc_jax.attention.api import moc_attention, route
 from moc_jax.attention.backends import Backend, resolve
-from moc_jax.attention.pallas_gpu import attend, device, flash, flash_backward, tiles
-from moc_jax.attention.pallas_gpu.plan import pick_tiles, plan, reader_tiles
+from moc_jax.attention.layout import ALIGN, Heads, queries_of
+from moc_jax.attention.pallas_gpu import attend, flash, flash_backward
+from moc_jax.attention.pallas_gpu.device import Hopper
+from moc_jax.attention.pallas_gpu.plan import anchor_tiles, pick_tiles
 from moc_jax.attention.routing import descriptors
 from moc_jax.attention.schedule import Schedule, group_by_chunk
 from moc_jax.config import MoCConfig
@@ -176,14 +178,13 @@ def _hopper(case: Case) -> list[Part]:
     """Each kernel of `pallas_gpu`, and what XLA does between them, for all heads at once."""
     q, k, v, d_out = case.inputs
     batch, tokens, heads, _ = q.shape
-    if tokens % tiles.ALIGN:
-        raise ValueError(f"{tokens} tokens: the kernels' profile wants a multiple of {tiles.ALIGN}; change the setting")
-    plan_ = jax.jit(plan, static_argnames="cfg")(case.table, cfg=case.cfg)
-    all_heads, blocks, size = attend.Heads(0, heads), device.multiprocessors(), q.nbytes
-    run = dict(blocks=blocks)
-    forward = functools.partial(flash.forward, tuning=attend.FORWARD, **run)
-    for_queries = functools.partial(flash_backward.query_gradients, tuning=attend.QUERY_GRADIENTS, **run)
-    for_keys = functools.partial(flash_backward.key_gradients, tuning=attend.KEY_GRADIENTS, **run)
+    if tokens % ALIGN:
+        raise ValueError(f"{tokens} tokens: the kernels' profile wants a multiple of {ALIGN}; change the setting")
+    backend = resolve(case.backend, case.cfg, q)
+    assert isinstance(backend, Hopper)
+    plan = jax.jit(anchor_tiles, static_argnames=("cfg", "text_readers"))
+    anchors = plan(queries_of(case.table), case.table, cfg=case.cfg, text_readers=backend.tiles.text_readers)
+    all_heads, size = Heads(0, heads), q.nbytes
     zero = jnp.zeros(1, jnp.int32)
     lse = jnp.full((batch, heads, tokens), math.log2(tokens), jnp.float32)  # of small weights, as the real one
     delta = jnp.zeros_like(lse)
@@ -193,9 +194,9 @@ def _hopper(case: Case) -> list[Part]:
         """The three kernels on q, k, v, d_out, lse, delta; `rows`: arrays as large as q that q's side fills."""
         names = ("forward", "dq", "dk and dv")
         functions = (
-            lambda q, k, v, d_out, lse, delta: forward(q, k, v, queries, zero, sorted_rows=order),
-            lambda *x: for_queries(*x, queries, zero, sorted_rows=order),
-            lambda *x: for_keys(*x, keys, zero, sorted_rows=order),
+            lambda q, k, v, d_out, lse, delta: flash.forward(q, k, v, queries, zero, backend, sorted_rows=order),
+            lambda *x: flash_backward.query_gradients(flash_backward.Inputs(*x, zero, order), queries, backend),
+            lambda *x: flash_backward.key_gradients(flash_backward.Inputs(*x, zero, order), keys, backend),
         )
         moved = (2 + 2 * rows, 2 + 3 * rows, 4 + 2 * rows)
         for name, function, share, arrays in zip(names, functions, (1, 1.5, 2), moved, strict=True):
@@ -209,18 +210,19 @@ def _hopper(case: Case) -> list[Part]:
                 )
             )
 
-    if plan_.anchors:
+    if anchors is not None:
         flops = heads * case.cost(case.anchored).flops_attention
-        kernels("anchors", (q, k, v, d_out, lse, delta), plan_.queries, plan_.keys, flops, 1, False)
+        kernels("anchors", (q, k, v, d_out, lse, delta), anchors.queries, anchors.keys, flops, 1, False)
     if case.cfg.top_k:
-        schedule = jax.jit(attend.sort_picks)(case.routes, case.table)
+        picks = jax.jit(pick_tiles)(case.routes, case.table)
+        assert picks is not None
+        schedule = picks.schedule
         rows = attend.queries_of_slots(schedule, all_heads)
         gather = functools.partial(attend.take_rows, heads=all_heads)
         q_rows, d_rows = (jax.jit(gather)(x, rows) for x in (q, d_out))
         scalars = (jnp.full(rows.shape, x, jnp.float32) for x in (math.log2(tokens), 0.0))
-        queries, keys = pick_tiles(schedule, case.table), reader_tiles(schedule, plan_.chunks)
         flops, count = heads * case.cost(case.unanchored).flops_attention, case.cfg.top_k
-        kernels("picks", (q_rows, k, v, d_rows, *scalars), queries, keys, flops, count, True)
+        kernels("picks", (q_rows, k, v, d_rows, *scalars), picks.queries, picks.keys, flops, count, True)
         found.append(Part(name="gather of q", function=gather, inputs=(q, rows), flops=0, bytes=2 * count * size))
 
         def merge(rows, lse):

@@ -9,7 +9,6 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import re
@@ -18,6 +17,9 @@ import subprocess
 from typing import Any
 
 import jax
+
+from moc_jax.files import write_text
+from moc_jax.reading import parse_json
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 _PACKAGES = re.compile(r"jax|jaxlib|libtpu|jax-cuda\d+-pjrt|nvidia-cudnn-cu\d+|nvidia-cuda-runtime(-cu\d+)?")
@@ -30,19 +32,16 @@ def store(
     device = {"card": jax.devices()[0].device_kind} if chip is None else {"chip": chip}
     (called,) = device.values()
     path = folder / f"{script}-{re.sub(r'[^a-z0-9]+', '-', called.lower())}.json"
-    entries = json.loads(path.read_text())["entries"] if path.exists() else {}
+    entries = parse_json(path.read_bytes())["entries"] if path.exists() else {}
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     entries[name] = {"command": command, "date": date, "versions": versions(), **entry}
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({**device, "entries": dict(sorted(entries.items()))}, indent=1) + "\n")
-    os.replace(part, path)  # a run that dies here leaves the old file whole
+    write_text(path, json.dumps({**device, "entries": dict(sorted(entries.items()))}, indent=1) + "\n")
     return path
 
 
 def load(folder: pathlib.Path, script: str) -> list[dict[str, Any]]:
     """All files of a script, by card or chip."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{script}-*.json"))]
+    return [parse_json(path.read_bytes()) for path in sorted(folder.glob(f"{script}-*.json"))]
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def main(args: Arguments, command: str) -> None:
         for (chip, name), found in zip(work, pool.map(lambda one: ask(*one, args.timeout), work), strict=True):
             results.store(args.out, "tpu_memory", name, command, entry(chip, name, found), chip=f"TPU {chip}")
             gib = {what: round(size / 2**30, 2) for what, size in found.get("memory", {}).items()}
-            print(f"{chip} ({device.memory(chip) / 2**30:.0f} GiB) {name}: {gib or found['error']}", flush=True)
+            print(f"{chip} ({device.Chip(chip).memory / 2**30:.0f} GiB) {name}: {gib or found['error']}", flush=True)
 
 
 def entry(chip: str, name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def entry(chip: str, name: str, found: dict[str, Any]) -> dict[str, Any]:
     scene, part = name.split("/")
     of = SCENES[scene]
     sizes = {"tokens": of.setting.shape.tokens, "heads": of.heads, "head_dim": of.dim}
-    return {"scene": scene, "part": part, **sizes, "hbm": device.memory(chip), **found}
+    return {"scene": scene, "part": part, **sizes, "hbm": device.Chip(chip).memory, **found}
 
 
 def ask(chip: str, name: str, timeout: float) -> dict[str, Any]:

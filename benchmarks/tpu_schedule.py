@@ -33,6 +33,7 @@ from benchmarks.tpu.compiler import CHIPS, CompilationError, compile_for
 from benchmarks.tpu.cost import as_json, cost
 from benchmarks.tpu.kernels import KERNELS, PASSES, Blocks, Pass
 from moc_jax.attention.pallas_tpu import tuning
+from moc_jax.attention.pallas_tpu.device import Chip
 
 _BLOCKS = ("512x512x512", "512x1024x512", "1024x1024x512", "1024x1280x640", "2048x2048x256")
 
@@ -92,8 +93,8 @@ def own_sizes(chip: str, kernel: str, way: Pass, asked: Blocks, head_dim: int) -
     if kernel == "splash":
         return asked
     if way == "forward":
-        return Blocks.of(tuning.forward_tiling(chip, kernel, asked.q, asked.kv))
-    return Blocks.of(tuning.backward_tiling(chip, kernel, asked.q, asked.kv, head_dim), asked.kv)
+        return Blocks.of(tuning.forward_tiling(Chip(chip), kernel, asked.q, asked.kv))
+    return Blocks.of(tuning.backward_tiling(Chip(chip), kernel, asked.q, asked.kv, head_dim), asked.kv)
 
 
 def measure(chip: str, kernel: str, way: Pass, blocks: Blocks, *, head_dim: int, timeout: float) -> dict[str, Any]:

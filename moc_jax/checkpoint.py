@@ -56,13 +56,9 @@ except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
 
-def _not_told_twice(record: logging.LogRecord) -> bool:
+def _not_reported_twice(record: logging.LogRecord) -> bool:
     """Orbax logs every error of its threads with a traceback, and raises it as well: it is reported once, in words."""
     return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
-
-
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_not_told_twice)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,6 +340,8 @@ def load_codec_state(directory: str) -> tuple[Config, dict[str, np.ndarray]]:
 
 
 def _context() -> ocp.Context:
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_reported_twice)  # once, however often it is asked for
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
     context = ocp.Context()

@@ -5,7 +5,6 @@ the right type, and the step of its folder.
 """
 
 import dataclasses
-import json
 import os
 import re
 import warnings
@@ -17,11 +16,12 @@ from etils import epath
 
 import moc_jax
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import shown
 from moc_jax.config_json import config_from_json
 from moc_jax.digest import text_digest
 from moc_jax.processes import attempt
+from moc_jax.reading import parse_json
 from moc_jax.sharding import key_path
+from moc_jax.showing import shown
 
 FORMAT = 2
 """Of what a checkpoint holds and how its weights lie. 1, which none says of itself: heads were no axis of their own."""
@@ -152,7 +152,7 @@ def parse_meta(saved: Any, path: epath.Path) -> Meta:
         raise ValueError("meta: it must hold a body and its digest")
     if text_digest(saved["body"]) != saved["sha256"]:
         raise ValueError("meta: the digest does not match")
-    body = json.loads(saved["body"])
+    body = parse_json(saved["body"])
     _check_format(body, path)
     for name, kind in _FIELDS.items():
         if not isinstance(body, dict) or not _fits(body.get(name), kind):
@@ -161,7 +161,7 @@ def parse_meta(saved: Any, path: epath.Path) -> Meta:
         raise ValueError(
             f"it holds step {body['step']}, so the folder was renamed or copied; only the name {body['step']} is right"
         )
-    data = [json.loads(text) for text in body["data"]]
+    data = [parse_json(text) for text in body["data"]]
     if not data or not all(isinstance(state, dict) for state in data):
         raise ValueError("meta: data must hold an object per process")
     config = config_from_json(body["config"], name=f"the config saved in {path}")

@@ -21,9 +21,10 @@ import tempfile
 import threading
 import traceback
 import typing
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import moc_jax
 from moc_jax.config import Config, ConfigError
@@ -47,6 +48,7 @@ __all__ = [
     "train",
 ]
 
+_Code = int | str | None  # as sys.exit takes it
 UNEXPECTED = 70  # exit code: EX_SOFTWARE of sysexits.h
 # What is imported of the packages that pyproject.toml asks for: always, and by the extra that programs need.
 CORE = "jax flax numpy einops jaxtyping beartype"
@@ -212,7 +214,7 @@ def run(module: str) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     with Signals(whole_process=True) as signals:
-        code: Any = 0
+        code: _Code = 0
         try:
             report_errors(os.path.basename(sys.argv[0]), f"{CORE} {TRAIN}")
             with clean_exit():
@@ -239,8 +241,24 @@ def report_errors(program: str, packages: str) -> None:
     sys.excepthook = lambda kind, error, trace: sys.exit(_report(error))
     threading.excepthook = lambda failed: _report(failed.exc_value)
     sys.unraisablehook = lambda failed: _report(failed.exc_value)
+    warnings.showwarning = show_warning
     with clean_exit():
         _check_packages(program, packages)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning in one line, as errors are shown; where it arose only if it is none of ours. Above a progress bar."""
+    elsewhere = "" if category is UserWarning else f" ({category.__name__} in {filename}, line {lineno})"
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    with contextlib.suppress(OSError):
+        (tqdm.write if tqdm else print)(f"warning: {message}{elsewhere}", file=file or sys.stderr)
 
 
 def _check_packages(program: str, packages: str) -> None:
@@ -250,15 +268,16 @@ def _check_packages(program: str, packages: str) -> None:
     named = f"this Python ({sys.executable}) lacks {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}"
     extra = bool(set(missing) & set(TRAIN.split()))
     if (_CLONE / "pyproject.toml").is_file():
+        command = f"python {program}" if program.startswith("-m") or program.endswith(".py") else program
         here = "'.[train]'" if extra else "."
         raise ConfigError(
-            f"{named}: run `make setup` once, then .venv/bin/python {program}; or `pip install -e {here}` with this one"
+            f"{named}: run `make setup` once, then .venv/bin/{command}; or `pip install -e {here}` with this one"
         )
     what = "the extra `train` brings them: pip install 'moc_jax[train]'" if extra else "pip install moc_jax brings them"
     raise ConfigError(f"{named}; {what}")
 
 
-def _flushed(code: Any) -> Any:
+def _flushed(code: _Code) -> _Code:
     """The exit code once all output is out. What can't be goes nowhere, or Python would complain at its end."""
     for stream in (sys.stdout, sys.stderr):
         try:

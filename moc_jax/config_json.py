@@ -13,7 +13,9 @@ import warnings
 from typing import Any
 
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import Settings, checked, field_kinds, kind_named, kinds_of, nearest, of_another_kind, shown
+from moc_jax.config.base import Settings, checked, field_kinds, kind_named, kinds_of, nearest, of_another_kind
+from moc_jax.reading import parse_json
+from moc_jax.showing import shown
 
 
 def config_to_json(config: Config) -> str:
@@ -29,17 +31,12 @@ def config_from_json[C: Config](text: str, *, name: str = "config.json", kind: t
             type, or a setting that can't be. `name` says in the message which file it was.
     """
     try:
-        tree = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_unique)
-        return settings_from_tree(kind, tree, name=name)
-    except ConfigError as error:
+        return settings_from_tree(kind, parse_json(text), name=name)
+    except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name} is no config: it is nested too deeply") from error
-    except ValueError as error:  # no JSON, or a number of more digits than Python reads
-        raise ConfigError(f"{name} is no JSON: {error}") from error
 
 
-def settings_from_tree[S](hint: type[S], tree: Any, at: str = "", *, name: str) -> S:
+def settings_from_tree[S](hint: type[S], tree: object, at: str = "", *, name: str) -> S:
     """Settings, or one kind of a tagged union of them, from what JSON gives.
 
     Args:
@@ -52,11 +49,9 @@ def settings_from_tree[S](hint: type[S], tree: Any, at: str = "", *, name: str) 
     return _value(hint, tree, at, name)
 
 
-def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(a: object, b: object, path: str = "") -> dict[str, tuple[object, object]]:
     """The fields in which two configs of one kind differ: dotted name -> (value in `a`, value in `b`)."""
-    if (
-        type(a) is not type(b) and hasattr(a, "name") and hasattr(b, "name")
-    ):  # kinds of a union have no fields in common
+    if type(a) is not type(b) and hasattr(a, "name") and hasattr(b, "name"):  # two kinds of a union
         return {f"{path}.name": (a.name, b.name)}
     if not dataclasses.is_dataclass(a) or type(a) is not type(b):
         return {} if a == b else {path: (a, b)}
@@ -67,33 +62,25 @@ def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ConfigError(f"the key {shown(twice)} is given twice in one object; keep one of them")
+def _object(tree: object, path: str, fields: str) -> dict[str, object]:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path or 'the file'} is {shown(tree)}; it must be an object with the fields of {fields}")
     return tree
 
 
-def _object(tree: Any, path: str, fields: str) -> None:
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path or 'the file'} is {shown(tree)}; it must be an object with the fields of {fields}")
-
-
-def _of_kind(union: dict[str, type[Settings]], tree: Any, path: str, name: str) -> Any:
-    _object(tree, path, " or ".join(kind.__name__ for kind in union.values()))
+def _of_kind(union: dict[str, type[Settings]], value: object, path: str, name: str) -> Any:
+    tree = _object(value, path, " or ".join(kind.__name__ for kind in union.values()))
     if "name" not in tree:
         raise ConfigError(f"{path} lacks name, which says what it is; it must be one of {', '.join(union)}")
     kind = kind_named(union, tree["name"], path)
     for key in tree:
-        if key not in field_kinds(kind) and (problem := of_another_kind(union, tree["name"], key)):
+        if problem := of_another_kind(union, kind, key):
             raise ConfigError(f"unknown key {path}.{key}: {problem}")
     return _dataclass(kind, tree, path, name)
 
 
-def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
-    _object(tree, path, kind.__name__)
+def _dataclass(kind: type, value: object, path: str, name: str) -> Any:
+    tree = _object(value, path, kind.__name__)
     kinds = field_kinds(kind)
     prefix = f"{path}." if path else ""
     for key in tree:
@@ -109,7 +96,7 @@ def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
     return kind(**{key: _value(kinds[key], tree[key], prefix + key, name) for key in tree})
 
 
-def _value(kind: Any, value: Any, path: str, name: str) -> Any:
+def _value(kind: Any, value: object, path: str, name: str) -> Any:
     """`value`, checked here, where the place in the file is known, with a dataclass in the place of every object."""
     if union := kinds_of(kind):
         return _of_kind(union, value, path, name)

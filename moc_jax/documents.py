@@ -9,29 +9,23 @@ import json
 import re
 import stat
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from moc_jax.config.base import shown
+from moc_jax.reading import DocumentError, check_digits, decode_text, parse_json
+from moc_jax.showing import shown
 
 MAX_BYTES = 32 << 20
 MAX_DEPTH = 20
-MAX_DIGITS = 64
 MAX_VALUES = 2_000_000  # in a file; what aliases repeat counts as often as it is repeated
 MAX_TEXT = 20_000
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml reads ten times as fast
 _TEXT_TAGS = (None, "!", "tag:yaml.org,2002:str")
 _NUMBER = re.compile(r"[-+.]?[0-9][-+.:_0-9a-fA-FxX]*")
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
-_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
-class DocumentError(ValueError):
-    """What is wrong in a file, without the file's name."""
-
-
-def read_document(file: Path) -> Any:
+def read_document(file: Path) -> object:
     """The content of a `.json` file, or else of a YAML file; None when it is empty.
 
     Raises:
@@ -40,7 +34,7 @@ def read_document(file: Path) -> Any:
     text = read_text(file)
     if not text.strip():
         return None
-    return _json(text) if file.suffix.lower() == ".json" else _yaml(text)
+    return parse_json(text, deepest=MAX_DEPTH) if file.suffix.lower() == ".json" else _yaml(text)
 
 
 def read_text(file: Path) -> str:
@@ -58,16 +52,7 @@ def read_text(file: Path) -> str:
         data = file.read_bytes()
     except OSError as error:
         raise DocumentError(error.strerror or str(error)) from error
-    for mark, encoding in _MARKS.items():
-        if data.startswith(mark):
-            raise DocumentError(f"it is {encoding}; save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DocumentError(f"byte {error.start} ({data[error.start]:#04x}) is not UTF-8; save it as UTF-8") from error
-    if "\0" in text:
-        raise DocumentError(f"it holds a NUL byte on line {_line(text, text.index(chr(0)))}; it is no text file")
-    return text
+    return decode_text(data)
 
 
 def checked_text(value: str) -> str:
@@ -85,61 +70,10 @@ def checked_text(value: str) -> str:
     return value.strip()
 
 
-def printable(text: str) -> str:
-    """`text` on one line that can be encoded: names of files may hold newlines, and bytes that are not UTF-8."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _line(text: str, place: int) -> int:
-    return text.count("\n", 0, place) + 1
-
-
-# ------------------------------------------------------------------------------------------------ JSON
-
-
-def _json(text: str) -> Any:
-    try:
-        return json.loads(
-            text, object_pairs_hook=_unique, parse_int=_json_int, parse_float=_json_float, parse_constant=_json_constant
-        )
-    except json.JSONDecodeError as error:
-        raise DocumentError(f"it is not JSON: {error}") from error
-    except RecursionError:
-        raise DocumentError(f"it nests deeper than {MAX_DEPTH} levels, which is the limit") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = set()
-    for key, _ in pairs:
-        if key in keys:
-            raise DocumentError(f"the key {shown(key)} appears twice in one object; keep one")
-        keys.add(key)
-    return dict(pairs)
-
-
-def _json_int(digits: str) -> int:
-    _check_digits(digits)
-    return int(digits)
-
-
-def _json_float(digits: str) -> float:
-    _check_digits(digits)
-    return float(digits)
-
-
-def _json_constant(name: str) -> float:
-    raise DocumentError(f"it holds {name}, which is not JSON; give a finite number")
-
-
-def _check_digits(number: str, where: str = "") -> None:
-    if len(number) > MAX_DIGITS:
-        raise DocumentError(f"{where}a number has {len(number):,} digits; the limit is {MAX_DIGITS}")
-
-
 # ------------------------------------------------------------------------------------------------ YAML
 
 
-def _yaml(text: str) -> Any:
+def _yaml(text: str) -> object:
     try:
         checker = _Checker()
         for event in yaml.parse(text, _LOADER):
@@ -178,7 +112,7 @@ class _Checker:
         self._path: list[_Open] = []  # the lists and mappings around the next event, from outside to inside
         self._sizes: dict[str, int] = {}  # values under each anchor
 
-    def check(self, event: Any) -> None:
+    def check(self, event: yaml.Event) -> None:
         if isinstance(event, yaml.CollectionEndEvent):
             ended = self._path.pop()
             self._count(ended.values, ended.anchor, event)
@@ -193,7 +127,7 @@ class _Checker:
                 if event.implicit[0]:
                     _check_number(event.value, _place(event))
                 self._count(1, event.anchor, event)
-            else:
+            elif isinstance(event, yaml.CollectionStartEvent):
                 _check_tag(event, (None,))
                 self._path.append(_Open(event))
                 if len(self._path) > MAX_DEPTH:
@@ -212,7 +146,7 @@ class _Checker:
                 )
             around.keys.add(event.value)
 
-    def _count(self, values: int, anchor: str | None, event: Any) -> None:
+    def _count(self, values: int, anchor: str | None, event: yaml.Event) -> None:
         if anchor:
             self._sizes[anchor] = values
         if self._path:
@@ -223,7 +157,7 @@ class _Checker:
 
 def _check_number(value: str, where: str) -> None:
     if _NUMBER.fullmatch(value):
-        _check_digits(value, where)
+        check_digits(value, where)
     if _OCTAL.fullmatch(value):
         fix = f"write {value.lstrip('+-0') or 0}, or put it in quotes if it is text"
         raise DocumentError(f"{where}YAML reads {value} in base 8; {fix}")
@@ -232,16 +166,16 @@ def _check_number(value: str, where: str) -> None:
 class _Open:
     """A list or mapping whose end is still to come."""
 
-    def __init__(self, event: Any):
+    def __init__(self, event: yaml.CollectionStartEvent):
         self.anchor: str | None = event.anchor
         self.keys: set[str] | None = set() if isinstance(event, yaml.MappingStartEvent) else None
         self.children, self.values = 0, 1
 
 
-def _check_tag(event: Any, known: tuple[str | None, ...]) -> None:
+def _check_tag(event: yaml.ScalarEvent | yaml.CollectionStartEvent, known: tuple[str | None, ...]) -> None:
     if event.tag not in known:
         raise DocumentError(f"{_place(event)}the tag {shown(event.tag)} means nothing here; if it is text, quote it")
 
 
-def _place(event: Any) -> str:
+def _place(event: yaml.Event) -> str:
     return f"line {event.start_mark.line + 1}: "

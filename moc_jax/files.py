@@ -13,8 +13,10 @@ from pathlib import Path
 from etils import epath
 
 from moc_jax.config import ConfigError
+from moc_jax.showing import named
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,10})\.tmp", re.DOTALL)
+_PARTIAL_FOLDER = ".partial"
 _WRONG_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:/(?!/)")  # one slash is missing; "C:/" is a Windows drive
 
 _FIXES = {
@@ -68,13 +70,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Where to make what shall be the folder `path`: it appears there when the block ends well, else nothing is left.
 
-    It is made as `.<name>.partial` beside it. The caller sees to it that no other process makes it too, and removes
-    what a killed one left.
+    It is made as `.<name>.partial` beside it. The caller sees to it that no other process makes it too, and calls
+    `remove_partial_folders` for what killed ones left.
 
     Raises:
         OSError: the folder, or a file in it, cannot be made.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{_PARTIAL_FOLDER}")
     partial.mkdir()
     try:
         yield partial
@@ -83,6 +85,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partial_folders(parent: Path) -> None:
+    """Removes what killed processes left of a `whole_folder` in `parent`, where nobody may be making one."""
+    for leftover in parent.glob(f".*{_PARTIAL_FOLDER}"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -196,7 +204,7 @@ def prove_folder(folder: str | os.PathLike, *, setting: str) -> None:
             os.makedirs(text, exist_ok=True)
             _write_probe(Path(text, probe))
     except Exception as error:  # an address asks for packages, credentials and networks: anything may be raised
-        raise ConfigError(f"{setting} {_shown(text)} cannot be written: {_cause(error, text)}") from error
+        raise ConfigError(f"{setting} {named(text)} cannot be written: {_cause(error, text)}") from error
 
 
 def prove_file(path: Path, *, setting: str) -> None:
@@ -205,7 +213,7 @@ def prove_file(path: Path, *, setting: str) -> None:
     Folders that are made for the proof are removed again.
     """
     if _WRONG_SCHEME.match(os.fspath(path)):
-        raise ConfigError(f"{setting} {_shown(path)} is an address; give a path of a file system")
+        raise ConfigError(f"{setting} {named(path)} is an address; give a path of a file system")
     _check_spelling(os.fspath(path), setting)
     made = [folder for folder in path.absolute().parents if not os.path.lexists(folder)]
     try:
@@ -215,7 +223,7 @@ def prove_file(path: Path, *, setting: str) -> None:
         remove_leftovers(path.parent, path.name)
         _write_probe(_partial(path))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting} {_shown(path)} cannot be written: {_cause(error, os.fspath(path))}") from error
+        raise ConfigError(f"{setting} {named(path)} cannot be written: {_cause(error, os.fspath(path))}") from error
     finally:
         for folder in made:  # the deepest first
             with contextlib.suppress(OSError):
@@ -226,9 +234,9 @@ def _check_spelling(text: str, setting: str) -> None:
     if not text.strip():
         raise ConfigError(f"{setting} is empty; give a path")
     if "\0" in text:
-        raise ConfigError(f"{setting} {_shown(text)} holds a NUL character, which no path can hold; give another")
+        raise ConfigError(f"{setting} {named(text)} holds a NUL character, which no path can hold; give another")
     if _WRONG_SCHEME.match(text):
-        raise ConfigError(f"{setting} {_shown(text)} lacks a slash; an address begins with {text.split(':')[0]}://")
+        raise ConfigError(f"{setting} {named(text)} lacks a slash; an address begins with {text.split(':')[0]}://")
 
 
 def _write_probe(probe: Path) -> None:
@@ -263,9 +271,3 @@ def _in_the_way(text: str) -> str:
         if os.path.lexists(path) and not path.is_dir():
             return str(path)
     return text
-
-
-def _shown(path: str | os.PathLike) -> str:
-    """As it can be printed, and cut to a line."""
-    text = os.fspath(path).encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-    return text if len(text) <= 200 else f"{text[:120]}… ({len(text)} characters)"

@@ -15,18 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Protocol
 
 import jax
 import numpy as np
-from jax._src import distributed  # the store has no public name
+from jax._src import distributed  # the one private part of jax here; tests/test_processes.py names what is gone of it
 from jax.experimental import multihost_utils
 
 from moc_jax.config import ConfigError, MeshConfig
 from moc_jax.errors import root_cause
 
 _PATIENCE = 1000  # ms per request: between two, a signal is heard
-_JAX_HEARTBEAT = 100  # s, what jax takes by itself
 _VERDICT = 10  # s after the heartbeat, at most, until the watchers say who is lost
 _JOINING = 60_000  # ms for what process 0 does at once
 
@@ -59,20 +58,19 @@ def join(cfg: MeshConfig) -> None:
 
 def _join_cluster(cfg: MeshConfig) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # until training, SIGTERM ends a process as usual
-    timeout: dict[str, Any] = {} if cfg.heartbeat == _JAX_HEARTBEAT else {"heartbeat_timeout_seconds": cfg.heartbeat}
     try:
         jax.distributed.initialize(
             cfg.coordinator or None,
             cfg.num_processes or None,
             None if cfg.process_id == -1 else cfg.process_id,
-            **timeout,
+            heartbeat_timeout_seconds=cfg.heartbeat,
         )
     except ValueError as error:
         raise ConfigError(
             f"mesh.distributed: {error} Nothing around this process tells it, so give --mesh.coordinator host:port, "
             "--mesh.num-processes and --mesh.process-id"
         ) from error
-    state = distributed.global_state
+    state = distributed.global_state  # jax's public functions start the devices, which needs all other processes
     if state.client is not None and state.num_processes > 1:
         _watch(state.process_id, str(state.coordinator_address), cfg.heartbeat)
 
@@ -136,7 +134,7 @@ class StopPoint:
     """
 
     def __init__(self) -> None:
-        self._manager = distributed._jax.create_preemption_sync_manager()
+        self._manager = distributed._jax.create_preemption_sync_manager()  # jax has a public one for itself alone
         self._manager.initialize(_store())
         self._calls = 0
 
@@ -199,8 +197,17 @@ def _expect(what: str, process: int) -> None:
         raise ProcessError(f"process {process} could not {what}: {outcome}")
 
 
-def _store() -> Any:
-    return distributed.global_state.client
+class _Store(Protocol):
+    """The key-value store of jax's coordination service, which has no public name."""
+
+    def key_value_set(self, key: str, value: str) -> None: ...
+    def blocking_key_value_get(self, key: str, timeout_in_ms: int) -> str: ...
+
+
+def _store() -> _Store:
+    client: _Store | None = distributed.global_state.client
+    assert client is not None  # a run of several processes has joined
+    return client
 
 
 def _key(what: str, process: int) -> str:

@@ -85,6 +85,7 @@ def as_array(name: str, x: object, *, integers: bool = False) -> Array:
 
 def concrete(x: object) -> np.ndarray | None:
     """The values of an array; None where they aren't known here: while tracing, or on other processes' devices."""
-    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    try:
+        return None if isinstance(x, jax.Array) and not x.is_fully_addressable else np.asarray(x)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         return None
-    return np.asarray(x)

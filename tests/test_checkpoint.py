@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from moc_jax import checkpoint, models
+from moc_jax import __version__, checkpoint, models
 from moc_jax.checkpoint import CheckpointError, Checkpoints, load_for_sampling
 from moc_jax.config import Config, ConfigError, HashConfig, MeshConfig, MMDiTConfig, PcaConfig, TrainConfig
 from moc_jax.digest import tree_digests
@@ -395,6 +395,36 @@ def test_weights_of_another_shape_are_named(two):
         checkpoints.restore(target, accept)
     checkpoints.close()
     assert checkpoints.steps == [3, 5]
+
+
+@pytest.mark.parametrize(("written", "fix"), [(1, "with the version that wrote it"), (3, "Update moc_jax")])
+def test_another_format_is_refused_wherever_it_is_read(folder, monkeypatch, written, fix):
+    """And is no damage: it stays where it is, and no older one is taken in its place."""
+    state, target = state_on(mesh_of(1))
+    checkpoints = Checkpoints(str(folder), TrainConfig())
+    save(checkpoints, 3, state)
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", written)
+        save(checkpoints, 5, state)
+        checkpoints.wait()
+    message = (
+        rf"checkpoints/5 is of format {written}, written by moc_jax {__version__}, but .* reads format 2\. .*{fix}"
+    )
+    monkeypatch.setattr(checkpoint, "_read_arrays", lambda *arguments: pytest.fail("it read the arrays"))
+    run = str(folder.parent)
+    for read in (
+        lambda: checkpoints.restore(target, accept),
+        lambda: load_for_sampling(run),
+        lambda: checkpoint.load_codec_state(run),
+        lambda: checkpoint.newest_config(run),
+        lambda: checkpoint.saved_config(run),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read()
+    assert checkpoints.steps == [3, 5]
+    assert checkpoint.saved_config(run, 3) == (CONFIG, 3)
+    checkpoints.close()
 
 
 # ------------------------------------------------------------------------------------------------ sampling

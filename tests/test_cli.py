@@ -217,7 +217,7 @@ def test_json_mistakes_are_named(edit, message):
 
 
 def test_json_that_is_cut_off_is_named():
-    with pytest.raises(ConfigError, match=r"old\.json is no JSON"):
+    with pytest.raises(ConfigError, match=r"old\.json: it is not JSON"):
         config_from_json(config_to_json(FULL)[:-9], name="old.json")
 
 

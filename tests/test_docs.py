@@ -206,10 +206,14 @@ def test_files_exist(page):
 
 # ------------------------------------------------------------------------------------------------ snippets
 
-_WITH_PYTHON = [page for page in PAGES if _blocks(page, "python")]
+_WITH_PYTHON = [
+    pytest.param(page, id=page.name, marks=[] if page.parent == ROOT else pytest.mark.long)  # each call compiles anew
+    for page in PAGES
+    if _blocks(page, "python")
+]
 
 
-@pytest.mark.parametrize("page", _WITH_PYTHON, ids=lambda path: path.name)
+@pytest.mark.parametrize("page", _WITH_PYTHON)
 def test_python_snippets_run(page):
     """All of a page's, one after another, as a reader would."""
     names: dict = {}
@@ -238,6 +242,23 @@ def test_storyboards_and_captions_are_read(page, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_the_picture_of_the_modules_is_the_package(monkeypatch):
+    """Each module is in it, and imports only what lies in lower layers."""
+    monkeypatch.syspath_prepend(DOCS / "pictures")
+    layers = importlib.import_module("house").LAYERS
+    depth = {module: i for i, (_, modules) in enumerate(layers) for module in modules}
+    folder = ROOT / "moc_jax"
+    there = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(depth) == there - {"__init__"}, "docs/pictures/house.py: LAYERS and moc_jax/ differ"
+    for path in folder.rglob("*.py"):
+        module = path.relative_to(folder).with_suffix("").parts[0]
+        imports = set(re.findall(r"(?:from|import) moc_jax\.(\w+)", path.read_text()))
+        imports = (imports | set(re.findall(r"from moc_jax import (\w+)", path.read_text())) & there) - {module}
+        if module != "__init__":
+            up = {other for other in imports if depth[other] <= depth[module]}
+            assert not up, f"{path.relative_to(ROOT)} imports {up}, which are not below {module} in the picture"
 
 
 def test_pictures_are_drawn_from_what_is_there(tmp_path, monkeypatch):

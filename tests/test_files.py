@@ -78,7 +78,7 @@ def test_a_process_with_the_id_of_the_dead_writer_removes_its_leftover(tmp_path)
     [
         ("", r"workdir is empty; give a path"),
         ("  ", r"workdir is empty"),
-        ("a\0b", r"workdir a\\0b holds a NUL character"),
+        ("a\0b", r"workdir a\\x00b holds a NUL character"),
         ("file", r"workdir \S*file cannot be written: \S+file is a file; give another name"),
         ("file/below", r"workdir \S*below cannot be written: \S+file is a file"),
         ("dangling", r"dangling is a file"),

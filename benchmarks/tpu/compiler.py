@@ -43,12 +43,12 @@ class Chip:
     @property
     def cores(self) -> int:
         """That share a program as one device."""
-        return device.CORES.get(self.kind, 1)
+        return device.Chip(self.kind).cores
 
     @property
     def info(self) -> pltpu.TpuInfo:
         """What Pallas knows of one core."""
-        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(self.kind.removeprefix("tpu")), 1)
+        return device.Chip(self.kind).info
 
     @property
     def clock(self) -> float:

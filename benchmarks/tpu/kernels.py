@@ -1,6 +1,6 @@
 """The kernels whose schedules are compared, each pass of each as a program of its own.
 
-A new kernel is a function from pass, blocks and head size to a `Program`, and a line in KERNELS.
+A new kernel is a function from pass, blocks, head size and chip to a `Program`, and a line in KERNELS.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from moc_jax.attention.layout import Tiles
 from moc_jax.attention.pallas_tpu import flash, flash_backward
-from moc_jax.attention.pallas_tpu.device import ROWS
-from moc_jax.attention.pallas_tpu.tiles import Tiles
+from moc_jax.attention.pallas_tpu.device import ROWS, Chip
 
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
@@ -67,9 +67,9 @@ class Blocks:
         return cls(sizes[0], sizes[1], sizes[-1])
 
     @classmethod
-    def of(cls, tiling: flash.Tiling | flash_backward.Tiling, keys: int | None = None) -> Self:
+    def of(cls, tiling: flash.ForwardTiling | flash_backward.GradientTiling, keys: int | None = None) -> Self:
         """Those of a tiling of ours; the backward one is for tiles of so many keys."""
-        if isinstance(tiling, flash.Tiling):
+        if isinstance(tiling, flash.ForwardTiling):
             at_once = tiling.compute_keys, tiling.compute_queries, tiling.ahead
             return cls(tiling.queries, tiling.keys, *at_once, short=tiling.short)
         if keys is None:
@@ -77,14 +77,14 @@ class Blocks:
         return cls(tiling.block, keys, tiling.at_once, transposed=tiling.transposed)
 
     @property
-    def forward(self) -> flash.Tiling:
+    def forward(self) -> flash.ForwardTiling:
         """As our forward kernel takes them."""
-        return flash.Tiling(self.q, self.kv, self.rows or self.q, self.compute, self.ahead or 0, self.short)
+        return flash.ForwardTiling(self.q, self.kv, self.rows or self.q, self.compute, self.ahead or 0, self.short)
 
     @property
-    def backward(self) -> flash_backward.Tiling:
+    def backward(self) -> flash_backward.GradientTiling:
         """As our backward kernel takes them, whose tiles have `kv` rows."""
-        return flash_backward.Tiling(block=self.q, at_once=self.compute, transposed=bool(self.transposed))
+        return flash_backward.GradientTiling(block=self.q, at_once=self.compute, transposed=bool(self.transposed))
 
     def __str__(self) -> str:
         size = f"{self.q}x{self.kv}x{self.compute}" + (f" ({self.short[0]}x{self.short[1]})" if self.short else "")
@@ -102,8 +102,9 @@ class Program:
     """Start of the kernel's name."""
 
 
-def splash(way: Pass, blocks: Blocks, head_dim: int) -> Program:
+def splash(way: Pass, blocks: Blocks, head_dim: int, chip: str) -> Program:
     """jax's own splash attention in bfloat16 without a mask, the backward pass as one kernel."""
+    del chip
     tokens = math.lcm(blocks.q, blocks.kv)
     tokens *= max(2, _LEAST_TOKENS // tokens)
     heads = math.ceil(_LEAST_BYTES / (2 * tokens * head_dim))
@@ -128,17 +129,17 @@ def splash(way: Pass, blocks: Blocks, head_dim: int) -> Program:
     return Program(function=backward, arguments=(array,) * 4, kernel="splash_mha_dkv")
 
 
-def anchors(way: Pass, blocks: Blocks, head_dim: int) -> Program:
+def anchors(way: Pass, blocks: Blocks, head_dim: int, chip: str) -> Program:
     """Our kernels as anchors run them: all heads share the tiles, which walk several runs; dq is a sum over tiles."""
-    return _ours(way, blocks, head_dim, runs=_RUNS[way], picks=False)
+    return _ours(way, blocks, head_dim, chip, runs=_RUNS[way], picks=False)
 
 
-def picks(way: Pass, blocks: Blocks, head_dim: int) -> Program:
+def picks(way: Pass, blocks: Blocks, head_dim: int, chip: str) -> Program:
     """Our kernels as picks run them: each head has its tiles, of one chunk each, which a block of keys holds."""
-    return _ours(way, blocks, head_dim, runs=1, picks=True)
+    return _ours(way, blocks, head_dim, chip, runs=1, picks=True)
 
 
-def _ours(way: Pass, blocks: Blocks, head_dim: int, *, runs: int, picks: bool) -> Program:
+def _ours(way: Pass, blocks: Blocks, head_dim: int, chip: str, *, runs: int, picks: bool) -> Program:
     """One of our kernels in bfloat16; its tables are data, so that they say nothing of the scene but their size."""
     rows = -(-_LEAST_BYTES // (2 * _HEADS * head_dim))
     rows = -(-rows // blocks.q) * blocks.q
@@ -153,16 +154,16 @@ def _ours(way: Pass, blocks: Blocks, head_dim: int, *, runs: int, picks: bool) -
     def forward(q, k, v, table, first_head):
         longest = blocks.kv - ROWS + 1 if picks else None
         operands = q, k, v, Tiles(table), first_head
-        return flash.forward(*operands, longest_run=longest, packed=picks, tiling=blocks.forward)
+        return flash.forward(*operands, longest_run=longest, packed=picks, tiling=blocks.forward, chip=Chip(chip))
 
     def backward(q, k, v, d_out, lse, delta, table, first_head):
         operands = q, k, v, d_out, lse, delta, Tiles(table), first_head
-        way = dict(accumulate=not picks, d_q_type=jnp.float32)
-        return flash_backward.gradients(*operands, rows=blocks.kv, tiling=blocks.backward, **way)
+        how = dict(accumulate=not picks, d_q_type=jnp.float32, chip=Chip(chip))
+        return flash_backward.gradients(*operands, rows=blocks.kv, tiling=blocks.backward, **how)
 
     if way == "forward":
         return Program(function=forward, arguments=(q, k, k, table, first_head), kernel="moc_forward")
     return Program(function=backward, arguments=(q, k, k, q, row, row, table, first_head), kernel="moc_gradients")
 
 
-KERNELS: dict[str, Callable[[Pass, Blocks, int], Program]] = {"splash": splash, "anchors": anchors, "picks": picks}
+KERNELS: dict[str, Callable[[Pass, Blocks, int, str], Program]] = {"splash": splash, "anchors": anchors, "picks": picks}

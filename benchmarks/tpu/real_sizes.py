@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from benchmarks.settings import SETTINGS, Setting, multi_shot
 from benchmarks.tpu.worker import compiled, memory
 from moc_jax.attention.api import moc_attention
+from moc_jax.attention.pallas_tpu.device import Tpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +47,14 @@ SCENES = {
 PARTS = ("forward", "gradients")
 
 
-def program(scene: Scene, part: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def program(scene: Scene, part: str, chip: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function and the shapes of its arguments."""
-    cfg, table = scene.setting.moc, scene.setting.table()
+    cfg, table, backend = scene.setting.moc, scene.setting.table(), Tpu(chip=chip)
     table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), table)
     q = jax.ShapeDtypeStruct((*table.chunk_of.shape, scene.heads, scene.dim), scene.dtype)
 
     def forward(q, k, v, table):
-        return moc_attention(q, k, v, table, cfg, backend="pallas_tpu")
+        return moc_attention(q, k, v, table, cfg, backend=backend)
 
     def gradients(q, k, v, d_out, table):
         out, backward = jax.vjp(lambda q, k, v: forward(q, k, v, table), q, k, v)
@@ -74,7 +75,7 @@ def main(chip: str, file: str, *names: str) -> None:
         scene, part = name.split("/")
         begin = time.process_time()
         try:
-            done = compiled(chip, *program(SCENES[scene], part))
+            done = compiled(chip, *program(SCENES[scene], part, chip))
             found[name] = {"kernels": kernels(done), "memory": memory(done)}
         except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}

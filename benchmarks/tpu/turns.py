@@ -6,7 +6,6 @@ turn of each loop; a test holds the loops that a kernel has against what is coun
 
 import dataclasses
 import functools
-import math
 import re
 
 import jax
@@ -18,9 +17,21 @@ from benchmarks.settings import Setting
 from benchmarks.tpu import listing
 from moc_jax.attention import routing
 from moc_jax.attention.api import route
-from moc_jax.attention.pallas_tpu import attend, device, flash, moves, pairs, pool, ranks, router, tiles, tuning
+from moc_jax.attention.layout import Tiles, queries_of
+from moc_jax.attention.pallas_tpu import (
+    attend,
+    device,
+    flash,
+    flash_backward,
+    moves,
+    pairs,
+    pool,
+    ranks,
+    router,
+    tuning,
+)
 from moc_jax.attention.pallas_tpu.placement import Placement
-from moc_jax.attention.pallas_tpu.plan import Plan, key_rows, plan
+from moc_jax.attention.pallas_tpu.plan import OrderedTiles, key_rows, ordered_tiles
 from moc_jax.scene import VIDEO
 
 _CHUNKS_AT_ONCE = 8  # that `look_up` goes through in a turn
@@ -61,12 +72,11 @@ class Scene:
     def blocks(self) -> tuning.Blocks:
         if self.sizes is not None:
             return self.sizes
-        with device.compiled_for(self.chip):
-            return tuning.blocks(self.setting.moc, self.table, self.dim, jnp.bfloat16)
+        return tuning.blocks(self.setting.moc, self.table, self.dim, jnp.bfloat16, device.Chip(self.chip))
 
     @functools.cached_property
-    def plan(self) -> Plan:
-        return jax.jit(lambda table: plan(table, self.setting.moc, self.blocks))(self.table)
+    def plan(self) -> OrderedTiles:
+        return jax.jit(lambda table: ordered_tiles(queries_of(table), table, self.setting.moc, self.blocks))(self.table)
 
     @property
     def chunks(self) -> int:
@@ -80,10 +90,10 @@ class Scene:
     def placement(self) -> Placement:
         """Shapes, of one scene."""
         shape = jax.ShapeDtypeStruct((1, self.heads, *self.table.chunk_of.shape[1:], self.setting.moc.top_k), jnp.int32)
-        place = functools.partial(attend._place, table=self.table, blocks=self.blocks, dim=self.dim, dtype=jnp.bfloat16)
+        static = attend._Static(device.Chip(self.chip), self.blocks, self.table.max_chunk, self.table.text_tokens, 0)
+        place = functools.partial(attend._place, table=self.table, static=static, dim=self.dim, dtype=jnp.bfloat16)
         order = self.plan.order
-        with device.compiled_for(self.chip):
-            return jax.eval_shape(lambda routes: place(routes, order), shape)
+        return jax.eval_shape(lambda routes: place(routes, order), shape)
 
     @property
     def step(self) -> int:
@@ -116,8 +126,7 @@ class Scene:
     @property
     def groups(self) -> int:
         """Of heads."""
-        with device.compiled_for(self.chip):
-            return attend._groups(self.heads, self.placement, self.dim, jnp.bfloat16)
+        return attend._groups(self.heads, self.placement, self.dim, jnp.bfloat16, device.Chip(self.chip))
 
     def pick_tiles(self, size: int) -> np.ndarray:
         """Tiles of slots of each chunk."""
@@ -180,7 +189,7 @@ def walk_cycles(schedule: listing.Schedule, walk: Walk) -> float:
     return found + others + sum(schedule.conditional_cycles) * walk.tiles
 
 
-def _queries(found: tiles.Tiles, tiling: flash.Tiling, last_block: int, heads: int) -> Walk:
+def _queries(found: Tiles, tiling: flash.ForwardTiling, last_block: int, heads: int) -> Walk:
     """Blocks of keys that are not all a run's go part by part."""
     runs = np.asarray(found.table[0, 0], int).reshape(found.count, -1, 2)
     steps, partial, parts = np.zeros(found.count, int), 0, 0
@@ -200,9 +209,9 @@ def _queries(found: tiles.Tiles, tiling: flash.Tiling, last_block: int, heads: i
     return dataclasses.replace(walk, others=tuple(heads * n for n in others), other_steps=heads * partial)
 
 
-def _keys(found: tiles.Tiles, block: int, heads: int) -> Walk:
+def _keys(found: Tiles, block: int, heads: int) -> Walk:
     runs = found.table[0, 0, :, 3:]
-    _, counts = tiles.blocks_of(runs[:, 0::2], runs[:, 1::2], block)
+    _, counts = flash_backward._blocks_of(runs[:, 0::2], runs[:, 1::2], block)
     return _walk(np.asarray(counts, int).sum(axis=1), heads)
 
 
@@ -263,18 +272,18 @@ def _columns(s: Scene) -> list[tuple[int, ...]]:
 
 
 def _router(s: Scene) -> list[tuple[int, ...]]:
-    tiling = router.Tiling.of(s.table.chunk_of.shape[1], s.setting.moc.top_k)
+    tiling = router.tiling_of(s.table.chunk_of.shape[1], s.setting.moc.top_k)
     last = np.asarray(routing.candidate_runs(s.table, s.setting.moc)[2])[0]
     of = np.asarray(s.table.chunk_of)[0]
     until = np.pad(np.where(of >= 0, last[np.maximum(of, 0)], 0), (0, -len(of) % tiling.block))
     used = -(-until.reshape(-1, tiling.block).max(axis=1) // tiling.chunks)
-    merges = tiling.block // device.LANES // tiling.merged
+    merges = tiling.block // device.LANES // router._merged(tiling)
     more = s.heads * int(np.maximum(used - 1, 0).sum())
     return [(s.heads * len(used), more, s.heads * int((used > 0).sum()) * merges)]
 
 
 def _ranks(s: Scene) -> list[tuple[int, ...]]:
-    tiling = ranks.Tiling.of(s.window, s.setting.moc.top_k)
+    tiling = ranks.tiling_of(s.window, s.setting.moc.top_k)
     picks = s.routes.reshape(s.windows, s.window, -1).max(axis=2)
     picks = np.pad(picks, ((0, 0), (0, -s.window % tiling.block)), constant_values=-1)
     used = (picks.reshape(-1, tiling.block).max(axis=1) + tiling.chunks) // tiling.chunks
@@ -328,25 +337,11 @@ def _move(s: Scene) -> list[tuple[int, ...]]:
     return [turns, turns[:1] + turns[2:]]
 
 
-def _move_lanes(s: Scene) -> list[tuple[int, ...]]:
-    """The grid, clearing, pieces, some vectors of a piece."""
-    lines, columns = s.heads * s.setting.moc.top_k, s.plan.order.rows
-    rows = -(-lines // device.ROWS)
-    fit = max(1, moves._BUFFER // (4 * rows * device.ROWS) // moves._COLUMNS)
-    tile = min(fit * moves._COLUMNS, moves._MOST_COLUMNS, columns)
-    tiles = -(-columns // tile)
-    pieces = tiles + 2 * s.setting.shots + 1
-    at_once = math.gcd(tile // device.LANES, max(1, moves._REGISTERS // rows))
-    turns = tiles, 0, pieces, pieces * (tile // device.LANES // at_once)
-    return [turns, turns[:1] + turns[2:]]
-
-
 # Turns of each loop of a kernel; several answers where a loop may be missing.
 _TURNS = {
     "moc_columns": _columns,
     "moc_pool": _pool,
     "moc_move": _move,
-    "moc_move_lanes": _move_lanes,
     "moc_router": _router,
     "moc_ranks": _ranks,
     "moc_look_up": _look_up,

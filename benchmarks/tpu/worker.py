@@ -16,26 +16,24 @@ from jax.experimental import topologies
 
 from benchmarks.tpu.compiler import CHIPS
 from benchmarks.tpu.kernels import KERNELS, PASSES, Blocks
-from moc_jax.attention.pallas_tpu import device
 
 
 def main(chip: str, kernel: str, way: str, blocks: str, head_dim: str, file: str) -> None:
     """Compiles for one device."""
     (of,) = (each for each in PASSES if each == way)
-    program = KERNELS[kernel](of, Blocks(**json.loads(blocks)), int(head_dim))
+    program = KERNELS[kernel](of, Blocks(**json.loads(blocks)), int(head_dim), chip)
     found = {"kernel": program.kernel, "memory": memory(compiled(chip, program.function, program.arguments))}
     pathlib.Path(file).write_text(json.dumps(found))
 
 
 def compiled(chip: str, function: Callable[..., Any], arguments: Any) -> jax.stages.Compiled:
-    """The program for one device of chips that aren't there; arguments are shapes."""
+    """The program for one device of chips that aren't there; arguments are shapes, and kernels know their chip."""
     of = CHIPS[chip]
     devices = topologies.get_topology_desc(of.topology, "tpu", chip_config_name=of.config).devices[:1]
     assert devices[0].num_cores == of.cores
     sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), "device"), jax.P())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
-    with device.compiled_for(chip):
-        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).compile()
 
 
 def memory(program: jax.stages.Compiled) -> dict[str, int]:

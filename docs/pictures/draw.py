@@ -3,10 +3,17 @@
 import pathlib
 import sys
 
+import house
 import scene
+import walk
 
 HERE = pathlib.Path(__file__).parent
-PICTURES = {"scene.svg": scene.draw}
+PICTURES = {
+    "scene.svg": scene.draw,
+    "kernels.svg": walk.draw,
+    "house.svg": house.draw_layers,
+    "flow.svg": house.draw_flow,
+}
 
 
 def main(folder: pathlib.Path = HERE) -> None:

@@ -12,10 +12,8 @@ import numpy as np
 from frames import draw_frame
 from svg import FAINT, INK, LINE, MUTED, OWN, PICK, TEXT, Picture, number
 
-from moc_jax.attention.layout import queries_of
-from moc_jax.attention.routing import anchor_chunks, candidate_chunks, descriptors, select
-from moc_jax.config import ChunkConfig, MoCConfig
-from moc_jax.scene import VIDEO, SceneLengths, SceneShape, chunk_table
+from moc_jax import VIDEO, ChunkConfig, MoCConfig, SceneLengths, SceneShape, chunk_table, route
+from moc_jax.attention.routing import anchor_chunks, candidate_chunks
 
 SHOTS = (6, 8, 4, 6)  # latent frames
 CAPTIONS = (
@@ -52,16 +50,17 @@ class Scene:
         shape = SceneShape(shots=4, frames=sum(SHOTS), rows=SIDE, columns=SIDE, text_tokens=5 * WORDS)
         self.table = chunk_table(SceneLengths(jnp.asarray([SHOTS]), jnp.full((1, 5), WORDS)), shape, CFG.chunk)
         q, k = _queries_and_keys()
-        phi = descriptors(k, self.table)
-        self.picks = np.asarray(select(q, phi, queries_of(self.table), self.table, CFG))[0, 0]  # [N, K]
+        self.picks = np.asarray(route(q, k, self.table, CFG))[0, 0]  # [N, K]
         self.token = 5 * WORDS + QUERY[0] * SIDE**2 + QUERY[1]
-        self.scores = np.asarray(phi)[0, 0] @ np.asarray(q)[0, self.token, 0]  # [C]
         fields = ("kind", "shot", "start", "length", "chunk_of")
         self.kind, self.shot, self.start, self.length, self.chunk_of = (
             np.asarray(getattr(self.table, name))[0] for name in fields
         )
         self.anchors, self.candidates = (np.asarray(of(self.table, CFG))[0] for of in (anchor_chunks, candidate_chunks))
         self.own = int(self.chunk_of[self.token])
+        q, k = np.asarray(q)[0, self.token, 0], np.asarray(k)[0, :, 0]
+        means = [k[self.chunk_of == chunk].mean(axis=0) if n else 0 * q for chunk, n in enumerate(self.length)]
+        self.scores = np.asarray(means) @ q  # [C]
 
 
 def _queries_and_keys():

@@ -26,7 +26,6 @@ from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int
 
 Backend = Reference | Xla | Hopper | Tpu
-Part = tuple[Array, Array]  # output [B, Q, H, D], natural log-sum-exp [B, H, Q]
 Gradients = tuple[Array, Array, Array]
 
 BY_NAME: dict[str, type[Backend]] = {kind.name: kind for kind in (Reference, Xla, Hopper, Tpu)}
@@ -161,7 +160,7 @@ def resolve(
             chosen = Xla()
         types = "/".join(dict.fromkeys(str(x.dtype) for x in (q, *others)))
         kind = f"{types}, head dimension {q.shape[-1]}, "
-    _say_which(chosen.name, f"{kind}top_k {cfg.top_k} on {_where()}")
+    _say_which(chosen.name, f"{kind}top_k {cfg.top_k} on {jax.devices()[0].device_kind}")
     return chosen
 
 
@@ -173,13 +172,9 @@ def _kernels_for(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None) -> Hopp
     """The kernels that run here, if they can do such picks and such a q."""
     if gpu.is_hopper():
         return Hopper() if gpu_router.can_select(cfg) and (q is None or gpu.can_do(q)) else None
-    if tpu.is_target():
+    if tpu.is_tpu():
         return Tpu() if tpu_router.can_select(cfg) and (q is None or tpu.can_do(q)) else None
     return None
-
-
-def _where() -> str:
-    return f"TPU {tpu.chip()}" if tpu.is_target() else jax.devices()[0].device_kind
 
 
 @functools.cache

@@ -134,11 +134,13 @@ def check_query_chunk(query_chunk: Any, q: Array, table: ChunkTable) -> Array | 
                 "query_chunk, the chunk of each query token"
             )
         return None
+    if q.shape[1] == 0:
+        raise ValueError("q has no tokens; leave such a call out")
     values = concrete(query_chunk)
     query_chunk = as_array("query_chunk", query_chunk, integers=True)
     if query_chunk.shape != q.shape[:2]:
         raise ValueError(f"query_chunk has shape {query_chunk.shape}; for q of {q.shape} it must be {q.shape[:2]}")
-    if values is not None and values.size:
+    if values is not None:
         _check_runs(values, table)
     return query_chunk
 

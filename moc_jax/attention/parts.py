@@ -15,7 +15,7 @@ parts add up to the gradients of the whole.
 import jax
 import jax.numpy as jnp
 
-from moc_jax.attention.backends import Backend, Gradients, Part, implementation, resolve
+from moc_jax.attention.backends import Backend, Gradients, implementation, resolve
 from moc_jax.attention.checks import (
     check_query_chunk,
     check_routes,
@@ -25,9 +25,12 @@ from moc_jax.attention.checks import (
     check_vectors,
 )
 from moc_jax.attention.layout import Queries, queries_of
+from moc_jax.attention.statistics import Part, merge, row_dot
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int
+
+__all__ = ["Part", "anchor_gradients", "anchor_part", "delta_of", "merge", "pick_gradients", "pick_part"]
 
 
 def anchor_part(
@@ -68,18 +71,9 @@ def pick_part(
     return implementation(value).pick_part(q, k, v, routes, queries, table, cfg, value)
 
 
-def merge(*parts: Part) -> Part:
-    """Parts over disjoint keys as one (equation 2), in the first one's type; 0 and -inf where all are empty."""
-    outs, lses = zip(*parts, strict=True)
-    lse = jnp.stack(lses)
-    largest = jnp.max(lse, axis=0)
-    base = jnp.where(jnp.isneginf(largest), 0.0, largest)
-    weights = jnp.exp(lse - base)
-    total = jnp.sum(weights, axis=0)
-    shares = jnp.swapaxes(weights / jnp.where(total == 0, 1.0, total), 2, 3)[..., None]  # [parts, B, Q, H, 1]
-    # What an empty part holds is left out, not multiplied by 0.
-    out = sum(jnp.where(share == 0, 0.0, share * x.astype(jnp.float32)) for share, x in zip(shares, outs, strict=True))
-    return jnp.asarray(out, outs[0].dtype), base + jnp.log(total)
+def delta_of(out: Float[Array, "B Q H D"], d_out: Float[Array, "B Q H D"]) -> Float32[Array, "B H Q"]:
+    """What gradients need of the final output: d_out . out for each query."""
+    return jnp.swapaxes(row_dot(out, d_out), 1, 2)
 
 
 def anchor_gradients(
@@ -100,7 +94,7 @@ def anchor_gradients(
     Args:
         d_out: The gradient of the final output, in whose making the part had its share.
         lse: The final log-sum-exp, of all parts together.
-        delta: sum over D of d_out * out, with the final output.
+        delta: `delta_of(out, d_out)` with the final output.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `moc_attention`.

@@ -26,20 +26,20 @@ def anchor_runs(table: ChunkTable, cfg: MoCConfig) -> Runs:
     text, is_global = table.kind == TEXT, table.shot == GLOBAL
     split_text = cfg.mode == "moc" and cfg.text_anchor == "own+global"  # the captions in between are not seen
     groups = [text & is_global, text & ~is_global] if split_text else [text]
-    return _cover(anchor_chunks(table, cfg), [*groups, table.kind == VIDEO], table)
+    return _cover(anchor_chunks(table, cfg), [*groups, table.kind == VIDEO], table.start, table.length)
 
 
-def reader_runs(table: ChunkTable, cfg: MoCConfig) -> Runs:
-    """The queries that always read each chunk's keys."""
+def reader_runs(table: ChunkTable, cfg: MoCConfig, start: Int[Array, "B C"], length: Int[Array, "B C"]) -> Runs:
+    """The queries that always read each chunk's keys; each chunk's queries are `length` rows from `start` on."""
     readers = jnp.swapaxes(anchor_chunks(table, cfg), 1, 2)
-    return _cover(readers, [table.kind == TEXT, table.kind == VIDEO], table)
+    return _cover(readers, [table.kind == TEXT, table.kind == VIDEO], start, length)
 
 
-def _cover(seen: Bool[Array, "B C C"], groups: list[Array], table: ChunkTable) -> Runs:
-    far = table.chunk_of.shape[1]
+def _cover(seen: Bool[Array, "B C C"], groups: list[Array], start: Array, length: Array) -> Runs:
+    far = jnp.iinfo(jnp.int32).max
     begin, end = [], []
     for group in groups:
-        there = seen & (group & (table.length > 0))[:, None, :]
-        begin.append(jnp.min(jnp.where(there, table.start[:, None], far), axis=-1))
-        end.append(jnp.max(jnp.where(there, (table.start + table.length)[:, None], 0), axis=-1))
+        there = seen & (group & (length > 0))[:, None, :]
+        end.append(jnp.max(jnp.where(there, (start + length)[:, None], 0), axis=-1))
+        begin.append(jnp.minimum(jnp.min(jnp.where(there, start[:, None], far), axis=-1), end[-1]))
     return Runs(jnp.stack(begin, axis=1), jnp.stack(end, axis=1))

@@ -37,6 +37,7 @@ from jax import lax
 from moc_jax.attention import routing
 from moc_jax.attention.layout import Queries
 from moc_jax.attention.runs import Runs, anchor_runs
+from moc_jax.attention.statistics import row_dot
 from moc_jax.attention.xla_walk import (
     Walk,
     backward_step,
@@ -240,7 +241,7 @@ def _attend_forward(inputs, static):
 
 def _attend_backward(static, residuals, d_out):
     inputs, out, lse = residuals
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    delta = row_dot(out, d_out)
     return ((*_backward(inputs, d_out, lse, delta, static), None, None, None, None),)
 
 

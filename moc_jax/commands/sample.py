@@ -7,22 +7,20 @@ are sampled as one batch; --out and the pictures are then folders, with one file
 the same bytes. Settings that are not given here are those of the checkpoint.
 """
 
-import argparse
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 
-from moc_jax.checkpoint import CheckpointError, load_for_sampling, saved_config
+from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
+from moc_jax.commands.saved import saved_values
 from moc_jax.compilation import kept_programs
 from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
-from moc_jax.config.base import File, Folder, OptionalPath, Settings, expanded
+from moc_jax.config.base import File, Folder, OptionalPath, Settings
 from moc_jax.data import CaptionError, DataError, VideoError, write_video
-from moc_jax.documents import printable
 from moc_jax.processes import join
 from moc_jax.sampling.compare import mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler, SamplingError
@@ -30,6 +28,7 @@ from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_pictu
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
 from moc_jax.sharding import make_mesh
+from moc_jax.showing import printable
 from moc_jax.signals import Stop
 
 SAMPLE = "solver", "steps", "guidance", "shift", "order", "history_noise"  # settings of the checkpoint's `sample`
@@ -82,7 +81,12 @@ class Arguments(Settings):
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
-    args = parse(Arguments, argv, description=__doc__, defaults=_saved(argv) if {"-h", "--help"} & set(argv) else {})
+    args = parse(
+        Arguments,
+        argv,
+        description=__doc__,
+        defaults=saved_values(argv, SAMPLE) if {"-h", "--help"} & set(argv) else {},
+    )
     configure(Config(), 1, args)  # only a check: nothing is read for the sake of a setting that can't be
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
@@ -136,21 +140,6 @@ def configure(config: Config, step: int, args: Arguments) -> Config:
     sample = dataclasses.replace(config.sample, **_given(args, *SAMPLE))
     # How attention is computed is for this machine to say, not for the one that trained.
     return dataclasses.replace(config, moc=moc, sample=sample, attention=args.attention)
-
-
-def _saved(argv: Sequence[str]) -> dict[str, Any]:
-    """For `--help`: the values of the checkpoint that is named beside it."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--checkpoint")
-    first.add_argument("--step", type=int)
-    with contextlib.suppress(argparse.ArgumentError):  # help is what was asked for
-        given, _ = first.parse_known_args(list(argv))
-        if given.checkpoint:
-            config, step = saved_config(expanded(given.checkpoint, "--checkpoint"), given.step)
-            moc = config.moc_at(step - 1)
-            sample = {name: getattr(config.sample, name) for name in SAMPLE}
-            return {"checkpoint": given.checkpoint, "step": step, "top_k": moc.top_k, "chunk": moc.chunk.size, **sample}
-    return {}
 
 
 def _overridden(board: Storyboard, args: Arguments) -> Storyboard:

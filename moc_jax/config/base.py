@@ -12,11 +12,12 @@ import numbers
 import operator
 import os
 import pathlib
-import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
+
+from moc_jax.showing import shown
 
 INT32 = 2**31 - 1  # steps, sizes and positions are 32-bit numbers on the devices
 
@@ -40,7 +41,7 @@ class Settings:
 
     _prefix = ""
 
-    def __init_subclass__(cls, *, at: str = "", **options: Any):
+    def __init_subclass__(cls, *, at: str = "", **options: object):
         super().__init_subclass__(**options)
         cls._prefix = f"{at}." if at else ""
 
@@ -81,12 +82,13 @@ def kind_named(kinds: Mapping[str, type[Settings]], name: Any, at: str) -> type[
     return kinds[_choice(tuple(kinds), name, f"{at}.name")]
 
 
-def of_another_kind(kinds: Mapping[str, type[Settings]], name: str, field: str) -> str:
-    """What is wrong with `field` where it belongs to other kinds than `name`; empty where it belongs to none."""
-    owners = [other for other, kind in kinds.items() if field in field_kinds(kind)]
-    if not owners:
+def of_another_kind(kinds: Mapping[str, type[Settings]], kind: type[Settings], field: str) -> str:
+    """What is wrong with `field` where it belongs to other kinds than `kind`; empty where it belongs to none."""
+    owners = [name for name, other in kinds.items() if field in field_kinds(other)]
+    if not owners or field in field_kinds(kind):
         return ""
-    return f"{field} is a setting of {' and '.join(owners)}; {name} has {', '.join(field_kinds(kinds[name]))}"
+    (name,) = (name for name, other in kinds.items() if other is kind)
+    return f"{field} is a setting of {' and '.join(owners)}; {name} has {', '.join(field_kinds(kind))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Range:
     note: str = ""
     """What a value means that doesn't speak for itself: `0: no limit`."""
 
-    def __call__(self, kind: Any, value: Any, name: str) -> Any:
+    def __call__(self, kind: Any, value: object, name: str) -> Any:
         number = checked(kind, value, name)
         if not self.low <= number <= self.high:
             raise ConfigError(f"{name} is {shown(value)}; it must lie in {self}")
@@ -171,7 +173,7 @@ OptionalPath = Annotated[str, Place(optional=True)]
 File = Annotated[pathlib.Path, Place()]
 
 
-def checked(kind: Any, value: Any, name: str) -> Any:
+def checked(kind: Any, value: object, name: str) -> Any:
     """`value` as the type hint `kind` says, made of plain Python values.
 
     Raises:
@@ -198,38 +200,20 @@ def checked(kind: Any, value: Any, name: str) -> Any:
     return {int: _int, float: _float, bool: _bool, str: _text}[kind](value, name)
 
 
-def shown(value: Any) -> str:
-    """repr(value) for a message: cut short, whatever the value is."""
-    try:
-        return _SHORT.repr(value)
-    except Exception:  # whatever a foreign __repr__ raises
-        return f"one {type(value).__name__} too long to show"
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        if x.bit_length() < 400:
-            return repr(x)
-        return f"an integer of about {x.bit_length() * 3 // 10:,} digits"  # Python refuses to write the largest
-
-
-_SHORT = _Short(maxstring=120, maxother=160, maxlist=4, maxtuple=4, maxdict=4, maxlevel=3)
-
-
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """ "; did you mean ...?" for the one of `known` that `word` resembles, else nothing."""
     near = difflib.get_close_matches(word[:100], list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _choice(choices: tuple[str, ...], value: Any, name: str) -> str:
+def _choice(choices: tuple[str, ...], value: object, name: str) -> str:
     if not isinstance(value, str) or value not in choices:
         near = nearest(value.lower(), choices) if isinstance(value, str) else ""
         raise ConfigError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}{near}")
     return choices[choices.index(value)]
 
 
-def _entries(kinds: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
+def _entries(kinds: tuple[Any, ...], value: object, name: str) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
         fix = "" if kinds[-1] is Ellipsis else f" of {len(kinds)}"
         with contextlib.suppress(ConfigError):
@@ -242,11 +226,11 @@ def _entries(kinds: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
     return tuple(checked(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
 
 
-def _wrong_type(kind: type, value: Any, name: str, fix: str = "") -> ConfigError:
+def _wrong_type(kind: type, value: object, name: str, fix: str = "") -> ConfigError:
     return ConfigError(f"{name} is {shown(value)}; it must be of type {kind.__name__}{fix}")
 
 
-def _bool(value: Any, name: str) -> bool:
+def _bool(value: object, name: str) -> bool:
     if not isinstance(value, bool):
         raise _wrong_type(bool, value, name, ": True or False")
     return value
@@ -263,7 +247,7 @@ def _int(value: Any, name: str) -> int:
         raise _wrong_type(int, value, name) from None
 
 
-def _float(value: Any, name: str) -> float:
+def _float(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _wrong_type(float, value, name)
     try:
@@ -274,7 +258,7 @@ def _float(value: Any, name: str) -> float:
         raise _wrong_type(float, value, name) from None
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise _wrong_type(str, value, name, ": put it in quotes")
     text = str.__str__(value)  # plain, also from a subclass

@@ -1,6 +1,5 @@
 """Config files written in Python. Whatever is wrong with one is a ConfigError with the file, the line and the cause."""
 
-import codecs
 import contextlib
 import dataclasses
 import difflib
@@ -13,8 +12,10 @@ import types
 
 from moc_jax import config as config_module
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import check, expanded, nearest, shown
+from moc_jax.config.base import check, expanded, nearest
 from moc_jax.config.shipped import shipped_names
+from moc_jax.reading import DocumentError, decode_text
+from moc_jax.showing import shown
 
 
 def read_config_text(file: str) -> str:
@@ -33,17 +34,11 @@ def read_config_text(file: str) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"--config {file} can't be read: {error.strerror or error}") from error
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:2]
-    check(not wide, f"--config {file} is text in UTF-16 or UTF-32; save it as UTF-8")
-    line = data.count(b"\n", 0, max(data.find(b"\0"), 0)) + 1
-    check(b"\0" not in data, f"--config, line {line} of {file}: there is a NUL byte; save it as UTF-8 text")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            f"--config, line {line} of {file}: not UTF-8 text ({error.reason}); save it as UTF-8"
-        ) from error
+        return decode_text(data)
+    except DocumentError as error:
+        where = file if error.line is None else f"line {error.line} of {file}"
+        raise ConfigError(f"--config, {where}: {error.reason}") from error
 
 
 def _check_is_file(file: str, path: pathlib.Path) -> None:

@@ -24,7 +24,7 @@ def switched[S: Settings](settings: S, argv: Sequence[str]) -> S:
             settings = copy.copy(settings)
             object.__setattr__(settings, at, kind())
         for field in given:
-            if field not in field_kinds(kind) and (problem := of_another_kind(union, name, field)):
+            if problem := of_another_kind(union, kind, field):
                 raise ConfigError(f"--{at}.{field}: {problem}")
     return settings
 

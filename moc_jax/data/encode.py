@@ -10,14 +10,14 @@ import numpy as np
 from moc_jax.codecs import Codec, crop_frames, pixels_from_unit, pixels_to_unit
 from moc_jax.config import DataConfig
 from moc_jax.data.manifest import SceneEntry, ShotEntry
-from moc_jax.data.quality import MeanError
+from moc_jax.data.quality import MeanPSNR
 from moc_jax.data.shards import ShardWriter
 from moc_jax.data.sources import Source, Split
 from moc_jax.data.survey import Cut
 from moc_jax.data.video import VideoError, decode, resample
 from moc_jax.shapes import Float32, UInt8
 
-_MEASURED = 33  # frames of each scene on which the codec is measured: decoding all would take as long as encoding
+_MEASURED = 17  # frames of each shot on which the codec is measured: decoding all would take as long as encoding
 
 
 class SceneEncoder:
@@ -28,12 +28,12 @@ class SceneEncoder:
         self._cfg, self._codec, self._writer, self._patch = cfg, codec, writer, patch
         self.frames = 0
         """Encoded so far."""
-        self._errors: dict[Split, MeanError] = {}
+        self._quality: dict[Split, MeanPSNR] = {}
 
     @property
-    def errors(self) -> dict[str, float]:
-        """By split: mean squared error, in pixels of 0..255, of what the codec makes of the scenes."""
-        return {split: error.mean for split, error in self._errors.items()}
+    def quality(self) -> dict[str, float]:
+        """By split: mean over the shots of the PSNR of what the codec makes of their first frames."""
+        return {split: mean.value for split, mean in self._quality.items()}
 
     def scenes(self, source: Source, cuts: Sequence[Cut]) -> Iterator[SceneEntry]:
         """Writes the scenes of one file: its usable shots in order, split as evenly as can be.
@@ -57,8 +57,7 @@ class SceneEncoder:
                     ShotEntry(caption=source.captions.shot(index), frames=len(latents[-1]), start=starts[index])
                 )
                 self.frames += len(shot)
-                if len(entries) == 1:
-                    self._measure(source.split, shot, latents[0])
+                self._measure(source.split, shot, latents[-1])
             shard, record = self._writer.write(np.concatenate(latents), np.stack(stills))
             yield SceneEntry(
                 name=f"{source.name}#{number}",
@@ -81,7 +80,7 @@ class SceneEncoder:
     ) -> None:
         frames = crop_frames(min(len(shot), _MEASURED), self._codec.stride[0])
         decoded = self._codec.decode(latents[: self._codec.latent_frames(frames)])
-        self._errors.setdefault(split, MeanError()).add(shot[:frames], pixels_from_unit(decoded))
+        self._quality.setdefault(split, MeanPSNR()).add(shot[:frames], pixels_from_unit(decoded))
 
 
 def read_shots(

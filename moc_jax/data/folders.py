@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moc_jax.config import ConfigError
 from moc_jax.data import captions
+from moc_jax.showing import named
 
 # Containers and streams that FFmpeg reads and that hold moving pictures. Still pictures are not among them.
 _NAMES = """
@@ -90,7 +91,7 @@ def _existing(entry: str, field: str) -> Path:
         problem = "is a link to nothing" if os.path.islink(root) else "does not exist"
         raise ConfigError(f"data.{field}: {root} {problem} (seen from {Path.cwd()})") from None
     except OSError as error:
-        raise ConfigError(f"data.{field}: {entry[:200]!r} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"data.{field}: {named(entry)} cannot be read: {error.strerror}") from error
     if not (root.is_file() or root.is_dir()):
         raise ConfigError(f"data.{field}: {root} is neither a file nor a folder")
     return root.absolute()

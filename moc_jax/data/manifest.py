@@ -16,12 +16,11 @@ import numpy as np
 
 from moc_jax.codecs import Codec, load_codec
 from moc_jax.config import CodecConfig, Config, DataConfig
-from moc_jax.config.base import shown
 from moc_jax.config_json import settings_from_tree
-from moc_jax.data.quality import decibels
 from moc_jax.data.sources import Split
-from moc_jax.documents import printable
 from moc_jax.progress import track
+from moc_jax.reading import parse_json
+from moc_jax.showing import printable, shown
 
 VERSION = 3
 MANIFEST, CODEC = "manifest.json", "codec.npz"
@@ -78,13 +77,13 @@ class Manifest:
 
     folder: Path
     fingerprint: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     """Every setting that the content depends on, by its dotted name."""
     sources: dict[str, str]
     """Digest of each source, by name."""
     codec_fingerprint: str
-    codec_error: dict[str, float]
-    """By split: mean squared error of the codec's reconstruction in pixels of 0..255, over a part of each scene."""
+    codec_psnr: dict[str, float]
+    """By split: mean over the shots of the PSNR, in dB, of the codec's reconstruction of their first frames."""
     latent_shape: tuple[int, int, int]
     """Rows, columns and channels of a latent frame."""
     scenes: tuple[SceneEntry, ...]
@@ -118,7 +117,7 @@ class Manifest:
         """The PSNR of the codec's reconstruction, by split."""
         of = {"train": "training", "validation": "held-out"}
         return ", ".join(
-            f"PSNR {decibels(error):.1f} dB on {of[split]} scenes" for split, error in sorted(self.codec_error.items())
+            f"PSNR {value:.1f} dB on {of[split]} scenes" for split, value in sorted(self.codec_psnr.items())
         )
 
     def save(self) -> None:
@@ -139,7 +138,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     folder = Path(folder)
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError(f"it holds {shown(content)}")
         if content.pop("version", None) != VERSION:
@@ -150,7 +149,7 @@ def load_manifest(folder: str | Path) -> Manifest:
             raise ValueError("it was changed after it was written: its digest does not match")
         manifest = Manifest(folder=folder, **_fields(Manifest, content, "", left_out=("folder",)))
         _check_consistent(manifest)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete {folder} and prepare the data anew") from error
     for shard in manifest.shards:
         file = folder / shard.file
@@ -161,12 +160,12 @@ def load_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def _digest(content: dict[str, Any]) -> str:
+def _digest(content: dict[str, object]) -> str:
     """SHA-256 of what a manifest says, however it is laid out."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _fields(kind: type, tree: Any, where: str, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+def _fields(kind: type, tree: object, where: str, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fields of the dataclass `kind`, each of its type; raises ValueError naming the first that is not."""
     hints = _hints(kind)
     names = hints.keys() - set(left_out)
@@ -181,7 +180,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _value(kind: Any, tree: Any, where: str) -> Any:
+def _value(kind: Any, tree: object, where: str) -> Any:
     """What JSON holds, as `kind` says: a dataclass, tuple, dict, Literal, int, float or str."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -192,7 +191,11 @@ def _value(kind: Any, tree: Any, where: str) -> Any:
             return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, tree)))
     if origin is dict and isinstance(tree, dict):
         return {key: _value(arguments[1], value, f"{where}[{shown(key)}]") for key, value in tree.items()}
-    if kind is Any or (origin is Literal and tree in arguments) or (kind in (int, float, str) and type(tree) is kind):
+    if (
+        kind is object
+        or (origin is Literal and tree in arguments)
+        or (kind in (int, float, str) and type(tree) is kind)
+    ):
         return tree
     raise ValueError(f"{where} is {shown(tree)}; it must be {getattr(kind, '__name__', kind)}")
 
@@ -210,8 +213,8 @@ def _check_consistent(manifest: Manifest) -> None:
             raise ValueError(f"scenes[{k}] must have shots of at least one frame")
     if len({scene.name for scene in manifest.scenes}) < len(manifest.scenes):
         raise ValueError("two scenes have one name")
-    if not manifest.codec_error.keys() <= set(typing.get_args(Split)):
-        raise ValueError(f"codec_error is {shown(manifest.codec_error)}; it must be by split")
+    if not manifest.codec_psnr.keys() <= set(typing.get_args(Split)):
+        raise ValueError(f"codec_psnr is {shown(manifest.codec_psnr)}; it must be by split")
     if missing := COUNTS - manifest.counts.keys():
         raise ValueError(f"counts lacks {', '.join(sorted(missing))}")
 
@@ -264,13 +267,13 @@ _DATA_FIELDS = (
 )
 
 
-def settings_of(cfg: Config) -> dict[str, Any]:
+def settings_of(cfg: Config) -> dict[str, object]:
     """The settings that prepared data depends on, by dotted name, as JSON would give them back."""
     assert {f.name for f in dataclasses.fields(DataConfig)} >= set(_DATA_FIELDS)
     settings = {f"codec.{key}": value for key, value in dataclasses.asdict(cfg.codec).items()}
     settings |= {f"data.{key}": getattr(cfg.data, key) for key in _DATA_FIELDS}
     settings["model.patch[0]"] = cfg.model.patch[0]
-    return json.loads(json.dumps(settings))
+    return parse_json(json.dumps(settings))
 
 
 def check_settings(manifest: Manifest, cfg: Config) -> None:

@@ -43,9 +43,9 @@ from moc_jax.data.shards import ShardWriter
 from moc_jax.data.sources import Sources, find_sources
 from moc_jax.data.survey import Survey
 from moc_jax.data.video import VideoError
-from moc_jax.documents import printable
-from moc_jax.files import is_address, prove_folder, whole_folder
+from moc_jax.files import is_address, prove_folder, remove_partial_folders, whole_folder
 from moc_jax.progress import Progress
+from moc_jax.showing import printable
 
 
 def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
@@ -84,9 +84,8 @@ def prepare(cfg: Config, codec: Codec | None = None) -> Manifest:
         prove_folder(cache, setting="data.cache")
         with _only_one(cache):
             if not (folder / MANIFEST).is_file():
-                # What lies under these names is what killed runs left half done: nobody else is preparing now.
-                for leftover in (folder, *cache.glob(".*.partial")):
-                    shutil.rmtree(leftover, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)  # without a manifest it is nothing
+                remove_partial_folders(cache)  # nobody else is preparing now
                 with whole_folder(folder) as partial:
                     _make(cfg, sources, codec, fingerprint, partial)
     return _with_captions(_reported(folder, sources), cfg.text, cache)
@@ -207,7 +206,7 @@ def _build(cfg: Config, sources: Sources, codec: Codec | None, fingerprint: str,
         settings=settings_of(cfg),
         sources={s.name: s.digest for s in sources},
         codec_fingerprint=codec.fingerprint,
-        codec_error=encoder.errors,
+        codec_psnr=encoder.quality,
         latent_shape=latent_shape(cfg),
         scenes=tuple(scenes),
         shards=tuple(writer.shards),

@@ -6,7 +6,7 @@ import numpy as np
 
 from moc_jax.shapes import Shaped, UInt8, typed
 
-_PEAK = 255.0  # of pixels
+_EXACT = 99.0  # dB, what an exact reconstruction counts for in a mean
 
 
 @typed
@@ -21,28 +21,21 @@ def psnr(a: Shaped[np.ndarray, "*shape"], b: Shaped[np.ndarray, "*shape"]) -> fl
     """
     if a.dtype != b.dtype:
         raise ValueError(f"cannot compare {a.dtype} with {b.dtype} frames; convert one of them")
-    return decibels(_squared_error(a, b), _PEAK if a.dtype == np.uint8 else 2.0)
-
-
-def decibels(error: float, peak: float = _PEAK) -> float:
-    """The PSNR of a mean squared error."""
+    peak = 255.0 if a.dtype == np.uint8 else 2.0
+    error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
     return math.inf if error == 0 else float(10 * np.log10(peak**2 / error))
 
 
-def _squared_error(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.mean(np.square(a.astype(np.float64) - b.astype(np.float64))))
-
-
-class MeanError:
-    """The mean squared error of clips that come one by one, each pixel counting the same."""
+class MeanPSNR:
+    """Over shots that come one by one, each counting the same."""
 
     def __init__(self):
         self._total, self._count = 0.0, 0
 
     def add(self, a: UInt8[np.ndarray, "F Y X 3"], b: UInt8[np.ndarray, "F Y X 3"]) -> None:
-        self._total += _squared_error(a, b) * a.size
-        self._count += a.size
+        self._total += min(psnr(a, b), _EXACT)
+        self._count += 1
 
     @property
-    def mean(self) -> float:
+    def value(self) -> float:
         return self._total / max(self._count, 1)

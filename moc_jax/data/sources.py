@@ -11,7 +11,7 @@ from typing import Literal, overload
 from moc_jax.config import ConfigError, DataConfig
 from moc_jax.data.captions import CaptionError, Captions, caption_files, load_captions
 from moc_jax.data.folders import Place, count, find_places, some
-from moc_jax.documents import printable
+from moc_jax.showing import printable
 
 _SAMPLE = 1 << 20  # bytes hashed at the beginning, in the middle and at the end of a file
 

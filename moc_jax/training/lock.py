@@ -27,9 +27,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from moc_jax.config import ConfigError
+from moc_jax.reading import parse_json
 
 NAME = "run.lock"
 REFRESH = 10.0  # seconds between two signs of life
@@ -245,14 +245,14 @@ def _parse(path: Path, content: bytes) -> tuple[Holder, int] | None:
     if not content.strip(b"\0 \r\n"):
         return None
     try:
-        fields: dict[str, Any] = json.loads(content)
+        fields = parse_json(content)
         sign = fields.pop("sign")
         holder = Holder(**fields)
         whole = [holder.pid, sign]
         texts = [value for name, value in dataclasses.asdict(holder).items() if name != "pid"]
         if not all(type(x) is int and 0 < x < 2**31 for x in whole) or not all(type(x) is str for x in texts):
             raise ValueError("a field of another type")
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError(
             f"{path} is not a run's lock, or a damaged one; if no run is using {path.parent}, delete it"
         ) from error

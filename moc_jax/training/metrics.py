@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, the progress bar, and the loss curve drawn from the first of them.
+"""What a run reports: metrics.jsonl, TensorBoard, progress, and the loss curve drawn from the first of them.
 
 metrics.jsonl holds no times, so that an interrupted run's file ends up equal, byte for byte, to an uninterrupted one's.
 """
@@ -9,15 +9,14 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from moc_jax.files import whole_file
+from moc_jax.progress import Progress
 from moc_jax.training.closing import closing_all
-from moc_jax.training.history import clear_the_way, keep_until, read_metrics
+from moc_jax.training.history import Row, clear_the_way, keep_until, read_metrics
 
 __all__ = ["PEAK_FLOPS", "Clock", "Metrics", "draw_loss_curve", "read_metrics", "utilisation"]
 
@@ -37,13 +36,17 @@ PEAK_FLOPS = {  # bfloat16 matrix products per second and device, dense, by `dev
     "NVIDIA B200": 2250e12,
 }
 
+Values = Mapping[str, "float | Mapping[str, float]"]
+"""Numbers by name, nested once at most."""
+
 
 class Metrics:
     """The run's log. Only the main process writes; on the others every method does nothing."""
 
     def __init__(self, workdir: str, *, start: int, steps: int, enabled: bool):
         """Resumes after step `start`: what an interrupted run logged beyond it is dropped."""
-        self._enabled, self._bar, self._board, self._file = enabled, None, None, None
+        self._enabled, self._board, self._file = enabled, None, None
+        self._progress = Progress("training", total=steps, unit="step", done=start, enabled=enabled)
         if not enabled:
             return
         from tensorboardX import SummaryWriter  # half a second that --help and other processes need not spend
@@ -59,11 +62,8 @@ class Metrics:
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
             except OSError as error:
                 warnings.warn(f"nothing goes to TensorBoard: {error}", UserWarning, stacklevel=2)
-        self._bar = tqdm(
-            total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True, mininterval=0.5, smoothing=0.1
-        )
 
-    def write(self, step: int, values: Mapping[str, Any], *, board: bool = True) -> None:
+    def write(self, step: int, values: Values, *, board: bool = True) -> None:
         """One line of metrics.jsonl (null where a number is not finite), and one point per number in TensorBoard."""
         if self._file is None:
             return
@@ -72,7 +72,7 @@ class Metrics:
         if board:
             self.board(step, values)
 
-    def board(self, step: int, values: Mapping[str, Any]) -> None:
+    def board(self, step: int, values: Values) -> None:
         """TensorBoard only: for what differs between two runs of the same command, such as times."""
         if self._board is None:
             return
@@ -83,26 +83,22 @@ class Metrics:
                 self._board.add_scalar(name, value, step)
 
     def progress(self, step: int, **shown: str) -> None:
-        """Moves the progress bar to `step`."""
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
+        """Shows that `step` is done, and how it went."""
+        self._progress.reach(step, **shown)
 
     def leave_out(self, seconds: float) -> None:
-        """Seconds that just passed and were no step: the bar's rate and time left do not count them."""
-        if self._bar is not None:
-            self._bar.start_t += seconds
-            self._bar.last_print_t += seconds
+        """Seconds that just passed and were no step: the shown rate and time left do not count them."""
+        self._progress.leave_out(seconds)
 
     def say(self, text: str) -> None:
         """A line above the progress bar."""
         if self._enabled:
-            tqdm.write(text) if self._bar is not None else print(text, flush=True)
+            self._progress.say(text)
 
     def close(self) -> None:
-        """Ends the files and the bar."""
+        """Ends the files and the progress."""
         with closing_all() as closes:
-            for part in (self._file, self._board, self._bar):
+            for part in (self._file, self._board, self._progress):
                 if part is not None:
                     closes(part.close)
 
@@ -137,7 +133,7 @@ def utilisation(flops_per_second: float, device_kind: str, devices: int) -> floa
     return None if peak is None else flops_per_second / (peak * devices)
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+def _finite(values: Values) -> Row:
     """JSON has no NaN and no infinity."""
     return {
         name: _finite(value) if isinstance(value, Mapping) else value if math.isfinite(value) else None
@@ -161,7 +157,7 @@ def draw_loss_curve(path: epath.PathLike, out: epath.PathLike) -> bool:
         return False
 
 
-def _loss_curve(rows: list[dict[str, Any]]) -> bytes:
+def _loss_curve(rows: list[Row]) -> bytes:
     points = [(row["step"], row["loss"]) for row in rows if isinstance(row.get("loss"), int | float)]
     if not points:
         return b""

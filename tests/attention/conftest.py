@@ -1,6 +1,24 @@
-"""Compiling interpreted TPU kernels takes long: of their tests, those that add little are `long` or `slow`."""
+"""TPU kernels are interpreted. Compiling them so takes long: tests that add little are `long` or `slow` for them."""
 
 import pytest
+
+from tests.attention.interpreter import interpreted
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_kernels(request):
+    """Of tests whose backend they are, to the end, as a backward pass may be traced long after its forward one."""
+    if not _has_interpreted(request.node):
+        yield
+        return
+    with interpreted():
+        yield
+
+
+def _has_interpreted(item) -> bool:
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backends = parameters.get("backends", ())  # of an empty list, a marker of pytest's that none is
+    return "pallas_tpu" in (parameters.get("backend"), *(backends if isinstance(backends, list) else ()))
 
 
 def pytest_configure(config):
@@ -13,10 +31,9 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        backends = parameters.get("backends", ())  # of an empty list, a marker of pytest's that none is
-        if "pallas_tpu" not in (parameters.get("backend"), *(backends if isinstance(backends, list) else ())):
+        if not _has_interpreted(item):
             continue
+        parameters = item.callspec.params
         for name in ("slow", "long"):
             given = item.get_closest_marker(f"{name}_interpreted")
             if given and (not given.args or any(value in given.args for value in parameters.values())):

@@ -55,6 +55,13 @@ PAIR = [
 ]
 
 
+# Longer than any tile or block, and one token around their borders; captions too.
+LARGE = [
+    cut(130, (3, [1, 127, 128, 129]), (40, [300, 7]), text_tokens=180),
+    cut(0, (180, [257, 64, 63]), (0, []), (0, [256, 100, 2]), text_tokens=180),
+]
+
+
 @st.composite
 def random_scenes(draw) -> list[list[Chunk]]:
     """A batch of scenes of 0 to 4 shots (some empty) in uneven chunks, captions of 0 to 3 tokens, and padding."""

@@ -1,13 +1,14 @@
 """What attention refuses, before any work: each message names the value, the limit and the fix."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.attention import api, reference
+from moc_jax.attention import api, parts, reference
 from moc_jax.config import ChunkConfig, Config, MoCConfig
 from moc_jax.scene import ChunkTable, SceneLengths, SceneShape, chunk_table
 from tests.attention.scenes import HEAD_DIM, HEADS, TOKENS, cut, qkv, table_of
@@ -92,6 +93,68 @@ def test_what_does_not_fit_is_refused(given, error, message):
                 *(given.get(name, default) for name, default in zip("qk", (Q, K))),
                 **{"table": TABLE, "cfg": CFG, **{name: x for name, x in given.items() if name not in ("q", "k")}},
             )
+
+
+CHUNKS = np.asarray(TABLE.chunk_of)
+
+
+def chunks_with(*changes):
+    """The chunks of the video's first 16 tokens, with others at some rows of scene 1."""
+    chunks = CHUNKS[:, VIDEO_TOKEN : VIDEO_TOKEN + 16].copy()
+    for row, chunk in changes:
+        chunks[1, row] = chunk
+    return chunks
+
+
+@pytest.mark.parametrize(
+    ("query_chunk", "error", "message"),
+    [
+        (None, ValueError, rf"q has 16 tokens and the chunk table {TOKENS}; .*give query_chunk"),
+        (CHUNKS, ValueError, rf"query_chunk has shape \(2, {TOKENS}\); .*must be \(2, 16\)"),
+        (chunks_with() * 1.0, TypeError, "query_chunk is an array of float64; it must hold integers"),
+        (
+            chunks_with((5, 16)),
+            ValueError,
+            "query token 5 of scene 1 is in chunk 16; chunks are 0 to 15",
+        ),
+        (chunks_with((0, -2)), ValueError, "query token 0 of scene 1 is in chunk -2"),
+        (chunks_with((15, 2)), ValueError, "query tokens of chunk 2 of scene 1 lie apart"),
+        (chunks_with((5, -1)), ValueError, "query tokens of chunk 3 of scene 1 lie apart"),
+        (chunks_with((4, -1)), ValueError, r"shot 0 of scene 1 .* \[2, -1, 3, 4\]; they must follow each other"),
+        (chunks_with(*((i, 3) for i in range(4)), *((i, 2) for i in range(4, 10))), ValueError, r"order \[3, 2, 4\]"),
+    ],
+)
+def test_queries_that_are_not_in_runs_are_refused(query_chunk, error, message):
+    q = Q[:, :16]
+    with pytest.raises(error, match=message):
+        call(q=q, query_chunk=query_chunk)
+    with pytest.raises(error, match=message):
+        api.route(q, K, TABLE, CFG, query_chunk=query_chunk, backend="xla")
+    with pytest.raises(error, match=message):
+        parts.anchor_part(q, K, V, TABLE, CFG, query_chunk=query_chunk, backend="xla")
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 6, 6], [-1, 3, 3, -1], [6, 2, 2, 3], [2, 3, 3, 4, 1], [2, 4, 4, 0]])
+def test_any_runs_are_taken(rows):
+    """Of some chunks, with text behind or between shots."""
+    chunks = np.array([rows] * 2, np.int32).reshape(2, len(rows))
+    assert jax.eval_shape(lambda q: call(q=q, query_chunk=chunks), Q[:, : len(rows)]).shape[1] == len(rows)
+
+
+def test_no_queries_at_all_are_refused():
+    with pytest.raises(ValueError, match="q has no tokens"):
+        call(q=Q[:, :0], query_chunk=CHUNKS[:, :0])
+
+
+def test_statistics_are_those_of_the_queries():
+    q, chunks, lse = Q[:, :16], chunks_with(), np.zeros((2, HEADS, 16), np.float32)
+    run = functools.partial(parts.anchor_gradients, q, K, V, table=TABLE, cfg=CFG, query_chunk=chunks, backend="xla")
+    with pytest.raises(ValueError, match=rf"d_out has shape \(2, {TOKENS}, .* must be \(2, 16"):
+        run(d_out=V, lse=lse, delta=lse)
+    with pytest.raises(ValueError, match=rf"lse has shape \(2, 16, {HEADS}\); .* must be \(2, {HEADS}, 16\)"):
+        run(d_out=q, lse=lse.swapaxes(1, 2), delta=lse)
+    with pytest.raises(TypeError, match="delta is a float; give an array"):
+        run(d_out=q, lse=lse, delta=0.0)
 
 
 def test_numpy_arrays_are_arrays():

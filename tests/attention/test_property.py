@@ -17,7 +17,7 @@ from tests.attention.compiled import (
     routing,
 )
 from tests.attention.configs import COVERING, DENSE, EVERY, MULTI_SHOT, NO_ANCHORS, PAST, SINGLE_SHOT, WINDOW, name
-from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, PAIR, cut, qkv, random_scenes, table_of
+from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, PAIR, qkv, random_scenes, table_of
 from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
 
 
@@ -81,13 +81,6 @@ def test_routes_under_every_config(cfg):
     np.testing.assert_array_equal(routes, [oracle.route(q[b], k[b], scene, cfg) for b, scene in enumerate(PAIR)])
     text_or_padding = np.asarray(table.token_kind) != VIDEO
     assert (routes.swapaxes(1, 2)[text_or_padding] == -1).all()
-
-
-# Longer than any tile or block, and one token around their borders; captions too.
-LARGE = [
-    cut(130, (3, [1, 127, 128, 129]), (40, [300, 7]), text_tokens=180),
-    cut(0, (180, [257, 64, 63]), (0, []), (0, [256, 100, 2]), text_tokens=180),
-]
 
 
 @pytest.mark.slow_interpreted

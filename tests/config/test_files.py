@@ -42,10 +42,13 @@ TEXT_16 = "text in UTF-16 or UTF-32; save it as UTF-8"
         ("config = 3", "{file}: it must define `config`, a moc_jax.config.Config; found int"),
         ("", "{file}: it must define `config`, a moc_jax.config.Config; found NoneType"),
         ("from moc_jax.config import Config\nconfig = Config\n", "{file}: it must define `config`"),
-        (codecs.BOM_UTF16_LE + GOOD.encode("utf-16-le"), "{file} is " + TEXT_16),
-        (GOOD.encode("utf-16-be"), "{file} is " + TEXT_16),
-        (GOOD.encode() + b"x = '\0'\n", "line 3 of {file}: there is a NUL byte"),
-        (GOOD.encode() + b"# caf\xe9\n", "line 3 of {file}: not UTF-8 text"),
+        (codecs.BOM_UTF16_LE + GOOD.encode("utf-16-le"), "{file}: it is UTF-16; save it as UTF-8"),
+        (GOOD.encode("utf-16-be"), "{file}: it is " + TEXT_16),
+        (GOOD.encode() + b"x = '\0'\n", "line 3 of {file}: it holds a NUL byte"),
+        (
+            GOOD.encode() + b"# caf\xe9\n",
+            f"line 3 of {{file}}: byte {len(GOOD) + 5} (0xe9) is not UTF-8; save it as UTF-8",
+        ),
     ],
 )
 def test_a_python_file_that_fails_says_where_and_why(tmp_path, source, message):
@@ -115,10 +118,10 @@ def test_a_file_edited_within_a_second_is_read_anew(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (config_to_json(Config()).encode("utf-16"), "is " + TEXT_16),
-        (b'{"moc": "\xff"}', "not UTF-8 text"),
+        (config_to_json(Config()).encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        (b'{"moc": "\xff"}', "byte 9 (0xff) is not UTF-8; save it as UTF-8"),
         (b"\0\0", "is " + TEXT_16),
-        (b'{"workdir"', "is no JSON"),
+        (b'{"workdir"', "is not JSON"),
     ],
 )
 def test_a_json_file_that_is_no_text_or_no_json_is_named(tmp_path, data, message):

@@ -184,7 +184,7 @@ def test_every_class_of_settings_is_checked_when_it_is_built():
     module = sys.modules["moc_jax.config"]
     kinds = [getattr(module, name) for name in module.__all__]
     kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
-    assert len(kinds) == 14
+    assert len(kinds) == 15
     required = {"ChunkStage": {"step": 0, "size": 1}}
     for kind in kinds:
         for field in dataclasses.fields(kind):
@@ -195,17 +195,18 @@ def test_every_class_of_settings_is_checked_when_it_is_built():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"workdir": "a", "workdir": "b"}', "the key 'workdir' is given twice"),
-        ('{"moc": {"top_k": 1, "top_k": 2}}', "the key 'top_k' is given twice"),
+        ('{"workdir": "a", "workdir": "b"}', "the key 'workdir' appears twice"),
+        ('{"moc": {"top_k": 1, "top_k": 2}}', "the key 'top_k' appears twice"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"train": {"seed": ' + "9" * 5000 + "}}", "is no JSON"),
-        ('{"optimizer": {"eps": NaN}}', "optimizer.eps is nan; it must lie in"),
-        ('{"optimizer": {"eps": Infinity}}', "optimizer.eps is inf; it must lie in"),
+        ('{"train": {"seed": ' + "9" * 5000 + "}}", "a number has 5,000 digits; the limit is 64"),
+        ('{"optimizer": {"eps": NaN}}', "it holds NaN, which is not JSON; give a finite number"),
+        ('{"optimizer": {"eps": -Infinity}}', "it holds -Infinity, which is not JSON; give a finite number"),
+        ('{"optimizer": {"eps": 1e999}}', "optimizer.eps is inf; it must lie in"),
         ('{"train": {"chunk_schedule": [{"step": 1}]}}', "train.chunk_schedule[0] lacks size"),
         ('{"train": {"chunk_schedule": [3]}}', "train.chunk_schedule[0] is 3; it must be an object"),
         ('{"data": {"source": ["a", 3]}}', "data.source[1] is 3; it must be a path"),
         ("3", "the file is 3; it must be an object"),
-        ("", "is no JSON"),
+        ("", "is not JSON: Expecting value"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*lacks")

@@ -1,6 +1,8 @@
 """The log: exact numbers, nothing twice, and a curve that can be looked at."""
 
+import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -86,12 +88,21 @@ def test_rates_leave_pauses_out(monkeypatch):
     assert clock.rates() == {"steps": 3}
 
 
-def test_the_bar_leaves_pauses_out(tmp_path):
-    metrics = Metrics(str(tmp_path), start=0, steps=10, enabled=True)
-    before = metrics._bar.format_dict["elapsed"]
-    metrics.leave_out(-100.0)
-    assert metrics._bar.format_dict["elapsed"] == pytest.approx(before + 100, abs=5)
+def test_progress_leaves_pauses_out_and_shows_the_loss(tmp_path, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr("sys.stderr", out)
+    monkeypatch.setattr("moc_jax.progress.EVERY", 0.02)
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    metrics = Metrics(str(tmp_path), start=10, steps=40, enabled=True)
+    now[0] += 102.0
+    metrics.leave_out(100.0)
+    metrics.progress(20, loss="0.1234")
+    while "loss" not in out.getvalue():
+        time.sleep(0.005)
     metrics.close()
+    assert "training: 20 of 40 steps (50%), 5 steps/s, 00:04 left, loss 0.1234\n" in out.getvalue()
+    assert "\r" not in out.getvalue()
 
 
 def test_utilisation_is_told_for_known_devices_only():

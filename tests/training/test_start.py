@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moc_jax.checkpoint import load_codec_state, load_for_sampling
+from moc_jax.checkpoint import CheckpointError, load_codec_state, load_for_sampling
 from moc_jax.codecs import CodecMismatch, load_codec
 from moc_jax.config import ConfigError
 from moc_jax.data import DataError, codec_of, prepare
@@ -15,9 +15,9 @@ from moc_jax.data.manifest import CODEC, load_manifest
 from moc_jax.training.loop import train
 from moc_jax.training.metrics import read_metrics
 from moc_jax.training.start import check_initial, initial_codec
-from moc_jax.training.state import create_state, make_blueprint
+from moc_jax.training.state import create_state
 from tests.data.clips import make_clip
-from tests.training.small import CONFIG, changed, mesh_of
+from tests.training.small import CONFIG, blueprint_of, changed, mesh_of
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def test_the_next_stage_has_weights_and_codec_of_the_one_before(first, second, c
 
 
 def test_optimizer_and_average_start_afresh(first):
-    blueprint = make_blueprint(first, mesh_of(1))
+    blueprint = blueprint_of(first, mesh_of(1))
     params = load_for_sampling(first.workdir, shardings=blueprint.shardings.params).params
-    state, fresh = create_state(first, blueprint, params), create_state(first, blueprint)
+    state, fresh = create_state(blueprint, params), create_state(blueprint)
     for part in (state.params, state.ema):
         jax.tree.map(np.testing.assert_array_equal, part, params)
     jax.tree.map(np.testing.assert_array_equal, state.optimizer, fresh.optimizer)
@@ -81,6 +81,15 @@ def test_weights_of_another_model_are_refused_before_any_video_is_opened(first, 
         initial_codec(changed(second, model={"mlp_ratio": 2.0}))
     with pytest.raises(ConfigError, match=r"codec\.whiten is .*; text\.max_tokens is 64 there and 9 here"):
         check_initial(CONFIG, changed(CONFIG, text={"max_tokens": 9}, codec={"whiten": 0.1}))
+
+
+def test_what_can_not_be_resumed_is_refused_before_any_video_is_opened(first, monkeypatch):
+    assert initial_codec(first) is None
+    with pytest.raises(ConfigError, match=r"can't be resumed .*: model\.mlp_ratio is 4\.0 there and 2\.0"):
+        initial_codec(changed(first, model={"mlp_ratio": 2.0}))
+    monkeypatch.setattr("moc_jax.checkpoint_layout.FORMAT", 3)
+    with pytest.raises(CheckpointError, match=r"is of format 2, .* reads format 3\. Resume or sample it with"):
+        initial_codec(first)
 
 
 def test_data_of_another_codec_is_refused(first, second):

@@ -6,17 +6,22 @@
 
 Backward, with the merged output o and log-sum-exp L, every part's gradients follow from o and L alone
 (flash_backward.py); a query sums its pairs' gradients by the same gather. Nothing is scattered, no sum depends on
-timing: the same bits on every run.
+timing: the same bits on every run. `_forward` and `_gradients` take anchors, picks or both: parts by themselves are
+the same code with the other left out.
+
+A query's output and dq are the same bits whatever other queries there are (plan.py). dk and dv are sums over the
+queries that are given.
 
 Padding of q, k and v may hold anything finite: blocks that reach into it are masked. Backward, its values and output
 gradients become 0 on their way in, which takes a pass over each.
 
-Bytes: pairs' queries and outputs take 2 * N * K * D * 2 bytes for each head, so heads go in groups that keep a buffer
+Bytes: pairs' queries and outputs take 2 * Q * K * D * 2 bytes for each head, so heads go in groups that keep a buffer
 within 1 GiB. FLOPs: 4 * D per attended pair forward, 14 * D backward.
 """
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,232 +29,239 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention import routing
-from moc_jax.attention.heads import Heads, head_groups
-from moc_jax.attention.layout import Queries
+from moc_jax.attention.layout import ALIGN, LOG2E, Heads, Queries, by_group, head_groups, round_up, sum_other_shares
 from moc_jax.attention.pallas_gpu import device, flash, flash_backward, router
 from moc_jax.attention.pallas_gpu.device import Hopper
-from moc_jax.attention.pallas_gpu.plan import Plan, pick_tiles, plan, reader_tiles
-from moc_jax.attention.pallas_gpu.tiles import ALIGN, TILE, Tuning
-from moc_jax.attention.schedule import Schedule, group_by_chunk, tile_capacity
+from moc_jax.attention.pallas_gpu.plan import AnchorTiles, PickTiles, anchor_tiles, pick_tiles
+from moc_jax.attention.pallas_gpu.tiles import TILE
+from moc_jax.attention.schedule import Schedule
+from moc_jax.attention.statistics import row_dot
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Float, Int, typed
+from moc_jax.shapes import Array, Bool, Float, Float32, Int, typed
 
-_BUFFER = 2**30  # bytes of one buffer of sorted rows
-
-FORWARD = Tuning(block=128, stages=2, slots=2)
-QUERY_GRADIENTS = Tuning(block=64, stages=3, slots=1)
-KEY_GRADIENTS = Tuning(block=64, stages=2, slots=1, compute_registers=240, copy_registers=24)
+_PartOf = tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]
+_GradientsOf = tuple[Float[Array, "B Q H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]
 
 
-class _Static(NamedTuple):
-    groups: int  # of heads
-    blocks: int  # persistent thread blocks
-    interpret: object
+# The functions of `backends.Implementation`, which says their shapes. All raise NotImplementedError where the device, a
+# type or D is none that the kernels can do.
 
 
-def select(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Hopper,
-) -> Int[Array, "B H Q K"]:
-    """The best candidates of every query, best first.
-
-    Raises:
-        NotImplementedError: the device, the type, D or `top_k` is none that the kernels can do.
-    """
-    device.check(q, k, k)
-    return router.select(q, routing.descriptors(k, table), table, cfg, interpret=device.interpreter())
+def select(q, k, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> Int[Array, "B H Q K"]:
+    """The best candidates of every query, best first."""
+    device.check(backend, q, k)
+    return router.select(q, routing.descriptors(k, table), queries, table, cfg, interpret=backend.interpret)
 
 
-def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper):
+def attend(
+    q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
+) -> Float[Array, "B Q H D"]:
+    """Attention over anchors and picks, with its gradients; queries with neither give 0."""
+    with jax.named_scope("moc_attention"):
+        out = _attend(*_prepared(q, k, v, routes, queries, table, cfg, backend), backend)
+    return out[:, : q.shape[1]]
+
+
+def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> _PartOf:
     """Output and natural log-sum-exp of the anchors alone."""
-    raise NotImplementedError("parts by these kernels")
+    return _part(_prepared(q, k, v, None, queries, table, cfg, backend), q.shape[1], backend)
 
 
-def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper):
+def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> _PartOf:
     """Output and natural log-sum-exp of the picks alone."""
-    raise NotImplementedError("parts by these kernels")
+    return _part(_prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False), q.shape[1], backend)
 
 
-def anchor_gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper):
-    """Gradients of the anchors' part."""
-    raise NotImplementedError("parts by these kernels")
+def anchor_gradients(
+    q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
+) -> _GradientsOf:
+    """dq, dk and dv of the anchors' part, given the final natural log-sum-exp and delta."""
+    prepared = _prepared(q, k, v, None, queries, table, cfg, backend)
+    return _part_gradients(prepared, d_out, lse, delta, k.shape[1], backend)
 
 
 def pick_gradients(
     q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
-):
-    """Gradients of the picks' part."""
-    raise NotImplementedError("parts by these kernels")
+) -> _GradientsOf:
+    """dq, dk and dv of the picks' part, given the final natural log-sum-exp and delta."""
+    prepared = _prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False)
+    return _part_gradients(prepared, d_out, lse, delta, k.shape[1], backend)
 
 
-@typed
-def attend(
-    q: Float[Array, "B N H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H N K"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Hopper,
-) -> Float[Array, "B N H D"]:
-    """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0.
-
-    Raises:
-        NotImplementedError: the device, the type or D is none that the kernels can do.
-    """
-    device.check(q, k, v)
-    tokens, heads, dim = q.shape[1:]
-    # Blocks of keys start at multiples of 8, and text is cut into whole tiles; what is added belongs to no chunk.
-    rows = max(tokens + -tokens % ALIGN, table.text_tokens + -table.text_tokens % TILE, TILE)
-    more = (0, rows - tokens)
-    q, k, v = (jnp.pad(x, ((0, 0), more, (0, 0), (0, 0))) for x in (q, k, v))
-    routes = jnp.pad(routes, ((0, 0), (0, 0), more, (0, 0)), constant_values=-1)
-    table = dataclasses.replace(table, chunk_of=jnp.pad(table.chunk_of, ((0, 0), more), constant_values=-1))
-    with jax.named_scope("moc_attention"):
-        slots = tile_capacity(rows * routes.shape[-1], table.kind.shape[1], TILE) * TILE
-        groups = head_groups(heads, q.shape[0] * slots * dim * q.dtype.itemsize, _BUFFER)
-        static = _Static(groups, device.multiprocessors(), device.interpreter())
-        tiles, schedule = plan(table, cfg), sort_picks(routes, table)
-        if schedule is None and not tiles.anchors:
-            return jnp.zeros(q[:, :tokens].shape, v.dtype)
-        out = _attend(q, k, v, tiles, schedule, table, static)
-    return out[:, :tokens]
+def _part(prepared, rows: int, backend: Hopper) -> _PartOf:
+    q, k, v, work = prepared
+    out, lse = _forward(q, k, v, work, backend)
+    return out[:, :rows], lse[:, :, :rows] / LOG2E
 
 
-@typed
-def sort_picks(routes: Int[Array, "B H N K"], table: ChunkTable) -> Schedule | None:
-    """The picks' pairs of each scene sorted by chunk (arrays [B, H, ...]); None if there are no slots."""
-    if routes.shape[-1] == 0:
-        return None
-    # An empty chunk is as good as none: its tile would have no keys.
-    length = jnp.take_along_axis(table.length[:, None, None], jnp.maximum(routes, 0), axis=3)
-    routes = jnp.where(length > 0, routes, -1)
-    sort = functools.partial(group_by_chunk, chunks=table.kind.shape[1], tile=TILE)
-    if routes.shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], sort(routes[0]))
-    return jax.vmap(sort)(routes)
+def _part_gradients(prepared, d_out, lse, delta, tokens: int, backend: Hopper) -> _GradientsOf:
+    q, k, v, work = prepared
+    rows, valid = d_out.shape[1], work.query_valid
+    more = (0, q.shape[1] - rows)
+    d_out = jnp.where(valid[..., None, None], jnp.pad(d_out, ((0, 0), more, (0, 0), (0, 0))), 0).astype(q.dtype)
+    lse, delta = (
+        jnp.where(valid[:, None], jnp.pad(x, ((0, 0), (0, 0), more)), nothing)
+        for x, nothing in ((lse * LOG2E, -jnp.inf), (delta, 0.0))
+    )
+    d_q, d_k, d_v = _gradients(q, k, v, work, d_out, _without_weights(lse), delta, backend)
+    return d_q[:, :rows], d_k[:, :tokens], d_v[:, :tokens]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, plan: Plan, schedule: Schedule | None, table, static):
-    return _forward(q, k, v, plan, schedule, table, static)[0]
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """What the kernels walk: anchors, picks or both. Padding is where `valid` is False."""
+
+    anchors: AnchorTiles | None
+    picks: PickTiles | None
+    query_valid: Bool[Array, "B Q"]
+    key_valid: Bool[Array, "B N"]
+
+    def groups(self, heads: int, row_bytes: int, most: int) -> int:
+        """Groups of heads whose buffers of sorted rows take at most `most` bytes."""
+        if self.picks is None:
+            return 1
+        batch, _, *slots = self.picks.schedule.pair_of_slot.shape
+        return head_groups(heads, batch * math.prod(slots) * row_bytes, most)
 
 
-def _forward(q, k, v, plan, schedule, table, static):
-    """[B, N, H, D] -> output, and base-2 log-sum-exp [B, H, N]."""
-    kernel = functools.partial(flash.forward, tuning=FORWARD, blocks=static.blocks, interpret=static.interpret)
-    all_heads = Heads(0, q.shape[2])
-    if plan.anchors:
-        anchor_out, anchor_lse = kernel(q, k, v, plan.queries, all_heads.operand, sorted_rows=False)
+def _prepared(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper, anchors=True):
+    """q, k and v as kernels take them, and what is walked: picks if there are `routes`, and anchors."""
+    device.check(backend, q, k, v)
+    # Blocks start at multiples of 8, and text is cut into whole tiles; what is added belongs to no chunk.
+    rows = max(round_up(q.shape[1], ALIGN), TILE)
+    tokens = max(round_up(k.shape[1], ALIGN), round_up(table.text_tokens, TILE), TILE)
 
-    def one_group(heads):
+    def more(x, axis, count, value=0):
+        return jnp.pad(x, [(0, count - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=value)
+
+    queries = dataclasses.replace(queries, chunk_of=more(queries.chunk_of, 1, rows, -1))
+    table = dataclasses.replace(table, chunk_of=more(table.chunk_of, 1, tokens, -1))
+    work = _Work(
+        anchor_tiles(queries, table, cfg, backend.tiles.text_readers) if anchors else None,
+        None if routes is None else pick_tiles(more(routes, 2, rows, -1), table),
+        queries.valid,
+        table.valid,
+    )
+    return more(q, 1, rows), more(k, 1, tokens), more(v, 1, tokens), work
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, work: _Work, backend: Hopper):
+    return _forward(q, k, v, work, backend)[0]
+
+
+def _attend_forward(q, k, v, work: _Work, backend: Hopper):
+    out, lse = _forward(q, k, v, work, backend)
+    return out, (q, k, v, work, out, _without_weights(lse))
+
+
+def _without_weights(lse: Array) -> Array:
+    """+inf where there is nothing to attend to: padding may lie among the queries of a run."""
+    return jnp.where(jnp.isneginf(lse), jnp.inf, lse)
+
+
+def _attend_backward(backend: Hopper, residuals, d_out):
+    q, k, v, work, out, lse = residuals
+    d_out = jnp.where(work.query_valid[..., None, None], d_out, 0).astype(q.dtype)
+    delta = jnp.swapaxes(row_dot(d_out, out), 1, 2)  # [B, H, Q]
+    return *_gradients(q, k, v, work, d_out, lse, delta, backend), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(q, k, v, work: _Work, backend: Hopper):
+    """[B, Q, H, D] -> output, and base-2 log-sum-exp [B, H, Q]."""
+    batch, rows, heads, dim = q.shape
+    start = jnp.zeros(q.shape, v.dtype), jnp.full((batch, heads, rows), -jnp.inf)
+    anchors, picks = work.anchors, work.picks
+    if anchors is None and picks is None:
+        return start
+    if anchors is not None:
+        of_anchors = flash.forward(q, k, v, anchors.queries, Heads(0, heads).operand, backend, sorted_rows=False)
+
+    def one_group(heads: Heads, whole):
         parts = []
-        if plan.anchors:
-            parts.append(Part(anchor_out, plan.query_row[:, None], plan.anchored[:, None], heads.first, anchor_lse))
-        if schedule is not None:
-            rows = queries_of_slots(schedule, heads)
-            work = heads.of(pick_tiles(schedule, table))
-            out, lse = kernel(take_rows(q, rows, heads), k, v, work, heads.operand, sorted_rows=True)
-            parts += [Part(out, slot, slot >= 0, 0, lse) for slot in slots_of_pairs(schedule, heads)]
-        return merge(parts, heads.count, v.dtype)
+        if anchors is not None:
+            out, lse = of_anchors
+            parts.append(Part(out, anchors.query_row[:, None], anchors.anchored[:, None], heads.first, lse))
+        if picks is not None:
+            pairs = take_rows(q, queries_of_slots(picks.schedule, heads), heads)
+            tiles = heads.of(picks.queries)
+            out, lse = flash.forward(pairs, k, v, tiles, heads.operand, backend, sorted_rows=True)
+            parts += [Part(out, slot, slot >= 0, 0, lse) for slot in slots_of_pairs(picks.schedule, heads)]
+        return tuple(heads.put(*x) for x in zip(whole, merge(parts, heads.count, v.dtype), (2, 1), strict=True))
 
-    batch, tokens, heads, _ = q.shape
-    like = jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, tokens), jnp.float32)
-    return _by_group(one_group, like, (2, 1), heads, static.groups)
-
-
-def _attend_forward(q, k, v, plan, schedule, table, static):
-    out, lse = _forward(q, k, v, plan, schedule, table, static)
-    return out, (q, k, v, plan, schedule, table, out, lse)
+    return by_group(one_group, start, heads, work.groups(heads, dim * q.dtype.itemsize, backend.tiles.group_bytes))
 
 
-def _attend_backward(static, residuals, d_out):
-    q, k, v, plan, schedule, table, out, lse = residuals
+def _gradients(q, k, v, work: _Work, d_out, lse, delta, backend: Hopper):
+    """dq, dk and dv from the final output's gradient, base-2 log-sum-exp and delta.
+
+    For queries without keys and padding the first and last are 0, and the log-sum-exp is +inf.
+    """
+    heads, dim = q.shape[2:]
+    start = tuple(jnp.zeros(x.shape, q.dtype) for x in (q, k, v))
+    anchors, picks = work.anchors, work.picks
+    if anchors is None and picks is None:
+        return start
     # Blocks of a run may hold padding. Its weights are 0, but what they are multiplied with may be NaN, or v d_out
     # overflow. A mask inside of dq's kernel, after the products, took it from 53 to 55 ms in the reference scene.
-    d_out, v = (jnp.where(table.valid[..., None, None], x, 0).astype(q.dtype) for x in (d_out, v))
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, N]
-    common = dict(blocks=static.blocks, interpret=static.interpret)
-    for_queries = functools.partial(flash_backward.query_gradients, tuning=QUERY_GRADIENTS, **common)
-    for_keys = functools.partial(flash_backward.key_gradients, tuning=KEY_GRADIENTS, **common)
-    inputs = q, k, v, d_out, lse, delta
-    all_heads = Heads(0, q.shape[2])
-    if plan.anchors:
-        query_rows = for_queries(*inputs, plan.queries, all_heads.operand, sorted_rows=False)
-        key_rows = for_keys(*inputs, plan.keys, all_heads.operand, sorted_rows=False)
-    valid = table.valid[:, None]
+    v = jnp.where(work.key_valid[..., None, None], v, 0)
+    key_valid = work.key_valid[:, None]
+    if anchors is not None:
+        inputs = flash_backward.Inputs(q, k, v, d_out, lse, delta, Heads(0, heads).operand, sorted_rows=False)
+        of_anchors = (
+            flash_backward.query_gradients(inputs, anchors.queries, backend),
+            *flash_backward.key_gradients(inputs, anchors.keys, backend),
+        )
 
-    def one_group(heads):
-        queries, keys = [], ([], [])
-        if plan.anchors:
-            queries.append(Part(query_rows, plan.query_row[:, None], plan.anchored[:, None], heads.first))
-            for parts, rows in zip(keys, key_rows, strict=True):
-                parts.append(Part(rows, plan.key_row[:, None], valid, heads.first))
-        if schedule is not None:
-            rows = queries_of_slots(schedule, heads)
-            pairs = (
+    def one_group(heads: Heads, whole):
+        parts: tuple[list[Part], ...] = [], [], []  # of dq, dk and dv
+        if anchors is not None:
+            rows = anchors.query_row, anchors.key_row, anchors.key_row
+            there = anchors.anchored[:, None], key_valid, key_valid
+            for found, x, row, mask in zip(parts, of_anchors, rows, there, strict=True):
+                found.append(Part(x, row[:, None], mask, heads.first))
+        if picks is not None:
+            rows = queries_of_slots(picks.schedule, heads)
+            inputs = flash_backward.Inputs(
                 take_rows(q, rows, heads),
                 k,
                 v,
                 take_rows(d_out, rows, heads),
                 _take_scalars(lse, rows, heads),
                 _take_scalars(delta, rows, heads),
+                heads.operand,
+                sorted_rows=True,
             )
-            work = heads.of(pick_tiles(schedule, table))
-            d_pairs = for_queries(*pairs, work, heads.operand, sorted_rows=True)
-            queries += [Part(d_pairs, slot, slot >= 0, 0) for slot in slots_of_pairs(schedule, heads)]
-            work = heads.of(reader_tiles(schedule, plan.chunks))
-            d_chunks = for_keys(*pairs, work, heads.operand, sorted_rows=True)
-            for parts, of_chunks in zip(keys, d_chunks, strict=True):
-                parts.append(Part(of_chunks, plan.chunks.row_of_token[:, None], valid, 0))
-        d_k, d_v = (_add_text_parts(_sum(parts, heads.count), parts[0], plan, heads) for parts in keys)
-        return tuple(x.astype(q.dtype) for x in (_sum(queries, heads.count), d_k, d_v))
+            d_q = flash_backward.query_gradients(inputs, heads.of(picks.queries), backend)
+            parts[0].extend(Part(d_q, slot, slot >= 0, 0) for slot in slots_of_pairs(picks.schedule, heads))
+            for found, x in zip(parts[1:], flash_backward.key_gradients(inputs, heads.of(picks.keys), backend)):
+                found.append(Part(x, picks.key_row[:, None], key_valid, 0))
+        d_q, *of_keys = (_sum(found, heads.count) for found in parts)
+        if anchors is not None:
+            of_keys = [_add_text_shares(x, found[0], anchors, heads) for x, found in zip(of_keys, parts[1:])]
+        return tuple(heads.put(x, part.astype(q.dtype), 2) for x, part in zip(whole, (d_q, *of_keys), strict=True))
 
-    like = (jax.ShapeDtypeStruct(q.shape, q.dtype),) * 3
-    return *_by_group(one_group, like, (2, 2, 2), q.shape[2], static.groups), None, None, None
+    return by_group(one_group, start, heads, work.groups(heads, dim * q.dtype.itemsize, backend.tiles.group_bytes))
 
 
-_attend.defvjp(_attend_forward, _attend_backward)
+# ------------------------------------------------------------------------------------------- gathers and sums
 
 
-# ---------------------------------------------------------------------------------------------- groups of heads
-
-
-def _by_group(function, like, axes, heads: int, groups: int):
-    """function(group of heads) -> arrays with the group's heads along `axes`, put together for all heads."""
-    count = heads // groups
-    if groups == 1:
-        return function(Heads(0, heads))
-
-    def one(i, whole):
-        parts = function(Heads(i * count, count))
-        return tuple(
-            lax.dynamic_update_slice_in_dim(x, part, i * count, axis)
-            for x, part, axis in zip(whole, parts, axes, strict=True)
-        )
-
-    return lax.fori_loop(0, groups, one, tuple(jnp.zeros(x.shape, x.dtype) for x in like))
-
-
-def queries_of_slots(schedule: Schedule, heads: Heads) -> Int[Array, "B H S"]:
+def queries_of_slots(schedule: Schedule, heads: Heads) -> Int[Array, "B H J"]:
     """The query of each slot; 0 for empty slots."""
     pair = heads.of(schedule.pair_of_slot)
     return jnp.maximum(pair, 0).reshape(*pair.shape[:2], -1) // schedule.slot_of_pair.shape[-1]
 
 
-def slots_of_pairs(schedule: Schedule, heads: Heads) -> list[Int[Array, "B H N"]]:
+def slots_of_pairs(schedule: Schedule, heads: Heads) -> list[Int[Array, "B H Q"]]:
     """Where the pairs of each query lie; -1: nowhere."""
     slots = heads.of(schedule.slot_of_pair)
     return [slots[..., i] for i in range(slots.shape[-1])]
-
-
-# ------------------------------------------------------------------------------------------- gathers and sums
 
 
 class Part(NamedTuple):
@@ -276,8 +288,8 @@ def _pick(x, part: Part, heads: int):
 
 
 @typed
-def take_rows(x: Float[Array, "B N _ D"], rows: Int[Array, "B H S"], heads: Heads) -> Float[Array, "B H S D"]:
-    """Rows [B, H, S] of x [B, N, H, D], each head its own."""
+def take_rows(x: Float[Array, "B Q _ D"], rows: Int[Array, "B H J"], heads: Heads) -> Float[Array, "B H J D"]:
+    """Rows [B, H, J] of x [B, N, H, D], each head its own."""
     batch, tokens, held, dim = x.shape
     head = heads.first + jnp.arange(heads.count)[None, :, None]
     index = (jnp.arange(batch)[:, None, None] * tokens + rows) * held + head
@@ -287,8 +299,8 @@ def take_rows(x: Float[Array, "B N _ D"], rows: Int[Array, "B H S"], heads: Head
     return lax.bitcast_convert_type(taken, x.dtype).reshape(*index.shape, dim)
 
 
-def _take_scalars(x, rows, heads: Heads) -> Float[Array, "B H S"]:
-    """Values [B, H, S] of x [B, H, N]."""
+def _take_scalars(x, rows, heads: Heads) -> Float[Array, "B H J"]:
+    """Values [B, H, J] of x [B, H, N]."""
     batch, held, tokens = x.shape
     return x.reshape(-1).at[_flat(rows, heads.first, tokens, (batch, heads.count, held))].get(mode="promise_in_bounds")
 
@@ -317,12 +329,10 @@ def _sum(parts: list[Part], heads: int) -> Float[Array, "B N H D"]:
     return functools.reduce(jnp.add, rows).swapaxes(1, 2)
 
 
-def _add_text_parts(total, part: Part, plan: Plan, heads: Heads):
+def _add_text_shares(total, part: Part, anchors: AnchorTiles, heads: Heads):
     """Adds what the first part of the text's tiles lacks: its other readers."""
-    if plan.text_parts < 2:
+    if anchors.text_shares < 2:
         return total
-    batch, _, _, dim = part.rows.shape
-    rows = heads.of(part.rows)[:, :, : plan.text_parts * plan.text_tiles * TILE].astype(jnp.float32)
-    rows = jnp.sum(rows.reshape(batch, heads.count, plan.text_parts, -1, dim)[:, :, 1:], axis=2).swapaxes(1, 2)
-    text = slice(0, plan.text_tokens)  # what else lies in the last tile is video
+    rows = sum_other_shares(heads.of(part.rows), anchors.text_shares, anchors.text_tiles * TILE).swapaxes(1, 2)
+    text = slice(0, anchors.text_tokens)  # what else lies in the last tile is video
     return total.at[:, text].add(jnp.where(part.there[:, 0, text, None, None], rows[:, text], 0.0))

@@ -1,8 +1,7 @@
-"""What the kernels need of the machine: a Hopper GPU, or an interpreter for tests."""
+"""What the kernels are compiled for: a Hopper GPU, this machine's or another, or an interpreter for tests."""
 
-import contextlib
-import contextvars
 import dataclasses
+from collections.abc import Hashable
 from typing import ClassVar
 
 import jax
@@ -10,46 +9,68 @@ import jax.numpy as jnp
 
 from moc_jax.shapes import Array
 
+HEAD_DIMS = (64, 128)
+DTYPES = (jnp.bfloat16, jnp.float16)
+COMPUTE = 2  # warpgroups that compute
+_INTERPRETED = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelTiling:
+    """How a kernel uses its shared memory and registers."""
+
+    block: int = 128  # rows per step of a walk
+    stages: int = 2  # steps in flight
+    buffers: int = 2  # tiles in flight: with 2, the next tile is there when one ends
+    compute_registers: int = 232  # per thread; twice this and the copying warpgroup's must stay within 504
+    copy_registers: int = 40
+
+    def __post_init__(self):
+        if self.block < 64 or self.block % 64 or self.stages < 2 or self.buffers < 1:
+            raise ValueError(f"{self}: blocks are multiples of 64 rows, with at least 2 stages and 1 buffer")
+        if COMPUTE * self.compute_registers + self.copy_registers > 504:
+            raise ValueError(f"{self}: a multiprocessor has 504 registers for a thread of each warpgroup; take fewer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HopperTiling:
+    """What can be tuned: each kernel's tiling, and how work is cut before."""
+
+    forward: KernelTiling = KernelTiling()
+    query_gradients: KernelTiling = KernelTiling(block=64, stages=3, buffers=1)
+    key_gradients: KernelTiling = KernelTiling(block=64, buffers=1, compute_registers=240, copy_registers=24)
+    group_bytes: int = 2**30  # of one buffer of sorted rows; more heads come in groups, one after the other
+    text_readers: int = 2048  # that a tile of text's keys takes in one go, about
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hopper:
-    """Kernels for Hopper GPUs."""
+    """The kernels for Hopper GPUs.
+
+    Args:
+        tiling: None: what is fastest on an H200.
+        multiprocessors: Compiles for a GPU with as many (an H100 SXM or an H200 has 132), whatever this machine is.
+            None: for this machine's.
+        interpret: A `plgpu.InterpretGPUParams`: the kernels run in Pallas' interpreter, for tests without a GPU.
+    """
 
     name: ClassVar[str] = "pallas_gpu"
 
+    tiling: HopperTiling | None = None
+    multiprocessors: int | None = None
+    interpret: Hashable | None = None
 
-HEAD_DIMS = (64, 128)
-DTYPES = (jnp.bfloat16, jnp.float16)
-_MULTIPROCESSORS = 132  # of an H100 or H200, for programs compiled where there is none
+    @property
+    def tiles(self) -> HopperTiling:
+        """The tiling that is used."""
+        return self.tiling or HopperTiling()
 
-_interpreter = contextvars.ContextVar("interpreter", default=None)
-_compile_only = contextvars.ContextVar("compile_only", default=False)
-
-
-@contextlib.contextmanager
-def interpreted(params):
-    """Programs traced inside run their kernels in Pallas' interpreter with `plgpu.InterpretGPUParams`: tests without
-    a GPU."""
-    token = _interpreter.set(params)
-    try:
-        yield
-    finally:
-        _interpreter.reset(token)
-
-
-@contextlib.contextmanager
-def lowered_only():
-    """Programs traced inside may be lowered for a Hopper GPU, whatever the machine."""
-    token = _compile_only.set(True)
-    try:
-        yield
-    finally:
-        _compile_only.reset(token)
-
-
-def interpreter():
-    """The interpreter's parameters inside `interpreted`, else None."""
-    return _interpreter.get()
+    @property
+    def thread_blocks(self) -> int:
+        """Thread blocks that run at once, one on each multiprocessor."""
+        if self.multiprocessors is not None:
+            return self.multiprocessors
+        return _INTERPRETED if self.interpret is not None else jax.devices()[0].core_count
 
 
 def is_hopper() -> bool:
@@ -59,27 +80,21 @@ def is_hopper() -> bool:
     return str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9.")
 
 
-def multiprocessors() -> int:
-    """Thread blocks that run at once."""
-    if interpreter() is not None:
-        return 2
-    return jax.devices()[0].core_count if is_hopper() else _MULTIPROCESSORS
-
-
 def can_do(q: Array | jax.ShapeDtypeStruct) -> bool:
     """Whether the kernels know this type and head dimension."""
     return q.dtype in DTYPES and q.shape[-1] in HEAD_DIMS
 
 
-def check(q: Array, k: Array, v: Array) -> None:
-    """Raises NotImplementedError where the kernels can't run."""
-    if not (is_hopper() or _compile_only.get() or interpreter() is not None):
+def check(backend: Hopper, q: Array, *others: Array) -> None:
+    """Raises NotImplementedError where the kernels can't run, or not on q and `others` (k and v)."""
+    if not (is_hopper() or backend.interpret is not None or backend.multiprocessors is not None):
         raise NotImplementedError(
             f'backend "pallas_gpu" needs a Hopper GPU (compute capability 9.0), not {jax.devices()[0].device_kind}; '
             'use backend="auto" or "xla"'
         )
-    if not (can_do(q) and q.dtype == k.dtype == v.dtype):
+    if not (can_do(q) and all(x.dtype == q.dtype for x in others)):
+        types = ", ".join(f"{name} {x.dtype}" for name, x in zip("qkv", (q, *others), strict=False))
         raise NotImplementedError(
-            f'backend "pallas_gpu" knows bfloat16 and float16 and head dimensions {HEAD_DIMS}, not q {q.dtype}, '
-            f'k {k.dtype}, v {v.dtype} with {q.shape[-1]}; cast to bfloat16, or use backend="xla"'
+            f'backend "pallas_gpu" knows bfloat16 and float16 and head dimensions {HEAD_DIMS}, not {types} with '
+            f'{q.shape[-1]}; cast to bfloat16, or use backend="xla"'
         )

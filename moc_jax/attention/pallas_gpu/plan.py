@@ -1,182 +1,154 @@
 """A scene's chunks -> the tiles of the kernels. Integer work on tables of chunks; nothing here touches q, k or v.
 
-Tokens that share their anchors form a *segment*: with the own shot as anchor, a shot; else a chunk. A tile never
-crosses a segment, so all of its rows read the same runs and only a run's edges need masks. A segment's first tile
-starts at the multiple of 8 at or before its first token, and the array's last tile ends with the array.
+A tile is 128 rows of queries (or of keys, for their gradients) in memory order and never crosses a segment
+(layout.py), so all of its rows read the same runs and only a run's edges need masks. A segment's first tile starts at
+the multiple of 8 at or before its first row, and the array's last tile ends with the array.
+
+What a row computes follows from its runs alone: where its tile starts decides no sum. Runs of keys are cut into blocks
+from the run's own first row on, so a query's output and dq are the same bits whatever other queries there are. What
+keys sum over queries (dk, dv) follows the order of the queries, and so how they are sliced.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from moc_jax.attention.pallas_gpu.tiles import ALIGN, TILE, Tiles
-from moc_jax.attention.runs import Runs, anchor_runs, reader_runs
-from moc_jax.attention.schedule import Schedule
+from moc_jax.attention.layout import (
+    ALIGN,
+    Cut,
+    Queries,
+    Tiles,
+    all_read_text,
+    cut,
+    has_anchors,
+    run_lines,
+    segments,
+    text_shares,
+)
+from moc_jax.attention.pallas_gpu.tiles import TILE
+from moc_jax.attention.runs import anchor_runs, reader_runs
+from moc_jax.attention.schedule import Schedule, group_by_chunk
 from moc_jax.config import MoCConfig
-from moc_jax.scene import TEXT, VIDEO, ChunkTable
+from moc_jax.scene import TEXT, ChunkTable
 from moc_jax.shapes import Array, Bool, Int
 
-_PART = 2048  # readers of a tile of text in one go: text is read by everyone, and tiles should take equally long
-_MOST_PARTS = 16  # each costs memory for its share of the gradients
-
-
-class Cut(NamedTuple):
-    """Segments cut into tiles."""
-
-    segment: Int[Array, "B G"]  # of each tile; unused tiles: 0
-    start: Int[Array, "B G"]  # first row of each tile; -1: unused
-    row_of_token: Int[Array, "B N"]  # where a token's row lies among the rows of all tiles; 0 if in none
+_MOST_SHARES = 16  # of text's keys: each costs memory for its share of the gradients
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AnchorTiles:
     """What the anchors' kernels walk, and where tokens lie in the rows that they write."""
 
     queries: Tiles  # over keys
-    query_row: Int[Array, "B N"]
-    anchored: Bool[Array, "B N"]  # queries that have anchors
+    query_row: Int[Array, "B Q"]
+    anchored: Bool[Array, "B Q"]  # queries that have anchors
     keys: Tiles  # over queries
     key_row: Int[Array, "B N"]
-    chunks: Cut  # all chunks cut into tiles, for picks
-    anchors: bool = dataclasses.field(metadata={"static": True})  # False: nothing has any, whatever the lengths
     text_tokens: int = dataclasses.field(metadata={"static": True})
-    text_parts: int = dataclasses.field(metadata={"static": True})  # times that the tiles of text keys are repeated
-    text_tiles: int = dataclasses.field(metadata={"static": True})  # how many of `keys` they are each time
+    text_shares: int = dataclasses.field(metadata={"static": True})  # times that the tiles of text's keys are repeated
+
+    @property
+    def text_tiles(self) -> int:
+        """How many of `keys` are text's each time."""
+        return -(-self.text_tokens // TILE)
 
 
-def plan(table: ChunkTable, cfg: MoCConfig) -> Plan:
-    """The tiles of scenes whose tokens are a multiple of 8, at least a tile's, and at least the text's tiles'."""
-    rows = table.chunk_of.shape[1]
-    by_shot = cfg.mode == "dense" or cfg.self_anchor in ("shot", "none")
-    lead, begin, end = _segments(table, by_shot)
-    of = jnp.where(table.valid, jnp.take_along_axis(lead, jnp.maximum(table.chunk_of, 0), axis=1), -1)
-    chunks = _cut(table.start, table.start + table.length, table.chunk_of, rows)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PickTiles:
+    """What the picks' kernels walk: each head its own."""
 
-    cut = _cut(begin, end, of, rows)
-    runs = anchor_runs(table, cfg)
+    schedule: Schedule  # arrays [B, H, ...]
+    queries: Tiles  # sorted queries over the chunk that each tile picks
+    keys: Tiles  # chunks over the sorted queries that pick them
+    key_row: Int[Array, "B N"]
+
+
+def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_readers: int) -> AnchorTiles | None:
+    """The anchors' tiles; None if nothing has any, whatever the lengths.
+
+    Rows of queries and tokens are multiples of 8, at least a tile's, and the tokens at least the text's tiles'.
+    """
+    if not has_anchors(table, cfg):
+        return None
+    rows, tokens = queries.chunk_of.shape[1], table.chunk_of.shape[1]
+    runs, readers = anchor_runs(table, cfg), reader_runs(table, cfg, queries.start, queries.length)
     some = jnp.any(runs.begin < runs.end, axis=1)  # [B, C]
-    anchored = jnp.take_along_axis(some, jnp.maximum(of, 0), axis=1) & (of >= 0)
+    own = segments(queries, table, cfg)
+    of, tiles = own.of(queries), _cut(own.begin, own.end, rows)
     # The kernels over keys want at least one; a query without anchors needs no tile.
-    start = jnp.where(jnp.take_along_axis(some, cut.segment, axis=1), cut.start, -1)
-    queries = Tiles(_table(start, *_of_segments(runs, cut))[:, None])
-    any_anchors = cfg.mode == "dense" or cfg.self_anchor != "none" or table.text_tokens > 0 or cfg.top_k == 0
-    whole = functools.partial(
-        Plan,
-        queries,
-        cut.row_of_token,
-        anchored,
-        chunks=chunks,
-        anchors=any_anchors,
+    used = tiles.used & jnp.take_along_axis(some, tiles.owner, axis=1)
+    query_tiles = _lines(tiles.row, used, run_lines(runs, tiles.owner, used))
+    query_row = _row_of_token(own.begin, own.end, tiles, of)
+    anchored = (of >= 0) & jnp.take_along_axis(some, jnp.maximum(of, 0), axis=1)
+
+    own, text_end = segments(table, table, cfg), jnp.zeros((table.kind.shape[0], 1), jnp.int32)
+    of, copies, lines = own.of(table), 0, []
+    if all_read_text(table, cfg):  # first, so that no thread block is left with a tile of text at the end
+        is_text, count = table.kind == TEXT, -(-table.text_tokens // TILE)
+        text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1, keepdims=True)
+        copies = min(-(-rows // text_readers), _MOST_SHARES)
+        shares = jnp.repeat(text_shares(readers, table, copies, rows, ALIGN), count, axis=1)
+        first = jnp.tile(jnp.arange(count) * TILE, copies)[None]
+        lines = [_lines(first, first < text_end, shares)]
+        own = own._replace(end=jnp.where(is_text, own.begin, own.end))
+    tiles = _cut(own.begin, own.end, tokens)
+    lines.append(_lines(tiles.row, tiles.used, run_lines(readers, tiles.owner, tiles.used)))
+    token, before = jnp.arange(tokens)[None], sum(x.shape[1] for x in lines[:-1]) * TILE
+    return AnchorTiles(
+        queries=Tiles(query_tiles[:, None]),
+        query_row=query_row,
+        anchored=anchored,
+        keys=Tiles(jnp.concatenate(lines, axis=1)[:, None]),
+        key_row=jnp.where(token < text_end, token, _row_of_token(own.begin, own.end, tiles, of) + before),
         text_tokens=table.text_tokens,
-    )
-
-    # Keys of text that all read have more readers than any others by far: their tiles come in parts, each with its
-    # share of the readers, and first, so that no thread block is left with one at the end.
-    readers = reader_runs(table, cfg)
-    all_alike = cfg.visibility == "scene" and (cfg.mode == "dense" or cfg.text_anchor == "all")
-    if not all_alike or table.text_tokens == 0:
-        keys = Tiles(_table(cut.start, *_of_segments(readers, cut))[:, None])
-        return whole(keys=keys, key_row=cut.row_of_token, text_parts=0, text_tiles=0)
-    parts, count = min(-(-rows // _PART), _MOST_PARTS), -(-table.text_tokens // TILE)
-    is_text = table.kind == TEXT
-    text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1)
-    text = _text_table(readers, is_text, text_end, parts, count, rows)
-    cut = _cut(begin, jnp.where(is_text, begin, end), of, rows)
-    table_ = _table(cut.start, *_of_segments(readers, cut))
-    token = jnp.arange(rows)[None]
-    return whole(
-        keys=Tiles(jnp.concatenate([text, table_], axis=1)[:, None]),
-        key_row=jnp.where(token < text_end[:, None], token, cut.row_of_token + parts * count * TILE),
-        text_parts=parts,
-        text_tiles=count,
+        text_shares=copies,
     )
 
 
-def pick_tiles(schedule: Schedule, table: ChunkTable) -> Tiles:
-    """Sorted queries [B, H, slots] over the chunk that each tile picks."""
-    begin, end = (
-        jnp.take_along_axis(x[:, None], schedule.tile_chunk, axis=2) for x in (table.start, table.start + table.length)
-    )
-    first = jnp.arange(begin.shape[2], dtype=jnp.int32) * TILE
-    start = jnp.where(schedule.pair_of_slot[..., 0] >= 0, first[None, None], -1)
-    return Tiles(jnp.stack([start, begin, end], axis=-1).astype(jnp.int32))
+def pick_tiles(routes: Int[Array, "B H Q K"], table: ChunkTable) -> PickTiles | None:
+    """The picks' pairs, sorted by chunk; None if there are no slots."""
+    if routes.shape[-1] == 0:
+        return None
+    # An empty chunk is as good as none: its tile would have no keys.
+    length = jnp.take_along_axis(table.length[:, None, None], jnp.maximum(routes, 0), axis=3)
+    routes = jnp.where(length > 0, routes, -1)
+    sort = functools.partial(group_by_chunk, chunks=table.kind.shape[1], tile=TILE)
+    one_scene = routes.shape[0] == 1
+    schedule = jax.tree.map(lambda x: x[None], sort(routes[0])) if one_scene else jax.vmap(sort)(routes)
+
+    def of_tile(x):  # [B, C] -> [B, H, G]
+        return jnp.take_along_axis(x[:, None], schedule.tile_chunk, axis=2)
+
+    begin, end = table.start, table.start + table.length
+    slot = jnp.arange(schedule.tile_chunk.shape[2], dtype=jnp.int32) * TILE
+    runs = jnp.stack([of_tile(begin), of_tile(end)], axis=-1)
+    queries = _lines(slot[None, None], schedule.pair_of_slot[..., 0] >= 0, runs)
+
+    tiles = _cut(begin, end, table.chunk_of.shape[1])
+    owner = jnp.broadcast_to(tiles.owner[:, None], (*routes.shape[:2], tiles.owner.shape[1]))
+    readers = (jnp.take_along_axis(x, owner, axis=2) for x in (schedule.chunk_begin, schedule.chunk_end))
+    keys = _lines(tiles.row[:, None], tiles.used[:, None], jnp.stack([*readers], axis=-1))
+    return PickTiles(schedule, Tiles(queries), Tiles(keys), _row_of_token(begin, end, tiles, table.chunk_of))
 
 
-def reader_tiles(schedule: Schedule, chunks: Cut) -> Tiles:
-    """Chunks over the sorted queries that pick them."""
-    index = jnp.broadcast_to(chunks.segment[:, None], (*schedule.chunk_begin.shape[:2], chunks.segment.shape[1]))
-    begin, end = (jnp.take_along_axis(x, index, axis=2) for x in (schedule.chunk_begin, schedule.chunk_end))
-    start = jnp.broadcast_to(chunks.start[:, None], begin.shape)
-    return Tiles(jnp.stack([start, begin, end], axis=-1).astype(jnp.int32))
+def _cut(begin, end, rows: int) -> Cut:
+    return cut(begin, end, TILE, rows=rows, owners=begin.shape[1], last_row=rows - TILE)
 
 
-def _segments(table: ChunkTable, by_shot: bool):
-    """The first chunk of each chunk's segment, and for first chunks where their segment begins and ends."""
-    batch, chunks = table.kind.shape
-    index = jnp.broadcast_to(jnp.arange(chunks)[None], (batch, chunks))
-    lead = index
-    if by_shot:
-        video = table.kind == VIDEO
-        follows = video[:, 1:] & video[:, :-1] & (table.shot[:, 1:] == table.shot[:, :-1])
-        lead = lax.cummax(jnp.where(jnp.pad(follows, ((0, 0), (1, 0))), 0, index), axis=1)
-    member = (lead[:, None, :] == index[:, :, None]) & (table.length > 0)[:, None, :]
-    far = table.chunk_of.shape[1]
-    begin = jnp.min(jnp.where(member, table.start[:, None], far), axis=-1)
-    end = jnp.max(jnp.where(member, (table.start + table.length)[:, None], 0), axis=-1)
-    return lead, jnp.minimum(begin, end), end
-
-
-def _cut(begin, end, segment_of_token, rows: int) -> Cut:
-    """Tiles for segments [begin, end), in their order. The capacity is static: all tokens, and two edges each."""
-    segments, tokens = begin.shape[1], segment_of_token.shape[1]
-    first = begin - begin % ALIGN
-    counts = jnp.where(begin < end, -(-(end - first) // TILE), 0)
-    ends = jnp.cumsum(counts, axis=1)
-    before = ends - counts
-    capacity = (tokens + segments * (TILE + ALIGN - 2)) // TILE
-    tile = jnp.arange(capacity)
-    segment = jnp.sum(ends[:, None, :] <= tile[None, :, None], axis=-1, dtype=jnp.int32)
-    used = segment < segments
-    segment = jnp.where(used, segment, 0)
-    first_here, before_here = (jnp.take_along_axis(x, segment, axis=1) for x in (first, before))
-    start = jnp.minimum(first_here + TILE * (tile[None] - before_here), rows - TILE)
-
-    of = jnp.maximum(segment_of_token, 0)
-    token = jnp.arange(tokens)[None]
-    first_of, before_of = (jnp.take_along_axis(x, of, axis=1) for x in (first, before))
-    inside = (token - first_of) // TILE
-    its_start = jnp.minimum(first_of + inside * TILE, rows - TILE)
-    row = (before_of + inside) * TILE + token - its_start
-    there = (segment_of_token >= 0) & (token < jnp.take_along_axis(end, of, axis=1))
-    return Cut(segment, jnp.where(used, start, -1).astype(jnp.int32), jnp.where(there, row, 0).astype(jnp.int32))
-
-
-def _of_segments(runs: Runs, cut: Cut):
-    """Begin and end of each tile's runs [B, R, G]."""
-    index = jnp.broadcast_to(cut.segment[:, None], (*runs.begin.shape[:2], cut.segment.shape[1]))
-    return tuple(jnp.take_along_axis(x, index, axis=2) for x in runs)
-
-
-def _text_table(readers: Runs, is_text, text_end, parts: int, count: int, rows: int) -> Int[Array, "B G W"]:
-    """The tiles of all text as keys, `parts` times: part 0 has the text's readers, each its share of the video's."""
-    # All captions have the same readers, so the union over them is each one's own.
-    begin = jnp.min(jnp.where(is_text[:, None], readers.begin, rows), axis=2)  # [B, 2]
-    end = jnp.max(jnp.where(is_text[:, None], readers.end, 0), axis=2)
-    part = jnp.arange(parts)[None]
-    share = -(-rows // parts // ALIGN) * ALIGN
-    video = jnp.maximum(begin[:, 1:], part * share), jnp.minimum(end[:, 1:], (part + 1) * share)
-    text = jnp.broadcast_to(begin[:, :1], video[0].shape), jnp.where(part == 0, end[:, :1], 0)
-    begin, end = (jnp.repeat(jnp.stack(pair, axis=1), count, axis=2) for pair in zip(text, video, strict=True))
-    first = jnp.tile(jnp.arange(count) * TILE, parts)[None]
-    return _table(jnp.where(first < text_end[:, None], first, -1), begin, end)
-
-
-def _table(start, begin, end) -> Int[Array, "B G W"]:
-    runs = jnp.stack([begin, end], axis=-1)  # [B, R, G, 2]
-    runs = jnp.moveaxis(runs, 1, 2).reshape(*start.shape, -1)
+def _lines(row: Int[Array, "*G"], used: Bool[Array, "*G"], runs: Int[Array, "*G _"]) -> Int[Array, "*G _"]:
+    start = jnp.broadcast_to(jnp.where(used, row, -1), runs.shape[:-1])
     return jnp.concatenate([start[..., None], runs], axis=-1).astype(jnp.int32)
+
+
+def _row_of_token(begin, end, tiles: Cut, of: Int[Array, "B N"]) -> Int[Array, "B N"]:
+    """Where the row of each token of run `of` lies among the rows of all tiles; 0 if in none."""
+    tokens, there = of.shape[1], jnp.maximum(of, 0)
+    token = jnp.arange(tokens)[None]
+    first, before, end = (jnp.take_along_axis(x, there, axis=1) for x in (begin - begin % ALIGN, tiles.before, end))
+    tile = (token - first) // TILE
+    row = (before + tile) * TILE + token - jnp.minimum(first + tile * TILE, tokens - TILE)
+    return jnp.where((of >= 0) & (token < end), row, 0).astype(jnp.int32)

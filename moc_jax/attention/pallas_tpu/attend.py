@@ -1,6 +1,7 @@
 """Mixture of Contexts on TPU: anchors and picks by the same kernels, merged by their log-sum-exp.
 
-(a) Order. Queries are laid out segment after segment, each from a whole tile on; keys and values go head-major.
+(a) Order. Queries, which need not be keys, are laid out segment after segment, each from a whole tile on; keys and
+    values go head-major.
 (b) Anchors. Tiles of queries walk at most three runs of keys.
 (c) Picks. Queries are spread to slots sorted by the chunk that they pick, so that a tile of slots reads one chunk.
 (d) Merge. A query weighs its pairs' outputs and its anchors' by 2^(lse - max).
@@ -13,159 +14,211 @@ Bytes: a pair's query and output take 6 * D bytes of bfloat16 in memory, so head
 attended pair forward, 10 * D backward.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from moc_jax.attention.heads import Heads, head_groups
-from moc_jax.attention.layout import Queries
+from moc_jax.attention.layout import LOG2E, Heads, Queries, by_group, head_groups, sum_other_shares
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, moves, packing, pairs, pool, router, tuning
 from moc_jax.attention.pallas_tpu.batching import more_scenes
-from moc_jax.attention.pallas_tpu.device import Tpu
-from moc_jax.attention.pallas_tpu.placement import Placement, place, step_rows, window_size
-from moc_jax.attention.pallas_tpu.plan import Moves, Order, Plan, cut_chunks, key_rows, pick_tiles, plan, reader_tiles
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip, Tpu
+from moc_jax.attention.pallas_tpu.placement import Placement, place, span_size, step_rows
+from moc_jax.attention.pallas_tpu.plan import (
+    Moves,
+    Order,
+    OrderedTiles,
+    cut_chunks,
+    key_moves,
+    key_rows,
+    ordered_tiles,
+    pick_tiles,
+    reader_tiles,
+)
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Float, Int, typed
+from moc_jax.shapes import Array, Float, Float32, Int
 
 _BUFFER = 5 * 2**29  # bytes of a buffer of pairs' outputs, and not more than
 _SHARE = 24  # this part of the chip's memory
-_STATISTICS = device.LANES  # columns of a query's log-sum-exp and delta: what a row of memory has at least
 
 
 class _Static(NamedTuple):
+    chip: Chip
     blocks: Blocks
     longest_chunk: int
     text_tokens: int
     anchor_keys: int  # of a query, about
-    interpret: Any
+
+    @classmethod
+    def of(cls, q, k, v, table: ChunkTable, cfg: MoCConfig, backend: Tpu) -> "_Static":
+        """Raises NotImplementedError where the kernels can't run, or do these types or sizes."""
+        chip = device.target(backend.chip)
+        device.check(q, k, v)
+        blocks = backend.blocks or tuning.blocks(cfg, table, q.shape[-1], q.dtype, chip)
+        return cls(chip, blocks, table.max_chunk, table.text_tokens, tuning.anchor_keys(cfg, table))
 
 
-def select(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Tpu,
-) -> Int[Array, "B H Q K"]:
-    """The best candidates of every query, best first.
+# Shapes are those of `backends.Implementation`, checked before.
+
+
+def select(q, k, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu) -> Int[Array, "B H Q K"]:
+    """The best candidates of every query, best first; -1 fills room that holds none.
 
     Raises:
-        NotImplementedError: the device, the type, D or `top_k` is none that the kernels can do.
+        NotImplementedError: as `attend`.
     """
+    chip = device.target(backend.chip)
     device.check(q, k, k)
-    return router.select(q, pool.descriptors(k, table), table, cfg, interpret=device.interpreter())
+    return router.select(q, pool.descriptors(k, table, chip=chip), queries, table, cfg)
 
 
-def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
-    """Output and natural log-sum-exp of the anchors alone."""
-    raise NotImplementedError("parts by these kernels")
-
-
-def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
-    """Output and natural log-sum-exp of the picks alone."""
-    raise NotImplementedError("parts by these kernels")
-
-
-def anchor_gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
-    """Gradients of the anchors' part."""
-    raise NotImplementedError("parts by these kernels")
-
-
-def pick_gradients(
-    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu
-):
-    """Gradients of the picks' part."""
-    raise NotImplementedError("parts by these kernels")
-
-
-@typed
 def attend(
-    q: Float[Array, "B N H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H N K"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Tpu,
-) -> Float[Array, "B N H D"]:
+    q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu
+) -> Float[Array, "B Q H D"]:
     """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0.
 
     Raises:
         NotImplementedError: the device, the type or D is none that the kernels can do.
     """
-    device.check(q, k, v)
-    blocks = tuning.blocks(cfg, table, q.shape[-1], q.dtype)
-    keys = tuning.anchor_keys(cfg, table)
-    static = _Static(blocks, table.max_chunk, table.text_tokens, keys, device.interpreter())
-
-    def layout(routes, table):
-        plan_ = plan(table, cfg, blocks)
-        return plan_, _place(routes, plan_.order, table, blocks, q.shape[-1], q.dtype)
-
+    static = _Static.of(q, k, v, table, cfg, backend)
     with jax.named_scope("moc_attention"):
-        plan_, placement = more_scenes(layout)(routes, table)
-        if placement is None and not plan_.anchors:
+        tiles, placement = _layout(routes, queries, table, cfg, static, q)
+        if placement is None and not tiles.anchors:
             return jnp.zeros(q.shape, v.dtype)
-        return _attend(q, k, v, plan_, placement, table, static)
+        return _attend(q, k, v, tiles, placement, table, static)
 
 
-def _groups(heads: int, placement: Placement, dim: int, dtype) -> int:
+def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
+    """Output and natural log-sum-exp over the anchors alone; 0 and -inf for queries without.
+
+    Raises:
+        NotImplementedError: as `attend`.
+    """
+    return _part(q, k, v, None, queries, table, cfg, backend)
+
+
+def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
+    """Output and natural log-sum-exp over the chunks in `routes` alone; otherwise as `anchor_part`."""
+    return _part(q, k, v, routes, queries, table, cfg, backend)
+
+
+def anchor_gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
+    """(dq, dk, dv) of the anchors' part, from the final natural log-sum-exp and delta = rowsum(d_out * out).
+
+    Raises:
+        NotImplementedError: as `attend`.
+    """
+    return _part_gradients(q, k, v, None, d_out, lse, delta, queries, table, cfg, backend)
+
+
+def pick_gradients(
+    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu
+):
+    """(dq, dk, dv) of the picks' part; otherwise as `anchor_gradients`."""
+    return _part_gradients(q, k, v, routes, d_out, lse, delta, queries, table, cfg, backend)
+
+
+def _part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
+    """Of the picks, or without routes of the anchors."""
+    static = _Static.of(q, k, v, table, cfg, backend)
+    tiles, placement = _part_layout(routes, queries, table, cfg, static, q)
+    batch, tokens, heads, _ = q.shape
+    if placement is None and not tiles.anchors:
+        return jnp.zeros(q.shape, v.dtype), jnp.full((batch, heads, tokens), -jnp.inf)
+
+    def run(q, k, v, tiles, placement, table):
+        out, _, lse = _outputs(q, k, v, tiles, placement, table, static)
+        return out, _statistics_to_tokens(lse, tiles.order, tokens, static)
+
+    out, lse = more_scenes(run)(q, k, v, tiles, placement, table)
+    return out, jnp.where(queries.valid[:, None], lse / LOG2E, -jnp.inf)
+
+
+def _part_gradients(
+    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu
+):
+    static = _Static.of(q, k, v, table, cfg, backend)
+    tiles, placement = _part_layout(routes, queries, table, cfg, static, q)
+    if placement is None and not tiles.anchors:
+        return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
+
+    def run(q, k, v, tiles, placement, table, d_out, statistics):
+        lse, delta = _statistics_to_order(statistics, tiles.order, static)
+        lse = jnp.where((tiles.order.chunk_of_row < 0)[:, None], -jnp.inf, lse)
+        return _gradients(q, k, v, tiles, placement, table, d_out, lse, lambda _: delta, static)
+
+    statistics = lse * LOG2E, jnp.where(jnp.isneginf(lse), 0.0, delta)
+    return more_scenes(run)(q, k, v, tiles, placement, table, d_out, statistics)
+
+
+def _part_layout(routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, static: _Static, q):
+    tiles, placement = _layout(routes, queries, table, cfg, static, q)
+    return dataclasses.replace(tiles, anchors=tiles.anchors and routes is None), placement
+
+
+def _layout(routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, static: _Static, q):
+    """The anchors' tiles, and where pairs lie; None for the latter if there are none whatever the lengths."""
+
+    def of_scenes(routes, queries, table):
+        tiles = ordered_tiles(queries, table, cfg, static.blocks)
+        if routes is None or routes.shape[3] == 0:
+            return tiles, None
+        return tiles, _place(routes, tiles.order, table, static, q.shape[-1], q.dtype)
+
+    return more_scenes(of_scenes)(routes, queries, table)
+
+
+def _groups(heads: int, placement: Placement, dim: int, dtype, chip: Chip) -> int:
     """Groups of heads whose pairs' outputs fit the buffer."""
     per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(dim, dtype) * 4
-    return head_groups(heads, per_head, min(_BUFFER, device.memory() // _SHARE))
+    return head_groups(heads, per_head, min(_BUFFER, chip.memory // _SHARE))
 
 
-def _place(routes, order: Order, table: ChunkTable, blocks: Blocks, dim: int, dtype) -> Placement | None:
-    """Slots for the picks of the ordered queries; None if there are none whatever the lengths."""
+def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int, dtype) -> Placement:
+    """Slots for the picks of the ordered queries."""
     batch, heads, tokens, picks = routes.shape
-    chunks = table.kind.shape[1]
-    if picks == 0:
-        return None
-    if blocks.window:
-        window, buffers = blocks.window, 2
+    chunks, blocks = table.kind.shape[1], static.blocks
+    if blocks.span:
+        span, buffers = blocks.span, 2
     else:
-        window, buffers = window_size(order.rows, picks, packing.packed_width(dim, dtype), chunks)
-    step = blocks.window_step or step_rows(order.rows, window)
-    lines = jnp.swapaxes(routes.astype(jnp.int32), 2, 3).reshape(batch, heads * picks, tokens)
-    lines = moves.move_lanes(lines, *order.moves, order.rows, -1, interpret=device.interpreter())
-    routes = jnp.swapaxes(lines.reshape(batch, heads, picks, order.rows), 2, 3)
-    most = table.chunk_of.shape[1] * picks
-    return place(routes, table.length, blocks.picks.queries, most, window=window, buffers=buffers, step=step)
+        span, buffers = span_size(order.rows, picks, packing.packed_width(dim, dtype), chunks, static.chip)
+    step = blocks.span_step or step_rows(order.rows, span)
+    # Rows of all heads' picks, which float32 holds exactly; rows of nobody are 0, so picks are one more than they are.
+    rows = jnp.moveaxis(routes + 1, 1, 2).reshape(batch, 1, tokens, heads * picks).astype(jnp.float32)
+    rows = moves.move(rows, *order.moves, order.rows, chip=static.chip)
+    ordered = jnp.moveaxis(rows.astype(jnp.int32).reshape(batch, order.rows, heads, picks), 2, 1) - 1
+    most = tokens * picks
+    return place(ordered, table.length, blocks.picks.queries, most, span=span, buffers=buffers, step=step)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, plan: Plan, placement: Placement | None, table, static):
-    return _forward(q, k, v, plan, placement, table, static)[0]
+def _attend(q, k, v, tiles: OrderedTiles, placement: Placement | None, table, static):
+    return _forward(q, k, v, tiles, placement, table, static)[0]
 
 
-def _forward(q, k, v, plan, placement, table, static):
-    return more_scenes(functools.partial(_outputs, static=static))(q, k, v, plan, placement, table)
+def _forward(q, k, v, tiles, placement, table, static):
+    return more_scenes(functools.partial(_outputs, static=static))(q, k, v, tiles, placement, table)
 
 
-def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
-    """Arrays [B, N, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
-    queries, keys, values = (
-        _to_order(q, plan.order, static),
-        _head_major(k, table, static),
-        _head_major(v, table, static),
-    )
-    anchors: Any = _anchors(queries, keys, values, plan, static) if plan.anchors else None
+def _outputs(q, k, v, tiles: OrderedTiles, placement, table, static: _Static):
+    """Arrays [B, Q, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
+    queries = _to_order(q, tiles.order, static)
+    keys, values = (_head_major(x, table, static) for x in (k, v))
+    anchors: Any = _anchors(queries, keys, values, tiles, static) if tiles.anchors else None
+    heads, tokens, dim, chip = q.shape[2], q.shape[1], q.shape[3], static.chip
     if placement is None:
         out, lse = anchors
-        out = jnp.where(plan.anchored[:, None, :, None], out, jnp.zeros((), out.dtype))
-        return _to_tokens(out, plan.order.moves.back, table, static), out, lse
+        out = jnp.where(tiles.anchored[:, None, :, None], out, jnp.zeros((), out.dtype))
+        return _to_tokens(out, tiles.order.back, tokens, static), out, lse
 
     def one_group(heads, merged):
         outputs = flash.forward(
-            pairs.spread(queries, placement, heads, interpret=static.interpret),
+            pairs.spread(queries, placement, heads, chip=chip),
             keys,
             values,
             pick_tiles(heads.of(placement), table),
@@ -173,59 +226,60 @@ def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
             longest_run=static.longest_chunk,
             packed=True,
             tiling=static.blocks.picks,
+            chip=chip,
             name="moc_forward_picks",
-            interpret=static.interpret,
         )
         known = dict(into=merged) if anchors is None else dict(anchors=merged)
-        return pairs.merge(
-            outputs, placement, heads=heads, dim=q.shape[3], dtype=v.dtype, interpret=static.interpret, **known
-        )
+        return pairs.merge(outputs, placement, heads=heads, dim=dim, dtype=v.dtype, chip=chip, **known)
 
     start = anchors or (jnp.empty(queries.shape, v.dtype), jnp.empty(queries.shape[:3], jnp.float32))
-    heads, dim = q.shape[2:]
-    out, lse = _by_group(one_group, start, heads, _groups(heads, placement, dim, v.dtype))
-    return _to_tokens(out, plan.order.moves.back, table, static), out, lse
+    out, lse = by_group(one_group, start, heads, _groups(heads, placement, dim, v.dtype, chip))
+    return _to_tokens(out, tiles.order.back, tokens, static), out, lse
 
 
-def _anchors(queries, keys, values, plan: Plan, static: _Static):
+def _anchors(queries, keys, values, tiles: OrderedTiles, static: _Static):
     """Output and log-sum-exp of the anchors [B, H, R, D] and [B, H, R]; anything and -inf for rows without."""
-    blocks = static.blocks
-    mean = static.anchor_keys
-    run = functools.partial(flash.forward, queries, keys, values, mean_keys=mean, interpret=static.interpret)
-    first_head = jnp.zeros(1, jnp.int32)
-    first_tile = plan.order.text_rows // blocks.queries
-    out, lse = run(plan.video, first_head, first_tile=first_tile, tiling=blocks.anchors, name="moc_forward_anchors")
-    if plan.order.text_rows:
-        out, lse = run(plan.text, first_head, tiling=blocks.text, name="moc_forward_text", into=(out, lse))
-    return out, jnp.where(plan.anchored[:, None], lse, -jnp.inf)
+    blocks, order, first_head = static.blocks, tiles.order, jnp.zeros(1, jnp.int32)
+    run = functools.partial(flash.forward, queries, keys, values, mean_keys=static.anchor_keys, chip=static.chip)
+    found: Any = None
+    if order.rows > order.text_rows:
+        first_tile = order.text_rows // blocks.queries
+        tiling = blocks.anchors
+        found = run(tiles.video, first_head, first_tile=first_tile, tiling=tiling, name="moc_forward_anchors")
+    if order.text_rows:
+        found = run(tiles.text, first_head, tiling=blocks.text, name="moc_forward_text", into=found)
+    out, lse = found
+    return out, jnp.where(tiles.anchored[:, None], lse, -jnp.inf)
 
 
-def _attend_forward(q, k, v, plan, placement, table, static):
-    result, out, lse = _forward(q, k, v, plan, placement, table, static)
-    return result, (q, k, v, plan, placement, table, out, lse)
+def _attend_forward(q, k, v, tiles, placement, table, static):
+    result, out, lse = _forward(q, k, v, tiles, placement, table, static)
+    return result, (q, k, v, tiles, placement, table, out, lse)
 
 
 def _attend_backward(static, residuals, d_result):
-    return (*more_scenes(functools.partial(_gradients, static=static))(*residuals, d_result), None, None, None)
+    def run(q, k, v, tiles, placement, table, out, lse, d_out):
+        def delta(d_out):
+            return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+
+        return _gradients(q, k, v, tiles, placement, table, d_out, lse, delta, static)
+
+    return (*more_scenes(run)(*residuals, d_result), None, None, None)
 
 
-def _gradients(q, k, v, plan: Plan, placement, table, out, lse, d_result, static: _Static):
-    queries, keys, values = (
-        _to_order(q, plan.order, static),
-        _head_major(k, table, static),
-        _head_major(v, table, static),
-    )
-    d_out = _to_order(d_result.astype(q.dtype), plan.order, static)
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)  # [B, H, R]
+def _gradients(q, k, v, tiles: OrderedTiles, placement, table, d_out, lse, delta_of, static: _Static):
+    """Of tokens; `lse` [B, H, R] is the queries' in their order, and delta_of(d_out in their order) too."""
+    queries, d_out = (_to_order(x, tiles.order, static) for x in (q, d_out.astype(q.dtype)))
+    keys, values = (_head_major(x, table, static) for x in (k, v))
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # rows with nothing to attend to, and without a token
-    inputs = _Inputs(queries, keys, values, d_out, lse, delta)
+    inputs = _Inputs(queries, keys, values, d_out, lse, delta_of(d_out))
     d_q: Any = None
     parts_of_k, parts_of_v = [], []
-    if plan.anchors:
-        d_q, *of_tiles = _anchor_gradients(inputs, plan, static)
+    if tiles.anchors:
+        d_q, *of_tiles = _anchor_gradients(inputs, tiles, static)
         for parts, rows in zip((parts_of_k, parts_of_v), of_tiles, strict=True):
-            parts.append(_to_tokens(rows, plan.key_moves, table, static))
-            parts += _other_text_parts(rows, plan, table, static.blocks)
+            parts.append(_to_tokens(rows, tiles.key_moves, k.shape[1], static))
+            parts += _other_shares(rows, tiles, table, static.blocks)
     if placement is not None:
         d_q, of_k, of_v = _all_pick_gradients(inputs, d_q, placement, table, q.dtype, static)
         parts_of_k.append(of_k)
@@ -234,29 +288,25 @@ def _gradients(q, k, v, plan: Plan, placement, table, out, lse, d_result, static
         functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts]).astype(q.dtype)
         for parts in (parts_of_k, parts_of_v)
     )
-    return _to_tokens(d_q.astype(q.dtype), plan.order.moves.back, table, static), d_k, d_v
+    return _to_tokens(d_q.astype(q.dtype), tiles.order.back, q.shape[1], static), d_k, d_v
 
 
 def _all_pick_gradients(inputs: "_Inputs", of_anchors, placement: Placement, table, dtype, static: _Static):
     """Of queries in their order, `of_anchors` added, and of keys and values as tokens [B, N, H, D]."""
     cut = cut_chunks(table, static.blocks)
-    to_tokens = cut.moves(static.blocks.pick_gradient_keys)
+    to_tokens = key_moves(cut, static.blocks.pick_gradient_keys)
+    batch, heads, _, dim = inputs.queries.shape
+    tokens, chip = table.chunk_of.shape[1], static.chip
 
     def one_group(heads, whole):
         of_queries, *of_tokens = whole
         of_pairs, *of_tiles = _pick_gradients(inputs, placement, cut, heads, static)
-        of_queries = pairs.add(
-            of_pairs, placement, of_anchors, heads, into=of_queries, dtype=dtype, interpret=static.interpret
-        )
-        parts = [_to_tokens(rows, to_tokens, table, static) for rows in of_tiles]
-        return of_queries, *(
-            lax.dynamic_update_slice_in_dim(x, part, heads.first, 2) for x, part in zip(of_tokens, parts, strict=True)
-        )
+        of_queries = pairs.add(of_pairs, placement, of_anchors, heads, into=of_queries, dtype=dtype, chip=chip)
+        parts = [_to_tokens(rows, to_tokens, tokens, static) for rows in of_tiles]
+        return of_queries, *(heads.put(x, part, axis=2) for x, part in zip(of_tokens, parts, strict=True))
 
-    batch, heads, _, dim = inputs.queries.shape
-    of_tokens = (batch, table.chunk_of.shape[1], heads, dim)
-    start = jnp.empty(inputs.queries.shape, dtype), *(jnp.empty(of_tokens, dtype) for _ in range(2))
-    return _by_group(one_group, start, heads, _groups(heads, placement, dim, dtype))
+    start = jnp.empty(inputs.queries.shape, dtype), *(jnp.empty((batch, tokens, heads, dim), dtype) for _ in range(2))
+    return by_group(one_group, start, heads, _groups(heads, placement, dim, dtype, chip))
 
 
 class _Inputs(NamedTuple):
@@ -270,29 +320,28 @@ class _Inputs(NamedTuple):
     delta: Array
 
 
-def _anchor_gradients(inputs: _Inputs, plan: Plan, static: _Static):
+def _anchor_gradients(inputs: _Inputs, tiles: OrderedTiles, static: _Static):
     blocks = static.blocks
     return flash_backward.gradients(
         *inputs,
-        plan.keys,
+        tiles.keys,
         jnp.zeros(1, jnp.int32),
         rows=blocks.gradient_keys,
         tiling=blocks.anchor_gradients,
+        chip=static.chip,
         accumulate=True,
         pairs=inputs.queries.shape[2] * static.anchor_keys,
         name="moc_gradients_anchors",
-        interpret=static.interpret,
     )
 
 
 def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, static: _Static):
     """Of pairs [B, G, S, D] and of the keys of all chunks' tiles, for a group of heads."""
     blocks = static.blocks
-    spread = functools.partial(pairs.spread, placement=placement, heads=heads, interpret=static.interpret)
+    spread = functools.partial(pairs.spread, placement=placement, heads=heads, chip=static.chip)
     statistics = jnp.stack([heads.of(inputs.lse), heads.of(inputs.delta)], axis=-1)
-    statistics = jnp.pad(statistics, ((0, 0),) * 3 + ((0, _STATISTICS - 2),))
-    statistics = spread(statistics, fill_first_lane=math.inf)
-    lse, delta = packing.columns(statistics, 2, interpret=static.interpret)
+    statistics = jnp.pad(statistics, ((0, 0),) * 3 + ((0, LANES - 2),))  # what a row of memory has at least
+    lse, delta = packing.columns(spread(statistics, fill_first_lane=math.inf), 2)
     return flash_backward.gradients(
         spread(inputs.queries),
         inputs.keys,
@@ -304,39 +353,41 @@ def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, st
         heads.operand,
         rows=blocks.pick_gradient_keys,
         tiling=blocks.pick_gradients,
-        accumulate=blocks.pick_gradient_keys < static.longest_chunk + device.ROWS - 1,
+        chip=static.chip,
+        accumulate=blocks.pick_gradient_keys < static.longest_chunk + ROWS - 1,
         d_q_type=jnp.float32,
         pairs=placement.slots * min(blocks.pick_gradient_keys, static.longest_chunk),
         name="moc_gradients_picks",
-        interpret=static.interpret,
     )
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# ---------------------------------------------------------------------------------------------- groups of heads
-
-
-def _by_group(function, start, heads: int, groups: int):
-    """function(group of heads, arrays of all heads) -> the same arrays with the group's part filled in."""
-    count = heads // groups
-    if groups == 1:
-        return function(Heads(0, heads), start)
-    return lax.fori_loop(0, groups, lambda i, whole: function(Heads(i * count, count), whole), start)
-
-
 # --------------------------------------------------------------------------------------------- order and sums
 
 
-def _to_order(x: Float[Array, "B N H D"], order: Order, static: "_Static") -> Float[Array, "B H R D"]:
+def _to_order(x: Float[Array, "B Q H D"], order: Order, static: _Static) -> Float[Array, "B H R D"]:
     """x in the queries' order, head-major; 0 in rows without a token."""
-    return moves.move(jnp.swapaxes(x, 1, 2), *order.moves, order.rows, interpret=static.interpret)
+    return moves.move(jnp.swapaxes(x, 1, 2), *order.moves, order.rows, chip=static.chip)
 
 
-def _to_tokens(x: Float[Array, "B H R D"], where: Moves, table: ChunkTable, static: "_Static"):
-    """Rows back to tokens [B, N, H, D]; 0 for those that have none."""
-    return jnp.swapaxes(moves.move(x, *where, table.chunk_of.shape[1], interpret=static.interpret), 1, 2)
+def _to_tokens(x: Float[Array, "B H R D"], where: Moves, tokens: int, static: _Static) -> Float[Array, "B N H D"]:
+    """Rows back to tokens; 0 for those that have none."""
+    return jnp.swapaxes(moves.move(x, *where, tokens, chip=static.chip), 1, 2)
+
+
+def _statistics_to_order(statistics: tuple[Array, ...], order: Order, static: _Static) -> tuple[Array, ...]:
+    """Numbers [B, H, Q] as [B, H, R]; 0 in rows without a token."""
+    heads = statistics[0].shape[1]
+    rows = jnp.swapaxes(jnp.concatenate(statistics, axis=1), 1, 2)[:, None]
+    rows = jnp.swapaxes(moves.move(rows, *order.moves, order.rows, chip=static.chip)[:, 0], 1, 2)
+    return tuple(rows[:, i * heads : (i + 1) * heads] for i in range(len(statistics)))
+
+
+def _statistics_to_tokens(x: Float32[Array, "B H R"], order: Order, tokens: int, static: _Static):
+    """Back to [B, H, Q]."""
+    return jnp.swapaxes(moves.move(jnp.swapaxes(x, 1, 2)[:, None], *order.back, tokens, chip=static.chip)[:, 0], 1, 2)
 
 
 def _head_major(x: Array, table: ChunkTable, static: _Static) -> Float[Array, "B H N D"]:
@@ -349,14 +400,11 @@ def _head_major(x: Array, table: ChunkTable, static: _Static) -> Float[Array, "B
     return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
 
-def _other_text_parts(rows: Array, plan: Plan, table: ChunkTable, blocks: Blocks) -> list[Array]:
-    """What the first part of text's tiles lacks, its other readers' share, as tokens [B, N, H, D]."""
-    if plan.text_parts < 2:
+def _other_shares(rows: Array, tiles: OrderedTiles, table: ChunkTable, blocks: Blocks) -> list[Array]:
+    """What the first of text's tiles lack, the other shares of their readers, as tokens [B, N, H, D]."""
+    if tiles.text_shares < 2:
         return []
-    size = plan.text_tiles * blocks.gradient_keys
-    tokens = table.chunk_of.shape[1]
-    text = rows[:, :, : plan.text_parts * size].astype(jnp.float32)
-    text = jnp.sum(text.reshape(*rows.shape[:2], plan.text_parts, size, -1)[:, :, 1:], axis=2)
-    text = jnp.swapaxes(text[:, :, : table.text_tokens], 1, 2)
-    text = jnp.where(table.valid[:, : table.text_tokens, None, None], text, 0.0)
-    return [jnp.pad(text, ((0, 0), (0, tokens - table.text_tokens), (0, 0), (0, 0)))]
+    text = table.text_tokens
+    rows = sum_other_shares(rows, tiles.text_shares, tiles.text_tiles * blocks.gradient_keys)
+    rows = jnp.where(table.valid[:, :text, None, None], jnp.swapaxes(rows[:, :, :text], 1, 2), 0.0)
+    return [jnp.pad(rows, ((0, 0), (0, table.chunk_of.shape[1] - text), (0, 0), (0, 0)))]

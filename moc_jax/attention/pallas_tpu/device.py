@@ -1,9 +1,7 @@
-"""What the kernels need of the machine: a TPU, a compiler for one, or an interpreter for tests."""
+"""What the kernels need to know of a TPU, and which one a program is for."""
 
-import contextlib
-import contextvars
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.shapes import Array
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tpu:
-    """Kernels for TPUs."""
-
-    name: ClassVar[str] = "pallas_tpu"
-
+if TYPE_CHECKING:
+    from moc_jax.attention.pallas_tpu.tuning import Blocks
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 LANES = 128  # of a vector register, and the width of the smallest tile of memory
@@ -34,37 +27,66 @@ CHIPS = {  # by the start of `device_kind`
     "TPU v7x": "tpu7x",
 }
 _FOR_UNKNOWN_CHIPS = "v5e"
-CORES = {"v4": 2, "v5p": 2}  # that share a program as one device; else one
-
-_interpreter: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("interpreter", default=None)
-_compiled_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("compiled_for", default=None)
+_CORES = {"v4": 2, "v5p": 2}  # that share a program as one device; else one
 
 
-@contextlib.contextmanager
-def interpreted(params: pltpu.InterpretParams):
-    """Programs traced inside run their kernels in Pallas' interpreter: tests without a TPU."""
-    token = _interpreter.set(params)
-    try:
-        yield
-    finally:
-        _interpreter.reset(token)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tpu:
+    """Attention by the kernels for TPUs: a static value, so that programs for two chips are two programs."""
+
+    name: ClassVar[str] = "pallas_tpu"
+    chip: str | None = None
+    """That programs are for: "v4", "v5e", "v5p", "v6e" or "tpu7x"; None: this machine's."""
+    blocks: "Blocks | None" = None
+    """Sizes of blocks; None: what suits the chip and the scene."""
+
+    def __post_init__(self):
+        if self.chip is not None:
+            Chip(self.chip)
 
 
-@contextlib.contextmanager
-def compiled_for(chip: str):
-    """Programs traced inside are for TPUs of this kind ("v4", "v5e", "v5p", "v6e", "tpu7x"), whatever the machine."""
-    if chip not in CHIPS.values():
-        raise ValueError(f"chip {chip!r}: known are {', '.join(dict.fromkeys(CHIPS.values()))}")
-    token = _compiled_for.set(chip)
-    try:
-        yield
-    finally:
-        _compiled_for.reset(token)
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of TPU: "v4", "v5e", "v5p", "v6e" or "tpu7x"."""
 
+    name: str
 
-def interpreter() -> pltpu.InterpretParams | bool:
-    """What to pass as `interpret`: the interpreter's parameters inside `interpreted`, else False."""
-    return _interpreter.get() or False
+    def __post_init__(self):
+        if self.name not in CHIPS.values():
+            raise ValueError(f"chip {self.name!r}: known are {', '.join(dict.fromkeys(CHIPS.values()))}")
+
+    @property
+    def info(self) -> pltpu.TpuInfo:
+        """What Pallas knows of one core."""
+        return pltpu.get_tpu_info_for_chip(pltpu.ChipVersion(self.name.removeprefix("tpu")), 1)
+
+    @property
+    def cores(self) -> int:
+        """That share a program as one device."""
+        return _CORES.get(self.name, 1)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of HBM of a device."""
+        return self.info.hbm_capacity_bytes * self.cores
+
+    @property
+    def vmem_limit(self) -> int:
+        """Bytes of vector memory that a kernel may take: all but an eighth."""
+        return self.info.vmem_capacity_bytes * 7 // 8
+
+    def params(self, axes: str, vmem: int | None = None) -> pltpu.CompilerParams:
+        """How a kernel is compiled; a letter for each axis of its grid: p for parallel, a for in order.
+
+        `vmem` is what it may take of vector memory, if not the limit. Bounds are not checked at run time, which would
+        take 160 cycles of every step: the interpreter checks them.
+        """
+        meaning: dict[str, Literal["parallel", "arbitrary"]] = {"p": "parallel", "a": "arbitrary"}
+        return pltpu.CompilerParams(
+            dimension_semantics=tuple(meaning[axis] for axis in axes),
+            vmem_limit_bytes=vmem or self.vmem_limit,
+            disable_bounds_checks=True,
+        )
 
 
 def is_tpu() -> bool:
@@ -72,21 +94,23 @@ def is_tpu() -> bool:
     return jax.default_backend() == "tpu"
 
 
-def is_target() -> bool:
-    """Whether programs are for a TPU: this machine's, or one that is compiled for."""
-    return is_tpu() or _compiled_for.get() is not None
+def target(chip: str | None) -> Chip:
+    """The chip asked for, or this machine's.
 
-
-def chip() -> str:
-    """The kind of TPU that programs are traced for."""
-    asked = _compiled_for.get()
-    if asked is not None:
-        return asked
-    if not is_tpu():
-        return _FOR_UNKNOWN_CHIPS
+    Raises:
+        NotImplementedError: none is asked for, and this machine is no TPU.
+        ValueError: there is no such chip.
+    """
+    if chip is not None:
+        return Chip(chip)
     kind = jax.devices()[0].device_kind
+    if not is_tpu():
+        raise NotImplementedError(
+            f'attention by the TPU kernels needs a TPU, not {kind}: use backend="auto" or "xla", or name the chip that '
+            'the program is compiled for, as Tpu(chip="v6e")'
+        )
     matches = [name for name in CHIPS if kind.startswith(name)]
-    return CHIPS[max(matches, key=len)] if matches else _FOR_UNKNOWN_CHIPS
+    return Chip(CHIPS[max(matches, key=len)] if matches else _FOR_UNKNOWN_CHIPS)
 
 
 def can_do(q: Array | jax.ShapeDtypeStruct) -> bool:
@@ -95,26 +119,9 @@ def can_do(q: Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def check(q: Array, k: Array, v: Array) -> None:
-    """Raises NotImplementedError where the kernels can't run."""
-    if not (is_target() or interpreter()):
-        raise NotImplementedError(
-            f'backend "pallas_tpu" needs a TPU, not {jax.devices()[0].device_kind}; use backend="auto" or "xla"'
-        )
+    """Raises NotImplementedError where the kernels can't do these types or sizes."""
     if not (can_do(q) and q.dtype == k.dtype == v.dtype):
         raise NotImplementedError(
             f'backend "pallas_tpu" knows bfloat16 and float32 and head dimensions up to 256, not q {q.dtype}, '
             f'k {k.dtype}, v {v.dtype} with {q.shape[-1]}; cast to bfloat16, or use backend="xla"'
         )
-
-
-def memory(kind: str | None = None) -> int:
-    """Bytes of HBM of a device: of the kind of chip, or of the one that programs are traced for."""
-    kind = kind or chip()
-    version = pltpu.ChipVersion(kind.removeprefix("tpu"))
-    return pltpu.get_tpu_info_for_chip(version, 1).hbm_capacity_bytes * CORES.get(kind, 1)
-
-
-def vmem_limit() -> int:
-    """Bytes of vector memory that a kernel may take: all but an eighth of the chip's."""
-    version = pltpu.ChipVersion(chip().removeprefix("tpu"))
-    return pltpu.get_tpu_info_for_chip(version, 1).vmem_capacity_bytes * 7 // 8

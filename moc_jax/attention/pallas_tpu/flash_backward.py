@@ -33,17 +33,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device
-from moc_jax.attention.pallas_tpu.tiles import Tiles, blocks_of, steps
+from moc_jax.attention.layout import LOG2E, Tiles
+from moc_jax.attention.pallas_tpu.device import ROWS, Chip
 from moc_jax.shapes import Array, Float, Float32, Int, Int32, typed
 
-LOG2E = math.log2(math.e)
 _NONE = -1
 _ROW, _KEYS, _COUNT, _RUNS, _RUN = 0, 1, 3, 4, 4  # columns of a line: see _lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiling:
+class GradientTiling:
     """Sizes of the backward kernel."""
 
     block: int
@@ -55,8 +54,8 @@ class Tiling:
     where D is less than the unit is wide: they fill it, while q, k and d_out fill a part."""
 
     def __post_init__(self):
-        if min(self.block, self.at_once) < device.ROWS or self.block % device.ROWS or self.at_once % device.ROWS:
-            raise ValueError(f"{self}: sizes must be positive multiples of {device.ROWS}")
+        if min(self.block, self.at_once) < ROWS or self.block % ROWS or self.at_once % ROWS:
+            raise ValueError(f"{self}: sizes must be positive multiples of {ROWS}")
 
 
 @typed
@@ -71,12 +70,12 @@ def gradients(
     first_head: Int[Array, "1"],
     *,
     rows: int,
-    tiling: Tiling,
+    tiling: GradientTiling,
+    chip: Chip,
     accumulate: bool,
     pairs: int | None = None,
     d_q_type: Any = None,
     name: str = "moc_gradients",
-    interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[Float[Array, "B Hq Nq D"], Float[Array, "B Hq R D"], Float[Array, "B Hq R D"]]:
     """dq of the queries, and dk and dv of each tile's rows, R = tiles * rows.
 
@@ -89,6 +88,7 @@ def gradients(
         tiles: Keys over queries. Steps beyond a tile's own, and tiles without queries, stay at the block that holds
             the begin of an empty run: nothing is copied where that is the last one walked.
         rows: Keys of a tile.
+        chip: That the program is for.
         accumulate: Several tiles may read a query: dq is float32, their sum, and 0 if none does. Otherwise a block of
             queries must be read by one tile at most, and blocks that none reads are not written.
         d_q_type: Of dq if it does not accumulate; q's if None.
@@ -99,7 +99,7 @@ def gradients(
         dq, dk, dv. Row r of tile g is row r of the keys that it loads; 0 where it is not one of the tile's keys.
     """
     job = Job.of(q, k, tiles, rows=rows, tiling=tiling, accumulate=accumulate)
-    job.check(interpret)
+    job.check()
     operands = [q, d_out, jnp.stack([lse, delta], axis=2), k, v]
     d_q_type = jnp.float32 if accumulate else d_q_type or q.dtype
     if accumulate:
@@ -112,26 +112,16 @@ def gradients(
         out_shape=(jax.ShapeDtypeStruct(q.shape, d_q_type), d_k, d_k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(job.batch, job.heads, job.tiles, steps(tiles, tiling.block, 3)),
+            grid=(job.batch, job.heads, job.tiles, _most_blocks(tiles, tiling.block)),
             in_specs=specs.inputs,
             out_specs=specs.outputs,
             scratch_shapes=_scratch(job, d_q_type),
         ),
         input_output_aliases={7: 0} if accumulate else {},
-        compiler_params=_compiler_params(),
+        compiler_params=chip.params("ppaa", vmem=chip.info.vmem_capacity_bytes),
         cost_estimate=job.cost(pairs),
-        interpret=interpret,
     )(_lines(tiles, tiling.block), first_head.astype(jnp.int32), *operands)
     return d_q, d_k, d_v
-
-
-def _compiler_params() -> pltpu.CompilerParams:
-    chip = pltpu.ChipVersion(device.chip().removeprefix("tpu"))
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=pltpu.get_tpu_info_for_chip(chip, 1).vmem_capacity_bytes,
-        disable_bounds_checks=True,  # 160 cycles of every step; the interpreter has them
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,11 +137,11 @@ class Job:
     dim: int
     dtype: Any
     rows: int
-    tiling: Tiling
+    tiling: GradientTiling
     accumulate: bool
 
     @classmethod
-    def of(cls, q: Array, k: Array, tiles: Tiles, *, rows: int, tiling: Tiling, accumulate: bool) -> "Job":
+    def of(cls, q: Array, k: Array, tiles: Tiles, *, rows: int, tiling: GradientTiling, accumulate: bool) -> "Job":
         batch, heads, queries, dim = q.shape
         return cls(
             batch=batch,
@@ -167,14 +157,12 @@ class Job:
             accumulate=accumulate,
         )
 
-    def check(self, interpret) -> None:
+    def check(self) -> None:
         """Raises ValueError where sizes don't fit together."""
         if self.queries % self.tiling.block:
             raise ValueError(f"{self.queries} queries are no multiple of the {self.tiling.block} of a step")
         if self.rows % self.tiling.at_once:
             raise ValueError(f"{self.rows} keys are no multiple of the {self.tiling.at_once} computed at once")
-        if not interpret and (self.tiling.block % device.LANES or self.tiling.at_once % device.LANES):
-            raise ValueError(f"{self.tiling}: sizes must be multiples of {device.LANES}")
 
     def line(self, scene, head, tile):
         """Where a tile's line starts in the flat table."""
@@ -196,6 +184,19 @@ class Job:
         )
 
 
+def _blocks_of(begin, end, block: int):
+    """(first block, number of blocks) of a run."""
+    first = lax.div(begin, jnp.int32(block))
+    return first, jnp.where(begin < end, lax.div(end + block - 1, jnp.int32(block)) - first, 0)
+
+
+def _most_blocks(tiles: Tiles, block: int) -> Int[Array, ""]:
+    """The most blocks that any tile walks, at least 1."""
+    runs = tiles.table[..., 3:].astype(jnp.int32)
+    _, count = _blocks_of(runs[..., 0::2], runs[..., 1::2], block)
+    return jnp.maximum(jnp.max(jnp.sum(count, axis=-1)), 1)
+
+
 def _lines(tiles: Tiles, block: int) -> Int32[Array, "_"]:
     """What the kernel looks up of each tile, flat: first row, begin and end of its keys, number of steps; then of each
     run its number of steps, what to add to a step for its block, begin and end."""
@@ -203,7 +204,7 @@ def _lines(tiles: Tiles, block: int) -> Int32[Array, "_"]:
     columns, before = [], jnp.zeros_like(table[..., 0])
     for column in range(3, table.shape[-1], 2):
         begin, end = table[..., column], table[..., column + 1]
-        first, count = blocks_of(begin, end, block)
+        first, count = _blocks_of(begin, end, block)
         columns += [before + count, first - before, begin, end]
         before = before + count
     return jnp.stack([table[..., 0], table[..., 1], table[..., 2], before, *columns], axis=-1).reshape(-1)
@@ -238,7 +239,7 @@ def _specs(job: Job) -> _Specs:
 
     def keys(scene, head, tile, step, table_smem_ref, first_head_smem_ref):
         row = table_smem_ref[job.line(scene, head, tile) + _ROW]
-        return scene, first_head_smem_ref[0] + head, pl.multiple_of(row, device.ROWS), 0
+        return scene, first_head_smem_ref[0] + head, pl.multiple_of(row, ROWS), 0
 
     none = pl.squeezed
     query_spec = pl.BlockSpec((none, none, block, job.dim), wide)

@@ -1,25 +1,23 @@
-"""Runs of consecutive rows, or of columns, copied to other places: what a gather does whose indices come in runs.
+"""Runs of consecutive rows copied to other places: what a gather does whose indices come in runs.
 
 The output is cut into tiles. What a tile has of a run is a *piece*; `_pieces` lists the pieces of all tiles, one tile
-after the other, in scalar memory. A kernel's grid goes through the tiles, and through the pieces of each:
+after the other, in scalar memory. The kernel's grid goes through the tiles, and through the pieces of each:
 
-(a) Fetch. A piece's rows come from HBM whole tiles of memory at a time (8 rows, or 128 columns), to where they belong
-    in a buffer in VMEM but for a shift of less than two such tiles. The next piece's rows, which may be the next
-    tile's, are on their way meanwhile, to the other of two buffers.
-(b) Shift. Rows are loaded at any offset of 32-bit words; bfloat16 has two rows in a word, and an odd shift puts the
-    halves of two words together. Columns rotate by lanes.
-(c) Select. Where its pieces don't cover a tile it is filled first; each piece then leaves the other rows as they are.
+(a) Fetch. A piece's rows come from HBM whole tiles of memory of 8 rows at a time, to where they belong in a buffer in
+    VMEM but for a shift of less than two such tiles. The next piece's rows, which may be the next tile's, are on their
+    way meanwhile, to the other of two buffers.
+(b) Shift. Some rows go as 32-bit words to a buffer from which words can be loaded at any offset; bfloat16 has two rows
+    in a word, and an odd shift puts the halves of two words together.
+(c) Select. Where its pieces don't cover a tile it is cleared first; each piece then leaves the other rows as they are.
 
 The first axis of the grid is two halves of the tiles, for chips of two cores; each half begins its own fetches.
 
-Bytes: rows of runs once, whole tiles of memory at both ends; the output once. No FLOPs.
+Bytes: rows of runs once, 8 rows more at both ends; the output once. No FLOPs.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,27 +25,27 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device
-from moc_jax.attention.pallas_tpu.device import LANES, ROWS
+from moc_jax.attention.layout import round_up
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.shapes import Array, Float, Int, Int32, typed
 
 _ROWS_OF_TILE = 1024
-_COLUMNS, _MOST_COLUMNS = 1024, 8192  # of a tile: a multiple of the first
 _BUFFER = 2**21  # bytes; four of them fit all chips
 _ROWS_AT_ONCE = 256  # that the unrolled code shifts
-_REGISTERS = 32  # that the unrolled code of columns shifts
 _HIGH = 16  # bits of the list's second column from which on it says where a piece ends
 
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """What a kernel knows of its work when it is compiled."""
+    """What the kernel knows of its work when it is compiled."""
 
-    tile: int  # rows (or columns) of a tile
+    tile: int  # rows of a tile
     tiles: int  # of a scene
     pieces: int  # at most, of a scene
-    unit: int  # rows (or columns) of memory that are copied at least
-    whole: int  # of x, in whole units; what is behind comes from an array of its own
+    whole: int  # rows of x in whole tiles of memory; what is behind comes from an array of its own
+    group: int  # heads
+    dim: int
+    packed: int  # rows in a word
 
     @property
     def halves(self) -> int:
@@ -62,6 +60,19 @@ class _Walk:
         """The tile of a step; beyond the last, the last again."""
         return jnp.minimum(half * self.steps + step, self.tiles - 1)
 
+    @property
+    def at_once(self) -> int:
+        return math.gcd(_ROWS_AT_ONCE, self.tile)
+
+    @property
+    def words(self) -> int:
+        return self.at_once // self.packed
+
+    @property
+    def columns(self) -> list[tuple[int, int]]:
+        """First and number of those that are shifted at once."""
+        return [(first, min(LANES, self.dim - first)) for first in range(0, self.dim, LANES)]
+
 
 @typed
 def move(
@@ -71,8 +82,8 @@ def move(
     size: Int[Array, "B S"],
     rows: int,
     *,
+    chip: Chip,
     tile: int | None = None,
-    interpret: Any = False,
 ) -> Float[Array, "B H R D"]:
     """Row target[s] + i of the output [B, H, rows, D] is x's row source[s] + i, for i < size[s]; all others are 0.
 
@@ -82,231 +93,46 @@ def move(
     Bytes: 4 * B * H * D * rows of bfloat16, half of them read.
 
     Args:
+        chip: That the program is for.
         tile: Rows of a tile, a multiple of 16.
     """
     batch, heads, _, dim = x.shape
-    packed = 4 // x.dtype.itemsize  # rows in a word
-    tile = min(tile or _ROWS_OF_TILE, _up(rows, 2 * ROWS))
+    tile = min(tile or _ROWS_OF_TILE, round_up(rows, 2 * ROWS))
     assert tile % (2 * ROWS) == 0, tile
     assert tile < 2**_HIGH // 2, tile
-    parts = [(first, min(LANES, dim - first)) for first in range(0, dim, LANES)]  # columns that are shifted at once
-    copied = parts if dim % LANES == 0 else [(0, dim)]
-    staged = dim % LANES > 0 and (packed == 2 or len(parts) > 1)  # else the compiler loads words at any offset
-    group = _heads_of_group(heads, (tile + 2 * ROWS) * len(parts) * LANES * x.dtype.itemsize)
-    at_once = math.gcd(_ROWS_AT_ONCE, tile)
-    words = at_once // packed
-    scratch = [pltpu.VMEM((2, len(copied), group, tile + 2 * ROWS, copied[0][1]), x.dtype)]
-    if staged:
-        scratch.append(pltpu.VMEM((words + 2 * ROWS // packed, LANES), jnp.uint32))
-
-    def kernel(first_smem_ref, pieces_smem_ref, *refs, walk: _Walk):
-        inputs_hbm_ref, refs = refs[: -2 - len(scratch)], refs[-2 - len(scratch) :]
-        out_vmem_ref, semaphores, slots_vmem_ref, *stage = refs
-        assert out_vmem_ref.shape == (1, group, tile, dim)
-        assert slots_vmem_ref.shape == (2, len(copied), group, tile + 2 * ROWS, copied[0][1])
-        scene, these = pl.program_id(1), pl.ds(pl.program_id(2) * group, group)
-
-        def copies(source_hbm_ref, begin, slot, place, count):
-            for c, part in enumerate(copied):
-                from_ref = source_hbm_ref.at[scene, these, pl.ds(begin, count), pl.ds(*part)]
-                to_ref = slots_vmem_ref.at[slot, c, :, pl.ds(place, count)]
-                yield pltpu.make_async_copy(from_ref, to_ref, semaphores.at[slot])
-
-        def put(slot, shift, low, high):
-            def some_rows(i, _):
-                first = pl.multiple_of(i * at_once, 2 * ROWS)
-                row = first + packed * lax.broadcasted_iota(jnp.int32, (words, parts[0][1]), 0)
-                mask = _mask_of_words(row, low, high, packed)
-
-                def one_head(head, _):
-                    for c, part in enumerate(parts):
-                        here, own = (0, head, pl.ds(first, at_once), pl.ds(*part)), mask[:, : part[1]]
-                        new = shifted(slot, c, head, first, shift)
-                        old = pltpu.bitcast(out_vmem_ref[here], jnp.uint32)
-                        out_vmem_ref[here] = pltpu.bitcast((new & own) | (old & ~own), x.dtype)
-                    return 0
-
-                return lax.fori_loop(0, group, one_head, 0)
-
-            lax.fori_loop(*_blocks(low, high, at_once), some_rows, 0)
-
-        def shifted(slot, c, head, first, shift):
-            """Rows from first + shift on, as words."""
-            word = lax.div(shift, jnp.int32(packed))
-            rows_vmem_ref = slots_vmem_ref.at[slot, 0 if staged else c, head]
-            if staged:
-                (stage_vmem_ref,), part = stage, pl.ds(0, parts[c][1])
-                more = rows_vmem_ref[pl.ds(first, at_once + 2 * ROWS), pl.ds(*parts[c])]
-                stage_vmem_ref[:, part] = pltpu.bitcast(more, jnp.uint32)
-
-            def load(i):
-                if staged:
-                    return stage_vmem_ref[pl.ds(word + i, words), part]
-                if packed == 1 or interpret:  # the interpreter can't see a reference's rows as words
-                    return pltpu.bitcast(rows_vmem_ref[pl.ds(first + packed * (word + i), at_once)], jnp.uint32)
-                return rows_vmem_ref.bitcast(jnp.uint32)[pl.ds(lax.div(first, packed) + word + i, words)]
-
-            if packed == 1:
-                return load(0)
-            odd = lax.rem(shift, jnp.int32(2)) == 1
-            one, after = load(0), load(1)
-            return jnp.where(odd, (one >> 16) | (after << 16), one)
-
-        def clear():
-            def one_head(head, _):
-                out_vmem_ref[0, head] = jnp.zeros((tile, dim), x.dtype)
-                return 0
-
-            lax.fori_loop(0, group, one_head, 0)
-
-        _each_piece(first_smem_ref, pieces_smem_ref, inputs_hbm_ref, walk, copies, put, clear)
-
-    return _call(
-        kernel,
-        "moc_move",
-        x,
-        (source, target, size),
+    group = _heads_of_group(heads, (tile + 2 * ROWS) * round_up(dim, LANES) * x.dtype.itemsize)
+    x = x if x.shape[2] >= ROWS else _pad(x, ROWS)
+    whole, tiles = x.shape[2] // ROWS * ROWS, -(-rows // tile)
+    inputs = [x] if whole == x.shape[2] else [x, _pad(x[:, :, whole:], ROWS)]
+    walk = _Walk(tile, tiles, tiles + source.shape[1], whole, group, dim, 4 // x.dtype.itemsize)
+    return pl.pallas_call(
+        functools.partial(_kernel, walk=walk),
+        name="moc_move",
         out_shape=jax.ShapeDtypeStruct((batch, heads, rows, dim), x.dtype),
-        tile=tile,
-        unit=ROWS,
-        groups=heads // group,
-        block=((group, tile, dim), lambda group, block: (group, block, 0)),
-        scratch=scratch,
-        interpret=interpret,
-    )
-
-
-def _mask_of_words(row, low, high, packed: int):
-    """All bits of the rows in [low, high); `row` is a word's first."""
-
-    def bits(row, mask: int):
-        return jnp.where((row >= low) & (row < high), jnp.uint32(mask), jnp.uint32(0))
-
-    return bits(row, 0xFFFFFFFF) if packed == 1 else bits(row, 0xFFFF) | bits(row + 1, 0xFFFF0000)
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(walk.halves, batch, heads // group, walk.steps),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY) for _ in inputs],
+            out_specs=pl.BlockSpec(
+                (pl.squeezed, group, tile, dim), lambda half, b, heads, step, *_: (b, heads, walk.block(half, step), 0)
+            ),
+            scratch_shapes=[
+                pltpu.VMEM((2, group, tile + 2 * ROWS, dim), x.dtype),
+                pltpu.VMEM((walk.words + 2 * ROWS // walk.packed, LANES), jnp.uint32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        compiler_params=chip.params("pppa"),
+        cost_estimate=pl.CostEstimate(
+            flops=0, transcendentals=0, bytes_accessed=2 * batch * heads * rows * dim * x.dtype.itemsize
+        ),
+    )(*_pieces(source, target, size, walk), *inputs)
 
 
 def _heads_of_group(heads: int, bytes_per_head: int) -> int:
     """As many heads as a buffer has room for, of which there are two for what comes and two for what goes."""
     fit = max(1, _BUFFER // bytes_per_head)
     return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= fit)
-
-
-@typed
-def move_lanes(
-    x: Int32[Array, "B M N"],
-    source: Int[Array, "B S"],
-    target: Int[Array, "B S"],
-    size: Int[Array, "B S"],
-    columns: int,
-    fill: int,
-    *,
-    tile: int | None = None,
-    interpret: Any = False,
-) -> Int32[Array, "B M R"]:
-    """`move` along the last axis: column target[s] + i of the output [B, M, columns] is x's column source[s] + i.
-
-    Columns of no run are `fill`. Bytes: 8 * B * M * columns, half of them read.
-
-    Args:
-        tile: Columns of a tile, a multiple of 128.
-    """
-    batch, lines, _ = x.shape
-    fit = max(1, _BUFFER // (4 * _up(lines, ROWS)) // _COLUMNS)
-    tile = min(tile or fit * _COLUMNS, _MOST_COLUMNS, _up(columns, LANES))
-    assert tile % LANES == 0, tile
-    at_once = math.gcd(tile // LANES, max(1, _REGISTERS // -(-lines // ROWS)))
-
-    def kernel(first_smem_ref, pieces_smem_ref, *refs, walk: _Walk):
-        *inputs_hbm_ref, out_vmem_ref, semaphores, slots_vmem_ref = refs
-        assert out_vmem_ref.shape == (1, lines, tile)
-        assert slots_vmem_ref.shape == (2, lines, tile + 2 * LANES)
-        scene = pl.program_id(1)
-        lane = lax.broadcasted_iota(jnp.int32, (lines, LANES), 1)
-
-        def copies(source_hbm_ref, begin, slot, place, count):
-            lanes = source_hbm_ref.at[scene, :, pl.ds(begin, count)]
-            yield pltpu.make_async_copy(lanes, slots_vmem_ref.at[slot, :, pl.ds(place, count)], semaphores.at[slot])
-
-        def put(slot, shift, low, high):
-            ahead = lax.div(shift, jnp.int32(LANES))
-            turn = lax.rem(shift, jnp.int32(LANES))
-            own = lane < LANES - turn  # the others are the next vector's
-
-            def turned(vector):
-                at = pl.ds(pl.multiple_of((vector + ahead) * LANES, LANES), LANES)
-                return pltpu.roll(slots_vmem_ref[slot, :, at], (LANES - turn) & (LANES - 1), 1)
-
-            def some_vectors(i, before):
-                for j in range(at_once):
-                    vector = i * at_once + j
-                    here = pl.ds(pl.multiple_of(vector * LANES, LANES), LANES)
-                    after = turned(vector + 1)
-                    column = vector * LANES + lane
-                    new, old = jnp.where(own, before, after), out_vmem_ref[0, :, here]
-                    out_vmem_ref[0, :, here] = jnp.where((column >= low) & (column < high), new, old)
-                    before = after
-                return before
-
-            blocks = _blocks(low, high, at_once * LANES)
-            lax.fori_loop(*blocks, some_vectors, turned(blocks[0] * at_once))
-
-        def clear():
-            out_vmem_ref[0] = jnp.full((lines, tile), fill, jnp.int32)
-
-        _each_piece(first_smem_ref, pieces_smem_ref, inputs_hbm_ref, walk, copies, put, clear)
-
-    return _call(
-        kernel,
-        "moc_move_lanes",
-        x,
-        (source, target, size),
-        out_shape=jax.ShapeDtypeStruct((batch, lines, columns), jnp.int32),
-        tile=tile,
-        unit=LANES,
-        groups=1,
-        block=((lines, tile), lambda group, block: (0, block)),
-        scratch=[pltpu.VMEM((2, lines, tile + 2 * LANES), jnp.int32)],
-        interpret=interpret,
-    )
-
-
-# ----------------------------------------------------------------------------------------------------- what both do
-
-
-def _call(kernel, name: str, x, runs, *, out_shape, tile: int, unit: int, groups: int, block, scratch, interpret):
-    """The kernel over two halves of the tiles, scenes, groups of heads, tiles of a half."""
-    if x.shape[2] < unit:
-        x = _pad(x, unit)
-    whole = x.shape[2] // unit * unit
-    inputs = [x] if whole == x.shape[2] else [x, _pad(x[:, :, whole:], unit)]
-    tiles = -(-out_shape.shape[2] // tile)
-    source, target, size = runs
-    walk = _Walk(tile, tiles, tiles + source.shape[1], unit, whole)
-    shape, at = block
-
-    def out_at(half, scene, group, step, *_):
-        return scene, *at(group, walk.block(half, step))
-
-    moved = math.prod(out_shape.shape) * x.dtype.itemsize
-    return pl.pallas_call(
-        functools.partial(kernel, walk=walk),
-        name=name,
-        out_shape=out_shape,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(walk.halves, x.shape[0], groups, walk.steps),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY) for _ in inputs],
-            out_specs=pl.BlockSpec((1, *shape), out_at),
-            scratch_shapes=[pltpu.SemaphoreType.DMA((2,)), *scratch],
-        ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=device.vmem_limit(),
-            disable_bounds_checks=True,  # the interpreter checks them
-        ),
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=2 * moved),
-        interpret=interpret,
-    )(*_pieces(source, target, size, walk), *inputs)
 
 
 def _pieces(source, target, size, walk: _Walk) -> tuple[Int32[Array, "_"], Int32[Array, "_"]]:
@@ -334,76 +160,119 @@ def _pieces(source, target, size, walk: _Walk) -> tuple[Int32[Array, "_"], Int32
     return first.astype(jnp.int32).reshape(-1), pieces.astype(jnp.int32).reshape(-1)
 
 
-def _each_piece(first_smem_ref, pieces_smem_ref, inputs_hbm_ref, walk: _Walk, copies, put, clear: Callable[[], None]):
-    """A step of the grid: fetches the next piece ahead, and puts those of the tile in their place.
-
-    copies(input, begin, slot, place, count) are those of `count` rows from `begin` to `place` in a buffer.
-    put(slot, shift, low, high) sets the tile's rows [low, high) to the buffer's, which are `shift` rows further on.
-    clear() fills the tile.
-    """
-    half, scene, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
-    unit, whole = walk.unit, walk.whole
+def _kernel(
+    first_smem_ref,  # of each tile the first piece, and the end
+    pieces_smem_ref,
+    *refs,  # x's whole tiles of memory and what is behind, in HBM; the tile [group, tile, D]; buffers and semaphores
+    walk: _Walk,
+):
+    """A step of the grid: fetches the next piece ahead, and puts those of the tile in their place."""
+    *inputs_hbm_ref, out_vmem_ref, buffers_vmem_ref, words_vmem_ref, semaphores = refs
+    assert out_vmem_ref.shape == (walk.group, walk.tile, walk.dim)
+    assert buffers_vmem_ref.shape == (2, walk.group, walk.tile + 2 * ROWS, walk.dim)
+    half, scene, group, step = (pl.program_id(i) for i in range(4))
     tile = half * walk.steps + step
 
     def first_of(tile):
         return first_smem_ref[scene * (walk.tiles + 1) + jnp.minimum(tile, walk.tiles)]
 
-    def look_up(piece):
+    def lookround_up(piece):
         line = (scene * walk.pieces + piece) * 2
-        row, span = pieces_smem_ref[line], pieces_smem_ref[line + 1]
-        return row, span & (2**_HIGH - 1), span >> _HIGH
+        row, ends = pieces_smem_ref[line], pieces_smem_ref[line + 1]
+        return row, ends & (2**_HIGH - 1), ends >> _HIGH
 
-    def each_copy(slot, span, do):
-        row, low, high = span
-        start, stop = _down(row + low, unit), _down(row + high + unit - 1, unit)
-        place = _down(low, unit) + unit
-        count = pl.multiple_of(jnp.minimum(stop, whole) - start, unit)
+    def each_copy(buffer, piece, do):
+        row, low, high = piece
+        start, stop = _down(row + low), _down(row + high + ROWS - 1)
+        place = _down(low) + ROWS
+        count = pl.multiple_of(jnp.minimum(stop, walk.whole) - start, ROWS)
 
-        def all_of(*args):
-            for copy in copies(*args):
-                do(copy)
+        def one(source_hbm_ref, begin, place, count):
+            heads = pl.ds(group * walk.group, walk.group)
+            source = source_hbm_ref.at[scene, heads, pl.ds(begin, count)]
+            do(
+                pltpu.make_async_copy(
+                    source, buffers_vmem_ref.at[buffer, :, pl.ds(place, count)], semaphores.at[buffer]
+                )
+            )
 
         if len(inputs_hbm_ref) == 1:
-            all_of(inputs_hbm_ref[0], start, slot, place, count)
+            one(inputs_hbm_ref[0], start, place, count)
             return
-        pl.when(count > 0)(lambda: all_of(inputs_hbm_ref[0], start, slot, place, count))
-        behind = pl.multiple_of(place + whole - start, unit)
-        pl.when(stop > whole)(lambda: all_of(inputs_hbm_ref[1], 0, slot, behind, unit))
+        pl.when(count > 0)(lambda: one(inputs_hbm_ref[0], start, place, count))
+        behind = pl.multiple_of(place + walk.whole - start, ROWS)
+        pl.when(stop > walk.whole)(lambda: one(inputs_hbm_ref[1], 0, behind, ROWS))
 
     begin, end, last = first_of(tile), first_of(tile + 1), first_of((half + 1) * walk.steps)
 
     def one_piece(piece, _):
-        after, slot = piece + 1, lax.rem(piece + 1, 2)  # piece may be -1
-        pl.when(after < last)(lambda: each_copy(slot, look_up(after), lambda copy: copy.start()))
+        after, buffer = piece + 1, lax.rem(piece + 1, 2)  # piece may be -1
+        pl.when(after < last)(lambda: each_copy(buffer, lookround_up(after), lambda copy: copy.start()))
 
         @pl.when(piece >= begin)
         def _():
-            row, low, high = look_up(piece)
-            each_copy(1 - slot, (row, low, high), lambda copy: copy.wait())
-            shift = lax.rem(row + low, jnp.int32(unit)) - lax.rem(low, jnp.int32(unit)) + unit
-            put(1 - slot, shift, low, high)
+            row, low, high = lookround_up(piece)
+            each_copy(1 - buffer, (row, low, high), lambda copy: copy.wait())
+            shift = lax.rem(row + low, jnp.int32(ROWS)) - lax.rem(low, jnp.int32(ROWS)) + ROWS
+            _put(buffers_vmem_ref.at[1 - buffer], words_vmem_ref, out_vmem_ref, shift, low, high, walk)
 
         return 0
 
-    _, low, high = look_up(begin)
+    def clear():
+        def one_head(head, _):
+            out_vmem_ref[head] = jnp.zeros((walk.tile, walk.dim), out_vmem_ref.dtype)
+            return 0
+
+        lax.fori_loop(0, walk.group, one_head, 0)
+
+    _, low, high = lookround_up(begin)
     covered = (begin < end) & (high - low == walk.tile)
     pl.when((tile < walk.tiles) & ~covered)(clear)
     lax.fori_loop(jnp.where(step == 0, begin - 1, begin), end, one_piece, 0)
 
 
-def _blocks(low, high, size: int):
-    """[first, end) of the blocks that hold rows of [low, high)."""
-    return lax.div(low, jnp.int32(size)), lax.div(high + size - 1, jnp.int32(size))
+def _put(rows_vmem_ref, words_vmem_ref, out_vmem_ref, shift, low, high, walk: _Walk) -> None:
+    """(b), (c) Sets the tile's rows [low, high) to the buffer's, which are `shift` rows further on."""
+    at_once, packed = walk.at_once, walk.packed
+    word, odd = lax.div(shift, jnp.int32(packed)), lax.rem(shift, jnp.int32(packed)) == 1
+
+    def some_rows(i, _):
+        first = pl.multiple_of(i * at_once, 2 * ROWS)
+        row = first + packed * lax.broadcasted_iota(jnp.int32, (walk.words, min(LANES, walk.dim)), 0)
+        mask = _mask_of_words(row, low, high, packed)
+
+        def one_head(head, _):
+            for begin, count in walk.columns:
+                columns, own = pl.ds(begin, count), mask[:, :count]
+                here = head, pl.ds(first, at_once), columns
+                more = rows_vmem_ref[head, pl.ds(first, at_once + 2 * ROWS), columns]
+                words_vmem_ref[:, pl.ds(0, count)] = pltpu.bitcast(more, jnp.uint32)
+                new = words_vmem_ref[pl.ds(word, walk.words), pl.ds(0, count)]
+                if packed == 2:
+                    after = words_vmem_ref[pl.ds(word + 1, walk.words), pl.ds(0, count)]
+                    new = jnp.where(odd, (new >> 16) | (after << 16), new)
+                old = pltpu.bitcast(out_vmem_ref[here], jnp.uint32)
+                out_vmem_ref[here] = pltpu.bitcast((new & own) | (old & ~own), out_vmem_ref.dtype)
+            return 0
+
+        return lax.fori_loop(0, walk.group, one_head, 0)
+
+    lax.fori_loop(lax.div(low, jnp.int32(at_once)), lax.div(high + at_once - 1, jnp.int32(at_once)), some_rows, 0)
+
+
+def _mask_of_words(row, low, high, packed: int):
+    """All bits of the rows in [low, high); `row` is a word's first."""
+
+    def bits(row, mask: int):
+        return jnp.where((row >= low) & (row < high), jnp.uint32(mask), jnp.uint32(0))
+
+    return bits(row, 0xFFFFFFFF) if packed == 1 else bits(row, 0xFFFF) | bits(row + 1, 0xFFFF0000)
 
 
 def _pad(x, size: int):
     """Along the third axis."""
-    return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), *((0, 0),) * (x.ndim - 3)))
+    return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)))
 
 
-def _down(x, unit: int):
-    return pl.multiple_of(lax.div(x, jnp.int32(unit)) * unit, unit)
-
-
-def _up(x: int, unit: int) -> int:
-    return -(-x // unit) * unit
+def _down(row):
+    return pl.multiple_of(lax.div(row, jnp.int32(ROWS)) * ROWS, ROWS)

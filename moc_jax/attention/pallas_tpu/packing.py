@@ -1,7 +1,5 @@
 """A row's log-sum-exp beside its output: packed into one row of memory, or laid along lanes."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -57,9 +55,7 @@ def _turned(x):
 
 
 @typed
-def columns(
-    x: Float32[Array, "B H S 128"], count: int, *, interpret: Any = False
-) -> tuple[Float32[Array, "B H S"], ...]:
+def columns(x: Float32[Array, "B H S 128"], count: int) -> tuple[Float32[Array, "B H S"], ...]:
     """The first `count` columns, each along lanes; XLA would copy all of x in a layout of one number per row."""
     batch, heads, rows, _ = x.shape
     block = next(n for n in (2048, 1024, 512, 256, LANES, rows) if rows % n == 0)
@@ -79,7 +75,6 @@ def columns(
         out_specs=pl.BlockSpec((*one, count, block), lambda b, h, i: (b, h, 0, i)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=x.nbytes),
-        interpret=interpret,
     )(x)
     return tuple(found[:, :, i] for i in range(count))
 

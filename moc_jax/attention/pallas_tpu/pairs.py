@@ -1,11 +1,11 @@
 """Rows of queries -> (query, chunk) pairs sorted by chunk, and back, without a sort, a gather or a scatter.
 
-placement.py says where each pair lies; windows, runs and slots are explained there.
+placement.py says where each pair lies; spans, runs and slots are explained there.
 
-(a) `spread`. Window by window, each row is stored once for each of its pairs at the pair's place in a buffer in VMEM
-    that holds the window's runs one after the other; whole runs then go to their slots. A row costs a scalar load and
+(a) `spread`. Span by span, each row is stored once for each of its pairs at the pair's place in a buffer in VMEM
+    that holds the span's runs one after the other; whole runs then go to their slots. A row costs a scalar load and
     a store: 1.6 cycles per pair. What a run holds beyond its pairs is filled.
-(b) `merge` and `add` are the way back: a window's runs come into VMEM (with two buffers, while the window before
+(b) `merge` and `add` are the way back: a span's runs come into VMEM (with two buffers, while the span before
     is worked on), and each query loads its pairs' rows by the same places.
 
 Rows in VMEM have 32 bits per number: smaller ones share sublanes, of which none is stored alone. A pair's output and
@@ -13,8 +13,6 @@ log-sum-exp travel as one row (packing.py). Bytes per pair: 2 D read and written
 No FLOPs.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 from typing import Any
@@ -25,25 +23,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.heads import Heads
-from moc_jax.attention.pallas_tpu import device, packing
-from moc_jax.attention.pallas_tpu.device import LANES, ROWS
-from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement, up
+from moc_jax.attention.layout import Heads, round_up
+from moc_jax.attention.pallas_tpu import packing
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
+from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement
 from moc_jax.shapes import Array, Float, Float32, typed
 
 _GROUP = 16  # rows of the unrolled loops: a register of bfloat16
 _MERGED = 16  # rows merged at once: more take more registers than there are
-_row_by_row = contextvars.ContextVar("row_by_row", default=False)
-
-
-@contextlib.contextmanager
-def row_by_row():
-    """Kernels interpreted inside move their rows as on a TPU, one by one."""
-    token = _row_by_row.set(True)
-    try:
-        yield
-    finally:
-        _row_by_row.reset(token)
 
 
 # ----------------------------------------------------------------------------------------------------- to the slots
@@ -55,8 +42,8 @@ def spread(
     placement: Placement,
     heads: Heads | None = None,
     *,
+    chip: Chip,
     fill_first_lane: float = 0.0,
-    interpret: Any = False,
 ) -> Float[Array, "B G T D"]:
     """x's rows at the slots of their pairs, for a group of heads, or all; x has all heads or the group's alone.
 
@@ -69,7 +56,7 @@ def spread(
     chunks, steps = p.runs.shape[4] // RUN, p.steps
     zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
     return pl.pallas_call(
-        functools.partial(_spread_kernel, p=_Sizes.of(p, interpret), fill=fill_first_lane),
+        functools.partial(_spread_kernel, p=_Sizes.of(p), fill=fill_first_lane),
         name="moc_spread",
         out_shape=jax.ShapeDtypeStruct((batch, heads.count, p.slots, dim), x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -85,19 +72,18 @@ def spread(
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((p.room, dim), jnp.float32),
-                pltpu.VMEM((p.room if p.buffers == 2 else up(p.room, PARTS * LANES) // PARTS, dim), x.dtype),
+                pltpu.VMEM((p.room if p.buffers == 2 else round_up(p.room, PARTS * LANES) // PARTS, dim), x.dtype),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        compiler_params=_params(),
+        compiler_params=chip.params("ppaa"),
         cost_estimate=_cost(p, heads.count, dim, x.dtype.itemsize),
-        interpret=interpret,
     )(heads.operand, p.places, p.runs, p.tails, x, zeros)
 
 
 def _in_smem(columns: int, row):
-    """A line of integers of the group's head, for a window and a step."""
+    """A line of integers of the group's head, for a span and a step."""
     one = (pl.squeezed,) * 3
     return pl.BlockSpec(
         (*one, 1, columns), lambda b, h, w, s, first: (b, first[0] + h, row(w, s), 0, 0), memory_space=pltpu.SMEM
@@ -112,14 +98,6 @@ def _queries(p: Placement, dim: int | None, all_heads: bool = True):
     if dim is None:
         return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s, first: (b, first[0] + h, 0, p.block(w, s)))
     return pl.BlockSpec((*one, p.step, dim), lambda b, h, w, s, first: (b, first[0] + h, p.block(w, s), 0))
-
-
-def _params():
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=device.vmem_limit(),
-        disable_bounds_checks=True,  # the interpreter checks them
-    )
 
 
 def _cost(p: Placement, heads: int, dim: int, pair_bytes: int) -> pl.CostEstimate:
@@ -138,24 +116,22 @@ class _Sizes:
     room: int
     chunks: int
     blocks: int  # of queries
-    at_once: bool  # rows move at once, which only the interpreter can do: it takes milliseconds for each by itself
 
     @classmethod
-    def of(cls, p: Placement, interpret):
-        at_once = bool(interpret) and not _row_by_row.get()
-        return cls(p.picks, p.step, p.room, p.runs.shape[4] // RUN, p.rows // p.step, at_once)
+    def of(cls, p: Placement):
+        return cls(p.picks, p.step, p.room, p.runs.shape[4] // RUN, p.rows // p.step)
 
 
 def _spread_kernel(
     first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
-    runs_smem_ref,  # [1, 3 * chunks], of the window
+    runs_smem_ref,  # [1, 3 * chunks], of the span
     tails_smem_ref,  # [1, 2 * chunks], of the head
     x_vmem_ref,  # [step, D]
     fill_vmem_ref,  # [tile, D]
     out_hbm_ref,  # [B, H, slots, D]
-    rows_vmem_ref,  # [room, D]: the window's pairs
-    ready_vmem_ref,  # [room or a part of it, D]: those of the window before, or the last of them, on their way out
+    rows_vmem_ref,  # [room, D]: the span's pairs
+    ready_vmem_ref,  # [room or a part of it, D]: those of the span before, or the last of them, on their way out
     leaving_smem_ref,  # [1]: rows of that
     semaphores,  # of those, and of tails
     *,
@@ -179,25 +155,7 @@ def _spread_kernel(
     def _():
         _each_run(runs_smem_ref, RUN, p, lambda rows, place, _: _fill_end(rows_vmem_ref, rows, place, fill))
 
-    def some_rows(i, _):
-        first = pl.multiple_of(i * _GROUP, _GROUP)
-        x = x_vmem_ref[pl.ds(first, _GROUP)].astype(jnp.float32)
-        for row in range(_GROUP):
-            places = _places_of(places_smem_ref, first + row, p)
-            for pick in range(p.picks):
-                rows_vmem_ref[pl.ds(places[pick * p.step], 1), :] = x[row : row + 1]
-        return 0
-
-    @pl.when(_end_of_runs(runs_smem_ref, p) > 0)
-    def _():
-        if not p.at_once:
-            lax.fori_loop(0, p.step // _GROUP, some_rows, 0)
-            return
-        window = rows_vmem_ref[...]
-        for pick in range(p.picks):
-            places = places_smem_ref[0, pl.ds(pick * p.step, p.step)]
-            window = window.at[places].set(x_vmem_ref[...].astype(jnp.float32))
-        rows_vmem_ref[...] = window
+    pl.when(_end_of_runs(runs_smem_ref, p) > 0)(lambda: _store(places_smem_ref, x_vmem_ref, rows_vmem_ref, p))
 
     @pl.when(last_step)
     def _():
@@ -232,6 +190,21 @@ def _spread_kernel(
         _each_run(tails_smem_ref, 2, p, lambda first, rows: _await(fill_vmem_ref, out_hbm_ref, rows, tails_left))
 
 
+def _store(places_smem_ref, x_vmem_ref, rows_vmem_ref, p: _Sizes) -> None:
+    """Each of a step's rows at its pairs' places."""
+
+    def some_rows(i, _):
+        first = pl.multiple_of(i * _GROUP, _GROUP)
+        x = x_vmem_ref[pl.ds(first, _GROUP)].astype(jnp.float32)
+        for row in range(_GROUP):
+            places = _places_of(places_smem_ref, first + row, p)
+            for pick in range(p.picks):
+                rows_vmem_ref[pl.ds(places[pick * p.step], 1), :] = x[row : row + 1]
+        return 0
+
+    lax.fori_loop(0, p.step // _GROUP, some_rows, 0)
+
+
 def _places_of(places_smem_ref, row, p: _Sizes):
     """A row's places, at multiples of `step`: addresses then differ from row to row by one, which takes one addition
     per row; addresses of each place by itself would take as long as loading it."""
@@ -241,11 +214,8 @@ def _places_of(places_smem_ref, row, p: _Sizes):
 def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
     """body(columns of the run) for each chunk's run with rows; all are multiples of 8."""
 
-    runs = runs_smem_ref[0] if p.at_once else None
-
     def one(chunk, _):
-        at = (chunk * columns + i for i in range(columns))
-        run = [pl.multiple_of(runs_smem_ref[0, i] if runs is None else runs[i], ROWS) for i in at]
+        run = [pl.multiple_of(runs_smem_ref[0, chunk * columns + i], ROWS) for i in range(columns)]
         rows = run[0] if columns == RUN else run[1]
         pl.when(rows > 0)(lambda: body(*run))
         return 0
@@ -254,7 +224,7 @@ def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
 
 
 def _in_parts(runs_smem_ref, p: _Sizes, total, part: int, before, body) -> None:
-    """before(first row) and body(rows, place, slot) of each run, part by part of a window's rows."""
+    """before(first row) and body(rows, place, slot) of each run, part by part of a span's rows."""
 
     def one_part(i, chunk):
         first = pl.multiple_of(i * part, LANES)
@@ -315,7 +285,7 @@ def merge(
     into: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
     dim: int,
     dtype: Any,
-    interpret: Any = False,
+    chip: Chip,
 ) -> tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]]:
     """One softmax over each query's pairs and anchors: output and base-2 log-sum-exp; 0 and -inf for neither.
 
@@ -343,7 +313,7 @@ def merge(
         [] if given is None else [given[0], given[1][:, :, None]],
         shapes,
         nothing=-jnp.inf,
-        interpret=interpret,
+        chip=chip,
     )
     return out, lse[:, :, 0]
 
@@ -357,7 +327,7 @@ def add(
     *,
     into: Float[Array, "B H R D"] | None = None,
     dtype: Any,
-    interpret: Any = False,
+    chip: Chip,
 ) -> Float[Array, "B H R D"]:
     """The sum of each query's pairs and its anchors' row, for a group of heads; other heads are `into`'s."""
     batch, all_heads = placement.places.shape[:2]
@@ -372,14 +342,14 @@ def add(
         [] if into is None else [into],
         (jax.ShapeDtypeStruct((batch, all_heads, placement.rows, dim), dtype),),
         nothing=0.0,
-        interpret=interpret,
+        chip=chip,
     )[0]
 
 
-def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, shapes, *, nothing: float, interpret):
+def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, shapes, *, nothing: float, chip: Chip):
     """body(rows of pairs, inputs, outputs) for each block of queries of the group's heads."""
     width = pairs.shape[3]
-    chunks, windows, steps = p.runs.shape[4] // RUN, p.runs.shape[2], p.steps
+    chunks, spans, steps = p.runs.shape[4] // RUN, p.runs.shape[2], p.steps
     some = min(LANES, p.step)
     same = bool(into) and inputs and into[0] is inputs[0]  # results go where inputs come from
     into = inputs if same else into
@@ -391,7 +361,7 @@ def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, s
     return pl.pallas_call(
         functools.partial(
             _collect_kernel,
-            p=_Sizes.of(p, interpret),
+            p=_Sizes.of(p),
             body=body,
             inputs=len(inputs),
             unread=0 if same else len(into),
@@ -401,11 +371,11 @@ def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, s
         out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(pairs.shape[0], heads.count, windows, steps),
+            grid=(pairs.shape[0], heads.count, spans, steps),
             in_specs=[
                 _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
                 _in_smem(RUN * chunks, lambda w, s: w),
-                _in_smem(RUN * chunks, lambda w, s: jnp.minimum(w + 1, windows - 1)),
+                _in_smem(RUN * chunks, lambda w, s: jnp.minimum(w + 1, spans - 1)),
                 pl.BlockSpec(memory_space=pl.ANY),
                 *map(block, inputs),
                 *([] if same else [pl.BlockSpec(memory_space=pl.ANY)] * len(into)),
@@ -418,17 +388,16 @@ def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, s
             ],
         ),
         input_output_aliases={first + i: i for i in range(len(into))},
-        compiler_params=_params(),
+        compiler_params=chip.params("ppaa"),
         cost_estimate=_cost(p, heads.count, shapes[0].shape[3], 4),
-        interpret=interpret,
     )(heads.operand, p.places, p.runs, p.runs, pairs, *inputs, *([] if same else into))
 
 
 def _collect_kernel(
     first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
-    runs_smem_ref,  # [1, 3 * chunks], of the window
-    next_smem_ref,  # the same, of the next window
+    runs_smem_ref,  # [1, 3 * chunks], of the span
+    next_smem_ref,  # the same, of the next span
     pairs_hbm_ref,  # [B, H, slots, E]
     *refs,  # of the queries' blocks: inputs, where outputs go, outputs; then scratch
     p: _Sizes,
@@ -438,25 +407,25 @@ def _collect_kernel(
     nothing: float,
 ):
     del first_head_smem_ref
-    *blocks, window_vmem_ref, some_vmem_ref, semaphores = refs
+    *blocks, span_vmem_ref, some_vmem_ref, semaphores = refs
     sources, results = blocks[:inputs], blocks[inputs + unread :]
     b, h, w, s = (pl.program_id(i) for i in range(4))
     pairs_hbm_ref = pairs_hbm_ref.at[b, h]
-    buffers = window_vmem_ref.shape[0]
+    buffers = span_vmem_ref.shape[0]
     here = lax.rem(w, jnp.int32(buffers))
 
     def fetch(runs_smem_ref, parity):
         def one(rows, place, slot):
-            target = window_vmem_ref.at[parity, pl.ds(place, rows)]
+            target = span_vmem_ref.at[parity, pl.ds(place, rows)]
             pltpu.make_async_copy(pairs_hbm_ref.at[pl.ds(slot, rows)], target, semaphores.at[parity]).start()
 
         _each_run(runs_smem_ref, RUN, p, one)
 
     @pl.when((w == 0) & (s == 0))
     def _():
-        shape = (ROWS, window_vmem_ref.shape[2])
+        shape = (ROWS, span_vmem_ref.shape[2])
         for one in range(buffers):  # what pairs that pick nothing find
-            window_vmem_ref[one, pl.ds(p.room - ROWS, ROWS)] = _nothing(shape, nothing)
+            span_vmem_ref[one, pl.ds(p.room - ROWS, ROWS)] = _nothing(shape, nothing)
         if buffers == 2:
             fetch(runs_smem_ref, here)
 
@@ -464,7 +433,7 @@ def _collect_kernel(
     def _():
         if buffers == 1:
             fetch(runs_smem_ref, here)
-        _await(pairs_hbm_ref, window_vmem_ref.at[here], _end_of_runs(runs_smem_ref, p), semaphores.at[here])
+        _await(pairs_hbm_ref, span_vmem_ref.at[here], _end_of_runs(runs_smem_ref, p), semaphores.at[here])
         if buffers == 2:
             pl.when(w + 1 < pl.num_programs(2))(lambda: fetch(next_smem_ref, 1 - here))
 
@@ -472,23 +441,8 @@ def _collect_kernel(
 
     def some_rows(i, _):
         first = pl.multiple_of(i * size, size)
-
-        def few_rows(j, _):
-            at = pl.multiple_of(j * _GROUP, _GROUP)
-            target = some_vmem_ref.at[pl.ds(at, (p.picks - 1) * size + _GROUP)]
-            for row in range(_GROUP):
-                places = _places_of(places_smem_ref, first + at + row, p)
-                for pick in range(p.picks):
-                    place = places[pick * p.step]
-                    target[pl.ds(pick * size + row, 1), :] = window_vmem_ref.at[here][pl.ds(place, 1), :]
-            return 0
-
-        if p.at_once:
-            window, picks = window_vmem_ref[here], range(p.picks)
-            rows = [window[places_smem_ref[0, pl.ds(pick * p.step + first, size)]] for pick in picks]
-        else:
-            lax.fori_loop(0, size // _GROUP, few_rows, 0)
-            rows = [some_vmem_ref[pl.ds(pick * size, size)] for pick in range(p.picks)]
+        _load(places_smem_ref, span_vmem_ref.at[here], some_vmem_ref, first, p)
+        rows = [some_vmem_ref[pl.ds(pick * size, size)] for pick in range(p.picks)]
         body(rows, sources, results, pl.ds(first, size))
         return 0
 
@@ -499,11 +453,28 @@ def _collect_kernel(
     def run(each):
         lax.fori_loop(0, p.step // size, each, 0)
 
-    # The last window's steps beyond the queries leave the last block as it is.
+    # The last span's steps beyond the queries leave the last block as it is.
     there = w * pl.num_programs(3) + s < p.blocks
     picked = _end_of_runs(runs_smem_ref, p) > 0
     pl.when(there & picked)(lambda: run(some_rows))
     pl.when(there & ~picked)(lambda: run(no_rows))
+
+
+def _load(places_smem_ref, span_vmem_ref, some_vmem_ref, first, p: _Sizes) -> None:
+    """The pairs' rows of some of a step's rows, from `first` on, pick after pick."""
+    size = some_vmem_ref.shape[0] // p.picks
+
+    def few_rows(j, _):
+        at = pl.multiple_of(j * _GROUP, _GROUP)
+        target_vmem_ref = some_vmem_ref.at[pl.ds(at, (p.picks - 1) * size + _GROUP)]
+        for row in range(_GROUP):
+            places = _places_of(places_smem_ref, first + at + row, p)
+            for pick in range(p.picks):
+                place = places[pick * p.step]
+                target_vmem_ref[pl.ds(pick * size + row, 1), :] = span_vmem_ref[pl.ds(place, 1), :]
+        return 0
+
+    lax.fori_loop(0, size // _GROUP, few_rows, 0)
 
 
 def _nothing(shape, value: float):

@@ -13,7 +13,6 @@ Bytes: k once, and up to 15 rows more per chunk.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.layout import round_up
 from moc_jax.attention.pallas_tpu.batching import more_scenes
-from moc_jax.attention.pallas_tpu.device import ROWS
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.attention.routing import FEW
 from moc_jax.scene import VIDEO, ChunkTable
 from moc_jax.shapes import Array, Float, Float32, typed
@@ -34,30 +33,28 @@ _REGISTERS = 8  # that hold the sums of heads at once
 
 
 @typed
-def descriptors(k: Float[Array, "B N H D"], table: ChunkTable, *, interpret: Any = None) -> Float32[Array, "B H C D"]:
+def descriptors(k: Float[Array, "B N H D"], table: ChunkTable, *, chip: Chip) -> Float32[Array, "B H C D"]:
     """Equation (1) for video chunks, the only ones that can be picked; 0 for all others and for empty ones."""
-    return more_scenes(functools.partial(_means, interpret=device.interpreter() if interpret is None else interpret))(
-        k, table
-    )
+    return more_scenes(functools.partial(_means, chip=chip))(k, table)
 
 
-def _means(k, table: ChunkTable, interpret):
+def _means(k, table: ChunkTable, chip: Chip):
     batch, tokens, heads, dim = k.shape
-    chunks, rows = table.kind.shape[1], min(_up(table.max_chunk + ROWS - 1, _GROUP), _MOST_ROWS)
+    chunks, rows = table.kind.shape[1], min(round_up(table.max_chunk + ROWS - 1, _GROUP), _MOST_ROWS)
     k = jnp.swapaxes(k, 1, 2)
     more = max(-tokens % ROWS, rows - tokens)
     k = jnp.pad(k, ((0, 0), (0, 0), (0, more), (0, 0))) if more else k
     last = k.shape[2] - rows
-    group = _heads_of_group(heads, rows * max(dim, device.LANES) * k.dtype.itemsize)
+    group = _heads_of_group(heads, rows * max(dim, LANES) * k.dtype.itemsize, chip)
     length = jnp.where(table.kind == VIDEO, table.length, 0)
     lines = jnp.stack([jnp.where(length > 0, table.start, 0), length], axis=-1).astype(jnp.int32)
     steps = -(-(table.max_chunk + ROWS - 1) // rows)
 
-    def first_row(lines_ref, b, c, s):
-        return lax.div(lines_ref[2 * (b * chunks + c)], jnp.int32(ROWS)) * ROWS + s * rows
+    def first_row(lines_smem_ref, b, c, s):
+        return lax.div(lines_smem_ref[2 * (b * chunks + c)], jnp.int32(ROWS)) * ROWS + s * rows
 
-    def keys_at(b, g, c, s, lines_ref):
-        return b, g * group, pl.multiple_of(jnp.minimum(first_row(lines_ref, b, c, s), last), ROWS), 0
+    def keys_at(b, g, c, s, lines_smem_ref):
+        return b, g * group, pl.multiple_of(jnp.minimum(first_row(lines_smem_ref, b, c, s), last), ROWS), 0
 
     means = pl.pallas_call(
         functools.partial(_kernel, chunks=chunks, rows=rows, last=last, first_row=first_row),
@@ -70,31 +67,26 @@ def _means(k, table: ChunkTable, interpret):
             out_specs=pl.BlockSpec((pl.squeezed, pl.squeezed, group, 1, dim), lambda b, g, c, s, _: (b, c, g, 0, 0)),
             scratch_shapes=[pltpu.VMEM((group, n, dim), jnp.float32) for n in (1, ROWS)],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=device.vmem_limit(),
-            disable_bounds_checks=True,  # the interpreter checks them
-        ),
+        compiler_params=chip.params("ppaa"),
         cost_estimate=pl.CostEstimate(flops=k.size, transcendentals=0, bytes_accessed=k.size * k.dtype.itemsize),
-        interpret=interpret,
     )(lines.reshape(-1), k)
     return jnp.swapaxes(means[:, :, :, 0], 1, 2)
 
 
-def _heads_of_group(heads: int, bytes_per_head: int) -> int:
+def _heads_of_group(heads: int, bytes_per_head: int, chip: Chip) -> int:
     """Half of the heads at most, so that two cores share them, whose blocks fit twice into a quarter of VMEM."""
-    fit = max(1, device.vmem_limit() // 8 // bytes_per_head)
+    fit = max(1, chip.vmem_limit // 8 // bytes_per_head)
     return max(n for n in range(1, max(1, heads // 2) + 1) if heads % n == 0 and n <= fit)
 
 
 def heads_at_once(heads: int, dim: int) -> int:
     """Heads of a group whose sums fit their registers."""
-    most = max(1, _REGISTERS // pl.cdiv(dim, device.LANES))
+    most = max(1, _REGISTERS // pl.cdiv(dim, LANES))
     return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
 
 
 def _kernel(
-    lines_ref,
+    lines_smem_ref,
     keys_vmem_ref,
     means_vmem_ref,
     near_vmem_ref,
@@ -110,8 +102,8 @@ def _kernel(
     assert means_vmem_ref.shape == near_vmem_ref.shape == (heads, 1, dim)
     assert sums_vmem_ref.shape == (heads, ROWS, dim)
     b, c, s = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    begin, length = (lines_ref[2 * (b * chunks + c) + i] for i in range(2))
-    first = first_row(lines_ref, b, c, s)
+    begin, length = (lines_smem_ref[2 * (b * chunks + c) + i] for i in range(2))
+    first = first_row(lines_smem_ref, b, c, s)
     row = jnp.minimum(first, last)
     low, high = jnp.maximum(begin, first) - row, jnp.minimum(begin + length - row, rows)
 
@@ -164,7 +156,3 @@ def _halves(x):
         half = x.shape[1] // 2
         x = x[:, :half] + x[:, half:]
     return x
-
-
-def _up(x: int, unit: int) -> int:
-    return -(-x // unit) * unit

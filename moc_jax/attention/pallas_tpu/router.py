@@ -24,7 +24,6 @@ once because a product's first result takes some 250 cycles.
 import dataclasses
 import functools
 import itertools
-from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -33,48 +32,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention import routing
-from moc_jax.attention.layout import queries_of
+from moc_jax.attention.layout import Queries, candidate_rows, candidates_are_split, round_up, split_in_parts
 from moc_jax.attention.pallas_tpu import device
 from moc_jax.attention.pallas_tpu.batching import more_scenes
+from moc_jax.attention.pallas_tpu.ranks import ScanTiling
 from moc_jax.attention.routing import candidate_runs, pickable_chunks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
-_PARTS = 3  # bfloat16 parts of a float32
 _MOST_PICKS = 16  # registers hold two lists of so many, and merging takes 8 top_k ** 2 instructions, unrolled
 _XLA_BLOCK = 2048  # queries that XLA scores at a time
 _NOTHING = -1
 _SUBLANES, _LANES = device.ROWS, device.LANES
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """Tokens of a grid step and chunks of a tile."""
-
-    block: int
-    chunks: int = 32
-
-    def __post_init__(self):
-        if self.block % _LANES or self.chunks % (2 * _SUBLANES):
-            raise ValueError(
-                f"{self}: block must be a multiple of {_LANES}, and chunks of {2 * _SUBLANES}, which is what a "
-                "register of bfloat16 holds"
-            )
-
-    @property
-    def merged(self) -> int:
-        """Groups of `_LANES` tokens whose lists are merged at once."""
-        return min(_SUBLANES, self.block // _LANES)
-
-    @classmethod
-    def of(cls, tokens: int, top_k: int) -> Self:
-        """What suits so many tokens: blocks as long as the unrolled code stays small."""
-        most = 4096 if top_k <= 8 else 2048
-        block = min(most, -(-tokens // _LANES) * _LANES)
-        if block > _SUBLANES * _LANES:  # what a block of picks must be a multiple of, if there are several
-            block = block // (_SUBLANES * _LANES) * (_SUBLANES * _LANES)
-        return cls(block=block)
+def tiling_of(tokens: int, top_k: int) -> ScanTiling:
+    """What suits so many tokens: blocks as long as the unrolled code stays small."""
+    unit = _SUBLANES * _LANES  # what a block of picks must be a multiple of, if there are several
+    block = min(4096 if top_k <= 8 else 2048, round_up(tokens, _LANES))
+    return ScanTiling(block=block if block <= unit else block // unit * unit)
 
 
 def can_select(cfg: MoCConfig) -> bool:
@@ -85,24 +62,22 @@ def can_select(cfg: MoCConfig) -> bool:
 
 @typed
 def select(
-    q: Float[Array, "B N H D"],
+    q: Float[Array, "B Q H D"],
     phi: Float32[Array, "B H C D"],
+    queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
     *,
-    tiling: Tiling | None = None,
-    interpret: Any = None,
-) -> Int[Array, "B H N K"]:
+    tiling: ScanTiling | None = None,
+) -> Int[Array, "B H Q K"]:
     """As `routing.select`: the best candidates of every query, best first; -1 fills slots that hold none.
 
-    More than 16 picks would leave the kernel too few
-    registers; they are plain XLA's, scored in blocks.
+    More than 16 picks would leave the kernel too few registers; they are plain XLA's, scored in blocks.
 
     Args:
         q: After QK-norm and rotary embedding; bfloat16 or float32.
         phi: The chunks' descriptors, `routing.descriptors`.
         tiling: None: what suits the sizes.
-        interpret: As of `pallas_call`; None: what `device.interpreter` says.
 
     Raises:
         NotImplementedError: q's type or D is none that the kernel can do.
@@ -110,21 +85,21 @@ def select(
     _check(q)
     top_k = min(cfg.top_k, phi.shape[2])
     if top_k > _MOST_PICKS:
-        return routing.select(q, phi, queries_of(table), table, cfg, block=_XLA_BLOCK)
+        return routing.select(q, phi, queries, table, cfg, block=_XLA_BLOCK)
     if top_k < cfg.top_k:
-        few = select(q, phi, table, dataclasses.replace(cfg, top_k=top_k), tiling=tiling, interpret=interpret)
+        few = select(q, phi, queries, table, dataclasses.replace(cfg, top_k=top_k), tiling=tiling)
         return routing.widened(few, routing.width(cfg.top_k, phi.shape[2]))
     batch, tokens, heads, _ = q.shape
     if cfg.top_k == 0 or tokens == 0:
         return jnp.full((batch, heads, tokens, cfg.top_k), _NOTHING, jnp.int32)
-    tiling = tiling or Tiling.of(tokens, cfg.top_k)
-    interpret = device.interpreter() if interpret is None else interpret
+    tiling = tiling or tiling_of(tokens, cfg.top_k)
 
-    def picks(q, phi, table):
-        found = _call(jnp.swapaxes(q, 1, 2), _parts(phi, table, tiling, q.dtype), table, cfg, tiling, interpret)
+    def picks(q, phi, queries, table):
+        runs = candidate_rows(candidate_runs(table, cfg), queries, round_up(tokens, tiling.block))
+        found = _call(jnp.swapaxes(q, 1, 2), _parts(phi, table, tiling, q.dtype), runs, cfg, tiling)
         return jnp.swapaxes(found.reshape(*found.shape[:3], -1), 2, 3)[:, :, :tokens]
 
-    return more_scenes(picks)(q, phi, table)
+    return more_scenes(picks)(q, phi, queries, table)
 
 
 def _check(q):
@@ -145,21 +120,14 @@ def _parts(phi, table, tiling, dtype):
     phi = jnp.pad(phi, ((0, 0), (0, 0), (0, -phi.shape[2] % tiling.chunks), (0, 0)), constant_values=jnp.nan)
     tiles = phi.shape[2] // tiling.chunks
     phi = phi.reshape(-1, tiles, tiling.chunks // _SUBLANES, _SUBLANES, head_dim)
-    parts = []
-    for _ in range(1 if dtype == jnp.float32 else _PARTS):
-        # Not a plain cast there and back, which XLA may take for excess precision and drop.
-        finfo = jnp.finfo(dtype)
-        part = lax.reduce_precision(phi, exponent_bits=finfo.nexp, mantissa_bits=finfo.nmant)
-        parts.append(part.astype(dtype))
-        phi = jnp.where(jnp.isfinite(part), phi - part, 0.0)
+    parts = [phi] if dtype == jnp.float32 else split_in_parts(phi, dtype)
     return jnp.stack(parts[::-1], axis=3).reshape(phi.shape[0], tiles, len(parts) * tiling.chunks, head_dim)
 
 
-def _call(q, parts, table, cfg, tiling, interpret):
-    """The picks [B, H, K, N / 128, 128] of q [B, H, N, D], N padded to blocks."""
+def _call(q, parts, runs, cfg, tiling):
+    """The picks [B, H, K, Q / 128, 128] of q [B, H, Q, D], Q padded to blocks."""
     batch, heads, tokens, head_dim = q.shape
     blocks = pl.cdiv(tokens, tiling.block)
-    runs = _token_runs(table, cfg, blocks * tiling.block)
     used = -(-jnp.max(runs[:, 2].reshape(-1, tiling.block), axis=-1) // tiling.chunks)
     rows = tiling.block // _LANES
 
@@ -171,7 +139,7 @@ def _call(q, parts, table, cfg, tiling, interpret):
             _kernel,
             tiling=tiling,
             heads=heads,
-            split=not cfg.causal_routing and cfg.self_anchor != "none",
+            split=candidates_are_split(cfg),
         ),
         name="moc_router",
         out_shape=jax.ShapeDtypeStruct((batch, heads, cfg.top_k, blocks * rows, _LANES), jnp.int32),
@@ -198,17 +166,7 @@ def _call(q, parts, table, cfg, tiling, interpret):
             bytes_accessed=q.nbytes + parts.nbytes + heads * runs.nbytes + 4 * batch * heads * tokens * cfg.top_k,
             transcendentals=0,
         ),
-        interpret=interpret,
     )(used.astype(jnp.int32), q, parts, runs)
-
-
-def _token_runs(table, cfg, tokens):
-    """Each token's `candidate_runs` (first, second, end): [B, 3, tokens]; padding tokens have none."""
-    chunks = table.kind.shape[1]
-    of = jnp.pad(table.chunk_of, ((0, 0), (0, tokens - table.chunk_of.shape[1])), constant_values=_NOTHING)
-    of = jnp.where(of < 0, chunks, of)
-    runs = [jnp.pad(run, ((0, 0), (0, 1))) for run in candidate_runs(table, cfg)]
-    return jnp.stack([jnp.take_along_axis(run, of, axis=1) for run in runs], axis=1).astype(jnp.int32)
 
 
 def _vmem(tiling, parts, q, cfg):
@@ -247,9 +205,14 @@ def _kernel(
         one_tile(0, first=True)
         pl.loop(1, used)(one_tile)
 
-        @pl.loop(0, picks_vmem_ref.shape[1] // tiling.merged)
+        @pl.loop(0, picks_vmem_ref.shape[1] // _merged(tiling))
         def _merge(i):
-            _merge_lists(lists, picks_vmem_ref, pl.multiple_of(i * tiling.merged, tiling.merged), tiling.merged)
+            _merge_lists(lists, picks_vmem_ref, pl.multiple_of(i * _merged(tiling), _merged(tiling)), _merged(tiling))
+
+
+def _merged(tiling: ScanTiling) -> int:
+    """Groups of `_LANES` tokens whose lists are merged at once."""
+    return min(_SUBLANES, tiling.block // _LANES)
 
 
 def _one_tile(q_vmem_ref, phi_vmem_ref, runs_vmem_ref, lists, tiling, split, tile, *, first=False):

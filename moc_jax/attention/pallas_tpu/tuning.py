@@ -12,8 +12,8 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from moc_jax.attention.pallas_tpu import device, flash, flash_backward, tuned
-from moc_jax.attention.pallas_tpu.device import LANES, ROWS
+from moc_jax.attention.pallas_tpu import flash, flash_backward, tuned
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 
@@ -33,15 +33,15 @@ _SMALL_PARTS = 2.5  # how much longer a block takes whose parts are 128 x 128: e
 class Blocks:
     """All sizes of one attention."""
 
-    anchors: flash.Tiling  # video queries over their anchors
-    text: flash.Tiling  # captions over theirs
-    picks: flash.Tiling  # sorted queries over a chunk
+    anchors: flash.ForwardTiling  # video queries over their anchors
+    text: flash.ForwardTiling  # captions over theirs
+    picks: flash.ForwardTiling  # sorted queries over a chunk
     gradient_keys: int  # rows of a tile of anchors' keys
-    anchor_gradients: flash_backward.Tiling
+    anchor_gradients: flash_backward.GradientTiling
     pick_gradient_keys: int  # rows of a tile of a chunk's keys
-    pick_gradients: flash_backward.Tiling
-    window: int | None = None  # queries whose pairs are spread and merged at once; None: as many as fit
-    window_step: int | None = None  # queries of a step of that
+    pick_gradients: flash_backward.GradientTiling
+    span: int | None = None  # queries whose pairs are spread and merged at once; None: as many as fit
+    span_step: int | None = None  # queries of a step of that
 
     def __post_init__(self):
         sizes = (self.queries, self.gradient_queries, self.text_queries)
@@ -80,9 +80,9 @@ class Blocks:
         return max(sizes)
 
 
-def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype) -> Blocks:
-    """The sizes for a config on the chip that the program is for."""
-    chip, size, scene = device.chip(), _Size(dim, jnp.dtype(dtype).itemsize), _Scene.of(cfg, table)
+def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype, chip: Chip) -> Blocks:
+    """The sizes for a config on a chip."""
+    size, scene = _Size(dim, jnp.dtype(dtype).itemsize), _Scene.of(cfg, table)
     in_one = scene.chunk.length <= _MOST
     anchors = _forward(chip, "anchors", size, scene.segment, scene.anchors)
     picks = _forward(chip, "picks" if in_one else "anchors", size, scene.pickers, [scene.chunk])
@@ -173,37 +173,37 @@ class _Size:
         """Elements, up to the end of the last register."""
         return -(-self.dim // LANES) * LANES
 
-    def forward(self, t: flash.Tiling) -> int:
+    def forward(self, t: flash.ForwardTiling) -> int:
         """Bytes of vector memory of the forward kernel: q, out, k and v twice, the state, and parts under way."""
         state = 4 * t.queries * (3 * LANES + 2 * self.wide)
         parts = 4 * t.compute_queries * t.compute_keys * (t.ahead + 2)
         return 4 * self.row * (t.queries + t.keys) + state + parts
 
-    def backward(self, t: flash_backward.Tiling, rows: int) -> int:
+    def backward(self, t: flash_backward.GradientTiling, rows: int) -> int:
         """The same of the backward kernel: q and d_out twice, k, v, dk and dv twice and as they are summed, dq."""
         queries = t.block * (4 * self.row + 12 * self.wide)
         return queries + rows * (10 * self.row + 8 * self.wide) + 4 * t.block * t.at_once * self.itemsize // 2
 
 
 def _forward(
-    chip: str, kernel: Kernel, size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
-) -> flash.Tiling:
+    chip: Chip, kernel: Kernel, size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
+) -> flash.ForwardTiling:
     """The tiling of the least cost that fits: queries in tiles, over blocks of keys."""
-    most, most_keys, *_ = _FORWARD[kernel][chip]
+    most, most_keys, *_ = _FORWARD[kernel][chip.name]
     most = max(most, _whole(queries))
     options = itertools.product(
         _candidates([queries], min(most, most_queries)), _candidates(keys, max(most_keys, *map(_whole, keys)))
     )
 
-    def cost(t: flash.Tiling) -> float:
+    def cost(t: flash.ForwardTiling) -> float:
         small = _SMALL_PARTS if max(t.compute_queries, t.compute_keys) <= LANES else 1.0
         return small * queries.cost(t.queries) * sum(run.cost(t.keys) for run in keys)
 
     tilings = [forward_tiling(chip, kernel, q, kv) for q, kv in options]
-    return min((t for t in tilings if size.forward(t) <= device.vmem_limit()), key=cost)
+    return min((t for t in tilings if size.forward(t) <= chip.vmem_limit), key=cost)
 
 
-def _with_short(chip: str, picks: flash.Tiling, longest_chunk: int) -> flash.Tiling:
+def _with_short(chip: Chip, picks: flash.ForwardTiling, longest_chunk: int) -> flash.ForwardTiling:
     """Chunks that begin at a multiple of 8 may need 128 rows less than others."""
     rows = picks.keys - LANES
     if not longest_chunk <= rows < picks.keys:
@@ -211,10 +211,10 @@ def _with_short(chip: str, picks: flash.Tiling, longest_chunk: int) -> flash.Til
     return dataclasses.replace(picks, short=(rows, forward_tiling(chip, "picks", picks.queries, rows).compute_keys))
 
 
-def forward_tiling(chip: str, kernel: Kernel, queries: int, keys: int) -> flash.Tiling:
+def forward_tiling(chip: Chip, kernel: Kernel, queries: int, keys: int) -> flash.ForwardTiling:
     """Blocks of these sizes, with what is computed at once on the chip cut down to what divides them."""
-    _, _, at_once, keys_at_once, ahead, *of_short = _FORWARD[kernel][chip]
-    return flash.Tiling(
+    _, _, at_once, keys_at_once, ahead, *of_short = _FORWARD[kernel][chip.name]
+    return flash.ForwardTiling(
         queries=queries,
         keys=keys,
         compute_queries=_divisor(queries, at_once),
@@ -224,10 +224,10 @@ def forward_tiling(chip: str, kernel: Kernel, queries: int, keys: int) -> flash.
 
 
 def _backward(
-    chip: str, kernel: Kernel, size: _Size, keys: _Run, queries: _Run, tile: int
-) -> tuple[int, flash_backward.Tiling]:
+    chip: Chip, kernel: Kernel, size: _Size, keys: _Run, queries: _Run, tile: int
+) -> tuple[int, flash_backward.GradientTiling]:
     """(rows of a tile of keys, tiling) of the least cost that fits; blocks of queries divide `tile`."""
-    most, most_keys, *_ = _BACKWARD[kernel][0][chip]
+    most, most_keys, *_ = _BACKWARD[kernel][0][chip.name]
     divisors = [block for block in range(LANES, tile + 1, LANES) if tile % block == 0]
     small = [block for block in divisors if block <= most]
     options = [
@@ -235,16 +235,16 @@ def _backward(
         for block in (small if 2 * max(small) >= min(most, tile) else divisors)
         for rows in _candidates([keys], max(most_keys, _whole(keys)))
     ]
-    fitting = [(rows, t) for rows, t in options if size.backward(t, rows) <= device.vmem_limit()]
+    fitting = [(rows, t) for rows, t in options if size.backward(t, rows) <= chip.vmem_limit]
     return min(fitting, key=lambda option: keys.cost(option[0]) * queries.cost(option[1].block))
 
 
-def backward_tiling(chip: str, kernel: Kernel, block: int, rows: int, dim: int) -> flash_backward.Tiling:
+def backward_tiling(chip: Chip, kernel: Kernel, block: int, rows: int, dim: int) -> flash_backward.GradientTiling:
     """Blocks of these sizes, with the keys computed at once on the chip cut down to what divides them."""
     tables = _BACKWARD[kernel]
-    at_once = max(_divisor(rows, table[chip][2]) for table in tables)
+    at_once = max(_divisor(rows, table[chip.name][2]) for table in tables)
     large = min(block, rows) >= _TRANSPOSED_FROM and dim <= LANES
-    return flash_backward.Tiling(block=block, at_once=at_once, transposed=tables[0][chip][3] and large)
+    return flash_backward.GradientTiling(block=block, at_once=at_once, transposed=tables[0][chip.name][3] and large)
 
 
 def _candidates(runs: Iterable[_Run], most: int) -> list[int]:

@@ -1,15 +1,18 @@
 """The interpreter that runs Hopper kernels on a CPU: races and reads out of bounds raise, fresh memory holds NaN."""
 
+from collections.abc import Iterator
+
 import jax
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moc_jax.attention.pallas_gpu import device
+from moc_jax.attention.pallas_gpu.device import Hopper
+from tests import private_jax
 
 
 @pytest.fixture
-def interpreter():
-    """Programs traced in the test run their kernels in the interpreter."""
+def hopper() -> Iterator[Hopper]:
+    """The kernels in the interpreter."""
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip(f"jax {jax.__version__} can't interpret Mosaic GPU kernels; 0.12 can")
     if jax.default_backend() != "cpu":
@@ -17,8 +20,5 @@ def interpreter():
     params = plgpu.InterpretGPUParams(
         detect_races=True, on_race="raise", out_of_bounds_reads="raise", uninitialized_memory="nan"
     )
-    with device.interpreted(params):
-        yield params
-    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # not public yet, though its users are told to
-
-    gpu_callbacks.reset_gpu_interpret_mode_state()  # what a failed kernel leaves behind
+    yield Hopper(interpret=params)
+    private_jax.reset_gpu_interpreter.value()  # what a failed kernel leaves behind

@@ -1,6 +1,7 @@
 """No fallback hides: programs for Hopper hold the kernels, and where those can't run the reason is said."""
 
 import collections
+import functools
 import logging
 
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from moc_jax.attention import api, backends
-from moc_jax.attention.pallas_gpu import device
+from moc_jax.attention.pallas_gpu.device import Hopper, HopperTiling, KernelTiling
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from tests.attention.configs import MULTI_SHOT
 from tests.attention.scenes import PAIR, qkv, table_of
 
+HOPPER = Hopper(multiprocessors=132)  # compiled for, whatever this machine is
 off_gpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="is about machines without a Hopper GPU")
 KERNEL_CALLS = {"mpmd_map", "core_map", "pallas_call"}  # what Pallas kernels are in one version of jax or another
 
@@ -36,16 +38,16 @@ def shape(*dims, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def trace(function, cfg, tokens, chunks, head_dim, dtype=jnp.bfloat16, backend="pallas_gpu"):
-    """function(q, k, v, table) for 12 heads and a scene of that size, traced for a Hopper GPU."""
+def trace(function, cfg, tokens, chunks, head_dim, dtype=jnp.bfloat16, backend=HOPPER, queries=None):
+    """function(q, k, v, ...) for 12 heads and a scene of that size; `queries`: of a slice of so many tokens."""
     table = ChunkTable(*[shape(1, chunks)] * 4, shape(1, tokens), 512, 1280)
-    x = shape(1, tokens, 12, head_dim, dtype=dtype)
-    with device.lowered_only():
-        return jax.jit(lambda q, k, v, table: function(q, k, v, table, cfg, backend=backend)).trace(x, x, x, table)
+    q, x = (shape(1, n, 12, head_dim, dtype=dtype) for n in (queries or tokens, tokens))
+    run = functools.partial(function, cfg=cfg, backend=backend)
+    return jax.jit(run).trace(q, x, x, table, query_chunk=queries and shape(1, queries))
 
 
-def gradients(q, k, v, table, cfg, backend):
-    out, vjp = jax.vjp(lambda *x: api.moc_attention(*x, table, cfg, backend=backend), q, k, v)
+def gradients(q, k, v, table, **options):
+    out, vjp = jax.vjp(lambda *x: api.moc_attention(*x, table, **options), q, k, v)
     return vjp(out)
 
 
@@ -86,8 +88,8 @@ def test_the_count_sees_programs_without_kernels():
 @off_gpu
 def test_off_hopper_it_is_refused():
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR, shape=(64, 2, 64), dtype=jnp.bfloat16))
-    given = dict(table=table_of(PAIR), cfg=MULTI_SHOT, backend="pallas_gpu")
-    for run in (lambda: api.moc_attention(q, k, v, **given), lambda: api.route(q, k, **given)):
+    options = dict(table=table_of(PAIR), cfg=MULTI_SHOT, backend="pallas_gpu")
+    for run in (lambda: api.moc_attention(q, k, v, **options), lambda: api.route(q, k, **options)):
         with pytest.raises(NotImplementedError, match=r'Hopper GPU.*not cpu.*backend="auto" or "xla"'):
             run()
 
@@ -102,15 +104,34 @@ def test_off_hopper_it_is_refused():
     ],
 )
 def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message, top_k):
-    cfg = MoCConfig(top_k=top_k)
     with pytest.raises(NotImplementedError, match=message):
-        trace(api.moc_attention, cfg, 6_304, 28, head_dim, dtype)
+        trace(api.moc_attention, MoCConfig(top_k=top_k), 6_304, 28, head_dim, dtype)
 
 
 def test_types_must_agree():
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR, shape=(64, 2, 64), dtype=jnp.bfloat16))
-    with device.lowered_only(), pytest.raises(NotImplementedError, match="v float16"):
-        api.moc_attention(q, k, v.astype(jnp.float16), table_of(PAIR), MoCConfig(top_k=0), backend="pallas_gpu")
+    with pytest.raises(NotImplementedError, match="v float16"):
+        api.moc_attention(q, k, v.astype(jnp.float16), table_of(PAIR), MoCConfig(top_k=0), backend=HOPPER)
+
+
+def test_the_target_is_part_of_what_jit_compiles_for():
+    """One jitted function, two targets: two programs, without a state that jit can't see."""
+    run = jax.jit(api.moc_attention, static_argnames=("cfg", "backend"))
+    table = ChunkTable(*[shape(1, 28)] * 4, shape(1, 6_304), 512, 1280)
+    x = shape(1, 6_304, 12, 128, dtype=jnp.bfloat16)
+    small = HopperTiling(forward=KernelTiling(block=64))
+    for backend, blocks, rows in ((HOPPER, 132, 128), (Hopper(multiprocessors=78, tiling=small), 78, 64)):
+        text = str(run.trace(x, x, x, table, cfg=MoCConfig(top_k=0), backend=backend).jaxpr)
+        assert f"grid=({blocks},)" in text
+        assert f"bf16[2,{rows // 8},2,8,64]" in text  # the ring of keys, as it lies in memory
+
+
+@pytest.mark.parametrize("fields", [dict(block=96), dict(block=32), dict(stages=1), dict(buffers=0)])
+def test_a_tiling_that_no_kernel_can_have_is_refused(fields):
+    with pytest.raises(ValueError, match="blocks are multiples of 64 rows, with at least 2 stages and 1 buffer"):
+        KernelTiling(**fields)
+    with pytest.raises(ValueError, match="504 registers"):
+        KernelTiling(compute_registers=240)
 
 
 @off_gpu

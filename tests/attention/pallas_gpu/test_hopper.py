@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from moc_jax.attention import api
-from moc_jax.attention.pallas_gpu import attend, device
+from moc_jax.attention.pallas_gpu import device
+from moc_jax.attention.pallas_gpu.device import Hopper, HopperTiling
 from moc_jax.config import MoCConfig
 from moc_jax.cuts import chunk_table_from
 from moc_jax.scene import GLOBAL, VIDEO
@@ -81,8 +82,7 @@ def test_as_exact_as_cudnn_and_the_same_on_each_run(cfg, dtype, head_dim):
     hold_to_the_oracle(cfg, dtype, *inputs(dtype, head_dim), SCENES)
 
 
-def test_heads_one_by_one_over_more_chunks_than_shared_memory_holds(monkeypatch):
-    monkeypatch.setattr(attend, "_BUFFER", 1)
+def test_heads_one_by_one_over_more_chunks_than_shared_memory_holds():
     *arrays, _ = inputs("bfloat16", 128)
     scenes = [cut(5, (9, [8] * 110), (0, [8] * 109), text_tokens=TEXT)] * len(SCENES)
     runs = [(TEXT_KIND, GLOBAL, 5)]
@@ -90,19 +90,20 @@ def test_heads_one_by_one_over_more_chunks_than_shared_memory_holds(monkeypatch)
         runs += [(TEXT_KIND, shot, caption), *[(VIDEO, shot, 8)] * chunks]
     kinds, shots, lengths = np.array(runs).T
     table, _ = chunk_table_from(np.tile(lengths, (len(SCENES), 1)), kinds, shots, tokens=TOKENS, text_tokens=TEXT)
-    hold_to_the_oracle(MoCConfig(top_k=5), "bfloat16", *arrays, table, scenes)
+    one_by_one = Hopper(tiling=HopperTiling(group_bytes=1))
+    hold_to_the_oracle(MoCConfig(top_k=5), "bfloat16", *arrays, table, scenes, one_by_one)
 
 
-def hold_to_the_oracle(cfg, dtype, q, k, v, dout, table, scenes):
+def hold_to_the_oracle(cfg, dtype, q, k, v, dout, table, scenes, backend=Hopper()):
     arrays = q, k, v, dout
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(backend, table, q, k, v, dout, routes=None):
-        routes = api.route(q, k, table, cfg, backend=backend) if routes is None else routes
-        attend = functools.partial(api.moc_attention, table=table, cfg=cfg, routes=routes, backend=backend)
-        return routes, *with_gradients(attend, q, k, v, dout)
+        by = dict(table=table, cfg=cfg, backend=backend)
+        routes = api.route(q, k, **by) if routes is None else routes
+        return routes, *with_gradients(functools.partial(api.moc_attention, routes=routes, **by), q, k, v, dout)
 
-    ours = run.lower("pallas_gpu", table, *arrays).compile()
+    ours = run.lower(backend, table, *arrays).compile()
     kernels = ours.as_text().count('custom_call_target="mosaic_gpu')
     picks = cfg.mode == "moc" and cfg.top_k > 0
     assert kernels == (7 if picks else 3), "router, then forward, dq, dk and dv for anchors and for picks"

@@ -1,25 +1,31 @@
-"""The plan's promises in integers: tiles cover tokens once, and their runs are the anchors, chunk by chunk."""
+"""The plan's promises in integers: tiles cover tokens once, and their runs are the anchors, chunk by chunk.
+
+For all tokens as queries, and for slices of them that begin anywhere: in text, in the middle of a chunk, with padding.
+"""
 
 import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moc_jax.attention import routing
-from moc_jax.attention.pallas_gpu import attend
+from moc_jax.attention.layout import ALIGN, queries_of
 from moc_jax.attention.pallas_gpu import plan as planning
-from moc_jax.attention.pallas_gpu.tiles import ALIGN, TILE
+from moc_jax.attention.pallas_gpu.device import HopperTiling
+from moc_jax.attention.pallas_gpu.tiles import TILE
 from tests.attention.configs import COVERING, EVERY, name
 from tests.attention.oracle import Chunk
 from tests.attention.scenes import CHUNKS, LONGEST_CHUNK, TEXT_TOKENS, TOKENS, random_scenes, table_of
 
 # Lengths times 23: up to 391 tokens, at any place within the alignment of 8 and within a tile.
 STRETCH = 23
+SLICE = 203
+WHOLE = HopperTiling().text_readers
 
 
 def stretched(scenes):
@@ -28,28 +34,28 @@ def stretched(scenes):
     return table_of(scenes, text_tokens=text, tokens=tokens, chunks=CHUNKS, max_chunk=STRETCH * LONGEST_CHUNK)
 
 
-def padded(table):
-    """To the rows that `attend` gives the kernels."""
-    tokens = table.chunk_of.shape[1]
-    more = max(tokens + -tokens % ALIGN, table.text_tokens + -table.text_tokens % TILE, TILE) - tokens
-    return dataclasses.replace(table, chunk_of=jnp.pad(table.chunk_of, ((0, 0), (0, more)), constant_values=-1))
+def padded(x, most=TILE):
+    """A table or queries with the rows that `attend` gives the kernels."""
+    rows = x.chunk_of.shape[1]
+    more = max(rows + -rows % ALIGN, most + -most % TILE) - rows
+    return dataclasses.replace(x, chunk_of=jnp.pad(x.chunk_of, ((0, 0), (0, more)), constant_values=-1))
 
 
 @functools.cache
-def compiled(cfg, part):
-    def run(table):
-        with mock.patch.object(planning, "_PART", part):
-            made = planning.plan(table, cfg)
-        seen = routing.anchor_chunks(table, cfg) & (table.length > 0)[:, None, :] & (table.length > 0)[:, :, None]
-        return made, seen
+def compiled(cfg, text_readers):
+    def run(table, query_chunk):
+        queries = padded(queries_of(table, query_chunk))
+        made = planning.anchor_tiles(queries, padded(table, max(table.text_tokens, TILE)), cfg, text_readers)
+        there = [(x > 0)[:, None] for x in (queries.length, table.length)]
+        seen = routing.anchor_chunks(table, cfg) & jnp.swapaxes(there[0], 1, 2) & there[1]
+        return made, seen, queries.chunk_of
 
     return jax.jit(run)
 
 
-def token_pairs(seen, chunk_of):
-    """[N, N] for one scene: chunks that see chunks as tokens that see tokens."""
-    real = chunk_of >= 0
-    return seen[np.ix_(chunk_of, chunk_of)] & real[:, None] & real[None, :]
+def token_pairs(seen, query_chunk, chunk_of):
+    """[Q, N] for one scene: chunks that see chunks as tokens that see tokens."""
+    return seen[np.ix_(query_chunk, chunk_of)] & (query_chunk >= 0)[:, None] & (chunk_of >= 0)[None, :]
 
 
 def covered(line, rows):
@@ -68,38 +74,43 @@ def check_starts(lines, rows):
     assert (used[:, 0] + TILE <= rows).all()
 
 
-def check_plan(table, cfg, part):
-    table = padded(table)
-    rows = table.chunk_of.shape[1]
-    made, seen = jax.tree.map(np.asarray, compiled(cfg, part)(table))
+def check_plan(table, cfg, text_readers, part=slice(None)):
+    """Of the queries in a slice of the table's tokens."""
+    made, seen, query_chunk = jax.tree.map(
+        np.asarray, compiled(cfg, text_readers)(table, None if part == slice(None) else table.chunk_of[:, part])
+    )
+    table = padded(table, max(table.text_tokens, TILE))
+    if made is None:
+        assert not seen.any()
+        return made
+    rows, tokens = query_chunk.shape[1], table.chunk_of.shape[1]
     assert np.array_equal(made.queries.table.shape[1:2], [1])
     for b, chunk_of in enumerate(np.asarray(table.chunk_of)):
-        want = token_pairs(seen[b], chunk_of)
-        tokens = np.flatnonzero(chunk_of >= 0)
+        want = token_pairs(seen[b], query_chunk[b], chunk_of)
 
         lines = made.queries.table[b, 0]
         check_starts(lines, rows)
-        reads = {g: covered(line, rows) for g, line in enumerate(lines) if line[0] >= 0}
+        reads = {g: covered(line, tokens) for g, line in enumerate(lines) if line[0] >= 0}
         assert all(read.any() for read in reads.values()), "a used tile of queries has at least one key"
         np.testing.assert_array_equal(made.anchored[b], want.any(axis=1))
-        for token in tokens[made.anchored[b, tokens]]:
-            tile, row = divmod(int(made.query_row[b, token]), TILE)
-            assert lines[tile, 0] + row == token
-            np.testing.assert_array_equal(reads[tile], want[token], err_msg=f"keys of token {token}")
+        for query in np.flatnonzero(made.anchored[b]):
+            tile, row = divmod(int(made.query_row[b, query]), TILE)
+            assert lines[tile, 0] + row == query
+            np.testing.assert_array_equal(reads[tile], want[query], err_msg=f"keys of query {query}")
         assert (made.query_row[b] >= 0).all()
         assert (made.query_row[b] < len(lines) * TILE).all()
 
         lines = made.keys.table[b, 0]
-        check_starts(lines, rows)
+        check_starts(lines, tokens)
         read_by = {g: covered(line, rows) for g, line in enumerate(lines) if line[0] >= 0}
         text_end = max((c.start + c.length for c in chunks_of(table, b) if c.kind == 1), default=0)
-        for token in tokens:
+        for token in np.flatnonzero(chunk_of >= 0):
             tile, row = divmod(int(made.key_row[b, token]), TILE)
             assert lines[tile, 0] + row == token
             readers = read_by[tile]
             if token < text_end:  # its other readers are in the same tile of the other parts
                 readers = sum(
-                    (read_by[tile + p * made.text_tiles] for p in range(1, made.text_parts)), start=readers.copy()
+                    (read_by[tile + p * made.text_tiles] for p in range(1, made.text_shares)), start=readers.copy()
                 )
             np.testing.assert_array_equal(readers, want[:, token], err_msg=f"readers of token {token}")
         assert (made.key_row[b] < len(lines) * TILE).all()
@@ -113,30 +124,41 @@ def chunks_of(table, b):
     ]
 
 
-@pytest.mark.parametrize("part", [planning._PART, 500], ids=["whole", "parts"])
+PARTS = pytest.mark.parametrize("text_readers", [WHOLE, 500], ids=["whole", "parts"])
+
+
+@PARTS
 @pytest.mark.parametrize("cfg", COVERING, ids=name)
 @settings(deadline=None, max_examples=8)
 @given(scenes=random_scenes())
-def test_tiles_and_runs_are_the_anchors(cfg, part, scenes):
-    made = check_plan(stretched(scenes), cfg, part)
+def test_tiles_and_runs_are_the_anchors(cfg, text_readers, scenes):
+    made = check_plan(stretched(scenes), cfg, text_readers)
     all_text = cfg.visibility == "scene" and (cfg.mode == "dense" or cfg.text_anchor == "all")
-    assert made.text_parts == (0 if not all_text else 1 if part == planning._PART else 3)
+    if made is not None:
+        assert made.text_shares == (0 if not all_text else 1 if text_readers == WHOLE else 3)
+
+
+@pytest.mark.parametrize("cfg", COVERING, ids=name)
+@settings(deadline=None, max_examples=8)
+@given(scenes=random_scenes(), begin=st.integers(0, STRETCH * TOKENS - SLICE))
+def test_slices_that_begin_anywhere(cfg, scenes, begin):
+    check_plan(stretched(scenes), cfg, 100, slice(begin, begin + SLICE))
 
 
 @pytest.mark.parametrize("cfg", COVERING[::4], ids=name)
 @settings(deadline=None, max_examples=8)
 @given(scenes=random_scenes())
 def test_scenes_smaller_than_a_tile(cfg, scenes):
-    check_plan(table_of(scenes), cfg, planning._PART)
+    check_plan(table_of(scenes), cfg, WHOLE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [planning._PART, 500], ids=["whole", "parts"])
+@PARTS
 @pytest.mark.parametrize("cfg", EVERY, ids=name)
 @settings(deadline=None, max_examples=50)
-@given(scenes=random_scenes())
-def test_every_config(cfg, part, scenes):
-    check_plan(stretched(scenes), cfg, part)
+@given(scenes=random_scenes(), begin=st.none() | st.integers(0, STRETCH * TOKENS - SLICE))
+def test_every_config(cfg, text_readers, scenes, begin):
+    check_plan(stretched(scenes), cfg, text_readers, slice(None) if begin is None else slice(begin, begin + SLICE))
 
 
 # ------------------------------------------------------------------------------------------------ picks
@@ -144,25 +166,22 @@ def test_every_config(cfg, part, scenes):
 
 @jax.jit
 def picks_plan(table, routes):
-    cfg = COVERING[0]
-    schedule = attend.sort_picks(routes, table)
-    made = planning.plan(table, cfg)
-    tiles = planning.pick_tiles(schedule, table), planning.reader_tiles(schedule, made.chunks)
-    return schedule, made.chunks, *tiles
+    return planning.pick_tiles(routes, table)
 
 
 @settings(deadline=None, max_examples=15)
 @given(scenes=random_scenes())
 def test_sorted_tiles_read_the_picked_chunks_and_chunks_their_pickers(scenes):
     """Whatever the routes are, those to empty chunks among them."""
-    table = padded(stretched(scenes))
+    table = padded(stretched(scenes), STRETCH * TEXT_TOKENS)
     heads, picks, rows = 2, 3, table.chunk_of.shape[1]
     video = np.asarray(table.kind) == 2
     rng = np.random.default_rng(0)
     routes = rng.integers(-1, CHUNKS, (len(scenes), heads, rows, picks))
     for b in range(len(scenes)):
         routes[b][~np.isin(routes[b], np.flatnonzero(video[b]))] = -1
-    schedule, chunks, tiles, readers = jax.tree.map(np.asarray, picks_plan(table, jnp.asarray(routes, jnp.int32)))
+    made = jax.tree.map(np.asarray, picks_plan(table, jnp.asarray(routes, jnp.int32)))
+    schedule, tiles, readers = made.schedule, made.queries, made.keys
     for b, h in np.ndindex(len(scenes), heads):
         lines, slots = tiles.table[b, h], schedule.slot_of_pair[b, h]
         placed = slots >= 0
@@ -178,7 +197,7 @@ def test_sorted_tiles_read_the_picked_chunks_and_chunks_their_pickers(scenes):
         lines = readers.table[b, h]
         check_starts(lines, rows)
         for token in np.flatnonzero(np.asarray(table.token_kind)[b] == 2):
-            tile, row = divmod(int(chunks.row_of_token[b, token]), TILE)
+            tile, row = divmod(int(made.key_row[b, token]), TILE)
             assert lines[tile, 0] + row == token
             own = int(np.asarray(table.chunk_of)[b, token])
             begin, end = lines[tile, 1:]

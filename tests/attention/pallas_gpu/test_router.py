@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moc_jax.attention import routing
 from moc_jax.attention.layout import queries_of
 from moc_jax.attention.pallas_gpu import device, router
+from moc_jax.attention.pallas_gpu.router import RouterTiling
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from tests.attention.configs import COVERING, MULTI_SHOT, NO_ANCHORS, SINGLE_SHOT, name
@@ -33,11 +34,12 @@ def inputs(dtype, kind="normal", scenes=PAIR, table=None, tokens=64, head_dim=64
     return jnp.asarray(q, dtype), routing.descriptors(jnp.asarray(k, dtype), table), table
 
 
-def check(q, phi, table, cfg):
+def check(q, phi, table, cfg, tiling=None):
     """Exact equality: no near-ties in these inputs, or scores that are exact."""
     interpret = None if device.is_hopper() else plgpu.InterpretGPUParams()
-    got = np.asarray(router.select(q, phi, table, cfg, interpret=interpret))
-    want = np.asarray(routing.select(q, phi, queries_of(table), table, cfg))
+    queries = queries_of(table)
+    got = np.asarray(router.select(q, phi, queries, table, cfg, tiling=tiling, interpret=interpret))
+    want = np.asarray(routing.select(q, phi, queries, table, cfg))
     np.testing.assert_array_equal(got, want)
     assert (want >= 0).any()
     return got
@@ -51,7 +53,7 @@ def check(q, phi, table, cfg):
 def test_three_parts_hold_every_bit_that_counts(dtype, scale):
     table = table_of(PAIR)
     phi = scale * np.random.default_rng(0).standard_normal((BATCH, HEADS, table.kind.shape[1], 64)).astype(np.float32)
-    tiling = router._Tiling.of(phi.shape[2], 64)
+    tiling = RouterTiling.of(1, phi.shape[2], 64)
     parts = np.asarray(router._parts(jnp.asarray(phi), table, tiling, dtype), np.float64)
     assert parts.shape == (BATCH * HEADS * 3, 16, 64)
     total = parts.reshape(BATCH, HEADS, 3, 16, 64).sum(axis=2)
@@ -106,52 +108,62 @@ def test_more_slots_than_candidates(top_k):
 
 @interpreted
 @pytest.mark.parametrize("resident", [True, False])
-def test_several_tiles_of_chunks_and_of_queries(resident, monkeypatch):
-    """40 chunks in tiles of 8, which stay in shared memory or go through the ring; 400 tokens in blocks of 384."""
+def test_several_blocks_of_chunks_and_tiles_of_queries(resident):
+    """40 chunks in blocks of 8, which stay in shared memory or go through the ring; 400 tokens in programs of 384."""
     scenes = [cut(3, (2, [9] * 20), (1, [8] * 19)), cut(1, (0, [3, 30] * 5), (0, [11] * 9), (2, [40]))]
     table = table_of(scenes, tokens=400, chunks=44, max_chunk=40)
-    monkeypatch.setattr(router, "_MOST_COLUMNS", 8)
-    monkeypatch.setattr(router, "_PROGRAMS", 4)
-    if not resident:
-        monkeypatch.setattr(router, "_SMEM", router._GROUPS * router._ROWS * 128 + 16 * router._PARTS * 128)
-    tiling = router._Tiling.of(44, 64)
-    assert (tiling.tiles, tiling.columns, tiling.slots) == (6, 8, 6 if resident else 2)
-    check(*inputs(jnp.bfloat16, scenes=scenes, table=table, tokens=400), dataclasses.replace(MULTI_SHOT, top_k=5))
+    tiling = RouterTiling(tiles=2, blocks=6, columns=8, buffers=6 if resident else 2)
+    assert tiling.resident == resident
+    cfg = dataclasses.replace(MULTI_SHOT, top_k=5)
+    check(*inputs(jnp.bfloat16, scenes=scenes, table=table, tokens=400), cfg, tiling)
+
+
+@interpreted
+@pytest.mark.parametrize("begin", [0, 5, 14, 33])
+def test_slices_pick_as_the_whole(begin):
+    """Queries from any token on: of text and video, in the middle of a chunk, of video alone."""
+    q, phi, table = inputs(jnp.bfloat16)
+    part = slice(begin, begin + 21)
+    interpret = None if device.is_hopper() else plgpu.InterpretGPUParams()
+    queries = queries_of(table, table.chunk_of[:, part])
+    got = router.select(q[:, part], phi, queries, table, SINGLE_SHOT, interpret=interpret)
+    want = routing.select(q, phi, queries_of(table), table, SINGLE_SHOT)
+    np.testing.assert_array_equal(got, want[:, :, part])
 
 
 # ------------------------------------------------------------------------------------------------ limits
 
 
 @pytest.mark.parametrize(
-    ("chunks", "head_dim", "tiles", "columns", "slots"),
+    ("queries", "chunks", "head_dim", "tiles", "blocks", "columns", "buffers"),
     [
-        (3, 128, 1, 8, 1),
-        (24, 128, 1, 24, 1),
-        (153, 128, 2, 80, 2),  # 8 shots of 22 500 tokens in chunks of 1280
-        (1_217, 128, 13, 96, 2),  # 64 shots
-        (1_217, 256, 31, 40, 2),
-        (400, 64, 5, 80, 5),
+        (64, 3, 128, 1, 1, 8, 1),
+        (12 * 6_304, 24, 128, 1, 1, 24, 1),
+        (12 * 180_504, 153, 128, 8, 2, 80, 2),  # 8 shots of 22 500 tokens in chunks of 1280
+        (12 * 1_440_512, 1_217, 128, 8, 13, 96, 2),  # 64 shots
+        (12 * 33_272, 1_217, 256, 3, 31, 40, 2),
+        (4 * 192 * 4 * 132, 400, 64, 4, 5, 80, 5),
     ],
 )
-def test_tiles_fit_shared_memory(chunks, head_dim, tiles, columns, slots):
-    tiling = router._Tiling.of(chunks, head_dim)
-    assert (tiling.tiles, tiling.columns, tiling.slots) == (tiles, columns, slots)
-    assert tiling.tiles * tiling.columns >= chunks
-    assert (slots * columns * 3 + router._GROUPS * router._ROWS) * head_dim * 2 <= router._SMEM
+def test_blocks_fit_shared_memory(queries, chunks, head_dim, tiles, blocks, columns, buffers):
+    tiling = RouterTiling.of(queries, chunks, head_dim)
+    assert tiling == RouterTiling(tiles=tiles, blocks=blocks, columns=columns, buffers=buffers)
+    assert blocks * columns >= chunks
+    assert (buffers * columns * 3 + router._TILE) * head_dim * 2 <= router._SMEM
 
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "top_k", "message"),
     [
-        (jnp.float32, 64, 2, "q is float32"),
-        (jnp.bfloat16, 48, 2, "heads of size 48"),
+        (jnp.float32, 64, 2, "q is float32.*takes bfloat16, float16.*cast q"),
+        (jnp.bfloat16, 48, 2, r"heads of size 48.*sizes \(64, 128\).*use backend"),
         (jnp.bfloat16, 64, 17, "top_k is 17 of 17 chunks.*at most 16"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(dtype, head_dim, top_k, message):
     q, phi, table = inputs(dtype, head_dim=head_dim, table=table_of(PAIR, chunks=17))
     with pytest.raises(NotImplementedError, match=message):
-        router.select(q, phi, table, MoCConfig(top_k=top_k))
+        router.select(q, phi, queries_of(table), table, MoCConfig(top_k=top_k))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +176,7 @@ def test_it_lowers_for_hopper(tokens, chunks, head_dim, top_k):
 
     table = ChunkTable(*[shape(1, chunks)] * 4, shape(1, tokens), 512, 1280)
     q, phi = shape(1, tokens, 12, head_dim, dtype=jnp.bfloat16), shape(1, 12, chunks, head_dim, dtype=jnp.float32)
-    run = jax.jit(lambda q, phi, table: router.select(q, phi, table, MoCConfig(top_k=top_k)))
+    run = jax.jit(lambda q, phi, table: router.select(q, phi, queries_of(table), table, MoCConfig(top_k=top_k)))
     lowered = run.trace(q, phi, table).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("mosaic_gpu") >= 1
     assert lowered.out_info.shape == (1, 12, tokens, top_k)

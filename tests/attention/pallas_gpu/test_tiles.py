@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from moc_jax.attention.pallas_gpu import tiles
-from moc_jax.attention.pallas_gpu.tiles import Job, Tuning
+from moc_jax.attention.pallas_gpu.device import KernelTiling
+from moc_jax.attention.pallas_gpu.tiles import Job
 
 
 def items(batch, heads, count, *, blocks=132, all_cached=False):
     """(block, scene, head, tile) of each item, as thread blocks take them."""
     job = Job(
-        tuning=Tuning(),
-        blocks=blocks,
+        tiling=KernelTiling(),
+        thread_blocks=blocks,
         batch=batch,
         heads=heads,
         dim=128,
@@ -23,7 +24,7 @@ def items(batch, heads, count, *, blocks=132, all_cached=False):
         rows=1024,
         sorted_rows=True,
         all_cached=all_cached,
-        interpreted=False,
+        interpret=None,
     )
     looks, block = jnp.meshgrid(jnp.arange(tiles._looks(job)), jnp.arange(blocks), indexing="ij")
     (scene, head, tile), there = jax.jit(jax.vmap(lambda i, block: tiles._item(i, block, job)))(

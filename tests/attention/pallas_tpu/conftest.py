@@ -4,8 +4,7 @@ import jax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.pallas_tpu import device
-from tests.attention.interpreter import INTERPRETER, every_access
+from tests.attention.interpreter import INTERPRETER, every_access, interpreted
 
 
 @pytest.fixture
@@ -13,6 +12,6 @@ def interpreter():
     """Programs traced in the test run their kernels in the interpreter."""
     if jax.default_backend() != "cpu":
         pytest.skip("the interpreter is for CPUs")
-    with device.interpreted(INTERPRETER), every_access():
+    with interpreted(), every_access():
         yield INTERPRETER
     pltpu.reset_tpu_interpret_mode_state()  # what a failed kernel leaves behind

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 
 from moc_jax.attention import api, backends
 from moc_jax.attention.pallas_tpu import device
+from moc_jax.attention.pallas_tpu.device import Tpu
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from tests.attention import oracle
@@ -22,7 +24,7 @@ from tests.attention.tolerances import GRADIENT, assert_close
 
 ANCHORS = collections.Counter(moc_forward_text=1, moc_forward_anchors=1, moc_move=2)
 PICKS = collections.Counter(
-    f"moc_{name}" for name in ("pool", "router", "move_lanes", "ranks", "look_up", "spread", "forward_picks", "merge")
+    f"moc_{name}" for name in ("pool", "router", "move", "ranks", "look_up", "spread", "forward_picks", "merge")
 )
 ANCHOR_GRADIENTS = collections.Counter(moc_gradients_anchors=1, moc_move=5)
 PICK_GRADIENTS = collections.Counter(moc_spread=3, moc_add=1, moc_columns=1, moc_gradients_picks=1, moc_move=2)
@@ -30,16 +32,19 @@ PICK_GRADIENTS = collections.Counter(moc_spread=3, moc_add=1, moc_columns=1, moc
 
 def kernels(jaxpr) -> collections.Counter:
     """Names of the kernels in a program, with how often each is called."""
-    found = collections.Counter()
+    return collections.Counter(params["name"] for params in kernel_calls(jaxpr))
+
+
+def kernel_calls(jaxpr):
+    """Parameters of each call of a kernel in a program."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            found[equation.params["name"]] += 1
+            yield equation.params
             continue
         for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
-                found += kernels(inner)
-    return found
+                yield from kernel_calls(inner)
 
 
 def shape(*dims, dtype=jnp.int32):
@@ -49,8 +54,15 @@ def shape(*dims, dtype=jnp.int32):
 def trace(function, cfg, dtype=jnp.bfloat16, tokens=4608, chunks=16, head_dim=128, scenes=(1,), backend="pallas_tpu"):
     q = shape(*scenes, tokens, 2, head_dim, dtype=dtype)
     table = ChunkTable(*[shape(*scenes, chunks)] * 4, shape(*scenes, tokens), 512, 512, 4)
-    with device.compiled_for("v5p"):
-        return jax.make_jaxpr(functools.partial(function, cfg=cfg, backend=backend))(q, q, q, table).jaxpr
+    backend = Tpu(chip="v5p") if backend == "pallas_tpu" else backend
+    return jax.make_jaxpr(functools.partial(function, cfg=cfg, backend=backend))(q, q, q, table).jaxpr
+
+
+@pytest.fixture
+def on_a_tpu(monkeypatch):
+    """What JAX says on a machine with TPUs."""
+    monkeypatch.setattr(device, "is_tpu", lambda: True)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5p")])
 
 
 def gradients(q, k, v, table, cfg, backend):
@@ -68,7 +80,7 @@ def gradients(q, k, v, table, cfg, backend):
     ],
     ids=lambda x: name(x) if isinstance(x, MoCConfig) else "",
 )
-def test_programs_for_tpus_hold_the_kernels(cfg, forward, backward, backend):
+def test_programs_for_tpus_hold_the_kernels(cfg, forward, backward, backend, on_a_tpu):
     assert kernels(trace(api.moc_attention, cfg, backend=backend)) == forward
     assert kernels(trace(gradients, cfg, backend=backend)) == forward + backward
 
@@ -91,7 +103,7 @@ def test_programs_for_others_hold_none():
 
 def test_off_tpus_it_is_refused():
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
-    with pytest.raises(NotImplementedError, match='"pallas_tpu" needs a TPU, not cpu'):
+    with pytest.raises(NotImplementedError, match="needs a TPU, not cpu"):
         api.moc_attention(q, k, v, table_of(PAIR), MULTI_SHOT, backend="pallas_tpu")
 
 
@@ -104,7 +116,7 @@ def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message):
         trace(api.moc_attention, MoCConfig(top_k=0), dtype, head_dim=head_dim)
 
 
-def test_auto_says_once_what_it_took(caplog):
+def test_auto_says_once_what_it_took(caplog, on_a_tpu):
     backends._say_which.cache_clear()
     with caplog.at_level(logging.INFO, logger=backends.__name__):
         for _ in range(2):
@@ -165,12 +177,12 @@ def test_chunks_longer_than_a_block(monkeypatch):
     from tests.attention import compiled
 
     small = dataclasses.replace(
-        compiled._SMALL_TPU,
-        picks=dataclasses.replace(compiled._SMALL_TPU.picks, keys=8, compute_keys=8),
+        compiled.SMALL_TPU,
+        picks=dataclasses.replace(compiled.SMALL_TPU.picks, keys=8, compute_keys=8),
         pick_gradient_keys=8,
-        pick_gradients=dataclasses.replace(compiled._SMALL_TPU.pick_gradients, at_once=8),
+        pick_gradients=dataclasses.replace(compiled.SMALL_TPU.pick_gradients, at_once=8),
     )
-    monkeypatch.setattr(compiled, "_SMALL_TPU", small)
+    monkeypatch.setattr(compiled, "SMALL_TPU", small)
     cfg = MULTI_SHOT
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
     given = dict(table=table_of(PAIR), cfg=cfg, dout=v, backend="pallas_tpu")
@@ -180,3 +192,20 @@ def test_chunks_longer_than_a_block(monkeypatch):
     want_grads = oracle.moc_gradients(*map(np.asarray, (q, k, v)), want.mask, np.asarray(v))
     for got, expected, which in zip(grads, want_grads, ("dq", "dk", "dv")):
         assert_close(got, expected, which, table=GRADIENT)
+
+
+def test_one_function_for_two_chips_is_two_programs():
+    """The chip is part of what jit compiles for: v4, whose vector memory is small, has its own blocks, and v6e its."""
+    q = shape(1, 4608, 2, 128, dtype=jnp.bfloat16)
+    table = ChunkTable(*[shape(1, 16)] * 4, shape(1, 4608), 512, 512, 4)
+    attention = jax.jit(api.moc_attention, static_argnames=("cfg", "backend"))
+    found = {}
+    for chip in ("v4", "v6e"):
+        traced = attention.trace(q, q, q, table, MoCConfig(top_k=8), backend=Tpu(chip=chip))
+        calls = {params["name"]: params for params in kernel_calls(traced.jaxpr.jaxpr)}
+        limits = {calls[f"moc_{kernel}"]["compiler_params"].vmem_limit_bytes for kernel in ("spread", "forward_picks")}
+        assert limits == {device.Chip(chip).vmem_limit}
+        found[chip] = calls["moc_spread"]["grid_mapping"].grid, str(calls["moc_forward_anchors"]["jaxpr"])
+    (windows, anchors), (other_windows, other_anchors) = found.values()
+    assert windows != other_windows
+    assert anchors != other_anchors

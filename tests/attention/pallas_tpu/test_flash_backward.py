@@ -3,12 +3,15 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.attention.pallas_tpu.flash_backward import Tiling, gradients
-from moc_jax.attention.pallas_tpu.tiles import Tiles
+from moc_jax.attention.layout import Tiles
+from moc_jax.attention.pallas_tpu.device import Chip
+from moc_jax.attention.pallas_tpu.flash_backward import GradientTiling, gradients
+from tests.attention.interpreter import interpreted
 
 ROWS, BLOCK, DIM = 32, 16, 16
 NAMES = ("dq", "dk", "dv")
@@ -78,7 +81,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradients(case: Case, interpreter):
     arrays, table = _inputs(case), _table(case)
-    found = _run(case, arrays, table, interpreter)
+    found = _run(case, arrays, table)
     expected, read = _oracle(case, arrays, table)
     tolerance = 4e-6 * case.scale**0.5 if case.dtype == "float32" else 2e-2  # rounded scores
     for name, mine, right in zip(NAMES, found, expected, strict=True):
@@ -94,9 +97,10 @@ def test_gradients(case: Case, interpreter):
 def test_same_bits_again_and_with_eager_copies(interpreter):
     case = dataclasses.replace(CASES["two blocks that every tile reads"], heads=1)
     arrays, table = _inputs(case), _table(case)
-    first = _run(case, arrays, table, interpreter)
+    first = _run(case, arrays, table)
     for mode in ("on_wait", "eager"):
-        again = _run(case, arrays, table, dataclasses.replace(interpreter, dma_execution_mode=mode))
+        with interpreted(dataclasses.replace(interpreter, dma_execution_mode=mode)):
+            again = _run(case, arrays, table)
         for name, mine, other in zip(NAMES, first, again, strict=True):
             assert np.asarray(mine).tobytes() == np.asarray(other).tobytes(), name
 
@@ -106,34 +110,35 @@ def test_a_block_read_soon_again(name: str, interpreter):
     """Copies that happen at once, and those that happen as late as they may, see the same sums."""
     case = CASES[name]
     arrays, table = _inputs(case), _table(case)
-    found = _run(case, arrays, table, dataclasses.replace(interpreter, dma_execution_mode="eager"))
+    with interpreted(dataclasses.replace(interpreter, dma_execution_mode="eager")):
+        found = _run(case, arrays, table)
     expected, _ = _oracle(case, arrays, table)
     np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=4e-6 * np.max(np.abs(expected[0])))
 
 
 def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="multiples of 8"):
-        Tiling(block=12, at_once=16)
+        GradientTiling(block=12, at_once=16)
     case = Case(lines=(((0, 0, 32, 0, 48),),), at_once=24)
     with pytest.raises(ValueError, match="32 keys are no multiple of the 24"):
-        _run(case, _inputs(case), _table(case), False)
+        _run(case, _inputs(case), _table(case))
     case = Case(lines=(((0, 0, 32, 0, 48),),), queries=40)
     with pytest.raises(ValueError, match="40 queries are no multiple of the 16"):
-        _run(case, _inputs(case), _table(case), False)
+        _run(case, _inputs(case), _table(case))
     case = Case(lines=(((0, 0, 32, 0, 48),),))
-    with pytest.raises(ValueError, match="multiples of 128"):
-        _run(case, _inputs(case), _table(case), False)
+    with pytest.raises(ValueError, match="divisible by 8 and 128"):
+        jax.jit(lambda *x: _run(case, x, _table(case))).trace(*_inputs(case)).lower(lowering_platforms=("tpu",))
 
 
-def _run(case: Case, arrays, table, interpret):
+def _run(case: Case, arrays, table):
     return gradients(
         *arrays,
         Tiles(jnp.asarray(table, jnp.int32)),
         jnp.asarray([case.first_head], jnp.int32),
         rows=ROWS,
-        tiling=Tiling(block=BLOCK, at_once=case.at_once, transposed=case.transposed),
+        tiling=GradientTiling(block=BLOCK, at_once=case.at_once, transposed=case.transposed),
         accumulate=case.accumulate,
-        interpret=interpret,
+        chip=Chip("v5e"),
     )
 
 

@@ -11,7 +11,7 @@ ROWS, COLUMNS = 32, 128
 ANY = pl.BlockSpec(memory_space=pl.ANY)
 
 
-def run(kernel, interpreter, *scratch):
+def run(kernel, *scratch):
     x = jnp.arange(ROWS * COLUMNS, dtype=jnp.float32).reshape(ROWS, COLUMNS)
     call = pl.pallas_call(
         kernel,
@@ -20,7 +20,6 @@ def run(kernel, interpreter, *scratch):
         in_specs=[ANY],
         out_specs=pl.BlockSpec((8, COLUMNS), lambda i: (0, 0)),
         scratch_shapes=scratch,
-        interpret=interpreter,
     )
     return np.asarray(jax.jit(call)(x))
 
@@ -43,23 +42,23 @@ def copied(wait: bool, first=8):
 
 def test_a_copy_that_is_waited_for(interpreter):
     kernel, *scratch = copied(wait=True)
-    np.testing.assert_array_equal(run(kernel, interpreter, *scratch)[:, 0], COLUMNS * np.arange(8, 16))
+    np.testing.assert_array_equal(run(kernel, *scratch)[:, 0], COLUMNS * np.arange(8, 16))
 
 
 def test_reading_what_is_being_copied_raises(interpreter):
     kernel, *scratch = copied(wait=False)
     with pytest.raises(Exception, match=r"[Rr]ace"):
-        run(kernel, interpreter, *scratch)
+        run(kernel, *scratch)
 
 
 def test_reading_out_of_bounds_raises(interpreter):
     kernel, *scratch = copied(wait=True, first=ROWS - 4)
     with pytest.raises(Exception, match=r"[Oo]ut.of.bounds"):
-        run(kernel, interpreter, *scratch)
+        run(kernel, *scratch)
 
 
 def test_fresh_memory_is_nan(interpreter):
     def kernel(x_hbm_ref, out_vmem_ref, rows_vmem_ref):
         out_vmem_ref[...] = rows_vmem_ref[...]
 
-    assert np.isnan(run(kernel, interpreter, pltpu.VMEM((8, COLUMNS), jnp.float32))).all()
+    assert np.isnan(run(kernel, pltpu.VMEM((8, COLUMNS), jnp.float32))).all()

@@ -15,11 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.settings import SETTINGS, multi_shot
+from moc_jax.attention.layout import Tiles
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, tuning
-from moc_jax.attention.pallas_tpu.device import LANES, ROWS
-from moc_jax.attention.pallas_tpu.tiles import Tiles
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 
-CHIPS = tuple(dict.fromkeys(device.CHIPS.values()))
+CHIPS = tuple(map(Chip, dict.fromkeys(device.CHIPS.values())))
 
 
 def _bytes(shape, dtype) -> int:
@@ -65,46 +65,44 @@ def _shapes(queries: int, keys: int, dim: int, dtype):
     return q, k, line, jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
-def _forward(tiling: flash.Tiling, dim: int, dtype) -> int:
+def _forward(tiling: flash.ForwardTiling, dim: int, dtype, chip: Chip) -> int:
     q, k, _, first = _shapes(tiling.queries, 2 * tiling.keys, dim, dtype)
     tiles = Tiles(jax.ShapeDtypeStruct((1, 1, 1, 4), jnp.int32))
-    return _held(lambda q, k, v, *rest: flash.forward(q, k, v, *rest, tiling=tiling), q, k, k, tiles, first)
+    return _held(lambda q, k, v, *rest: flash.forward(q, k, v, *rest, tiling=tiling, chip=chip), q, k, k, tiles, first)
 
 
-def _backward(rows: int, tiling: flash_backward.Tiling, dim: int, dtype) -> int:
+def _backward(rows: int, tiling: flash_backward.GradientTiling, dim: int, dtype, chip: Chip) -> int:
     q, k, line, first = _shapes(2 * tiling.block, 2 * rows, dim, dtype)
     tiles = Tiles(jax.ShapeDtypeStruct((1, 1, 1, 5), jnp.int32))
 
     def run(*arguments):
-        return flash_backward.gradients(*arguments, rows=rows, tiling=tiling, accumulate=True)
+        return flash_backward.gradients(*arguments, rows=rows, tiling=tiling, chip=chip, accumulate=True)
 
     return _held(run, q, k, k, q, line, line, tiles, first)
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "minutes"])
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
 def test_blocks_fit_vector_memory(chip, name):
     setting = SETTINGS.get(name) or multi_shot(64)
     table = jax.eval_shape(setting.table)
     for dim, dtype in itertools.product((64, 128, 256), (jnp.bfloat16, jnp.float32)):
-        with device.compiled_for(chip):
-            blocks, limit = tuning.blocks(setting.moc, table, dim, dtype), device.vmem_limit()
-            for tiling in (blocks.anchors, blocks.text, blocks.picks):
-                assert tiling.queries % LANES == tiling.keys % LANES == 0
-                assert _forward(tiling, dim, dtype) <= limit
-            for rows, tiling in (
-                (blocks.gradient_keys, blocks.anchor_gradients),
-                (blocks.pick_gradient_keys, blocks.pick_gradients),
-            ):
-                assert rows % LANES == tiling.block % LANES == 0
-                assert _backward(rows, tiling, dim, dtype) <= limit
+        blocks, limit = tuning.blocks(setting.moc, table, dim, dtype, chip), chip.vmem_limit
+        for tiling in (blocks.anchors, blocks.text, blocks.picks):
+            assert tiling.queries % LANES == tiling.keys % LANES == 0
+            assert _forward(tiling, dim, dtype, chip) <= limit
+        for rows, tiling in (
+            (blocks.gradient_keys, blocks.anchor_gradients),
+            (blocks.pick_gradient_keys, blocks.pick_gradients),
+        ):
+            assert rows % LANES == tiling.block % LANES == 0
+            assert _backward(rows, tiling, dim, dtype, chip) <= limit
 
 
 def test_what_is_held_is_counted_in_full():
     """By hand, for a kernel whose blocks differ in all sizes."""
-    tiling = flash.Tiling(queries=256, keys=512, compute_queries=256, compute_keys=512, ahead=0)
+    tiling = flash.ForwardTiling(queries=256, keys=512, compute_queries=256, compute_keys=512, ahead=0)
     inputs = 2 * 128 * (256 + 2 * 512)  # q, k, v
     outputs = 2 * 128 * 256 + 4 * 8 * 256  # and log-sum-exp, on eight rows
     state = 4 * 256 * 128 * 5  # the reference; maxima and sums, and products, of two kinds each
-    with device.compiled_for("v5e"):
-        assert _forward(tiling, 128, jnp.bfloat16) == 2 * (inputs + outputs) + state
+    assert _forward(tiling, 128, jnp.bfloat16, Chip("v5e")) == 2 * (inputs + outputs) + state
