@@ -152,7 +152,7 @@ def denoising(
 def training(
     config: Config, attention: SceneAttention, mesh: jax.sharding.Mesh, state: TrainState, scene: Scene, effort: Effort
 ) -> tuple[tuple[Timing, Memory], TrainState]:
-    """One update; every launch goes on from the state of the one before, which it overwrites."""
+    """One update; every launch continues from the state of the one before, which it overwrites."""
     step = make_train_step(config, make_blueprint(config, mesh), mesh, attention)
     program = _fitting(step.lower(state, scene, config.moc), config.model)
 

@@ -54,13 +54,13 @@ except ImportError:
     from orbax.checkpoint.experimental import v1 as ocp
 
 
-def _not_told_twice(record: logging.LogRecord) -> bool:
+def _not_reported_twice(record: logging.LogRecord) -> bool:
     """Orbax logs every error of its threads with a traceback, and raises it as well: it is reported once, in words."""
     return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
 
 
 for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_not_told_twice)
+    logging.getLogger(_name).addFilter(_not_reported_twice)
 
 
 _FATAL = CheckpointError, ConfigError  # an older checkpoint would not be better
@@ -112,7 +112,9 @@ class Checkpoints:
             warnings.warn(f"checkpoint {self.directory / name} was never finished and was removed", stacklevel=2)
         foreign = foreign_in(self.directory)
         if foreign:
-            warnings.warn(f"{self.directory} holds what is no checkpoint: {_few(foreign)}; left alone", stacklevel=2)
+            warnings.warn(
+                f"{self.directory} holds entries that are not checkpoints: {_few(foreign)}; left alone", stacklevel=2
+            )
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
@@ -214,16 +216,16 @@ class Checkpoints:
                     self._set_aside(damaged, problem, step)
                 return restored
         if problems:
-            told = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+            each = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
             raise CheckpointError(
-                f"none of the checkpoints in {self.directory} can be read ({told}). All were left as they are: if the "
-                "storage is at fault, run the same command again once it works; to start anew, give another --workdir"
+                f"none of the checkpoints in {self.directory} can be read ({each}). All were left as they are: if the "
+                "storage is at fault, run the same command again once it works; to start over, give another --workdir"
             )
         aside = damaged_in(self.directory)
         if aside:
             raise CheckpointError(
                 f"{self.directory} holds no checkpoint but {', '.join(aside)}: rename one to its step's number to try "
-                "it again, or give another --workdir to start anew"
+                "it again, or give another --workdir to start over"
             )
         return None
 
@@ -269,8 +271,8 @@ class Checkpoints:
             time.sleep(0.1)
         intact = f"the checkpoints of steps {self.steps} are intact" if self.steps else "there is no earlier checkpoint"
         raise CheckpointError(
-            f"the disk is full: checkpoint {self.directory / str(step)} could not be written; {intact}. Make room "
-            "(train.keep_last and train.keep_every say what is kept) and run the same command again"
+            f"the disk is full: checkpoint {self.directory / str(step)} could not be written; {intact}. Free some "
+            "space (train.keep_last and train.keep_every say what is kept) and run the same command again"
         ) from error
 
 
@@ -324,7 +326,7 @@ def _newest[T](directory: str, step: int | None, load: Callable[[epath.Path], T]
     if (root / "meta").exists():
         root, step = root.parent, step_of(root.name)
         if step is None:
-            raise CheckpointError(f"{given} is a checkpoint, but its name is no step: give it back the name it had")
+            raise CheckpointError(f"{given} is a checkpoint, but its name is not a step: rename it to what it was")
     steps = steps_in(root)
     if not steps:
         raise CheckpointError(

@@ -24,7 +24,7 @@ _DAMAGED = "damaged-"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be written or read: the message names it, the cause and what is intact."""
+    """A checkpoint that cannot be written or read: the message names it, the cause and what is intact."""
 
 
 # ------------------------------------------------------------------------------------------------ names

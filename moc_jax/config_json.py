@@ -27,7 +27,7 @@ def config_from_json(text: str, *, name: str = "config.json") -> Config:
 
     Raises:
         ConfigError: not JSON, an unknown key (with the nearest known one), a key given twice, a value of the wrong
-            type, or a setting that can't be. `name` says in the message which file it was.
+            type, or an impossible setting. `name` says in the message which file it was.
     """
     try:
         return _dataclass(Config, parse_json(text), "", name)
@@ -66,7 +66,7 @@ def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
 
 
 def _value(kind: Any, value: Any, path: str, name: str) -> Any:
-    """`value`, checked here, where the place in the file is known, with a dataclass in the place of every object."""
+    """`value`, checked here, where the place in the file is known, with a dataclass in place of every object."""
     if dataclasses.is_dataclass(kind):
         return _dataclass(typing.cast(type, kind), value, path, name)
     if typing.get_origin(kind) is tuple and isinstance(value, list):

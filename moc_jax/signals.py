@@ -157,7 +157,7 @@ class Signals:
                 continue
             times[number] += 1
             if times[number] > 1:
-                _end(number, f"{Interrupted(number)} again: ended at once; what was saved before is kept")
+                _end(number, f"{Interrupted(number)} again: stopped at once; what was saved before is kept")
             self._heard = self._heard or number
             if not self._deferred:
                 threading.Thread(target=self._end_unless_obeyed, args=(number,), daemon=True).start()
@@ -176,9 +176,9 @@ class Signals:
 
     def _end_unless_obeyed(self, number: int) -> None:
         if number == signal.SIGINT and not self._obeyed.wait(0.5):
-            _print("interrupted: ending as soon as what runs allows it; press Ctrl-C again to end at once")
+            _print("interrupted: stopping as soon as the running operation allows; press Ctrl-C again to stop at once")
         if not self._obeyed.wait(_PATIENCE):
-            _end(number, f"{Interrupted(number)}; what was complete before is kept")
+            _end(number, f"{Interrupted(number)}; what was completed before is kept")
 
 
 def _print(line: str) -> None:

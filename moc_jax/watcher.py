@@ -253,7 +253,7 @@ def _stopped(process: int) -> bool:
 
 
 def _wait_for_end(process: int, seconds: float) -> None:
-    """Until `process` is no longer our parent, which is no matter of its pipes."""
+    """Until `process` is no longer our parent, which its pipes do not tell."""
     deadline = time.monotonic() + seconds
     while os.getppid() == process and time.monotonic() < deadline:
         time.sleep(0.01)

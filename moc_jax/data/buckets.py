@@ -36,7 +36,7 @@ class Buckets:
             )
             if padding > 0.5:
                 lines.append(
-                    "  warning: most of what is computed there is padding; add smaller data.buckets, or cut off long "
+                    "  warning: most of the computation there is on padding; add smaller data.buckets, or cut off long "
                     "shots with data.max_shot_frames"
                 )
         dropped = [f"  dropped {name}: {reason}" for name, reason in self.dropped.items()]
@@ -65,7 +65,7 @@ def assign_buckets(cfg: Config, manifest: Manifest, tokens: Mapping[str, int], s
         split: which of the scenes.
 
     Raises:
-        ConfigError: a bucket's frames are no multiple of the model's patch, or a caption is too long.
+        ConfigError: a bucket's frames are not a multiple of the model's patch, or a caption is too long.
         DataError: no scene of the split is left; says why.
     """
     sizes = _sizes(manifest, tokens, cfg.text)

@@ -88,7 +88,7 @@ def _existing(entry: str, field: str) -> Path:
     try:
         root.stat()
     except FileNotFoundError:
-        problem = "is a link to nothing" if os.path.islink(root) else "does not exist"
+        problem = "is a dangling link" if os.path.islink(root) else "does not exist"
         raise ConfigError(f"data.{field}: {root} {problem} (seen from {Path.cwd()})") from None
     except OSError as error:
         raise ConfigError(f"data.{field}: {named(entry)} cannot be read: {error.strerror}") from error
@@ -148,7 +148,7 @@ class _Walk:
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in self._seen:
-                self.left_out.append(f"{self._name(folder)} leads to a folder that is searched already")
+                self.left_out.append(f"{self._name(folder)} leads to a folder that was searched already")
                 return
             self._seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:

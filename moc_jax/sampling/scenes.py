@@ -158,7 +158,7 @@ def _captions(board: Storyboard, encoder: TextEncoder) -> list[np.ndarray]:
 
 
 def _negative(board: Storyboard, config: Config, encoder: TextEncoder) -> list[np.ndarray]:
-    """The negative prompt in the place of every caption; when it is empty, that is training's caption dropout."""
+    """The negative prompt in place of every caption; when it is empty, that is training's caption dropout."""
     prompt = config.sample.negative_prompt if board.negative_prompt is None else board.negative_prompt
     embedded = _embed(board, "negative_prompt", prompt, encoder)
     size = embedded.nbytes * (1 + len(board.shots))
@@ -198,7 +198,7 @@ def _latents(shot: Shot, config: Config, codec: Codec) -> Float32[np.ndarray, "_
     patch, fps, frames = config.model.patch[0], config.data.fps, _frames(shot, config, codec)
     if frames == 0:
         raise StoryboardError(
-            f"seconds = {shot.seconds:g} is no frame at {fps:g} frames per second; the shortest shot is "
+            f"seconds = {shot.seconds:g} is less than a frame at {fps:g} frames per second; the shortest shot is "
             f"{0.5 / fps:.3g} seconds"
         )
     if shot.video is not None:

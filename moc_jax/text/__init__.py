@@ -38,6 +38,6 @@ def build_text_encoder(cfg: TextConfig) -> TextEncoder:
 def encoder_fingerprint(cfg: TextConfig) -> str:
     """The encoder's name and a short hash of all that its embeddings depend on; known without building it.
 
-    Limits are no part of it: with equal fingerprints, what two encoders both take they embed alike.
+    Limits are not part of it: with equal fingerprints, what two encoders both take they embed alike.
     """
     return f"{cfg.name}-{_ENCODERS[cfg.name].fingerprint(cfg)}"

@@ -38,7 +38,7 @@ def diagnosis(cfg: Config, buckets: Buckets, step: int, scene: Scene, values: St
     broken = [name for names in gather(json.dumps(found)) for name in json.loads(names)]
     losses = ", ".join(f"{e.name} from {e.source}: {loss:.4g}" for e, loss in zip(entries, values.scene_loss))
     cause = (
-        f"the data itself holds NaN or infinity: {'; '.join(broken)}; remove that file and prepare the data anew"
+        f"the data itself holds NaN or infinity: {'; '.join(broken)}; remove that file and prepare the data again"
         if broken
         else "the data is finite; try a lower optimizer.learning_rate, a longer warm-up or model.dtype float32"
     )

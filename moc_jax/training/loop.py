@@ -104,8 +104,8 @@ def train(
             if not disk_full(error):
                 raise
             raise TrainingError(
-                f"the disk is full: {error.filename or cfg.workdir} could not be written. Checkpoints are intact: make "
-                "room and run the same command again"
+                f"the disk is full: {error.filename or cfg.workdir} could not be written. Checkpoints are intact: free "
+                "space and run the same command again"
             ) from error
 
 
@@ -147,7 +147,7 @@ class _Run:
         self._costs = stage_costs(cfg, self._data.buckets)
         self._pending: collections.deque[_Pending] = collections.deque()
         self._lag = lag(mesh)
-        self._idle = 0.0  # seconds that were no step
+        self._idle = 0.0  # seconds that were not spent in steps
         self._saved: int | None = None
 
         buckets = [self._data.buckets, *([self._held_out.buckets] if self._held_out else [])]

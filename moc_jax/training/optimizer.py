@@ -17,7 +17,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> op
 
     Args:
         steps: batches of the run; with `cfg.accumulate` several of them make one update.
-        logical: names of every weight's dimensions: what has two or more besides `layers`, and is no bias, is a matrix
+        logical: names of every weight's dimensions: what has two or more besides `layers`, unless it is a bias, is a matrix
             and decays.
 
     Raises:
@@ -95,8 +95,8 @@ def remainder(cfg: OptimizerConfig, steps: int) -> str:
         return ""
     whole = steps - left
     return (
-        f"train.steps = {steps} is no multiple of optimizer.accumulate = {cfg.accumulate}: the last {left} batch(es) "
-        f"make no update; {whole} or {whole + cfg.accumulate} steps would waste none"
+        f"train.steps = {steps} is not a multiple of optimizer.accumulate = {cfg.accumulate}: the last {left} "
+        f"batch(es) make no update; {whole} or {whole + cfg.accumulate} steps would waste none"
     )
 
 

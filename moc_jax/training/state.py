@@ -54,8 +54,8 @@ class Blueprint:
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformationExtraArgs
     logical: LogicalAxes
-    shardings: TrainState  # a NamedSharding in the place of every array
-    abstract: TrainState  # a ShapeDtypeStruct, with its sharding, in the place of every array
+    shardings: TrainState  # a NamedSharding in place of every array
+    abstract: TrainState  # a ShapeDtypeStruct, with its sharding, in place of every array
 
 
 def make_blueprint(cfg: Config, mesh: Mesh) -> Blueprint:
