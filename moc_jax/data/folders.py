@@ -170,7 +170,7 @@ class _Walk:
             else:
                 self._folders.append((path, linked))
         elif not entry.is_file():
-            self.left_out.append(f"{self._name(path)} is {'a link to nothing' if entry.is_symlink() else 'not a file'}")
+            self.left_out.append(f"{self._name(path)} is {'a dangling link' if entry.is_symlink() else 'not a file'}")
         elif path.name.startswith("."):
             self.other["hidden"] += 1
         elif suffix in captions.SUFFIXES:

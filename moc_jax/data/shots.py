@@ -83,8 +83,8 @@ def begin_shots(
         if is_cut(start, frame):
             ended, count, beginning = (count, _stack(beginning, size)), 0, []
             yield ended  # a shot shorter than one new frame has none, and keeps its number
-        count = times if most is None else min(times, most - len(beginning))
-        beginning += [frame] * count
+        wanted = times if most is None else min(times, most - len(beginning))
+        beginning += [frame] * wanted
         count += times
     yield count, _stack(beginning, size)
 

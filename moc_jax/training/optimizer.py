@@ -17,8 +17,8 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> op
 
     Args:
         steps: batches of the run; with `cfg.accumulate` several of them make one update.
-        logical: names of every weight's dimensions: what has two or more besides `layers`, unless it is a bias, is a matrix
-            and decays.
+        logical: names of every weight's dimensions: what has two or more besides `layers`, unless it is a bias, is a
+            matrix and decays.
 
     Raises:
         ConfigError: `steps` are too few for a single update.
