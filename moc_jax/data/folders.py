@@ -57,8 +57,8 @@ def find_places(given: Iterable[str], field: str) -> tuple[list[Place], list[str
                 held = f"; it holds {_counted(walk.other)}" if walk.other else ""
                 reasons = "".join(f"\n  {reason}" for reason in walk.left_out[:_MOST_NOTES])
                 raise ConfigError(
-                    f"data.{field}: the folder {root} holds no video file{held}. A file of another suffix can be "
-                    f"named itself{reasons}"
+                    f"data.{field}: the folder {root} holds no video file{held}. A file with another suffix can be "
+                    f"named directly{reasons}"
                 )
             places += walk.places
             notes += walk.notes()
