@@ -54,7 +54,7 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/pyrefly check
 
-# The documentation's pictures, drawn anew.
+# The documentation's pictures.
 pictures: $(VENV)/ready
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python docs/pictures/draw.py
 

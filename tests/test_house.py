@@ -19,7 +19,7 @@ UNDER_THE_ENTRY_POINTS = {
     "errors",
 }
 UNDER_THE_ENTRY_POINTS |= {"files", "models", "processes", "progress", "sharding", "signals", "text"}
-# What each room may import, besides itself and the leaves.
+# What each module may import, besides itself and the leaves.
 ALLOWED = {
     "config": set(),
     "config_json": set(),
@@ -67,18 +67,19 @@ def _sources() -> list[pathlib.Path]:
     return sorted((ROOT / "moc_jax").rglob("*.py"))
 
 
-def _room(path: pathlib.Path) -> str:
+def _module(path: pathlib.Path) -> str:
     return path.relative_to(ROOT / "moc_jax").with_suffix("").parts[0]
 
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
-    room = _room(path)
-    if room == "__init__":
+    module = _module(path)
+    if module == "__init__":
         return
-    rooms = {name.split(".")[1] for name in _imports(path) if name.startswith("moc_jax.")}
-    up = rooms - {room} - LEAVES - ALLOWED[room]
-    assert not up, f"{path.relative_to(ROOT)} imports {sorted(up)}; {room} may import {sorted(ALLOWED[room] | LEAVES)}"
+    modules = {name.split(".")[1] for name in _imports(path) if name.startswith("moc_jax.")}
+    up = modules - {module} - LEAVES - ALLOWED[module]
+    allowed = sorted(ALLOWED[module] | LEAVES)
+    assert not up, f"{path.relative_to(ROOT)} imports {sorted(up)}; {module} may import {allowed}"
 
 
 def test_only_checkpoint_imports_orbax_and_nobody_imports_torch():
@@ -134,7 +135,7 @@ def test_files_stay_small():
     clone = [ROOT / "train.py", ROOT / "sample.py"]
     for path in [*_sources(), *clone]:
         lines = len(path.read_text().splitlines())
-        limit = 12 if path in clone else 150 if _room(path) == "commands" else 700 if "pallas" in str(path) else 400
+        limit = 12 if path in clone else 150 if _module(path) == "commands" else 700 if "pallas" in str(path) else 400
         assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines; split it (limit {limit})"
 
 
@@ -182,3 +183,33 @@ def test_unfinished_files_have_their_names_from_one_place():
         texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
         unfinished = [t for t in texts if isinstance(t, str) and re.fullmatch(r"\S*\.(tmp|part|partial)", t)]
         assert not unfinished or path.name in ("files.py", "workdir.py"), f"{path}: {unfinished}"
+
+
+# What a native reader stumbles over, and what to say instead.
+PHRASES = {
+    r"no number\b": "NaN, or not a number",
+    r"\bg(o|oes|oing|one) on (with|from|at)\b": "resume, continue",
+    r"\b(is|are|was|were) told\b": "is reported",
+    r"\bsays once\b": "reports once",
+    r"\bas it stands\b": "as it is",
+    r"\brooms\b|\b(a|the|this|each|every) room\b": "module",
+    r"(?<!there )\b(is|are|was|were) no (?!longer|larger|more|less|fewer|later|other)\w": "is not a",
+    r"\banew\b": "again",
+    r"\bin the place of\b": "in place of, instead of",
+    r"\bcan(not|'t) be had\b": "is not available",
+    r"\bmade? room\b|\bMake room\b": "free some space",
+}
+
+
+def test_english_is_plain():
+    """In the package, its configs and benchmarks, and in README and docs."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.py"), *ROOT.glob("*.py")]
+    sources = [*_sources(), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]
+    found = [
+        f"{path.relative_to(ROOT)}:{i}: {match[0]!r}; say {better}"
+        for path in [*pages, *sources]
+        for phrase, better in PHRASES.items()
+        for i, line in enumerate(path.read_text().splitlines(), start=1)
+        for match in re.finditer(phrase, line)
+    ]
+    assert not found, "\n".join(found)

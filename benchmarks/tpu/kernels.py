@@ -56,7 +56,7 @@ class Blocks:
         """From "512x1024x512", or "512x1024", whose keys are computed all at once.
 
         Raises:
-            ValueError: the text is no sizes, or no kernel takes the sizes.
+            ValueError: the text does not name sizes, or no kernel takes them.
         """
         try:
             sizes = [int(size) for size in text.split("x")]

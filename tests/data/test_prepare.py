@@ -264,7 +264,9 @@ class TestReuse:
         first, other = prepare(cfg).folder, prepare(with_data(cfg, default_caption="another")).folder
         shutil.rmtree(first)
         other.rename(first)
-        with pytest.raises(DataError, match=rf"{first} holds the data of {other.name}, according to its manifest; rename"):
+        with pytest.raises(
+            DataError, match=rf"{first} holds the data of {other.name}, according to its manifest; rename"
+        ):
             prepare(cfg)
 
     @pytest.mark.parametrize("change", ["setting", "video", "captions", "another file", "split"])

@@ -196,7 +196,9 @@ class TestWhatIsTaken:
         for name in ("a.jpg", "b.jpg", "c.txt"):
             (videos / name).touch()
         (videos / "gone.mp4").symlink_to("nowhere")
-        with pytest.raises(ConfigError, match=r"(?s)holds no video file; it holds 2 .jpg, 1 .txt.*gone.mp4 is a dangling link"):
+        with pytest.raises(
+            ConfigError, match=r"(?s)holds no video file; it holds 2 .jpg, 1 .txt.*gone.mp4 is a dangling link"
+        ):
             find(videos)
 
     @pytest.mark.parametrize(
