@@ -5,27 +5,47 @@ PYTHON ?= python3
 VENV ?= .venv
 DOCS_VENV ?= .venv-docs
 BIN := $(VENV)/bin
+comma := ,
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CLIP := cache/demo/bikes.mp4
-.PHONY: demo test test-long test-tpu test-slow test-gpu lint types pictures docs setup clean
-setup: $(VENV)/ready
+
+# What jax computes on: cpu, cuda (drivers 580 and newer), cuda12 (older ones) or tpu. A GPU is taken when there is one
+# that works; `make demo ACCELERATOR=cpu` does without, and a TPU has to be named.
+ifndef ACCELERATOR
+ACCELERATOR := $(shell \
+	if version=$$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then \
+		if [ "$${version%%.*}" -ge 580 ]; then echo cuda; else echo cuda12; fi; \
+	else echo cpu; fi)
+endif
+ifeq ($(filter $(ACCELERATOR),cpu cuda cuda12 tpu),)
+$(error ACCELERATOR is $(ACCELERATOR); it must be cpu, cuda, cuda12 or tpu)
+endif
+
+.PHONY: demo test test-long test-tpu test-slow test-gpu test-wheel lint types pictures docs setup clean
+setup: $(VENV)/ready $(VENV)/$(ACCELERATOR)
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"Python {v[0]}.{v[1]} is too old: jax needs 3.12 or newer; name one with  make PYTHON=python3.12 $(MAKECMDGOALS)" if v < (3, 12) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps -e .
 	touch $@
 
-$(VENV)/tpu: requirements-tpu.lock $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-tpu.lock
+$(VENV)/cpu: $(VENV)/ready
+	touch $@
+
+$(VENV)/cuda $(VENV)/cuda12 $(VENV)/tpu: $(VENV)/%: requirements-%.lock $(VENV)/ready
+	$(PIP) --no-deps -r requirements-$*.lock
 	touch $@
 
 $(CLIP): $(VENV)/ready
 	$(BIN)/python -m moc_jax.data.demo_clip $(dir $@)
 
-demo: $(CLIP)
-	$(BIN)/python train.py --config configs/demo.py
-	$(BIN)/python sample.py --checkpoint out/demo --training-scene 0 --overwrite --out out/demo/sample.mp4 \
+# An accelerator that was found or named must work: jax would take the processor without a word.
+demo: export JAX_PLATFORMS ?= $(patsubst cuda12,cuda,$(ACCELERATOR))$(if $(filter-out cpu,$(ACCELERATOR)),$(comma)cpu)
+demo: $(CLIP) $(VENV)/$(ACCELERATOR)
+	$(BIN)/moc-train --config demo
+	$(BIN)/moc-sample --checkpoint out/demo --training-scene 0 --overwrite --out out/demo/sample.mp4 \
 		--contact-sheet out/demo/contact_sheet.png --routing-picture out/demo/routing.png
 
 test: $(VENV)/ready
@@ -43,6 +63,10 @@ test-tpu: $(VENV)/tpu
 # Compiling takes the time, some four minutes on 16 cores. TPU kernels are interpreted, which `make test` does.
 test-gpu:
 	MOC_TEST_PLATFORM=gpu $(BIN)/python3 -m pytest -n 16 tests/attention --ignore tests/attention/pallas_tpu
+
+# The wheel as a stranger gets it: in an empty environment, first alone, then with the extra that the programs need.
+test-wheel: $(VENV)/ready
+	PYTHON="$(PYTHON)" .ci/wheel $(BIN)/python
 
 test-slow: $(VENV)/tpu
 	$(BIN)/python -m pytest -m slow

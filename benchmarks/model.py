@@ -5,7 +5,7 @@
 
 Both columns are the same model, weights, scene and step functions; only the attention inside differs, and dense
 attention is cuDNN's. Denoising is one Euler step without guidance; training is loss, gradients, clipping and AdamW,
-with context drop-off and drop-in on, as `train.py` does it. Layers are recomputed in the backward pass.
+with context drop-off and drop-in on, as `moc-train` does it. Layers are recomputed in the backward pass.
 
 Memory of the training step, for P parameters, N tokens of width M and `depth` layers: 16 P bytes of weights, gradients
 and two moments; 2 N M depth bytes of layer inputs; and what one layer holds while it is differentiated. The compiler's

@@ -65,12 +65,14 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}  # all others are of scene.py
 
 
-def __getattr__(name: str) -> typing.Any:
-    if name not in __all__:
-        raise AttributeError(f"module 'moc_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"moc_jax.{_HOME.get(name, 'scene')}"), name)
-    globals()[name] = value
-    return value
+if not typing.TYPE_CHECKING:  # or every name would be an attribute to a type checker
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module 'moc_jax' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"moc_jax.{_HOME.get(name, 'scene')}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
 """Every setting of the project, as frozen, keyword-only values that are checked when they are built.
 
-No arrays and no jax here: a config is made, read, overridden and written before any device is touched. `train.py`
-and `sample.py` expose each field on the command line (`--moc.top-k 3`), with the comment below the field as its help.
+No arrays and no jax here: a config is made, read, overridden and written before any device is touched. `moc-train`
+exposes each field on the command line (`--moc.top-k 3`), with the comment below the field as its help.
 """
 
 import dataclasses

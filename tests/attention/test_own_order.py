@@ -37,6 +37,7 @@ def moved(x, order):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.slow_interpreted(BY_CHUNK, PAST[0], SINGLE_SHOT, WINDOW, DENSE[1])
 @pytest.mark.parametrize(
     ("own", "cfg"),
     [

@@ -11,10 +11,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moc_jax.config import ChunkConfig, MoCConfig, ModelConfig
+from moc_jax.config import ModelConfig
 from moc_jax.models.layers import dense
 from moc_jax.models.mmdit import MMDiT, StreamBlock
-from moc_jax.scene import SceneLengths
 from moc_jax.sharding import AXES, logical_axes, tree_shardings
 
 CFG = ModelConfig(dim=48, depth=2, heads=4, latent_channels=4, text_dim=8, dtype="float32")
