@@ -68,7 +68,7 @@ _FATAL = CheckpointError, ConfigError  # an older checkpoint would not be better
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A run as it stood after `step` batches."""
+    """A run after `step` batches."""
 
     step: int
     state: dict[str, Any]  # as the target given to `restore`, on its shardings
@@ -98,7 +98,7 @@ class Checkpoints:
     """The checkpoints of one run. All processes call every method together."""
 
     def __init__(self, directory: str, cfg: TrainConfig):
-        """`directory` is made if need be; what an interrupted save left there is named in a warning and removed.
+        """`directory` is created if necessary; what an interrupted save left there is named in a warning and removed.
 
         Raises:
             CheckpointError: `directory` is something else.
@@ -290,7 +290,7 @@ def load_for_sampling(directory: str, step: int | None = None, *, shardings: Any
     Args:
         directory: a run's workdir, its `checkpoints` folder, or the folder of one step.
         step: which one; None takes the newest that is whole.
-        shardings: where the weights shall lie, a tree as theirs; None: on one device. All processes load together.
+        shardings: where the weights go, a tree like theirs; None: on one device. All processes load together.
 
     Raises:
         CheckpointError: no such checkpoint, a damaged one, or one whose weights do not fit its model's config.

@@ -1,4 +1,4 @@
-"""What lies in a run's checkpoints folder: which names are steps, and what a checkpoint says of itself.
+"""What lies in a run's checkpoints folder: which names are steps, and what a checkpoint says about itself.
 
 Neither is trusted: a name is a step only as this program writes it, and a checkpoint's `meta` must have every field, of
 the right type, and the step of its folder.
@@ -79,7 +79,7 @@ def _entries(root: epath.Path) -> list[epath.Path]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What a checkpoint says of itself."""
+    """What a checkpoint says about itself."""
 
     step: int
     config: Config

@@ -40,7 +40,7 @@ def chunk_table_from(
         shots: The shot of each chunk, from 0, and never falling from one video chunk to the next; GLOBAL for text of
             no shot. None: each video chunk is a shot of its own, and all text is global.
         tokens: N; None: what the longest scene has.
-        text_tokens, max_chunk, max_shots: As in `ChunkTable`, where tables of several lengths shall share one compiled
+        text_tokens, max_chunk, max_shots: As in `ChunkTable`, where tables of several lengths are to share one compiled
             program; None: what these lengths need. Inside jit all but `max_shots` must be given.
 
     Raises:

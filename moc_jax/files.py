@@ -40,7 +40,7 @@ def is_address(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Where to write what shall lie under `path`: it appears there when the block ends well, else nothing is left.
+    """Where to write what will be at `path`: it appears there when the block succeeds; else nothing is left.
 
     A local file is written as `.<name>.<process>.tmp` in its own folder; for an address it is made on the local disk
     and copied. What a killed process leaves is removed by `remove_leftovers`.
@@ -68,7 +68,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Where to make what shall be the folder `path`: it appears there when the block ends well, else nothing is left.
+    """Where to make what will be the folder `path`: it appears there when the block succeeds; else nothing is left.
 
     It is made as `.<name>.partial` beside it. The caller sees to it that no other process makes it too, and calls
     `remove_partial_folders` for what killed ones left.

@@ -90,7 +90,7 @@ class Watcher:
         self._patience: float | None = time.monotonic() + heartbeat + grace  # for the first one
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin, selectors.EVENT_READ)
-        self.port = 0  # where process 0's watcher hears the others
+        self.port = 0  # where process 0's watcher listens to the others
         if process == 0:
             both = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if both else socket.AF_INET

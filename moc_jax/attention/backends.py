@@ -44,7 +44,7 @@ class Implementation(Protocol):
         cfg: MoCConfig,
         backend,
     ) -> Int[Array, "B H Q K"]:
-        """The best `top_k` candidates of every query, best first; no gradient is asked of it."""
+        """The best `top_k` candidates of every query, best first; no gradient is needed."""
         ...
 
     def attend(

@@ -98,7 +98,7 @@ def _fingerprint(cfg: Config, sources: Sources, codec: Codec | None) -> str:
 
 
 def _with_captions(manifest: Manifest, cfg: TextConfig, cache: Path) -> Manifest:
-    """The manifest, once its folder holds its captions by this encoder; with a note if a store had to be mended."""
+    """The manifest, once its folder holds its captions by this encoder; with a note if a store had to be repaired."""
     if is_sound(manifest, cfg):
         return manifest
     with _only_one(cache):

@@ -79,7 +79,7 @@ _REPAIRS = {
 
 
 class _Stamps:
-    """The stamps of one kind: how far they can be believed, and how they relate to the time shown."""
+    """The stamps of one kind: how far they can be trusted, and how they relate to the time shown."""
 
     def __init__(self, kind: str):
         self._kind = kind
@@ -206,7 +206,7 @@ class _Clock:
         return self._jump_to(max(self.time, value + kind.offset), usual)
 
     def _jump_to(self, time: float, usual: float) -> bool:
-        """Moves on by as much as can be believed; whether that is all."""
+        """Moves on by as much as can be trusted; whether that is all."""
         gap = time - self.time
         whole = self._whole
         latest = self.time + _LONGEST_GAP if whole is None or self.time > whole else whole + _SURE

@@ -79,7 +79,7 @@ class Sampler:
         """`config` says model, attention and sampling settings; `codec` is the one the model was trained with.
 
         Args:
-            stop: is asked between two calls of the model; what it raises ends the sampling.
+            stop: checked between two calls of the model; what it raises ends the sampling.
             progress: shows how many calls of the model are done.
 
         Raises:

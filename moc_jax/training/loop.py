@@ -73,7 +73,7 @@ def train(
     Ends early, with a checkpoint, on SIGTERM or SIGINT.
 
     Args:
-        stop: hears the signals; None: they are heard while this function runs.
+        stop: listens for signals; None: this function listens while it runs.
         lock: the workdir's, where this process holds it: asked now and then whether it still does.
 
     Raises:
@@ -188,7 +188,7 @@ class _Run:
         return create_state(self._cfg, self._blueprint, params), report
 
     def to_the_end(self) -> None:
-        """Steps until the last one, or until stop is asked; returns once all is saved.
+        """Runs steps until the last one, or a requested stop; returns once all is saved.
 
         After a step a signal is served first, then the checkpoint; validation and previews come last, ask again as they
         go, and are made up by the next start.

@@ -89,7 +89,7 @@ def accumulated(inner: optax.GradientTransformation, count: int) -> optax.Gradie
 
 
 def remainder(cfg: OptimizerConfig, steps: int) -> str:
-    """What to say of the last batches where they are too few for an update; empty where there are none."""
+    """What to report of last batches that are too few for an update; empty if there are none."""
     left = steps % cfg.accumulate
     if not left:
         return ""
