@@ -89,7 +89,7 @@ $(DOCS_VENV)/ready: requirements-docs.lock
 	touch $@
 
 docs: $(DOCS_VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(DOCS_VENV) out cache

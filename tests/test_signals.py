@@ -92,7 +92,7 @@ def test_native_code_that_does_not_come_back_is_ended(start):
 def test_ctrl_c_in_native_code_is_acknowledged(start):
     process = start("with Signals(), clean_exit():\n    threading.Timer(0.3, ready).start()\n    native()")
     process.send_signal(signal.SIGINT)
-    assert "press Ctrl-C again to end at once" in process.stderr.readline()
+    assert "press Ctrl-C again to stop at once" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process)
     assert code == 130
