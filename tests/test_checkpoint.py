@@ -476,7 +476,7 @@ def test_sampling_believes_no_name(run):
     ):
         load_for_sampling(str(folder / "9"))
     (folder / "9").rename(run / "best")
-    with pytest.raises(CheckpointError, match="best is a checkpoint, but its name is no step"):
+    with pytest.raises(CheckpointError, match="best is a checkpoint, but its name is not a step"):
         load_for_sampling(str(run / "best"))
 
 
