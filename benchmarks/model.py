@@ -30,7 +30,7 @@ from benchmarks import results
 from benchmarks.measure import Effort, Memory, Program, Timing, dense_attention, dense_implementation, time_launches
 from benchmarks.tables import model_tables
 from moc_jax.attention.accounting import account
-from moc_jax.attention.api import RoutedAttention, SceneAttention
+from moc_jax.attention.api import SceneAttention, routed_attention
 from moc_jax.attention.backends import resolve
 from moc_jax.config import (
     AttentionConfig,
@@ -105,10 +105,10 @@ def measure(args: Arguments) -> dict[str, Any]:
     entry: dict[str, Any] = {**_describe(args, scene), "steps": {}}
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = create_state(config, make_blueprint(config, mesh))
+        state = create_state(make_blueprint(config.model, config.optimizer, config.train, mesh))
         for step in args.steps:
             timings: dict[str, dict[str, Any]] = {}
-            for name, attention in (("moc", RoutedAttention(backend=args.attention.backend)), ("dense", dense)):
+            for name, attention in (("moc", routed_attention(args.attention)), ("dense", dense)):
                 if step == "denoising":
                     timing, memory = denoising(config, attention, state, scene, effort)
                 else:
@@ -153,7 +153,8 @@ def training(
     config: Config, attention: SceneAttention, mesh: jax.sharding.Mesh, state: TrainState, scene: Scene, effort: Effort
 ) -> tuple[tuple[Timing, Memory], TrainState]:
     """One update; every launch continues from the state of the one before, which it overwrites."""
-    step = make_train_step(config, make_blueprint(config, mesh), mesh, attention)
+    blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
+    step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, attention)
     program = _fitting(step.lower(state, scene, config.moc), config.model)
 
     def launch():

@@ -195,8 +195,8 @@ def _hopper(case: Case) -> list[Part]:
         names = ("forward", "dq", "dk and dv")
         functions = (
             lambda q, k, v, d_out, lse, delta: flash.forward(q, k, v, queries, zero, backend, sorted_rows=order),
-            lambda *x: flash_backward.query_gradients(*x, queries, zero, backend, sorted_rows=order),
-            lambda *x: flash_backward.key_gradients(*x, keys, zero, backend, sorted_rows=order),
+            lambda *x: flash_backward.query_gradients(flash_backward.Inputs(*x, zero, order), queries, backend),
+            lambda *x: flash_backward.key_gradients(flash_backward.Inputs(*x, zero, order), keys, backend),
         )
         moved = (2 + 2 * rows, 2 + 3 * rows, 4 + 2 * rows)
         for name, function, share, arrays in zip(names, functions, (1, 1.5, 2), moved, strict=True):

@@ -59,10 +59,6 @@ def _not_reported_twice(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
 
 
-for _name in ("absl", "asyncio"):
-    logging.getLogger(_name).addFilter(_not_reported_twice)
-
-
 _FATAL = CheckpointError, ConfigError  # an older checkpoint would not be better
 
 
@@ -349,6 +345,8 @@ def _newest[T](directory: str, step: int | None, load: Callable[[epath.Path], T]
 
 
 def _context() -> ocp.Context:
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_reported_twice)  # once, however often it is asked for
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
     context = ocp.Context()

@@ -45,6 +45,7 @@ __all__ = [
     "train",
 ]
 
+_Code = int | str | None  # as sys.exit takes it
 UNEXPECTED = 70  # exit code: EX_SOFTWARE of sysexits.h
 # What is imported of the packages that pyproject.toml asks for: always, and by the extra that programs need.
 CORE = "jax flax numpy einops jaxtyping beartype"
@@ -192,7 +193,7 @@ def run(module: str) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     with Signals(whole_process=True) as signals:
-        code: Any = 0
+        code: _Code = 0
         try:
             report_errors(os.path.basename(sys.argv[0]), f"{CORE} {TRAIN}")
             with clean_exit():
@@ -246,15 +247,16 @@ def _check_packages(program: str, packages: str) -> None:
     named = f"this Python ({sys.executable}) lacks {', '.join(missing[:4])}{', ...' * (len(missing) > 4)}"
     extra = bool(set(missing) & set(TRAIN.split()))
     if (_CLONE / "pyproject.toml").is_file():
+        command = f"python {program}" if program.startswith("-m") or program.endswith(".py") else program
         here = "'.[train]'" if extra else "."
         raise ConfigError(
-            f"{named}: run `make setup` once, then .venv/bin/python {program}; or `pip install -e {here}` with this one"
+            f"{named}: run `make setup` once, then .venv/bin/{command}; or `pip install -e {here}` with this one"
         )
     what = "the extra `train` brings them: pip install 'moc_jax[train]'" if extra else "pip install moc_jax brings them"
     raise ConfigError(f"{named}; {what}")
 
 
-def _flushed(code: Any) -> Any:
+def _flushed(code: _Code) -> _Code:
     """The exit code once all output is out. What can't be goes nowhere, or Python would complain at its end."""
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -35,7 +35,7 @@ def config_from_json(text: str, *, name: str = "config.json") -> Config:
         raise ConfigError(f"{name}: {error}") from error
 
 
-def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(a: object, b: object, path: str = "") -> dict[str, tuple[object, object]]:
     """The fields in which two configs of one kind differ: dotted name -> (value in `a`, value in `b`)."""
     if not dataclasses.is_dataclass(a) or type(a) is not type(b):
         return {} if a == b else {path: (a, b)}
@@ -46,7 +46,7 @@ def differences(a: Any, b: Any, path: str = "") -> dict[str, tuple[Any, Any]]:
     return found
 
 
-def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
+def _dataclass(kind: type, tree: object, path: str, name: str) -> Any:
     if not isinstance(tree, dict):
         what = f"{path or 'the file'} is {shown(tree)}"
         raise ConfigError(f"{what}; it must be an object with the fields of {kind.__name__}")
@@ -65,7 +65,7 @@ def _dataclass(kind: type, tree: Any, path: str, name: str) -> Any:
     return kind(**{key: _value(kinds[key], tree[key], prefix + key, name) for key in tree})
 
 
-def _value(kind: Any, value: Any, path: str, name: str) -> Any:
+def _value(kind: Any, value: object, path: str, name: str) -> Any:
     """`value`, checked here, where the place in the file is known, with a dataclass in place of every object."""
     if dataclasses.is_dataclass(kind):
         return _dataclass(typing.cast(type, kind), value, path, name)

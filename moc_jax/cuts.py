@@ -36,7 +36,7 @@ def chunk_table_from(
 
     Args:
         lengths: Tokens of each chunk.
-        kinds: TEXT, VIDEO, or PAD for tokens that take no part; None: all are video.
+        kinds: TEXT, VIDEO, or PAD for tokens that take no part; None: all that have tokens are video.
         shots: The shot of each chunk, from 0, and never falling from one video chunk to the next; GLOBAL for text of
             no shot. None: each video chunk is a shot of its own, and all text is global.
         tokens: N; None: what the longest scene has.
@@ -58,7 +58,7 @@ def chunk_table_from(
     for name, x in arrays.items():
         if x.shape not in (shape, shape[1:]):
             raise ValueError(f"{name} has shape {x.shape}; it must be that of lengths, {shape}, or {shape[1:]}")
-    kind = jnp.broadcast_to(arrays.get("kinds", jnp.full_like(lengths, VIDEO)), shape)
+    kind = jnp.broadcast_to(arrays.get("kinds", jnp.where(lengths > 0, VIDEO, PAD)), shape)
     each = jnp.where(kind == VIDEO, jnp.cumsum(kind == VIDEO, axis=1) - 1, GLOBAL)
     shot = jnp.where(kind == PAD, NO_SHOT, jnp.broadcast_to(arrays.get("shots", each), shape))
     sizes = {"tokens": tokens, "text_tokens": text_tokens, "max_chunk": max_chunk, "max_shots": max_shots}

@@ -9,7 +9,6 @@ import json
 import re
 import stat
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -26,7 +25,7 @@ _NUMBER = re.compile(r"[-+.]?[0-9][-+.:_0-9a-fA-FxX]*")
 _OCTAL = re.compile(r"[-+]?0[0-7_]+")
 
 
-def read_document(file: Path) -> Any:
+def read_document(file: Path) -> object:
     """The content of a `.json` file, or else of a YAML file; None when it is empty.
 
     Raises:
@@ -74,7 +73,7 @@ def checked_text(value: str) -> str:
 # ------------------------------------------------------------------------------------------------ YAML
 
 
-def _yaml(text: str) -> Any:
+def _yaml(text: str) -> object:
     try:
         checker = _Checker()
         for event in yaml.parse(text, _LOADER):
@@ -113,7 +112,7 @@ class _Checker:
         self._path: list[_Open] = []  # the lists and mappings around the next event, from outside to inside
         self._sizes: dict[str, int] = {}  # values under each anchor
 
-    def check(self, event: Any) -> None:
+    def check(self, event: yaml.Event) -> None:
         if isinstance(event, yaml.CollectionEndEvent):
             ended = self._path.pop()
             self._count(ended.values, ended.anchor, event)
@@ -128,7 +127,7 @@ class _Checker:
                 if event.implicit[0]:
                     _check_number(event.value, _place(event))
                 self._count(1, event.anchor, event)
-            else:
+            elif isinstance(event, yaml.CollectionStartEvent):
                 _check_tag(event, (None,))
                 self._path.append(_Open(event))
                 if len(self._path) > MAX_DEPTH:
@@ -147,7 +146,7 @@ class _Checker:
                 )
             around.keys.add(event.value)
 
-    def _count(self, values: int, anchor: str | None, event: Any) -> None:
+    def _count(self, values: int, anchor: str | None, event: yaml.Event) -> None:
         if anchor:
             self._sizes[anchor] = values
         if self._path:
@@ -167,16 +166,16 @@ def _check_number(value: str, where: str) -> None:
 class _Open:
     """A list or mapping whose end is still to come."""
 
-    def __init__(self, event: Any):
+    def __init__(self, event: yaml.CollectionStartEvent):
         self.anchor: str | None = event.anchor
         self.keys: set[str] | None = set() if isinstance(event, yaml.MappingStartEvent) else None
         self.children, self.values = 0, 1
 
 
-def _check_tag(event: Any, known: tuple[str | None, ...]) -> None:
+def _check_tag(event: yaml.ScalarEvent | yaml.CollectionStartEvent, known: tuple[str | None, ...]) -> None:
     if event.tag not in known:
         raise DocumentError(f"{_place(event)}the tag {shown(event.tag)} means nothing here; if it is text, quote it")
 
 
-def _place(event: Any) -> str:
+def _place(event: yaml.Event) -> str:
     return f"line {event.start_mark.line + 1}: "

@@ -8,7 +8,6 @@ parallelism whose weights are gathered when used. Axis types are Auto: the compi
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -134,13 +133,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, RULES.spec("batch"))
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
+def shard_batch[T](batch: T, mesh: Mesh) -> T:
     """Numpy leaves with this process's part of the batch -> global arrays, split over the mesh."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
 
 
-def batch_sharded(function: Callable[..., Any]) -> Callable[..., Any]:
+def batch_sharded[T](function: Callable[..., T]) -> Callable[..., T]:
     """Runs `function` on each device's own scenes, by the mesh in context; every array in and out starts with B.
 
     For attention, whose loops over one scene's chunks the compiler could not split by itself. A batch that does not
@@ -198,7 +197,7 @@ def weight_spec(names: Sequence[str], shape: Sequence[int], mesh: Mesh) -> P:
     return P(*[None if not entry else entry[0] if len(entry) == 1 else entry for entry in entries])
 
 
-def tree_shardings(tree: Any, logical: LogicalAxes, mesh: Mesh) -> Any:
+def tree_shardings[T](tree: T, logical: LogicalAxes, mesh: Mesh) -> T:
     """A sharding for every leaf of training state: moments and averages lie like the weight whose path ends theirs.
 
     Args:
@@ -222,12 +221,12 @@ def tree_shardings(tree: Any, logical: LogicalAxes, mesh: Mesh) -> Any:
     return jax.tree.map_with_path(sharding, tree)
 
 
-def key_path(path: Sequence[Any]) -> Path:
+def key_path(path: Sequence[object]) -> Path:
     """A pytree path as plain names."""
     return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def replicated_weights(params: Any, logical: LogicalAxes, mesh: Mesh) -> list[str]:
+def replicated_weights(params: Params, logical: LogicalAxes, mesh: Mesh) -> list[str]:
     """Weights that the table would split over fsdp but whose sizes do not divide; for the start-up summary."""
     found = []
     for path, leaf in jax.tree.leaves_with_path(params):

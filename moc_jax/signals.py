@@ -18,9 +18,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, Self
+from types import FrameType, TracebackType
+from typing import Protocol, Self
 
 _HEARD = (signal.SIGINT, signal.SIGTERM)
+_Handler = Callable[[int, FrameType | None], object] | int | None
 _PATIENCE = 5.0  # seconds that the main thread has to come back from native code before the process ends without it
 
 
@@ -57,7 +59,7 @@ class Signals:
         self._deferred, self._line = False, ""
         self._saying, self._acknowledged = threading.Lock(), set[int]()
         self._obeyed = threading.Event()
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, _Handler] = {}
         self._wakeup_before = -1
         self._pipe: tuple[int, int] | None = None
         self._listener: threading.Thread | None = None
@@ -74,11 +76,13 @@ class Signals:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._obeyed.set()
         if self._whole_process and any(thread.is_alive() for thread in self._left_behind):
             if error is not None and not isinstance(error, SystemExit):
-                sys.excepthook(kind, error, trace)
+                sys.excepthook(type(error), error, trace)
             sys.stdout.flush()
             sys.stderr.flush()
             code = error.code if isinstance(error, SystemExit) else int(error is not None)
@@ -121,13 +125,14 @@ class Signals:
         """
         if self._pipe is None:
             return action()
-        results: list[tuple[Any, BaseException | None]] = []
+        results: list[T] = []
+        errors: list[BaseException] = []
 
         def run() -> None:
             try:
-                results.append((action(), None))
+                results.append(action())
             except BaseException as error:
-                results.append((None, error))
+                errors.append(error)
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
@@ -138,12 +143,11 @@ class Signals:
         except Interrupted:
             self._left_behind.append(thread)
             raise
-        ((result, error),) = results
-        if error is not None:
+        for error in errors:
             raise error
-        return result
+        return results[0]
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self._heard = self._heard or number
         if not self._deferred:
             self._obeyed.set()

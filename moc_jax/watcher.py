@@ -24,6 +24,10 @@ PULSE = 0.5  # seconds between two signs of life
 SILENCE = 5.0  # seconds without one that make a suspect
 
 
+Message = dict[str, Any]
+"""What one watcher sends another: JSON, one of a few keys."""
+
+
 class Lost(NamedTuple):
     """A verdict."""
 
@@ -39,12 +43,12 @@ class Peer:
         self.heard, self.left, self._rest = time.monotonic(), False, b""
         connection.setblocking(False)
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: Message) -> None:
         """Says it; on a broken connection nothing happens, for `read` reports that."""
         with contextlib.suppress(OSError):
             self.connection.send(json.dumps(message).encode() + b"\n")
 
-    def read(self) -> list[dict[str, Any]] | None:
+    def read(self) -> list[Message] | None:
         """What it said since; None where the connection has ended, or is with something else."""
         try:
             data = self.connection.recv(1 << 16)
@@ -149,7 +153,7 @@ class Watcher:
 
     # -------------------------------------------------------------------------------------------- talking
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _tell(self, message: Message) -> None:
         for peer in self._peers:
             if peer.process is not None:
                 peer.send(message)

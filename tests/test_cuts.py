@@ -92,8 +92,8 @@ def test_any_cuts_are_laid_out(one, other):
 def test_without_kinds_and_shots_each_chunk_is_a_shot_of_video():
     table, order = chunk_table_from(np.array([[4, 4, 2], [1, 0, 3]]))
     assert (table.text_tokens, table.max_chunk, table.max_shots) == (0, 4, 3)
-    np.testing.assert_array_equal(table.kind, np.full((2, 3), V))
-    np.testing.assert_array_equal(table.shot, [[0, 1, 2]] * 2)
+    np.testing.assert_array_equal(table.kind, [[V, V, V], [V, P, V]])
+    np.testing.assert_array_equal(table.shot, [[0, 1, 2], [0, NO_SHOT, 1]])
     np.testing.assert_array_equal(order, [range(10)] * 2)
     np.testing.assert_array_equal(table.chunk_of[1], [0, 2, 2, 2] + [-1] * 6)
 

@@ -146,6 +146,13 @@ def test_outside_the_environment_a_line_says_which_command_sets_up(words):
     )
 
 
+def test_the_installed_program_is_named_as_it_was_called():
+    code = "import sys; sys.argv[0] = '/somewhere/bin/moc-train'; from moc_jax.cli import train; train()"
+    done = python("-S", "-c", code, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2
+    assert "run `make setup` once, then .venv/bin/moc-train; or `pip install -e '.[train]'` with this" in done.stderr
+
+
 def test_modules_that_are_programs_end_with_a_line_too(tmp_path):
     done = python("-m", "moc_jax.models.presets", JAX_PLATFORMS="odd", TMPDIR=str(tmp_path))
     assert done.returncode == 70, done.stderr

@@ -79,12 +79,12 @@ def scene_pairs(kernel: str, way: Pass) -> int:
 
 def _sizes(kernel: str, way: Pass, blocks: Blocks) -> tuning.Blocks:
     """Those of one kernel, others to go with them."""
-    forward = blocks.forward if way == "forward" else flash.Tiling(blocks.q, 1024, 256, 256)
-    backward = blocks.backward if way == "backward" else flash_backward.Tiling(block=blocks.q, at_once=128)
+    forward = blocks.forward if way == "forward" else flash.ForwardTiling(blocks.q, 1024, 256, 256)
+    backward = blocks.backward if way == "backward" else flash_backward.GradientTiling(block=blocks.q, at_once=128)
     keys = blocks.kv if way == "backward" else 1024
     return tuning.Blocks(
         anchors=forward,
-        text=flash.Tiling(128, 1024, 128, 256),
+        text=flash.ForwardTiling(128, 1024, 128, 256),
         picks=forward,
         gradient_keys=keys,
         anchor_gradients=backward,

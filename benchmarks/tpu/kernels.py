@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from moc_jax.attention.layout import Tiles
 from moc_jax.attention.pallas_tpu import flash, flash_backward
 from moc_jax.attention.pallas_tpu.device import ROWS, Chip
-from moc_jax.attention.pallas_tpu.tiles import Tiles
 
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
@@ -67,9 +67,9 @@ class Blocks:
         return cls(sizes[0], sizes[1], sizes[-1])
 
     @classmethod
-    def of(cls, tiling: flash.Tiling | flash_backward.Tiling, keys: int | None = None) -> Self:
+    def of(cls, tiling: flash.ForwardTiling | flash_backward.GradientTiling, keys: int | None = None) -> Self:
         """Those of a tiling of ours; the backward one is for tiles of so many keys."""
-        if isinstance(tiling, flash.Tiling):
+        if isinstance(tiling, flash.ForwardTiling):
             at_once = tiling.compute_keys, tiling.compute_queries, tiling.ahead
             return cls(tiling.queries, tiling.keys, *at_once, short=tiling.short)
         if keys is None:
@@ -77,14 +77,14 @@ class Blocks:
         return cls(tiling.block, keys, tiling.at_once, transposed=tiling.transposed)
 
     @property
-    def forward(self) -> flash.Tiling:
+    def forward(self) -> flash.ForwardTiling:
         """As our forward kernel takes them."""
-        return flash.Tiling(self.q, self.kv, self.rows or self.q, self.compute, self.ahead or 0, self.short)
+        return flash.ForwardTiling(self.q, self.kv, self.rows or self.q, self.compute, self.ahead or 0, self.short)
 
     @property
-    def backward(self) -> flash_backward.Tiling:
+    def backward(self) -> flash_backward.GradientTiling:
         """As our backward kernel takes them, whose tiles have `kv` rows."""
-        return flash_backward.Tiling(block=self.q, at_once=self.compute, transposed=bool(self.transposed))
+        return flash_backward.GradientTiling(block=self.q, at_once=self.compute, transposed=bool(self.transposed))
 
     def __str__(self) -> str:
         size = f"{self.q}x{self.kv}x{self.compute}" + (f" ({self.short[0]}x{self.short[1]})" if self.short else "")

@@ -17,10 +17,21 @@ from benchmarks.settings import Setting
 from benchmarks.tpu import listing
 from moc_jax.attention import routing
 from moc_jax.attention.api import route
-from moc_jax.attention.layout import queries_of
-from moc_jax.attention.pallas_tpu import attend, device, flash, moves, pairs, pool, ranks, router, tiles, tuning
+from moc_jax.attention.layout import Tiles, queries_of
+from moc_jax.attention.pallas_tpu import (
+    attend,
+    device,
+    flash,
+    flash_backward,
+    moves,
+    pairs,
+    pool,
+    ranks,
+    router,
+    tuning,
+)
 from moc_jax.attention.pallas_tpu.placement import Placement
-from moc_jax.attention.pallas_tpu.plan import Plan, key_rows, plan
+from moc_jax.attention.pallas_tpu.plan import OrderedTiles, key_rows, ordered_tiles
 from moc_jax.scene import VIDEO
 
 _CHUNKS_AT_ONCE = 8  # that `look_up` goes through in a turn
@@ -64,8 +75,8 @@ class Scene:
         return tuning.blocks(self.setting.moc, self.table, self.dim, jnp.bfloat16, device.Chip(self.chip))
 
     @functools.cached_property
-    def plan(self) -> Plan:
-        return jax.jit(lambda table: plan(queries_of(table), table, self.setting.moc, self.blocks))(self.table)
+    def plan(self) -> OrderedTiles:
+        return jax.jit(lambda table: ordered_tiles(queries_of(table), table, self.setting.moc, self.blocks))(self.table)
 
     @property
     def chunks(self) -> int:
@@ -178,7 +189,7 @@ def walk_cycles(schedule: listing.Schedule, walk: Walk) -> float:
     return found + others + sum(schedule.conditional_cycles) * walk.tiles
 
 
-def _queries(found: tiles.Tiles, tiling: flash.Tiling, last_block: int, heads: int) -> Walk:
+def _queries(found: Tiles, tiling: flash.ForwardTiling, last_block: int, heads: int) -> Walk:
     """Blocks of keys that are not all a run's go part by part."""
     runs = np.asarray(found.table[0, 0], int).reshape(found.count, -1, 2)
     steps, partial, parts = np.zeros(found.count, int), 0, 0
@@ -198,9 +209,9 @@ def _queries(found: tiles.Tiles, tiling: flash.Tiling, last_block: int, heads: i
     return dataclasses.replace(walk, others=tuple(heads * n for n in others), other_steps=heads * partial)
 
 
-def _keys(found: tiles.Tiles, block: int, heads: int) -> Walk:
+def _keys(found: Tiles, block: int, heads: int) -> Walk:
     runs = found.table[0, 0, :, 3:]
-    _, counts = tiles.blocks_of(runs[:, 0::2], runs[:, 1::2], block)
+    _, counts = flash_backward._blocks_of(runs[:, 0::2], runs[:, 1::2], block)
     return _walk(np.asarray(counts, int).sum(axis=1), heads)
 
 
@@ -261,18 +272,18 @@ def _columns(s: Scene) -> list[tuple[int, ...]]:
 
 
 def _router(s: Scene) -> list[tuple[int, ...]]:
-    tiling = router.Tiling.of(s.table.chunk_of.shape[1], s.setting.moc.top_k)
+    tiling = router.tiling_of(s.table.chunk_of.shape[1], s.setting.moc.top_k)
     last = np.asarray(routing.candidate_runs(s.table, s.setting.moc)[2])[0]
     of = np.asarray(s.table.chunk_of)[0]
     until = np.pad(np.where(of >= 0, last[np.maximum(of, 0)], 0), (0, -len(of) % tiling.block))
     used = -(-until.reshape(-1, tiling.block).max(axis=1) // tiling.chunks)
-    merges = tiling.block // device.LANES // tiling.merged
+    merges = tiling.block // device.LANES // router._merged(tiling)
     more = s.heads * int(np.maximum(used - 1, 0).sum())
     return [(s.heads * len(used), more, s.heads * int((used > 0).sum()) * merges)]
 
 
 def _ranks(s: Scene) -> list[tuple[int, ...]]:
-    tiling = ranks.Tiling.of(s.window, s.setting.moc.top_k)
+    tiling = ranks.tiling_of(s.window, s.setting.moc.top_k)
     picks = s.routes.reshape(s.windows, s.window, -1).max(axis=2)
     picks = np.pad(picks, ((0, 0), (0, -s.window % tiling.block)), constant_values=-1)
     used = (picks.reshape(-1, tiling.block).max(axis=1) + tiling.chunks) // tiling.chunks

@@ -16,7 +16,8 @@ from moc_jax.attention.checks import (
     check_vectors,
 )
 from moc_jax.attention.layout import Queries, queries_of
-from moc_jax.config import MoCConfig
+from moc_jax.attention.tilings import Tilings, read_tilings
+from moc_jax.config import AttentionConfig, MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, Key
 
@@ -147,7 +148,18 @@ class RoutedAttention:
     """`SceneAttention` by `route` and `moc_attention`."""
 
     backend: str | Backend = "auto"
+    tilings: Tilings = Tilings()
 
     def __call__(self, q, k, v, table, cfg, *, key=None):
-        routes = route(q, k, table, cfg, key=key, backend=self.backend)
-        return moc_attention(q, k, v, table, cfg, routes=routes, backend=self.backend), routes
+        backend = self.tilings.chosen(resolve(self.backend, cfg, q, k, v), q, table, cfg)
+        routes = route(q, k, table, cfg, key=key, backend=backend)
+        return moc_attention(q, k, v, table, cfg, routes=routes, backend=backend), routes
+
+
+def routed_attention(cfg: AttentionConfig) -> RoutedAttention:
+    """Attention as the settings say.
+
+    Raises:
+        ConfigError: `cfg.tilings` is not a file of tilings.
+    """
+    return RoutedAttention(backend=cfg.backend, tilings=read_tilings(cfg.tilings) if cfg.tilings else Tilings())

@@ -20,7 +20,7 @@ from moc_jax.shapes import Array, Bool, Float, Float32, Int
 LOG2E = math.log2(math.e)  # kernels take exponentials to base 2
 ALIGN = 8  # rows at whose multiples copies from memory start
 
-_Runs = tuple[Int[Array, "B R C"], Int[Array, "B R C"]]  # runs.Runs
+_Runs = tuple[Int[Array, "B A C"], Int[Array, "B A C"]]  # runs.Runs
 
 
 @jax.tree_util.register_dataclass
@@ -186,12 +186,12 @@ def run_lines(runs: _Runs, owner: Int[Array, "B G"], used: Bool[Array, "B G"]) -
 
 
 # ------------------------------------------------------------------------------------------------ readers of text
-# Keys of text that all queries read have more readers than any others by far. Their tiles are repeated, each part with
-# its share of the readers, so that all tiles take about equally long; the parts' gradients are added up.
+# Keys of text that all queries read have more readers than any others by far. Their tiles are repeated, each time with
+# another share of the readers, so that all tiles take about equally long; the shares' gradients are added up.
 
 
-def text_shares(readers: _Runs, table: ChunkTable, parts: int, rows: int, unit: int) -> Int[Array, "B P 4"]:
-    """The ends of lines of text's keys: part 0 has the readers among text, each part its share of the video's.
+def text_shares(readers: _Runs, table: ChunkTable, shares: int, rows: int, unit: int) -> Int[Array, "B _ 4"]:
+    """The ends of lines of text's keys: share 0 has the readers among text, each its own of the video's.
 
     Args:
         readers: Of all chunks, as two runs of `rows` rows: of text and of video.
@@ -202,17 +202,17 @@ def text_shares(readers: _Runs, table: ChunkTable, parts: int, rows: int, unit: 
     here = (table.kind == TEXT)[:, None] & (begin < end)
     end = jnp.max(jnp.where(here, end, 0), axis=2)  # [B, 2]
     begin = jnp.minimum(jnp.min(jnp.where(here, begin, rows), axis=2), end)
-    share = round_up(-(-rows // parts), unit)
-    part = jnp.arange(parts)[None]
-    video = jnp.maximum(begin[:, 1:], part * share), jnp.minimum(end[:, 1:], (part + 1) * share)
-    text = jnp.broadcast_to(begin[:, :1], video[0].shape), jnp.where(part == 0, end[:, :1], 0)
+    size = round_up(-(-rows // shares), unit)
+    share = jnp.arange(shares)[None]
+    video = jnp.maximum(begin[:, 1:], share * size), jnp.minimum(end[:, 1:], (share + 1) * size)
+    text = jnp.broadcast_to(begin[:, :1], video[0].shape), jnp.where(share == 0, end[:, :1], 0)
     return jnp.stack([*text, *video], axis=-1).astype(jnp.int32)
 
 
-def sum_other_parts(x: Float[Array, "B H R D"], parts: int, rows: int) -> Float32[Array, "B H _ D"]:
-    """The sum of all parts but the first; each has `rows` rows, and x begins with them."""
-    parted = x[:, :, : parts * rows].astype(jnp.float32).reshape(*x.shape[:2], parts, rows, x.shape[3])
-    return jnp.sum(parted[:, :, 1:], axis=2)
+def sum_other_shares(x: Float[Array, "B H R D"], shares: int, rows: int) -> Float32[Array, "B H _ D"]:
+    """The sum of all shares' rows but the first's; each has so many `rows`, and x begins with them."""
+    apart = x[:, :, : shares * rows].astype(jnp.float32).reshape(*x.shape[:2], shares, rows, x.shape[3])
+    return jnp.sum(apart[:, :, 1:], axis=2)
 
 
 # ------------------------------------------------------------------------------------------------ groups of heads

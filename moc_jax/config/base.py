@@ -39,7 +39,7 @@ class Settings:
 
     _prefix = ""
 
-    def __init_subclass__(cls, *, at: str = "", **options: Any):
+    def __init_subclass__(cls, *, at: str = "", **options: object):
         super().__init_subclass__(**options)
         cls._prefix = f"{at}." if at else ""
 
@@ -70,7 +70,7 @@ class Range:
     note: str = ""
     """What a value means that doesn't speak for itself: `0: no limit`."""
 
-    def __call__(self, kind: Any, value: Any, name: str) -> Any:
+    def __call__(self, kind: Any, value: object, name: str) -> Any:
         number = checked(kind, value, name)
         if not self.low <= number <= self.high:
             raise ConfigError(f"{name} is {shown(value)}; it must lie in {self}")
@@ -141,7 +141,7 @@ OptionalPath = Annotated[str, Place(optional=True)]
 File = Annotated[pathlib.Path, Place()]
 
 
-def checked(kind: Any, value: Any, name: str) -> Any:
+def checked(kind: Any, value: object, name: str) -> Any:
     """`value` as the type hint `kind` says, made of plain Python values.
 
     Raises:
@@ -169,14 +169,14 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _choice(choices: tuple[str, ...], value: Any, name: str) -> str:
+def _choice(choices: tuple[str, ...], value: object, name: str) -> str:
     if not isinstance(value, str) or value not in choices:
         near = nearest(value.lower(), choices) if isinstance(value, str) else ""
         raise ConfigError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}{near}")
     return choices[choices.index(value)]
 
 
-def _entries(kinds: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
+def _entries(kinds: tuple[Any, ...], value: object, name: str) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)):
         fix = "" if kinds[-1] is Ellipsis else f" of {len(kinds)}"
         with contextlib.suppress(ConfigError):
@@ -189,11 +189,11 @@ def _entries(kinds: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
     return tuple(checked(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
 
 
-def _wrong_type(kind: type, value: Any, name: str, fix: str = "") -> ConfigError:
+def _wrong_type(kind: type, value: object, name: str, fix: str = "") -> ConfigError:
     return ConfigError(f"{name} is {shown(value)}; it must be of type {kind.__name__}{fix}")
 
 
-def _bool(value: Any, name: str) -> bool:
+def _bool(value: object, name: str) -> bool:
     if not isinstance(value, bool):
         raise _wrong_type(bool, value, name, ": True or False")
     return value
@@ -210,7 +210,7 @@ def _int(value: Any, name: str) -> int:
         raise _wrong_type(int, value, name) from None
 
 
-def _float(value: Any, name: str) -> float:
+def _float(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise _wrong_type(float, value, name)
     try:
@@ -221,7 +221,7 @@ def _float(value: Any, name: str) -> float:
         raise _wrong_type(float, value, name) from None
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise _wrong_type(str, value, name, ": put it in quotes")
     text = str.__str__(value)  # plain, also from a subclass

@@ -3,9 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from moc_jax.config import BucketConfig, Config, ConfigError, TextConfig
-from moc_jax.data.caption_store import check_length, open_captions
-from moc_jax.data.captions import CaptionError
+from moc_jax.config import BucketConfig, Config, ConfigError
+from moc_jax.data.caption_store import open_captions
 from moc_jax.data.manifest import DataError, Manifest, SceneEntry
 from moc_jax.data.pack import misfit
 from moc_jax.data.sources import Split
@@ -49,27 +48,31 @@ def resolved(cfg: Config, manifest: Manifest) -> Config:
     Preparing, training and resuming do the same with either, and resolving again changes nothing.
 
     Raises:
-        ConfigError: see `assign_buckets`.
+        ConfigError: see `assign_buckets` and `open_captions`.
     """
-    sizes = _sizes(manifest, open_captions(manifest, cfg.text).tokens, cfg.text)
-    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, buckets=_shapes(cfg, sizes)))
+    sizes = _sizes(manifest, open_captions(manifest, cfg.text).tokens)
+    shapes = _shapes(cfg.data.buckets, sizes, cfg.model.patch[0])
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, buckets=shapes))
 
 
-def assign_buckets(cfg: Config, manifest: Manifest, tokens: Mapping[str, int], split: Split) -> Buckets:
+def assign_buckets(
+    configured: tuple[BucketConfig, ...], manifest: Manifest, tokens: Mapping[str, int], split: Split, *, patch: int
+) -> Buckets:
     """Each scene goes into the smallest bucket that holds it; without configured buckets, one holds them all.
 
     Args:
-        cfg: its buckets, patch and limit of text tokens.
+        configured: `data.buckets`.
         manifest: the scenes.
-        tokens: of each caption.
+        tokens: text tokens of each caption.
         split: which of the scenes.
+        patch: latent frames per token of the model.
 
     Raises:
-        ConfigError: a bucket's frames are not a multiple of the model's patch, or a caption is too long.
+        ConfigError: a bucket's frames are not a multiple of `patch`.
         DataError: no scene of the split is left; says why.
     """
-    sizes = _sizes(manifest, tokens, cfg.text)
-    shapes = _shapes(cfg, sizes)
+    sizes = _sizes(manifest, tokens)
+    shapes = _shapes(configured, sizes, patch)
     scenes: list[list[SceneEntry]] = [[] for _ in shapes]
     dropped = {}
     for scene in manifest.split(split):
@@ -85,28 +88,22 @@ def assign_buckets(cfg: Config, manifest: Manifest, tokens: Mapping[str, int], s
     return Buckets(split=split, shapes=shapes, scenes=tuple(map(tuple, scenes)), dropped=dropped, tokens=tokens)
 
 
-def _sizes(manifest: Manifest, tokens: Mapping[str, int], cfg: TextConfig) -> dict[str, tuple[int, int, int]]:
+def _sizes(manifest: Manifest, tokens: Mapping[str, int]) -> dict[str, tuple[int, int, int]]:
     """Shots, latent frames and text tokens of every scene, by name."""
-
-    def text_tokens(scene: SceneEntry) -> int:
-        try:
-            for caption in scene.captions:
-                check_length(caption, tokens[caption], cfg, f"scene {scene.name}")
-        except CaptionError as error:
-            raise ConfigError(str(error)) from error
-        return sum(tokens[caption] for caption in scene.captions)
-
-    return {scene.name: (len(scene.shots), scene.frames, text_tokens(scene)) for scene in manifest.scenes}
+    return {
+        scene.name: (len(scene.shots), scene.frames, sum(tokens[caption] for caption in scene.captions))
+        for scene in manifest.scenes
+    }
 
 
-def _shapes(cfg: Config, sizes: dict[str, tuple[int, int, int]]) -> tuple[BucketConfig, ...]:
+def _shapes(
+    configured: tuple[BucketConfig, ...], sizes: dict[str, tuple[int, int, int]], patch: int
+) -> tuple[BucketConfig, ...]:
     """The configured buckets from small to large, or the one that holds all scenes."""
-    if not cfg.data.buckets:
+    if not configured:
         shots, frames, text_tokens = (max(column) for column in zip(*sizes.values()))
         return (BucketConfig(shots=shots, frames=frames, text_tokens=text_tokens),)
-    for shape in cfg.data.buckets:
-        if shape.frames % cfg.model.patch[0]:
-            raise ConfigError(
-                f"data.buckets: frames {shape.frames} does not divide by model.patch[0] = {cfg.model.patch[0]}"
-            )
-    return tuple(sorted(cfg.data.buckets, key=lambda b: (b.frames, b.text_tokens, b.shots)))
+    for shape in configured:
+        if shape.frames % patch:
+            raise ConfigError(f"data.buckets: frames {shape.frames} does not divide by model.patch[0] = {patch}")
+    return tuple(sorted(configured, key=lambda b: (b.frames, b.text_tokens, b.shots)))

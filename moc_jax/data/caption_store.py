@@ -17,7 +17,7 @@ from typing import Self
 import jax.numpy as jnp
 import numpy as np
 
-from moc_jax.config import TextConfig
+from moc_jax.config import ConfigError, TextConfig
 from moc_jax.data.captions import CaptionError
 from moc_jax.data.manifest import DataError, Manifest
 from moc_jax.files import remove_leftovers, whole_file
@@ -94,7 +94,8 @@ class CaptionStore:
 
     def damaged(self) -> str | None:
         """Reads everything; the first caption that is damaged, None if none is."""
-        return next((caption for caption in self._entries if not self.intact(caption)), None)
+        captions = track(list(self._entries), "checking captions", unit="caption", keep=False)
+        return next((caption for caption in captions if not self.intact(caption)), None)
 
     def _bytes(self) -> np.ndarray:
         if self._mapped is None:
@@ -176,6 +177,7 @@ class CaptionWriter:
         for caption, where in track(list(lacking.items()), "encoding captions", unit="caption"):
             embedding = self._encoded(caption, where)
             self._write(caption, embedding.view(np.uint8), (embedding.shape[1], embedding.dtype.name))
+        self._encoder = None  # it may be large, and the videos come next
 
     def _encoded(self, caption: str, where: str) -> Float[np.ndarray, "L E"]:
         if self._encoder is None:
@@ -284,11 +286,19 @@ def open_captions(manifest: Manifest, cfg: TextConfig) -> CaptionStore:
 
     Raises:
         DataError: they were never encoded by it, or the store is damaged.
+        ConfigError: one is longer than `text.max_tokens`.
     """
     file = store_file(manifest.folder, cfg)
     if not file.exists():
         raise DataError(f"{file} is missing: the captions are not encoded by text encoder {cfg.name}; prepare the data")
     try:
-        return CaptionStore(file)
+        store = CaptionStore(file)
+        for caption, where in captions_of(manifest).items():
+            if caption not in store.tokens:
+                raise DataError(f"{file} lacks {shown(caption)} of {where}; prepare the data again")
+            check_length(caption, store.tokens[caption], cfg, where)
     except CaptionStoreError as error:
         raise DataError(f"{error}; prepare the data again") from error
+    except CaptionError as error:
+        raise ConfigError(str(error)) from error
+    return store

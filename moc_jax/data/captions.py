@@ -21,7 +21,6 @@ import os
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from moc_jax.config import DataConfig
 from moc_jax.documents import DocumentError, checked_text, read_document, read_text
@@ -79,12 +78,12 @@ def load_captions(video: Path, cfg: DataConfig, beside: Mapping[str, Sequence[Pa
     found = (caption_files(video.parent) if beside is None else beside).get(video.stem, ())
     if len(found) > 1:
         raise CaptionError(f"{video} has several caption files: {', '.join(p.name for p in found)}; keep one")
-    content = _parse(found[0]) if found else {}
+    content = _parse(found[0]) if found else _Content()
     return Captions(
         file=found[0] if found else None,
-        caption=content.get("caption", cfg.default_caption),
-        shots=content.get("shots", ()),
-        cuts=content.get("cuts"),
+        caption=cfg.default_caption if content.caption is None else content.caption,
+        shots=content.shots,
+        cuts=content.cuts,
         default_shot=cfg.default_shot_caption,
         video=video.stem,
     )
@@ -125,34 +124,40 @@ def _fill_in(template: str, values: dict[str, str]) -> str:
     return "".join(filled)
 
 
-def _parse(file: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What a caption file says; None where it is silent."""
+
+    caption: str | None = None
+    shots: tuple[str, ...] = ()
+    cuts: tuple[float, ...] | None = None
+
+
+def _parse(file: Path) -> _Content:
     try:
         if file.suffix.lower() == ".txt":
-            text = checked_text(" ".join(read_text(file).split()))
-            return {"caption": text} if text else {}
-        content = read_document(file)
+            return _Content(caption=checked_text(" ".join(read_text(file).split())) or None)
+        document = read_document(file)
     except DocumentError as error:
         raise CaptionError(f"{file} cannot be read: {error}") from error
-    content = {} if content is None else content
-    _check_keys(file, "the file", content, ("caption", "shots", "cuts"))
-    parsed: dict[str, Any] = {}
-    if "caption" in content:
-        parsed["caption"] = _text(file, "caption", content["caption"])
-    if "shots" in content:
-        if not isinstance(content["shots"], list):
-            raise CaptionError(f"{file}: shots is {shown(content['shots'])}; it must be a list, one entry per shot")
-        parsed["shots"] = tuple(_shot(file, f"shots[{k}]", entry) for k, entry in enumerate(content["shots"]))
-    if "cuts" in content:
-        parsed["cuts"] = _cuts(file, content["cuts"])
-        if len(parsed.get("shots", ())) > len(parsed["cuts"]) + 1:
-            raise CaptionError(
-                f"{file}: {len(parsed['cuts'])} cuts make {len(parsed['cuts']) + 1} shots, but shots has "
-                f"{len(parsed['shots'])} captions; remove captions or add cuts"
-            )
+    content = _checked_keys(file, "the file", {} if document is None else document, ("caption", "shots", "cuts"))
+    shots = content.get("shots", [])
+    if not isinstance(shots, list):
+        raise CaptionError(f"{file}: shots is {shown(shots)}; it must be a list, one entry per shot")
+    parsed = _Content(
+        caption=_text(file, "caption", content["caption"]) if "caption" in content else None,
+        shots=tuple(_shot(file, f"shots[{k}]", entry) for k, entry in enumerate(shots)),
+        cuts=_cuts(file, content["cuts"]) if "cuts" in content else None,
+    )
+    if parsed.cuts is not None and len(parsed.shots) > len(parsed.cuts) + 1:
+        raise CaptionError(
+            f"{file}: {len(parsed.cuts)} cuts make {len(parsed.cuts) + 1} shots, but shots has "
+            f"{len(parsed.shots)} captions; remove captions or add cuts"
+        )
     return parsed
 
 
-def _check_keys(file: Path, where: str, content: Any, known: tuple[str, ...]) -> None:
+def _checked_keys(file: Path, where: str, content: object, known: tuple[str, ...]) -> dict[str, object]:
     if not isinstance(content, dict):
         keys = ", ".join(known)
         example = f"; write caption: {shown(content)}" if isinstance(content, str) else ""
@@ -165,9 +170,10 @@ def _check_keys(file: Path, where: str, content: Any, known: tuple[str, ...]) ->
             if len(content) == 1 and isinstance(content[key], str) and not near:
                 hint += f'; if it is text, put it in quotes: "{str(key)[:60]}: {content[key][:60]}"'
             raise CaptionError(f"{file}: {where} has the unknown key {shown(key)}; {hint}")
+    return content
 
 
-def _text(file: Path, where: str, value: Any) -> str:
+def _text(file: Path, where: str, value: object) -> str:
     if not isinstance(value, str):
         raise CaptionError(
             f"{file}: {where} is {shown(value)} ({type(value).__name__}); it must be text, in quotes if necessary"
@@ -178,16 +184,16 @@ def _text(file: Path, where: str, value: Any) -> str:
         raise CaptionError(f"{file}: {where}: {error}") from error
 
 
-def _shot(file: Path, where: str, entry: Any) -> str:
+def _shot(file: Path, where: str, entry: object) -> str:
     if isinstance(entry, str):
         return _text(file, where, entry)
-    _check_keys(file, where, entry, ("caption",))
-    if "caption" not in entry:
+    keys = _checked_keys(file, where, entry, ("caption",))
+    if "caption" not in keys:
         raise CaptionError(f"{file}: {where} lacks its caption")
-    return _text(file, f"{where}.caption", entry["caption"])
+    return _text(file, f"{where}.caption", keys["caption"])
 
 
-def _cuts(file: Path, value: Any) -> tuple[float, ...]:
+def _cuts(file: Path, value: object) -> tuple[float, ...]:
     numbers = isinstance(value, list) and all(type(cut) in (int, float) for cut in value)
     if not (numbers and all(a < b < math.inf for a, b in itertools.pairwise([0, *value]))):
         raise CaptionError(f"{file}: cuts is {shown(value)}; it must be a list of rising times in seconds, all above 0")

@@ -39,7 +39,8 @@ def fetch(folder: Path) -> Path:
         remove_leftovers(folder, clip.name)
         with whole_file(clip) as partial:
             partial.write_bytes(content)
-    shutil.copyfile(CAPTIONS, clip.with_suffix(".yaml"))
+    with whole_file(clip.with_suffix(".yaml")) as partial:
+        shutil.copyfile(CAPTIONS, partial)
     return clip
 
 

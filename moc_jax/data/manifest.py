@@ -76,7 +76,7 @@ class Manifest:
 
     folder: Path
     fingerprint: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     """Every setting that the content depends on, by its dotted name."""
     sources: dict[str, str]
     """Digest of each source, by name."""
@@ -159,12 +159,12 @@ def load_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def _digest(content: dict[str, Any]) -> str:
+def _digest(content: dict[str, object]) -> str:
     """SHA-256 of what a manifest says, however it is laid out."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _fields(kind: type, tree: Any, where: str, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+def _fields(kind: type, tree: object, where: str, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fields of the dataclass `kind`, each of its type; raises ValueError naming the first that is not."""
     hints = _hints(kind)
     names = hints.keys() - set(left_out)
@@ -179,7 +179,7 @@ def _hints(kind: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _value(kind: Any, tree: Any, where: str) -> Any:
+def _value(kind: Any, tree: object, where: str) -> Any:
     """What JSON holds, as `kind` says: a dataclass, tuple, dict, Literal, int, float or str."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -190,7 +190,11 @@ def _value(kind: Any, tree: Any, where: str) -> Any:
             return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, tree)))
     if origin is dict and isinstance(tree, dict):
         return {key: _value(arguments[1], value, f"{where}[{shown(key)}]") for key, value in tree.items()}
-    if kind is Any or (origin is Literal and tree in arguments) or (kind in (int, float, str) and type(tree) is kind):
+    if (
+        kind is object
+        or (origin is Literal and tree in arguments)
+        or (kind in (int, float, str) and type(tree) is kind)
+    ):
         return tree
     raise ValueError(f"{where} is {shown(tree)}; it must be {getattr(kind, '__name__', kind)}")
 
@@ -265,7 +269,7 @@ _DATA_FIELDS = (
 )
 
 
-def settings_of(cfg: Config) -> dict[str, Any]:
+def settings_of(cfg: Config) -> dict[str, object]:
     """The settings that prepared data depends on, by dotted name, as JSON would give them back."""
     assert {f.name for f in dataclasses.fields(DataConfig)} >= set(_DATA_FIELDS)
     settings = {f"codec.{key}": value for key, value in dataclasses.asdict(cfg.codec).items()}

@@ -1,14 +1,14 @@
 """Shots and captions -> one scene of static shape, as the model reads it."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
 
 from moc_jax.config import BucketConfig
 from moc_jax.scene import Scene, SceneLengths
-from moc_jax.shapes import Float, typed
+from moc_jax.shapes import Array, Float, typed
 
 
 @typed
@@ -49,10 +49,10 @@ def pack_scene(
     )
 
 
-def _padded(parts: Sequence[np.ndarray], length: int) -> Any:
-    """The parts one after another, then zeros up to `length`."""
+def _padded(parts: Sequence[np.ndarray], length: int) -> Array:
+    """The parts one after another, then zeros up to `length`; of numpy, until the batch is put on devices."""
     joined = np.concatenate(parts)
-    return np.pad(joined, [(0, length - len(joined))] + [(0, 0)] * (joined.ndim - 1))
+    return cast(Array, np.pad(joined, [(0, length - len(joined))] + [(0, 0)] * (joined.ndim - 1)))
 
 
 def misfit(bucket: BucketConfig, shots: int, frames: int, text_tokens: int) -> str:

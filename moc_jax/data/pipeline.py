@@ -1,14 +1,13 @@
 """Encoded scenes -> batches, by Grain: read, augment, pack, stack; ahead of the step, in a thread or in processes."""
 
 import dataclasses
-from typing import Any
 
 import grain
 import jax
 import numpy as np
 from absl import flags
 
-from moc_jax.config import Config, ConfigError
+from moc_jax.config import Config, ConfigError, DataConfig, TrainConfig
 from moc_jax.data.buckets import Buckets, assign_buckets
 from moc_jax.data.caption_store import CaptionStore, open_captions
 from moc_jax.data.manifest import DataError, Manifest, SceneEntry, verify
@@ -43,20 +42,19 @@ def make_pipeline(
             f"the nearest that do are {max(1, rows) * process_count} and {(rows + 1) * process_count}"
         )
     captions = open_captions(manifest, cfg.text)
-    buckets = assign_buckets(cfg, manifest, captions.tokens, split)
+    buckets = assign_buckets(cfg.data.buckets, manifest, captions.tokens, split, patch=cfg.model.patch[0])
     used = sorted({scene.shard for scenes in buckets.scenes for scene in scenes})
     verify(manifest, used[process_index::process_count])  # each process a part, since together they read all
     sizes = tuple(map(len, buckets.scenes))
-    training = split == "train"
-    if training:
+    mine = slice(process_index * rows, (process_index + 1) * rows)
+    if split == "train":
         plan = TrainPlan(sizes, cfg.train.batch_size, cfg.train.seed)
+        load = _Augmented(manifest, captions, buckets, mine, cfg.data, cfg.train.seed)
     else:
         plan = ValidationPlan(sizes, cfg.train.batch_size)
-    mine = slice(process_index * rows, (process_index + 1) * rows)
-    load = _Load(cfg, manifest, captions, buckets, mine, training)
-    return SceneIterator(
-        grain.MapDataset.source(plan).map(load), buckets, cfg.data.workers, _identity(cfg, buckets, manifest)
-    )
+        load = _Load(manifest, captions, buckets, mine)
+    identity = _identity(cfg.train, buckets, manifest.fingerprint)
+    return SceneIterator(grain.MapDataset.source(plan).map(load), buckets, cfg.data.workers, identity)
 
 
 class SceneIterator(grain.DatasetIterator):
@@ -64,7 +62,7 @@ class SceneIterator(grain.DatasetIterator):
 
     _reading: grain.DatasetIterator | None = None  # on the class: Grain closes iterators that were never built, too
 
-    def __init__(self, batches: grain.MapDataset, buckets: Buckets, workers: int, identity: dict[str, Any]):
+    def __init__(self, batches: grain.MapDataset, buckets: Buckets, workers: int, identity: dict[str, object]):
         super().__init__()
         self.buckets = buckets
         self._batches, self._workers, self._identity = batches, workers, identity
@@ -86,11 +84,11 @@ class SceneIterator(grain.DatasetIterator):
         # Workers hand over shared memory, which the process would still hold, and complain about, when it ends.
         return jax.tree.map(np.array, scene) if self._workers else scene
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, object]:
         """The next batch's number, and what it is a number of."""
         return {"step": self._step, **self._identity}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, object]) -> None:
         """Resumes from a saved state.
 
         Raises:
@@ -114,21 +112,18 @@ class SceneIterator(grain.DatasetIterator):
             self._reading = None
 
 
-def _identity(cfg: Config, buckets: Buckets, manifest: Manifest) -> dict[str, Any]:
+def _identity(cfg: TrainConfig, buckets: Buckets, fingerprint: str) -> dict[str, object]:
     shapes = [list(dataclasses.astuple(shape)) for shape in buckets.shapes]
-    return {"data": manifest.fingerprint, "batch_size": cfg.train.batch_size, "seed": cfg.train.seed, "buckets": shapes}
+    return {"data": fingerprint, "batch_size": cfg.batch_size, "seed": cfg.seed, "buckets": shapes}
 
 
 class _Load:
     """One planned batch -> this process's rows of it."""
 
-    def __init__(
-        self, cfg: Config, manifest: Manifest, captions: CaptionStore, buckets: Buckets, rows: slice, training: bool
-    ):
-        self._cfg, self._buckets, self._rows, self._training = cfg, buckets, rows, training
+    def __init__(self, manifest: Manifest, captions: CaptionStore, buckets: Buckets, rows: slice):
+        self._captions, self._buckets, self._rows = captions, buckets, rows
         self._latent_shape = manifest.latent_shape
         self._reader = ShardReader(manifest)
-        self._captions = captions
 
     def __call__(self, batch: Batch) -> Scene:
         shape = self._buckets.shapes[batch.bucket]
@@ -145,12 +140,25 @@ class _Load:
         return stack_scenes(scenes)
 
     def _read(self, entry: SceneEntry, bucket: int, turn: int) -> tuple[list[np.ndarray], tuple[str, ...]]:
+        """Latents of the shots, and the captions."""
+        return self._reader.read(entry)[0], entry.captions
+
+
+class _Augmented(_Load):
+    """The same for training: captions are dropped, and stills stand for shots, at random."""
+
+    def __init__(
+        self, manifest: Manifest, captions: CaptionStore, buckets: Buckets, rows: slice, cfg: DataConfig, seed: int
+    ):
+        super().__init__(manifest, captions, buckets, rows)
+        self._cfg, self._seed = cfg, seed
+
+    def _read(self, entry: SceneEntry, bucket: int, turn: int) -> tuple[list[np.ndarray], tuple[str, ...]]:
         shots, stills = self._reader.read(entry)
         captions = entry.captions
-        if self._training:
-            random = augmentation(self._cfg.train.seed, bucket, turn)
-            if random.random() < self._cfg.data.caption_dropout:
-                captions = ("",) * len(captions)
-            for index in np.flatnonzero(random.random(len(shots)) < self._cfg.data.image_conditioning):
-                shots[index] = stills[index, random.integers(stills.shape[1])]
+        random = augmentation(self._seed, bucket, turn)
+        if random.random() < self._cfg.caption_dropout:
+            captions = ("",) * len(captions)
+        for index in np.flatnonzero(random.random(len(shots)) < self._cfg.image_conditioning):
+            shots[index] = stills[index, random.integers(stills.shape[1])]
         return shots, captions

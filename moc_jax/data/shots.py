@@ -1,12 +1,11 @@
 """Where one shot of a video ends and the next begins."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from scenedetect import ContentDetector, FrameTimecode
 
-from moc_jax.data.video import decode, resample
+from moc_jax.data.video import resample
 from moc_jax.shapes import UInt8
 
 _LEAST_SECONDS = 0.5  # two cuts closer than this are a flash, not a shot
@@ -45,18 +44,6 @@ class GivenCuts:
         reached = [cut for cut in self._left if cut <= seconds]
         self._left = self._left[len(reached) :]
         return bool(reached)
-
-
-def split_shots(
-    path: str | os.PathLike, height: int, width: int, fps: float, is_cut: CutDetector | GivenCuts
-) -> Iterator[UInt8[np.ndarray, "F Y X 3"]]:
-    """The shots of a file, one at a time, at one size and rate; cuts are looked for at the file's own rate.
-
-    Raises:
-        VideoError: see `decode`.
-    """
-    frames = decode(path, height, width)
-    return (shot for _, shot in begin_shots(frames, (height, width), fps, is_cut, most=None))
 
 
 def begin_shots(

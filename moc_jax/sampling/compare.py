@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moc_jax.codecs import Codec, pixels_from_unit
-from moc_jax.config import Config, ConfigError
+from moc_jax.config import Config, ConfigError, DataConfig
 from moc_jax.data.manifest import Manifest, SceneEntry, codec_of
 from moc_jax.data.originals import original_shots
 from moc_jax.data.prepare import prepare
@@ -81,14 +81,14 @@ def training_scene(config: Config, codec: Codec, number: int) -> TrainingScene:
     scenes = manifest.split("train")
     if not 0 <= number < len(scenes):
         raise ConfigError(f"there is no training scene {number}; the data has {len(scenes)}, counted from 0")
-    return prepared_scene(config, manifest, codec, scenes[number])
+    return prepared_scene(config.data, manifest, codec, scenes[number])
 
 
-def prepared_scene(config: Config, manifest: Manifest, codec: Codec, entry: SceneEntry) -> TrainingScene:
+def prepared_scene(data: DataConfig, manifest: Manifest, codec: Codec, entry: SceneEntry) -> TrainingScene:
     """A scene of prepared data; `codec` is what it was encoded with."""
     shots, _ = ShardReader(manifest).read(entry)
     return TrainingScene(
-        board=scene_storyboard(entry, config),
+        board=scene_storyboard(entry, stride=codec.stride[0], fps=data.fps),
         codec=[pixels_from_unit(codec.decode(shot)) for shot in shots],
-        original=original_shots(manifest, entry, config.data, codec.stride[0]),
+        original=original_shots(manifest, entry, data, codec.stride[0]),
     )

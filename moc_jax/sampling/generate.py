@@ -7,15 +7,16 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 
-from moc_jax.attention.api import RoutedAttention
+from moc_jax.attention.api import routed_attention
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
@@ -24,7 +25,7 @@ from moc_jax.diffusion.process import VelocityFn, add_noise
 from moc_jax.errors import explain_memory
 from moc_jax.models.mmdit import abstract_model
 from moc_jax.progress import Progress
-from moc_jax.sampling.scenes import Request, make_request
+from moc_jax.sampling.scenes import Canvas, Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int, UInt8, typed
@@ -92,12 +93,13 @@ class Sampler:
                 f"{ours[:3]} and {ours[3]} channels; sample with the codec of the model's own checkpoint"
             )
         self.config, self.codec = config, codec
+        self._canvas = Canvas(config.data, codec, config.model.patch)
         self._encoder = build_text_encoder(config.text) if encoder is None else encoder
         self._graph = abstract_model(config.model)[0]
-        self._attention = RoutedAttention(backend=config.attention.backend)
+        self._attention = routed_attention(config.attention)
         self._progress = progress
         self._stop = Signals() if stop is None else stop  # such signals never ask
-        self._programs: dict[Any, jax.stages.Compiled] = {}
+        self._programs: dict[Hashable, jax.stages.Compiled] = {}
         self._jitted = {
             "begin": jax.jit(self._begin),
             "call": jax.jit(self._call, donate_argnums=5),
@@ -112,7 +114,7 @@ class Sampler:
 
     @explain_memory("sampling", SamplingError, _remedies)
     def __call__(
-        self, params: Any, storyboards: Sequence[Storyboard], *, bucket: BucketConfig | None = None
+        self, params: Params, storyboards: Sequence[Storyboard], *, bucket: BucketConfig | None = None
     ) -> list[Sample]:
         """Samples all storyboards as one batch; each comes out as it would alone.
 
@@ -125,8 +127,8 @@ class Sampler:
             StoryboardError: see `make_request`.
             SamplingError: NaN or infinity in the latents.
         """
-        request = make_request(storyboards, self.config, self.codec, self._encoder, bucket)
-        _warn(storyboards, request, self.config)
+        request = make_request(storyboards, self._canvas, self.config.sample, self._encoder, bucket)
+        _warn(storyboards, request, self.config.data.buckets, self.config.sample.guidance)
         latents = self._run(params, request)
         samples = []
         for board, video, frames in zip(storyboards, latents, request.lengths.shot_frames):
@@ -137,7 +139,7 @@ class Sampler:
         return samples
 
     @explain_memory("sampling", SamplingError, _remedies)
-    def routing(self, params: Any, sample: Sample, *, t: float = 0.5) -> Float[np.ndarray, "depth S S"]:
+    def routing(self, params: Params, sample: Sample, *, t: float = 0.5) -> Float[np.ndarray, "depth S S"]:
         """Which shots each shot's queries pick, per layer, when the sample is shown at noise level `t`.
 
         Entry (s, r): share of the picks of shot s, over its tokens and all heads, that lie in shot r; what is always
@@ -148,12 +150,12 @@ class Sampler:
         """
         if self.config.moc.mode == "dense":
             raise ConfigError("moc.mode is dense: nothing is routed, so there is no routing to picture")
-        request = make_request([sample.storyboard], self.config, self.codec, self._encoder)
-        whole: Any = np.concatenate(sample.latents)[None]
-        request = dataclasses.replace(request, known=dataclasses.replace(request.known, video=whole))
+        request = make_request([sample.storyboard], self._canvas, self.config.sample, self._encoder)
+        video = cast(Array, np.concatenate(sample.latents)[None])
+        request = dataclasses.replace(request, known=dataclasses.replace(request.known, video=video))
         return np.asarray(self._route(params, *_placed((request, np.float32(t)))))[:, 0]
 
-    def _run(self, params: Any, request: Request) -> Float32[np.ndarray, "B F Y X Z"]:
+    def _run(self, params: Params, request: Request) -> Float32[np.ndarray, "B F Y X Z"]:
         placed = _placed(request)
         noises, z_0, carried, turn = self._program("begin", placed)
         solver, rounds = turn_solver(self.config.sample), int(np.max(turn)) + 1
@@ -177,7 +179,7 @@ class Sampler:
             self._programs[key] = self._stop.unless_asked(build)
         return self._programs[key](*args)
 
-    def _velocity(self, params: Any, request: Request) -> VelocityFn:
+    def _velocity(self, params: Params, request: Request) -> VelocityFn:
         def model(video, text, t, lengths):
             return nnx.merge(self._graph, params)(video, text, t, lengths, self.config.moc, attention=self._attention)
 
@@ -196,7 +198,7 @@ class Sampler:
         carried = _split(denoising.solver.start(noises[0]))
         return noises, _everywhere(denoising.begin()), carried, _everywhere(denoising.turn)
 
-    def _call(self, params: Any, request: Request, noises, now, z_0, carried, at) -> tuple[Array, ...]:
+    def _call(self, params: Params, request: Request, noises, now, z_0, carried, at) -> tuple[Array, ...]:
         denoising = self._denoising(request, noises)
         return _split(denoising.call(self._velocity(params, request), now, z_0, carried, at))
 
@@ -205,7 +207,7 @@ class Sampler:
         denoising = self._denoising(request, noises)
         return _everywhere(denoising.end(now, z_0, carried)), _split(denoising.solver.start(noises[0]))
 
-    def _routing(self, params: Any, request: Request, t: Float[Array, ""]) -> Float[Array, "depth B S S"]:
+    def _routing(self, params: Params, request: Request, t: Float[Array, ""]) -> Float[Array, "depth B S S"]:
         levels = jnp.full(request.lengths.shot_frames.shape, t)
         z_t = add_noise(request.known.video, _noises(request)[0], levels, request.lengths)
         model = nnx.merge(self._graph, params)
@@ -244,9 +246,10 @@ def _noises(request: Request) -> tuple[Array, Array]:
     return start, history
 
 
-def _warn(storyboards: Sequence[Storyboard], request: Request, config: Config) -> None:
+def _warn(
+    storyboards: Sequence[Storyboard], request: Request, trained: Sequence[BucketConfig], guidance: float
+) -> None:
     """Warns of what will work, but not as hoped."""
-    trained = config.data.buckets
     for board, frames in zip(storyboards, request.lengths.shot_frames):
         for what, count, most in (
             ("latent frames", int(frames.sum()), max((b.frames for b in trained), default=0)),
@@ -258,11 +261,11 @@ def _warn(storyboards: Sequence[Storyboard], request: Request, config: Config) -
                     "to drift or to repeat itself",
                     stacklevel=3,
                 )
-        if board.negative_prompt and config.sample.guidance == 1:
+        if board.negative_prompt and guidance == 1:
             warnings.warn(f"{board.name}: negative_prompt has no effect at guidance 1; raise it", stacklevel=3)
 
 
-def _check_finite(board: Storyboard, shots: Sequence[np.ndarray], params: Any) -> None:
+def _check_finite(board: Storyboard, shots: Sequence[np.ndarray], params: Params) -> None:
     bad = [s for s, latents in enumerate(shots) if not np.isfinite(latents).all()]
     if not bad:
         return
@@ -277,12 +280,12 @@ def _check_finite(board: Storyboard, shots: Sequence[np.ndarray], params: Any) -
     )
 
 
-def _built(function: jax.stages.Wrapped, mesh: Any, *args: Any) -> jax.stages.Compiled:
+def _built(function: jax.stages.Wrapped, mesh: Mesh, *args: object) -> jax.stages.Compiled:
     with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):  # which each thread has its own of
         return function.lower(*args).compile()
 
 
-def _placed(tree: Any) -> Any:
+def _placed[T](tree: T) -> T:
     """Puts numpy leaves on the mesh in context, the batch split over it where its size allows."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
@@ -296,7 +299,7 @@ def _placed(tree: Any) -> Any:
     return jax.tree.map(put, tree)
 
 
-def _split(tree: Any) -> Any:
+def _split[T](tree: T) -> T:
     """Keeps the batch split over the mesh in context, where its size allows."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -304,7 +307,7 @@ def _split(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _spec(x.shape, mesh)), tree)
 
 
-def _spec(shape: tuple[int, ...], mesh: Any) -> jax.P:
+def _spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> jax.P:
     return RULES.spec("batch") if shape and shape[0] % batch_shards(mesh) == 0 else jax.P()
 
 

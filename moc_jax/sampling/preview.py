@@ -14,6 +14,7 @@ from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.pictures import Row, contact_sheet, save_picture, shown_frames
 from moc_jax.sampling.scenes import scene_storyboard
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
+from moc_jax.sharding import Params
 from moc_jax.signals import Stop
 
 
@@ -28,8 +29,9 @@ def make_preview(config: Config, manifest: Manifest, stop: Stop | None = None) -
         return Preview(config, load_storyboard(given), codec, stop)
     entry = manifest.split("train")[0]
     if jax.process_index():  # the main process alone draws
-        return Preview(config, scene_storyboard(entry, config), codec, stop)
-    scene = prepared_scene(config, manifest, codec, entry)
+        board = scene_storyboard(entry, stride=codec.stride[0], fps=config.data.fps)
+        return Preview(config, board, codec, stop)
+    scene = prepared_scene(config.data, manifest, codec, entry)
     rows = [(name, [shown_frames(shot) for shot in shots]) for name, shots in scene.rows()]
     return Preview(config, scene.board, codec, stop, rows)
 
@@ -42,7 +44,7 @@ class Preview:
         self._config, self._board, self._codec, self._stop, self._rows = config, board, codec, stop, rows
         self._samplers: dict[MoCConfig, Sampler] = {}  # one per chunk size of the schedule
 
-    def __call__(self, params, step: int) -> None:
+    def __call__(self, params: Params, step: int) -> None:
         config, board = self._config, self._board
         moc = config.moc_at(step - 1)
         if moc not in self._samplers:

@@ -4,13 +4,13 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
 
 from moc_jax.codecs import Codec, crop_frames, pixels_to_unit
-from moc_jax.config import BucketConfig, Config
+from moc_jax.config import BucketConfig, DataConfig, SampleConfig
 from moc_jax.data.manifest import SceneEntry
 from moc_jax.data.pack import pack_scene, stack_scenes
 from moc_jax.data.video import VideoError, decode, read_video
@@ -37,17 +37,36 @@ class Request:
     keys: Shaped[Array, "B S 2"]  # uint32: the data of each shot's random key
 
 
-def scene_storyboard(scene: SceneEntry, config: Config) -> Storyboard:
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """What storyboards are drawn on: the frames, the codec that makes latents of them, and the patches of the model."""
+
+    data: DataConfig
+    codec: Codec
+    patch: tuple[int, int, int]
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Rows and columns of a latent frame."""
+        return self.data.height // self.codec.stride[1], self.data.width // self.codec.stride[2]
+
+    def frames(self, shot: Shot) -> int | None:
+        """Frames of a shot; 0: there is no such short shot; None: as many as its video has, or those of a picture."""
+        if shot.seconds is None:
+            return None
+        return frames_of(shot.seconds, self.data.fps, self.codec.stride[0], self.patch[0])
+
+
+def scene_storyboard(scene: SceneEntry, *, stride: int, fps: float) -> Storyboard:
     """The storyboard that asks for a scene of the training data: its captions and its durations."""
-    stride, fps = config.codec.stride[0], config.data.fps
     shots = [Shot(caption=s.caption, seconds=(stride * (s.frames - 1) + 1) / fps) for s in scene.shots]
     return Storyboard(caption=scene.caption, shots=tuple(shots), name=scene.name)
 
 
 def make_request(
     storyboards: Sequence[Storyboard],
-    config: Config,
-    codec: Codec,
+    canvas: Canvas,
+    sample: SampleConfig,
     encoder: TextEncoder,
     bucket: BucketConfig | None = None,
 ) -> Request:
@@ -55,8 +74,8 @@ def make_request(
 
     Args:
         storyboards: at least one.
-        config: sizes, frame rate, and the defaults for seed and negative prompt.
-        codec, encoder: of the model's training.
+        canvas, encoder: of the model's training.
+        sample: the defaults for seed and negative prompt.
         bucket: the static shape; None takes the smallest that holds all.
 
     Raises:
@@ -64,10 +83,10 @@ def make_request(
             read or is too short, a scene that does not fit `bucket`, or more than fits any memory; names the
             storyboard and the place in it.
     """
-    _check_size(storyboards, config, codec)
-    shots = [_shot_latents(board, config, codec) for board in storyboards]
+    _check_size(storyboards, canvas)
+    shots = [_shot_latents(board, canvas) for board in storyboards]
     texts = [_captions(board, encoder) for board in storyboards]
-    negatives = [_negative(board, config, encoder) for board in storyboards]
+    negatives = [_negative(board, sample.negative_prompt, encoder) for board in storyboards]
     if bucket is None:
         captions = itertools.chain(texts, negatives)
         bucket = BucketConfig(
@@ -83,11 +102,11 @@ def make_request(
             raise StoryboardError(str(error)) from error
         return stack_scenes(packed)
 
-    def of_shots(rows: Sequence[Any], shape: tuple[int, ...] = (), dtype: type = bool) -> Any:
+    def of_shots(rows: Sequence[list[bool] | np.ndarray], shape: tuple[int, ...] = (), dtype: type = bool) -> Array:
         out = np.zeros((len(rows), bucket.shots, *shape), dtype)
         for b, row in enumerate(rows):
             out[b, : len(row)] = row
-        return out
+        return cast(Array, out)
 
     scene, negative = pack(texts), pack(negatives)
     boards = [board.shots for board in storyboards]
@@ -101,7 +120,7 @@ def make_request(
             shots=of_shots([[shot.is_given for shot in row] for row in boards]),
             first_frames=of_shots([[shot.image is not None and not shot.is_given for shot in row] for row in boards]),
         ),
-        keys=of_shots([_keys(board, config.sample.seed) for board in storyboards], (2,), np.uint32),
+        keys=of_shots([_keys(board, sample.seed) for board in storyboards], (2,), np.uint32),
     )
 
 
@@ -114,12 +133,12 @@ def _keys(board: Storyboard, seed: int) -> Shaped[np.ndarray, "S 2"]:
     return np.where(given[:, None], jax.random.key_data(own), jax.random.key_data(folded))
 
 
-def _check_size(storyboards: Sequence[Storyboard], config: Config, codec: Codec) -> None:
+def _check_size(storyboards: Sequence[Storyboard], canvas: Canvas) -> None:
     """Refuses, before anything is allocated, what no machine could sample: hours at full size, or a million shots."""
-    (rows, columns), (f, y, x) = config.latent_size, config.model.patch
+    (rows, columns), (f, y, x), codec = canvas.latent_size, canvas.patch, canvas.codec
 
     def latent_frames(shot: Shot) -> int:
-        frames = _frames(shot, config, codec)
+        frames = canvas.frames(shot)
         return codec.latent_frames(frames) if frames else f
 
     latents = [sum(map(latent_frames, board.shots)) for board in storyboards]
@@ -157,9 +176,9 @@ def _captions(board: Storyboard, encoder: TextEncoder) -> list[np.ndarray]:
     return embedded
 
 
-def _negative(board: Storyboard, config: Config, encoder: TextEncoder) -> list[np.ndarray]:
+def _negative(board: Storyboard, usual: str, encoder: TextEncoder) -> list[np.ndarray]:
     """The negative prompt in place of every caption; when it is empty, that is training's caption dropout."""
-    prompt = config.sample.negative_prompt if board.negative_prompt is None else board.negative_prompt
+    prompt = usual if board.negative_prompt is None else board.negative_prompt
     embedded = _embed(board, "negative_prompt", prompt, encoder)
     size = embedded.nbytes * (1 + len(board.shots))
     _check_bytes(board, "its negative_prompt, once for each shot,", size, "shorten it or give fewer shots")
@@ -176,38 +195,32 @@ def _embed(board: Storyboard, where: str, caption: str, encoder: TextEncoder) ->
 # ------------------------------------------------------------------------------------------------ latents
 
 
-def _shot_latents(board: Storyboard, config: Config, codec: Codec) -> list[Float32[np.ndarray, "_ Y X Z"]]:
+def _shot_latents(board: Storyboard, canvas: Canvas) -> list[Float32[np.ndarray, "_ Y X Z"]]:
     """The latents of each shot: zeros where they are to be sampled."""
     latents = []
     for s, shot in enumerate(board.shots):
         try:
-            latents.append(_latents(shot, config, codec))
+            latents.append(_latents(shot, canvas))
         except (VideoError, StoryboardError) as error:
             raise StoryboardError(f"{board.name}: shots[{s}]: {error}") from error
     return latents
 
 
-def _frames(shot: Shot, config: Config, codec: Codec) -> int | None:
-    """Frames of a shot; 0: there is no such short shot; None: as many as its video has, or those of a picture."""
-    if shot.seconds is None:
-        return None
-    return frames_of(shot.seconds, config.data.fps, codec.stride[0], config.model.patch[0])
-
-
-def _latents(shot: Shot, config: Config, codec: Codec) -> Float32[np.ndarray, "_ Y X Z"]:
-    patch, fps, frames = config.model.patch[0], config.data.fps, _frames(shot, config, codec)
+def _latents(shot: Shot, canvas: Canvas) -> Float32[np.ndarray, "_ Y X Z"]:
+    data, codec, patch, frames = canvas.data, canvas.codec, canvas.patch[0], canvas.frames(shot)
+    fps = data.fps
     if frames == 0:
         raise StoryboardError(
             f"seconds = {shot.seconds:g} is less than a frame at {fps:g} frames per second; the shortest shot is "
             f"{0.5 / fps:.3g} seconds"
         )
     if shot.video is not None:
-        return codec.encode(pixels_to_unit(_given_video(shot.video, shot.seconds, frames, config, codec)))
+        return codec.encode(pixels_to_unit(_given_video(shot.video, shot.seconds, frames, canvas)))
     if shot.image is None:
         if frames is None:
             raise StoryboardError("seconds is missing")
-        return np.zeros((codec.latent_frames(frames), *config.latent_size, codec.channels), np.float32)
-    _, _, image = next(decode(shot.image, config.data.height, config.data.width))
+        return np.zeros((codec.latent_frames(frames), *canvas.latent_size, codec.channels), np.float32)
+    _, _, image = next(decode(shot.image, data.height, data.width))
     if frames is None:
         still = codec.stride[0] * (patch - 1) + 1
         return codec.encode(pixels_to_unit(np.repeat(image[None], still, axis=0)))
@@ -215,10 +228,8 @@ def _latents(shot: Shot, config: Config, codec: Codec) -> Float32[np.ndarray, "_
     return np.pad(first, [(0, codec.latent_frames(frames) - 1), (0, 0), (0, 0), (0, 0)])
 
 
-def _given_video(
-    path: Path, seconds: float | None, frames: int | None, config: Config, codec: Codec
-) -> UInt8[np.ndarray, "F Y X 3"]:
-    data = config.data
+def _given_video(path: Path, seconds: float | None, frames: int | None, canvas: Canvas) -> UInt8[np.ndarray, "F Y X 3"]:
+    data = canvas.data
     most = BYTE_LIMIT // (data.height * data.width * 3 * 4)
     if (frames or 0) > most:
         raise StoryboardError(f"{path} would give {frames:,} frames; the limit at this size is {most:,}")
@@ -230,7 +241,7 @@ def _given_video(
             f"{path} has {len(video)} frames at {data.fps:g} frames per second, but seconds = {seconds:g} asks for "
             f"{frames}; leave `seconds` out to take all of it"
         )
-    used = crop_frames(len(video), codec.stride[0], config.model.patch[0])
+    used = crop_frames(len(video), canvas.codec.stride[0], canvas.patch[0])
     if not used:
         raise StoryboardError(f"{path} has too few frames ({len(video)} at {data.fps:g} frames per second)")
     return video[:used]

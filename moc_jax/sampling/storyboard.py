@@ -111,7 +111,7 @@ def load_storyboard(file: str | Path) -> Storyboard:
     return parse_storyboard(content, name=str(path), folder=path.parent)
 
 
-def parse_storyboard(content: Any, *, name: str = "storyboard", folder: Path = Path()) -> Storyboard:
+def parse_storyboard(content: object, *, name: str = "storyboard", folder: Path = Path()) -> Storyboard:
     """The storyboard that a YAML file's content describes; `folder` is where relative paths start.
 
     Raises:
@@ -138,7 +138,7 @@ def parse_storyboard(content: Any, *, name: str = "storyboard", folder: Path = P
 def storyboard_text(storyboard: Storyboard) -> str:
     """The YAML file that describes `storyboard`."""
 
-    def present(value: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    def present(value: object, fields: tuple[str, ...]) -> dict[str, object]:
         pairs = {field: getattr(value, field) for field in fields}
         return {k: str(v) if isinstance(v, Path) else v for k, v in pairs.items() if v is not None}
 
@@ -159,7 +159,7 @@ def frames_of(seconds: float, fps: float, stride: int, patch: int = 1) -> int:
     return least + unit * max(0, math.floor((wanted - least) / unit + 0.5))
 
 
-def _shot(name: str, folder: Path, where: str, content: Any) -> Shot:
+def _shot(name: str, folder: Path, where: str, content: object) -> Shot:
     shot = _Fields(name, where, content, _SHOT_FIELDS)
     caption, image, video = shot.text("caption"), shot.file("image", folder), shot.file("video", folder)
     if image and video:
@@ -172,7 +172,7 @@ def _shot(name: str, folder: Path, where: str, content: Any) -> Shot:
 class _Fields:
     """The fields of one mapping in the file, each checked when it is taken."""
 
-    def __init__(self, name: str, where: str, content: Any, known: tuple[str, ...]):
+    def __init__(self, name: str, where: str, content: object, known: tuple[str, ...]):
         self.name, self.where, self.known = name, where, known
         if not isinstance(content, dict):
             place = where or "the file"

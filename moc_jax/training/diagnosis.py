@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 
-from moc_jax.config import Config
+from moc_jax.config import TrainConfig
 from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import SceneEntry
 from moc_jax.data.plan import TrainPlan
@@ -19,7 +19,9 @@ def is_finite(values: StepMetrics) -> bool:
     return all(np.isfinite(x) for x in (values.loss, values.grad_norm, values.param_norm))
 
 
-def diagnosis(cfg: Config, buckets: Buckets, step: int, scene: Scene, values: StepMetrics, saved: int | None) -> str:
+def diagnosis(
+    train: TrainConfig, buckets: Buckets, step: int, scene: Scene, values: StepMetrics, saved: int | None
+) -> str:
     """What to report of `step`, whose results are not finite; all processes call this together.
 
     Args:
@@ -27,7 +29,7 @@ def diagnosis(cfg: Config, buckets: Buckets, step: int, scene: Scene, values: St
         scene: this process's rows of the batch, on the host.
         saved: the step of the newest checkpoint.
     """
-    entries = batch_entries(cfg, buckets, step - 1)
+    entries = batch_entries(train, buckets, step - 1)
     rows = len(scene.video)
     mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
     found = [
@@ -49,7 +51,7 @@ def diagnosis(cfg: Config, buckets: Buckets, step: int, scene: Scene, values: St
     )
 
 
-def batch_entries(cfg: Config, buckets: Buckets, batch: int) -> list[SceneEntry]:
+def batch_entries(train: TrainConfig, buckets: Buckets, batch: int) -> list[SceneEntry]:
     """The scenes that batch number `batch` (from 0) is made of, over all processes."""
-    planned = TrainPlan(tuple(map(len, buckets.scenes)), cfg.train.batch_size, cfg.train.seed)[batch]
+    planned = TrainPlan(tuple(map(len, buckets.scenes)), train.batch_size, train.seed)[batch]
     return [buckets.scenes[planned.bucket][number] for number in planned.scenes if number is not None]

@@ -18,10 +18,13 @@ from moc_jax.files import is_address, whole_file
 from moc_jax.reading import parse_json
 
 _LONGEST = 1 << 20  # bytes; a line of ours has some hundred
+Row = dict[str, Any]
+"""A line of metrics.jsonl: its step, and numbers by name, nested once at most."""
+
 _FILES, _FOLDERS = ("loss.png", "metrics.jsonl"), ("tensorboard", "previews")
 
 
-def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+def read_metrics(path: epath.PathLike) -> list[Row]:
     """The lines of metrics.jsonl that can be read, in their order; none where there is no such file."""
     return [row for row in map(_row, _lines(epath.Path(path))) if row is not None]
 
@@ -107,7 +110,7 @@ def _lines(path: epath.Path) -> list[bytes]:
     return path.read_bytes().split(b"\n") if path.exists() else [b""]
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _row(line: bytes) -> Row | None:
     """A line as `Metrics.write` writes it: a step, and numbers by name, nested once at most. None: it is another."""
     if len(line) > _LONGEST:
         return None
@@ -121,9 +124,11 @@ def _row(line: bytes) -> dict[str, Any] | None:
     return row if all(map(_is_number, inner + [v for v in row.values() if not isinstance(v, dict)])) else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """A finite one, or null, which stands for one that was not."""
     try:
-        return value is None or (type(value) in (int, float) and math.isfinite(value))
+        return value is None or (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        )
     except OverflowError:  # a whole number beyond every float
         return False

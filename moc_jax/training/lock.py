@@ -27,7 +27,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from moc_jax.config import ConfigError
 from moc_jax.reading import parse_json
@@ -246,7 +245,7 @@ def _parse(path: Path, content: bytes) -> tuple[Holder, int] | None:
     if not content.strip(b"\0 \r\n"):
         return None
     try:
-        fields: dict[str, Any] = parse_json(content)
+        fields = parse_json(content)
         sign = fields.pop("sign")
         holder = Holder(**fields)
         whole = [holder.pid, sign]

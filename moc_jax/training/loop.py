@@ -6,14 +6,14 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import Checkpoints
 from moc_jax.config import Config, ConfigError, MoCConfig
 from moc_jax.config_json import config_to_json
@@ -23,18 +23,18 @@ from moc_jax.errors import disk_full, explain_memory
 from moc_jax.files import write_text
 from moc_jax.processes import gather, together
 from moc_jax.scene import Scene
-from moc_jax.sharding import check_batch, shard_batch
+from moc_jax.sharding import Params, check_batch, shard_batch
 from moc_jax.signals import Interrupted, Signals
 from moc_jax.training.closing import closing_all
 from moc_jax.training.diagnosis import batch_entries, diagnosis, is_finite
 from moc_jax.training.lock import Lock
 from moc_jax.training.memory import preview_remedies, remedies
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, read_metrics, utilisation
-from moc_jax.training.start import check_codec, check_resumable, initial_params
-from moc_jax.training.state import Params, TrainState, create_state, make_blueprint
+from moc_jax.training.start import Changes, check_codec, check_resumable, initial_params
+from moc_jax.training.state import TrainState, create_state, make_blueprint
 from moc_jax.training.step import StepMetrics, make_train_step, make_validation_step, validation_levels
 from moc_jax.training.stop import RunStop
-from moc_jax.training.summary import si, stage_costs, summary
+from moc_jax.training.summary import SceneCost, si, stage_costs, summary
 
 __all__ = ["Preview", "TrainingError", "batch_entries", "check_resumable", "lag", "train"]
 
@@ -140,10 +140,11 @@ class _Run:
         if self._held_out is not None:
             closes(self._held_out.close)
         self._codec = codec_of(manifest)
-        self._blueprint = make_blueprint(cfg, mesh)
-        self._step = make_train_step(cfg, self._blueprint, mesh)
-        self._validation_step = make_validation_step(cfg, self._blueprint, mesh)
-        self._programs: dict[Any, Any] = {}
+        self._blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
+        where = self._blueprint, mesh, routed_attention(cfg.attention)
+        self._step = make_train_step(cfg.train, cfg.optimizer, cfg.diffusion, *where)
+        self._validation_step = make_validation_step(cfg.train, cfg.diffusion, *where)
+        self._programs: dict[Hashable, jax.stages.Compiled] = {}
         self._costs = stage_costs(cfg, self._data.buckets)
         self._pending: collections.deque[_Pending] = collections.deque()
         self._lag = lag(mesh)
@@ -167,14 +168,15 @@ class _Run:
 
     @explain_memory("the weights, the optimizer's state and the moving average", TrainingError, remedies)
     def _start(self) -> tuple[TrainState, str]:
-        changes: dict[str, tuple[Any, Any]] = {}
+        changes: Changes = {}
         restored = self._checkpoints.restore(
             self._blueprint.abstract.items(), lambda saved: changes.update(check_resumable(saved, self._cfg))
         )
         if restored is None:
             return self._begin()
         self._data.set_state(restored.data_state)
-        check_codec(restored.codec_state, self._cfg, self._codec, trained=self._cfg.workdir)
+        cfg = self._cfg
+        check_codec(cfg.codec, restored.codec_state, self._codec, trained=cfg.workdir, cache=cfg.data.cache)
         self._saved = restored.step
         report = f"resuming after step {restored.step} in {self._cfg.workdir}"
         report += "".join(f"\n  {name} was {old!r} and is {new!r}" for name, (old, new) in changes.items())
@@ -185,7 +187,7 @@ class _Run:
         if source:
             params = initial_params(self._cfg, self._codec, self._blueprint.shardings.params)
             report += f" from the weights in {source}"
-        return create_state(self._cfg, self._blueprint, params), report
+        return create_state(self._blueprint, params), report
 
     def to_the_end(self) -> None:
         """Runs steps until the last one, or a requested stop; returns once all is saved.
@@ -253,7 +255,7 @@ class _Run:
         program = f"the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit}"
         build = functools.partial(self._built, self._step, self._blueprint.abstract, scene, moc)
         compiled = self._stop.unless_asked(lambda: together(f"compile {program}", build))
-        memory: Any = compiled.memory_analysis()  # None where the backend can't tell
+        memory = compiled.memory_analysis()  # None where the backend can't tell
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
         self._metrics.say(
             f"compiled {program} in {time.perf_counter() - begin:.0f} s"
@@ -261,7 +263,7 @@ class _Run:
         )
         return compiled
 
-    def _built(self, function: jax.stages.Wrapped, *args: Any) -> jax.stages.Compiled:
+    def _built(self, function: jax.stages.Wrapped, *args: object) -> jax.stages.Compiled:
         with jax.set_mesh(self._mesh):  # which each thread has its own of
             return function.lower(*args).compile()
 
@@ -279,7 +281,7 @@ class _Run:
         values = jax.device_get(oldest.metrics)
         if not is_finite(values):
             found = oldest.step, oldest.scene, values
-            raise TrainingError(diagnosis(self._cfg, self._data.buckets, *found, self._saved))
+            raise TrainingError(diagnosis(self._cfg.train, self._data.buckets, *found, self._saved))
         row = {name: float(getattr(values, name)) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
         log = oldest.step % self._cfg.train.log_every == 0
         self._metrics.write(oldest.step, row, board=log)
@@ -296,11 +298,13 @@ class _Run:
         while self._pending:
             self._report()
 
-    def _cost(self, step: _Pending) -> Any:
+    def _cost(self, step: _Pending) -> SceneCost:
         scene = step.scene
         shape = scene.lengths.shot_frames.shape[1], scene.video.shape[1], scene.text.shape[1]
         shapes = [(s.shots, s.frames, s.text_tokens) for s in self._data.buckets.shapes]
-        return self._costs[step.moc][shapes.index(shape)]
+        cost = self._costs[step.moc][shapes.index(shape)]
+        assert cost is not None  # the bucket has scenes
+        return cost
 
     # -------------------------------------------------------------------------------------------- between steps
 
@@ -356,8 +360,9 @@ class _Run:
                 self._programs[key] = self._stop.unless_asked(build)
             results.append(jax.device_get(self._programs[key](*batch)))
         sums, shots = (np.sum(x, axis=0) for x in zip(*results))
+        levels = validation_levels(self._cfg.train.validation_buckets)
         losses = sums.astype(np.float64) / max(shots, 1)
-        values = {f"t_{t:.3f}": float(loss) for t, loss in zip(np.asarray(validation_levels(self._cfg)), losses)}
+        values = {f"t_{t:.3f}": float(loss) for t, loss in zip(np.asarray(levels), losses)}
         self._metrics.write(step, {"validation": {"mean": float(losses.mean()), **values}})
         self._metrics.say(f"step {step}: validation loss {losses.mean():.4f}")
 

@@ -1,13 +1,22 @@
 """Which settings of a run need less device memory."""
 
-from typing import Any
+from typing import Protocol
 
-from moc_jax.config import Config
+from moc_jax.config import Config, DataConfig
 
 
-def remedies(run: Any) -> str:
-    """Of a run of `run.config`: what to change, what it is now, and what that costs."""
-    cfg: Config = run.config
+class Configured(Protocol):
+    """A run."""
+
+    @property
+    def config(self) -> Config:
+        """What it was started with."""
+        ...
+
+
+def remedies(run: Configured) -> str:
+    """What to change, what it is now, and what that costs."""
+    cfg = run.config
     found = []
     if cfg.train.batch_size > 1:
         found.append(
@@ -20,7 +29,7 @@ def remedies(run: Any) -> str:
         found.append(f"model.dtype bfloat16 (now {cfg.model.dtype})")
     found.append(f"a larger mesh.fsdp (now {cfg.mesh.fsdp}; splits weights and optimizer over more devices)")
     found.append(
-        f"smaller scenes: data.buckets (now {_largest(cfg)}), data.height x width (now {cfg.data.height}x"
+        f"smaller scenes: data.buckets (now {_largest(cfg.data)}), data.height x width (now {cfg.data.height}x"
         f"{cfg.data.width}), data.shots_per_scene (now {cfg.data.shots_per_scene}), data.max_shot_frames (now "
         f"{cfg.data.max_shot_frames})"
     )
@@ -30,9 +39,9 @@ def remedies(run: Any) -> str:
     )
 
 
-def preview_remedies(run: Any) -> str:
+def preview_remedies(run: Configured) -> str:
     """The same for a preview, whose sample has a size of its own."""
-    cfg: Config = run.config
+    cfg = run.config
     board = cfg.train.preview_storyboard or "the first training scene"
     return (
         f"What would need less memory: a shorter train.preview_storyboard (now {board}), sample.guidance 1 (now "
@@ -41,6 +50,6 @@ def preview_remedies(run: Any) -> str:
     )
 
 
-def _largest(cfg: Config) -> str:
-    frames = max((bucket.frames for bucket in cfg.data.buckets), default=0)
+def _largest(data: DataConfig) -> str:
+    frames = max((bucket.frames for bucket in data.buckets), default=0)
     return f"up to {frames} latent frames" if frames else "as long as the longest scene"

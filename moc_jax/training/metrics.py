@@ -9,7 +9,6 @@ import math
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,7 +16,7 @@ from etils import epath
 from moc_jax.files import whole_file
 from moc_jax.progress import Progress
 from moc_jax.training.closing import closing_all
-from moc_jax.training.history import clear_the_way, keep_until, read_metrics
+from moc_jax.training.history import Row, clear_the_way, keep_until, read_metrics
 
 __all__ = ["PEAK_FLOPS", "Clock", "Metrics", "draw_loss_curve", "read_metrics", "utilisation"]
 
@@ -36,6 +35,9 @@ PEAK_FLOPS = {  # bfloat16 matrix products per second and device, dense, by `dev
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
+
+Values = Mapping[str, "float | Mapping[str, float]"]
+"""Numbers by name, nested once at most."""
 
 
 class Metrics:
@@ -61,7 +63,7 @@ class Metrics:
             except OSError as error:
                 warnings.warn(f"nothing is written to TensorBoard: {error}", UserWarning, stacklevel=2)
 
-    def write(self, step: int, values: Mapping[str, Any], *, board: bool = True) -> None:
+    def write(self, step: int, values: Values, *, board: bool = True) -> None:
         """One line of metrics.jsonl (null where a number is not finite), and one point per number in TensorBoard."""
         if self._file is None:
             return
@@ -70,7 +72,7 @@ class Metrics:
         if board:
             self.board(step, values)
 
-    def board(self, step: int, values: Mapping[str, Any]) -> None:
+    def board(self, step: int, values: Values) -> None:
         """TensorBoard only: for what differs between two runs of the same command, such as times."""
         if self._board is None:
             return
@@ -131,7 +133,7 @@ def utilisation(flops_per_second: float, device_kind: str, devices: int) -> floa
     return None if peak is None else flops_per_second / (peak * devices)
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+def _finite(values: Values) -> Row:
     """JSON has no NaN and no infinity."""
     return {
         name: _finite(value) if isinstance(value, Mapping) else value if math.isfinite(value) else None
@@ -155,7 +157,7 @@ def draw_loss_curve(path: epath.PathLike, out: epath.PathLike) -> bool:
         return False
 
 
-def _loss_curve(rows: list[dict[str, Any]]) -> bytes:
+def _loss_curve(rows: list[Row]) -> bytes:
     points = [(row["step"], row["loss"]) for row in rows if isinstance(row.get("loss"), int | float)]
     if not points:
         return b""

@@ -1,15 +1,16 @@
 """Gradients -> updates: clip by global norm, AdamW with a schedule; several batches may make one update together."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from moc_jax.config import ConfigError, OptimizerConfig
 from moc_jax.shapes import Array, Float, Int32
-from moc_jax.sharding import LogicalAxes, key_path
+from moc_jax.sharding import LogicalAxes, Params, key_path
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> optax.GradientTransformationExtraArgs:
@@ -52,8 +53,8 @@ class Accumulated(NamedTuple):
 
     mini_step: Int32[Array, ""]  # batches since the last update
     shots: Float[Array, ""]  # in these batches
-    acc_grads: Any  # mean of the gradients over these shots
-    inner_opt_state: Any
+    acc_grads: Params  # mean of the gradients over these shots
+    inner_opt_state: optax.OptState
 
 
 def accumulated(inner: optax.GradientTransformation, count: int) -> optax.GradientTransformationExtraArgs:
@@ -63,22 +64,23 @@ def accumulated(inner: optax.GradientTransformation, count: int) -> optax.Gradie
     g_i, which optax.MultiSteps takes, a shot weighs the more, the fewer others its batch holds.)
     """
 
-    def init(params: Any) -> Accumulated:
+    def init(params: optax.Params) -> Accumulated:
         zeros = jax.tree.map(jnp.zeros_like, params)
         return Accumulated(jnp.zeros((), jnp.int32), jnp.zeros(()), zeros, inner.init(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, Accumulated]:  # Optax calls them updates before they are
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra: Array
+    ) -> tuple[optax.Updates, Accumulated]:  # Optax calls them updates before they are
+        assert isinstance(state, Accumulated)
         total = state.shots + extra["shots"]
         share = extra["shots"] / jnp.maximum(total, 1)  # a batch of padding alone has no say
         mean = jax.tree.map(lambda m, g: m + share * (g - m), state.acc_grads, updates)
 
-        def gather() -> tuple[Any, Accumulated]:
+        def gather() -> tuple[optax.Updates, Accumulated]:
             nothing = jax.tree.map(jnp.zeros_like, updates)
             return nothing, Accumulated(state.mini_step + 1, total, mean, state.inner_opt_state)
 
-        def emit() -> tuple[Any, Accumulated]:
+        def emit() -> tuple[optax.Updates, Accumulated]:
             moved, after = inner.update(mean, state.inner_opt_state, params)
             nothing = jax.tree.map(jnp.zeros_like, mean)
             return moved, Accumulated(jnp.zeros_like(state.mini_step), jnp.zeros_like(total), nothing, after)
@@ -100,14 +102,14 @@ def remainder(cfg: OptimizerConfig, steps: int) -> str:
     )
 
 
-def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[[Any], jax.Array]:
+def learning_rate(cfg: OptimizerConfig, steps: int) -> Callable[[ArrayLike], jax.Array]:
     """Update n = 0, 1, ... -> rate: (n + 1) / warmup_steps of the peak, then constant or a half cosine.
 
     The cosine reaches `final_fraction` of the peak at the run's last update.
     """
     updates = steps // cfg.accumulate
 
-    def rate(n: Any) -> jax.Array:
+    def rate(n: ArrayLike) -> jax.Array:
         n = jnp.asarray(n, jnp.float32)
         warm = jnp.minimum(1.0, (n + 1) / max(cfg.warmup_steps, 1))
         if cfg.schedule == "constant":

@@ -1,16 +1,14 @@
 """What a run starts from: its own newest checkpoint, another run's weights (`train.init_from`), or nothing."""
 
-from typing import Any
-
 import numpy as np
 
 from moc_jax.checkpoint import has_checkpoint, load_codec_state, load_for_sampling
 from moc_jax.codecs import Codec, CodecMismatch, load_codec
-from moc_jax.config import Config, ConfigError
+from moc_jax.config import CodecConfig, Config, ConfigError
 from moc_jax.config_json import differences
-from moc_jax.training.state import Params
+from moc_jax.sharding import Params
 
-Changes = dict[str, tuple[Any, Any]]  # dotted name -> (then, now)
+Changes = dict[str, tuple[object, object]]  # dotted name -> (then, now)
 
 
 def initial_codec(cfg: Config) -> Codec | None:
@@ -32,7 +30,7 @@ def initial_codec(cfg: Config) -> Codec | None:
     return load_codec(cfg.codec, state)
 
 
-def initial_params(cfg: Config, codec: Codec, shardings: Any) -> Params:
+def initial_params(cfg: Config, codec: Codec, shardings: Params) -> Params:
     """The weights of `train.init_from` (their moving average, where one was kept), laid out as `shardings`.
 
     Raises:
@@ -41,16 +39,16 @@ def initial_params(cfg: Config, codec: Codec, shardings: Any) -> Params:
     """
     saved, state = load_codec_state(cfg.train.init_from)
     check_initial(saved, cfg)
-    check_codec(state, cfg, codec, trained=cfg.train.init_from)
+    check_codec(cfg.codec, state, codec, trained=cfg.train.init_from, cache=cfg.data.cache)
     return load_for_sampling(cfg.train.init_from, shardings=shardings).params
 
 
-def check_codec(state: dict[str, np.ndarray], cfg: Config, codec: Codec, *, trained: str) -> None:
-    """Raises CodecMismatch unless `state`, of the checkpoints in `trained`, is the codec of the prepared data."""
-    saved = load_codec(cfg.codec, state).fingerprint
+def check_codec(settings: CodecConfig, state: dict[str, np.ndarray], codec: Codec, *, trained: str, cache: str) -> None:
+    """Raises CodecMismatch unless `state`, of the checkpoints in `trained`, is `codec`, of the data in `cache`."""
+    saved = load_codec(settings, state).fingerprint
     if saved != codec.fingerprint:
         raise CodecMismatch(
-            f"the weights in {trained} were trained on latents of codec {saved}, but the data in {cfg.data.cache} was "
+            f"the weights in {trained} were trained on latents of codec {saved}, but the data in {cache} was "
             f"encoded with codec {codec.fingerprint}, fitted again: put back the data that was prepared for that run, "
             f"or start from its weights and codec with --train.init-from {trained} in another --workdir"
         )

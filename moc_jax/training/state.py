@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,13 +11,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from moc_jax.config import Config
+from moc_jax.config import ModelConfig, OptimizerConfig, TrainConfig
 from moc_jax.models.mmdit import MMDiT, abstract_model
 from moc_jax.shapes import Array, Int32
-from moc_jax.sharding import LogicalAxes, logical_axes, tree_shardings
+from moc_jax.sharding import LogicalAxes, Params, logical_axes, tree_shardings
 from moc_jax.training.optimizer import make_optimizer
 
-Params = dict[str, Any]  # nested; float32 arrays
+Items = dict[str, Any]
+"""The parts of a checkpoint, by name: trees of arrays, of what stands in their place, or of their shardings."""
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +28,7 @@ class TrainState:
 
     step: Int32[Array, ""]
     params: Params
-    optimizer: Any  # as Optax made it
+    optimizer: optax.OptState  # as Optax made it
     ema: Params | None  # moving average of the weights; None where none is kept
 
     @property
@@ -35,13 +36,13 @@ class TrainState:
         """The weights to validate and sample with."""
         return self.params if self.ema is None else self.ema
 
-    def items(self) -> dict[str, Any]:
+    def items(self) -> Items:
         """The parts of a checkpoint, by name."""
         ema = {} if self.ema is None else {"ema": self.ema}
         return {"params": self.params, **ema, "optimizer": {"chain": self.optimizer, "step": self.step}}
 
     @classmethod
-    def from_items(cls, items: Mapping[str, Any]) -> "TrainState":
+    def from_items(cls, items: Items) -> "TrainState":
         """What `items` took apart."""
         optimizer = items["optimizer"]
         return cls(optimizer["step"], items["params"], optimizer["chain"], items.get("ema"))
@@ -56,30 +57,33 @@ class Blueprint:
     logical: LogicalAxes
     shardings: TrainState  # a NamedSharding in place of every array
     abstract: TrainState  # a ShapeDtypeStruct, with its sharding, in place of every array
+    initial: Callable[[Params | None], TrainState]  # before the first batch, with these weights or fresh ones
 
 
-def make_blueprint(cfg: Config, mesh: Mesh) -> Blueprint:
+def make_blueprint(model: ModelConfig, optimizer: OptimizerConfig, train: TrainConfig, mesh: Mesh) -> Blueprint:
     """Works out the state's shapes and shardings without making it."""
-    graph, weights = abstract_model(cfg.model)
+    graph, weights = abstract_model(model)
     logical = logical_axes(weights)
-    optimizer = make_optimizer(cfg.optimizer, cfg.train.steps, logical)
-    shapes = jax.eval_shape(lambda: _initial(cfg, optimizer, None))
+    chain = make_optimizer(optimizer, train.steps, logical)
+    initial = functools.partial(_initial, model, train, chain)
+    shapes = jax.eval_shape(lambda: initial(None))
     shardings = tree_shardings(shapes, logical, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    return Blueprint(graph, optimizer, logical, shardings, abstract)
+    return Blueprint(graph, chain, logical, shardings, abstract, initial)
 
 
-def create_state(cfg: Config, blueprint: Blueprint, params: Params | None = None) -> TrainState:
+def create_state(blueprint: Blueprint, params: Params | None = None) -> TrainState:
     """The state before the first batch, with these weights or fresh ones.
 
     Fresh numbers depend on `train.seed` and not on the mesh.
     """
-    initial = functools.partial(_initial, cfg, blueprint.optimizer)
-    return jax.jit(initial, out_shardings=blueprint.shardings)(params)
+    return jax.jit(blueprint.initial, out_shardings=blueprint.shardings)(params)
 
 
-def _initial(cfg: Config, optimizer: optax.GradientTransformation, params: Params | None) -> TrainState:
+def _initial(
+    model: ModelConfig, train: TrainConfig, optimizer: optax.GradientTransformation, params: Params | None
+) -> TrainState:
     if params is None:
-        params = nnx.to_pure_dict(nnx.state(MMDiT(cfg.model, rngs=nnx.Rngs(cfg.train.seed)), nnx.Param))
-    ema = jax.tree.map(jnp.copy, params) if cfg.train.ema_decay else None
+        params = nnx.to_pure_dict(nnx.state(MMDiT(model, rngs=nnx.Rngs(train.seed)), nnx.Param))
+    ema = jax.tree.map(jnp.copy, params) if train.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)

@@ -4,7 +4,7 @@ Everything random in step n comes from fold_in(key(seed), n), so a step is the s
 """
 
 import dataclasses
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moc_jax.attention.api import RoutedAttention, SceneAttention
-from moc_jax.config import Config, MoCConfig
+from moc_jax.config import DiffusionConfig, MoCConfig, OptimizerConfig, TrainConfig
 from moc_jax.diffusion.process import VelocityFn, flow_loss
 from moc_jax.scene import Scene
 from moc_jax.shapes import Array, Float, Float32, Int32, Key
-from moc_jax.sharding import batch_sharding, replicated
+from moc_jax.sharding import Params, batch_sharding, replicated
 from moc_jax.training.optimizer import learning_rate
-from moc_jax.training.state import Blueprint, Params, TrainState
+from moc_jax.training.state import Blueprint, TrainState
+
+_ROUTED = RoutedAttention()
 
 
 @jax.tree_util.register_dataclass
@@ -35,27 +37,31 @@ class StepMetrics:
 
 
 def make_train_step(
-    cfg: Config, blueprint: Blueprint, mesh: Mesh, attention: SceneAttention | None = None
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    diffusion: DiffusionConfig,
+    blueprint: Blueprint,
+    mesh: Mesh,
+    attention: SceneAttention = _ROUTED,
 ) -> jax.stages.Wrapped:
     """(state, batch, attention config) -> (state, metrics). Donates the state; compiles once per bucket and config.
 
-    To be called with the mesh in context (`jax.set_mesh`). `attention`: None takes what `cfg.attention` says.
+    To be called with the mesh in context (`jax.set_mesh`).
     """
-    attention = attention or RoutedAttention(backend=cfg.attention.backend)
-    rate, accumulate = learning_rate(cfg.optimizer, cfg.train.steps), cfg.optimizer.accumulate
-    updates_in_all = cfg.train.steps // accumulate
+    rate, accumulate = learning_rate(optimizer, train.steps), optimizer.accumulate
+    updates_in_all = train.steps // accumulate
 
     def train_step(state: TrainState, scene: Scene, moc: MoCConfig) -> tuple[TrainState, StepMetrics]:
-        noise_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(cfg.train.seed), state.step))
+        noise_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), state.step))
 
         def loss_of(params):
             velocity_fn = _velocity(blueprint, params, scene, moc, attention, key=drop_key)
-            return flow_loss(velocity_fn, scene, noise_key, cfg.diffusion)
+            return flow_loss(velocity_fn, scene, noise_key, diffusion)
 
         (loss, shot_loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         shots = scene.lengths.shot_frames > 0
-        updates, optimizer = blueprint.optimizer.update(gradients, state.optimizer, state.params, shots=shots.sum())
-        params: Any = optax.apply_updates(state.params, updates)
+        updates, moments = blueprint.optimizer.update(gradients, state.optimizer, state.params, shots=shots.sum())
+        params = cast(Params, optax.apply_updates(state.params, updates))
         update = state.step // accumulate
         metrics = StepMetrics(
             loss=loss,
@@ -64,8 +70,8 @@ def make_train_step(
             learning_rate=jnp.where(update < updates_in_all, rate(update), 0),
             scene_loss=shot_loss.sum(axis=1) / jnp.maximum(shots.sum(axis=1), 1),
         )
-        ema = _averaged(state.ema, params, state.step, cfg)
-        return TrainState(state.step + 1, params, optimizer, ema), metrics
+        ema = _averaged(state.ema, params, state.step, train.ema_decay, accumulate)
+        return TrainState(state.step + 1, params, moments, ema), metrics
 
     return jax.jit(
         train_step,
@@ -76,23 +82,28 @@ def make_train_step(
     )
 
 
-def make_validation_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Wrapped:
+def make_validation_step(
+    train: TrainConfig,
+    diffusion: DiffusionConfig,
+    blueprint: Blueprint,
+    mesh: Mesh,
+    attention: SceneAttention = _ROUTED,
+) -> jax.stages.Wrapped:
     """(weights, batch, its number, attention config) -> (sum of the shots' losses at each fixed t, number of shots).
 
     t stands at the centres of `train.validation_buckets` equal parts of (0, 1); the noise depends on the batch's number
     alone. Nothing is dropped off or in.
     """
-    attention = RoutedAttention(backend=cfg.attention.backend)
-    levels = validation_levels(cfg)
+    levels = validation_levels(train.validation_buckets)
 
     def validation_step(params: Params, scene: Scene, number: Int32[Array, ""], moc: MoCConfig):
-        key = jax.random.fold_in(jax.random.key(cfg.train.seed), number)
+        key = jax.random.fold_in(jax.random.key(train.seed), number)
         velocity_fn = _velocity(blueprint, params, scene, moc, attention, key=None)
         shots = scene.lengths.shot_frames
 
         def loss_at(level: Float[Array, ""]):
             t = jnp.full(shots.shape, level)
-            return flow_loss(velocity_fn, scene, key, cfg.diffusion, t=t)[1].sum()
+            return flow_loss(velocity_fn, scene, key, diffusion, t=t)[1].sum()
 
         return jax.lax.map(loss_at, levels), (shots > 0).sum()
 
@@ -104,9 +115,8 @@ def make_validation_step(cfg: Config, blueprint: Blueprint, mesh: Mesh) -> jax.s
     )
 
 
-def validation_levels(cfg: Config) -> Float32[Array, "T"]:
+def validation_levels(count: int) -> Float32[Array, "T"]:
     """The fixed noise levels of validation."""
-    count = cfg.train.validation_buckets
     return (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
 
 
@@ -123,15 +133,16 @@ def _velocity(
     return lambda z, t: model(z, scene.text, t, scene.lengths, moc, key=key, attention=attention)
 
 
-def _averaged(ema: Params | None, params: Params, step: Int32[Array, ""], cfg: Config) -> Params | None:
+def _averaged(
+    ema: Params | None, params: Params, step: Int32[Array, ""], most: float, accumulate: int
+) -> Params | None:
     """The weights' moving average after batch `step`; it moves only when they do.
 
-    After update n:  average <- d average + (1 - d) weights,  d = min(ema_decay, (1 + n) / (10 + n))
+    After update n:  average <- d average + (1 - d) weights,  d = min(most, (1 + n) / (10 + n))
     """
     if ema is None:
         return None
-    accumulate = cfg.optimizer.accumulate
     n = step // accumulate
-    decay = jnp.minimum(cfg.train.ema_decay, (1 + n) / (10 + n))
+    decay = jnp.minimum(most, (1 + n) / (10 + n))
     decay = jnp.where((step + 1) % accumulate == 0, decay, 1.0)
     return jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, ema, params)

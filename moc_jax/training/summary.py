@@ -88,7 +88,7 @@ def summary(
         f"{versions}; {mesh.size} x {device.device_kind} in {jax.process_count()} process(es); "
         f"mesh {' x '.join(f'{axis} {mesh.shape[axis]}' for axis in AXES)}",
         *_memory(blueprint, mesh),
-        *_disk(cfg, blueprint),
+        *_disk(cfg.workdir, cfg.train.keep_last, blueprint),
         manifest.summary(),
         *(split.summary() for split in buckets),
     ]
@@ -130,17 +130,17 @@ def _memory(blueprint: Blueprint, mesh: Mesh) -> list[str]:
     return lines
 
 
-def _disk(cfg: Config, blueprint: Blueprint) -> list[str]:
+def _disk(workdir: str, keep: int, blueprint: Blueprint) -> list[str]:
     """What a checkpoint takes, and whether those that are kept and the one being written fit on it."""
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(blueprint.abstract))
     line = f"disk: a checkpoint takes about {si(size)}B"
-    if "://" in cfg.workdir:
+    if "://" in workdir:
         return [line]
-    folder = pathlib.Path(cfg.workdir).absolute()
+    folder = pathlib.Path(workdir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    needed = (cfg.train.keep_last + 1) * size
-    short = f"; NOT ENOUGH for the {cfg.train.keep_last} that are kept and one more ({si(needed)}B)"
-    return [f"{line}, and {si(free)}B are free at {cfg.workdir}{short if free < needed else ''}"]
+    needed = (keep + 1) * size
+    short = f"; NOT ENOUGH for the {keep} that are kept and one more ({si(needed)}B)"
+    return [f"{line}, and {si(free)}B are free at {workdir}{short if free < needed else ''}"]
 
 
 def si(x: float) -> str:

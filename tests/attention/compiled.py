@@ -35,15 +35,15 @@ FAMILIES = [BACKENDS[:2], *([name] for name in BACKENDS[2:])]
 _FAST = {"xla_backend_optimization_level": 0}
 _SMALL = {"xla": xla.Xla(tiling=xla.XlaTiling(anchor_tile=8, anchor_block=8, routed_tile=8, routed_block=8))}
 SMALL_TPU = tuning.Blocks(
-    anchors=flash.Tiling(queries=32, keys=64, compute_queries=32, compute_keys=64, ahead=0),
-    text=flash.Tiling(queries=16, keys=64, compute_queries=16, compute_keys=64, ahead=0),
-    picks=flash.Tiling(queries=32, keys=24, compute_queries=32, compute_keys=24, ahead=0),
+    anchors=flash.ForwardTiling(queries=32, keys=64, compute_queries=32, compute_keys=64, ahead=0),
+    text=flash.ForwardTiling(queries=16, keys=64, compute_queries=16, compute_keys=64, ahead=0),
+    picks=flash.ForwardTiling(queries=32, keys=24, compute_queries=32, compute_keys=24, ahead=0),
     gradient_keys=32,
-    anchor_gradients=flash_backward.Tiling(block=32, at_once=32),
+    anchor_gradients=flash_backward.GradientTiling(block=32, at_once=32),
     pick_gradient_keys=24,
-    pick_gradients=flash_backward.Tiling(block=32, at_once=24),
-    window=96,
-    window_step=32,
+    pick_gradients=flash_backward.GradientTiling(block=32, at_once=24),
+    span=96,
+    span_step=32,
 )
 
 

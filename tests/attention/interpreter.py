@@ -65,16 +65,16 @@ def row_by_row():
 
 
 def _store_at_once(places_smem_ref, x_vmem_ref, rows_vmem_ref, p) -> None:
-    window = rows_vmem_ref[...]
+    span = rows_vmem_ref[...]
     for pick in range(p.picks):
         places = places_smem_ref[0, pl.ds(pick * p.step, p.step)]
-        window = window.at[places].set(x_vmem_ref[...].astype(jnp.float32))
-    rows_vmem_ref[...] = window
+        span = span.at[places].set(x_vmem_ref[...].astype(jnp.float32))
+    rows_vmem_ref[...] = span
 
 
-def _load_at_once(places_smem_ref, window_vmem_ref, some_vmem_ref, first, p) -> None:
-    window, size = window_vmem_ref[...], some_vmem_ref.shape[0] // p.picks
-    rows = [window[places_smem_ref[0, pl.ds(pick * p.step + first, size)]] for pick in range(p.picks)]
+def _load_at_once(places_smem_ref, span_vmem_ref, some_vmem_ref, first, p) -> None:
+    span, size = span_vmem_ref[...], some_vmem_ref.shape[0] // p.picks
+    rows = [span[places_smem_ref[0, pl.ds(pick * p.step + first, size)]] for pick in range(p.picks)]
     some_vmem_ref[...] = jnp.concatenate(rows)
 
 

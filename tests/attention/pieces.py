@@ -14,7 +14,7 @@ import numpy as np
 from moc_jax.attention.pallas_tpu import attend, flash, flash_backward, moves, packing, pairs, pool, router
 
 _PIECES = (
-    (attend, "plan"),
+    (attend, "ordered_tiles"),
     (flash, "forward"),
     (flash_backward, "gradients"),
     (moves, "move"),

@@ -10,17 +10,29 @@ from tests.attention import oracle
 from tests.attention.compiled import BACKENDS, attention_and_gradients, routing
 from tests.attention.configs import DENSE, MULTI_SHOT, PAST, SINGLE_SHOT, WINDOW, name
 from tests.attention.oracle import Chunk
-from tests.attention.scenes import qkv
+from tests.attention.scenes import CHUNKS, LONGEST_CHUNK, SHOTS, TEXT_TOKENS, TOKENS, qkv
 from tests.attention.tolerances import assert_close
 
 T, V, P = TEXT, VIDEO, PAD
 # Captions before, within and after their shots, a prompt at the end, and tokens in between that take no part.
 OWN = [
-    [(5, V, 0), (3, T, 0), (4, V, 0), (2, P, 9), (2, T, 1), (1, T, 0), (7, V, 1), (3, V, 1), (4, V, 2), (2, T, GLOBAL)],
-    [(2, T, GLOBAL), (6, V, 0), (0, V, 0), (5, V, 1), (2, T, 1), (3, P, 9), (4, V, 2), (4, V, 2), (1, T, 2), (3, V, 4)],
+    [(5, V, 0), (3, T, 0), (4, V, 0), (2, P, 9), (2, T, 1), (1, T, 0), (7, V, 1), (3, V, 1), (9, V, 2), (2, T, GLOBAL)],
+    [
+        (2, T, GLOBAL),
+        (6, V, 0),
+        (0, V, 0),
+        (5, V, 1),
+        (2, T, 1),
+        (3, P, 9),
+        (4, V, 2),
+        (4, V, 2),
+        (1, T, 2),
+        (17, V, 4),
+    ],
 ]
-TOKENS = 40  # a few more than there are
-BY_CHUNK = [[(4, V, c) for c in range(9)] + [(3, V, 9)]] * 2  # no text, each chunk a shot
+BY_CHUNK = [[(8, V, shot) for shot in range(5)], [(17, V, 0), (3, V, 1), (9, V, 2)]]  # no text, each chunk a shot
+# The sizes of other tests, whose programs serve here too.
+SIZES = {"tokens": TOKENS, "text_tokens": TEXT_TOKENS, "max_chunk": LONGEST_CHUNK, "max_shots": SHOTS}
 
 
 def scene_of(own):
@@ -37,22 +49,22 @@ def moved(x, order):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.slow_interpreted(BY_CHUNK, PAST[0], SINGLE_SHOT, WINDOW, DENSE[1])
 @pytest.mark.parametrize(
     ("own", "cfg"),
     [
         *((OWN, cfg) for cfg in (MULTI_SHOT, PAST[0], SINGLE_SHOT, WINDOW, DENSE[1])),
-        (BY_CHUNK, MoCConfig(top_k=2)),
+        (BY_CHUNK, MULTI_SHOT),
     ],
     ids=lambda x: name(x) if isinstance(x, MoCConfig) else "moba" if x is BY_CHUNK else "own",
 )
 def test_tokens_in_ones_own_order(backend, own, cfg):
     scenes = [scene_of(scene) for scene in own]
-    q, k, v = qkv(0, scenes, shape=(TOKENS, 2, 16), backend=backend)
-    dout = np.asarray(qkv(1, scenes, shape=(TOKENS, 2, 16), backend=backend)[0])
-    lengths, kinds, shots = np.moveaxis(np.array(own), 2, 0)
+    q, k, v = qkv(0, scenes, backend=backend)
+    dout = np.asarray(qkv(1, scenes, backend=backend)[0])
+    rows = [scene + [(0, P, NO_SHOT)] * (CHUNKS - len(scene)) for scene in own]
+    lengths, kinds, shots = np.moveaxis(np.array(rows), 2, 0)
     given = [lengths] if own is BY_CHUNK else [lengths, kinds, shots]
-    table, order = chunk_table_from(*given, tokens=TOKENS)
+    table, order = chunk_table_from(*given, **SIZES)
     back = jnp.argsort(order)
 
     there = [moved(x, order) for x in (q, k, v)]

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import measure, results
+from benchmarks import results
 from benchmarks.measure import Effort, Program, both_ways, dense_attention, time_launches
+from moc_jax import timing
 
 
 @pytest.fixture
 def launching(monkeypatch):
     """launching(seconds, ...) -> what to launch, which takes these seconds in turn, by a clock that it moves alone."""
     now = 0.0
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
 
     def launches_of(*seconds):
         turns = itertools.cycle(seconds)

@@ -171,10 +171,10 @@ def test_unknown_chips_are_refused():
 
 
 def test_blocks_of_tilings():
-    forward = flash.Tiling(queries=1024, keys=512, compute_queries=256, compute_keys=128, ahead=2)
+    forward = flash.ForwardTiling(queries=1024, keys=512, compute_queries=256, compute_keys=128, ahead=2)
     assert Blocks.of(forward).forward == forward
     assert str(Blocks.of(forward)) == "1024x512x128, 256 rows, 2 ahead"
-    backward = flash_backward.Tiling(block=1024, at_once=512, transposed=True)
+    backward = flash_backward.GradientTiling(block=1024, at_once=512, transposed=True)
     assert Blocks.of(backward, 2048).backward == backward
     assert str(Blocks.of(backward, 2048)) == "1024x2048x512, transposed"
 

@@ -119,7 +119,7 @@ def used(config: Config) -> None:
     rate = learning_rate(config.optimizer, config.train.steps)
     assert all(np.isfinite(float(rate(n))) for n in (0, 1, config.train.steps))
     with contextlib.suppress(DataError):  # a bucket too small for any scene
-        assign_buckets(config, MANIFEST, {"": 1}, "train")
+        assign_buckets(config.data.buckets, MANIFEST, {"": 1}, "train", patch=config.model.patch[0])
     for sizes in ((1,), (2, 3)):
         assert len(TrainPlan(sizes, config.train.batch_size, config.train.seed)[0].scenes) == config.train.batch_size
 

@@ -8,7 +8,8 @@ import zipfile
 import pytest
 
 from moc_jax.config import DataConfig, TextConfig
-from moc_jax.data import demo_clip, load_captions
+from moc_jax.data import demo_clip
+from moc_jax.data.captions import load_captions
 from moc_jax.text import build_text_encoder
 
 

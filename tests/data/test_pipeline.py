@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 
 from moc_jax.config import BucketConfig, ConfigError
-from moc_jax.data import (
-    DataError,
-    ShardReader,
-    assign_buckets,
-    codec_of,
-    make_pipeline,
-    pack_scene,
-    prepare,
-    resolved,
-)
+from moc_jax.data import DataError, codec_of, make_pipeline, prepare, resolved
+from moc_jax.data.buckets import assign_buckets
 from moc_jax.data.caption_store import open_captions
+from moc_jax.data.pack import pack_scene
+from moc_jax.data.shards import ShardReader
 from moc_jax.text import build_text_encoder
 from tests.data.small import make_videos, small_config, with_data
 
@@ -65,7 +59,8 @@ def _expected(cfg, manifest, name, bucket):
 
 
 def _assign(cfg, manifest):
-    return assign_buckets(cfg, manifest, open_captions(manifest, cfg.text).tokens, "train")
+    tokens = open_captions(manifest, cfg.text).tokens
+    return assign_buckets(cfg.data.buckets, manifest, tokens, "train", patch=cfg.model.patch[0])
 
 
 def _rows(batch):

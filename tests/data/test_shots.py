@@ -5,9 +5,15 @@ import weakref
 import numpy as np
 import pytest
 
-from moc_jax.data.shots import CutDetector, GivenCuts, begin_shots, split_shots
+from moc_jax.data.shots import CutDetector, GivenCuts, begin_shots
 from moc_jax.data.video import decode, read_video, write_video
 from tests.data.clips import make_clip, make_frames
+
+
+def split_shots(path, height, width, fps, is_cut):
+    """The shots of a file, whole."""
+    shots = begin_shots(decode(path, height, width), (height, width), fps, is_cut, most=None)
+    return (shot for _, shot in shots)
 
 
 @pytest.mark.parametrize(("fps", "expected"), [(24.0, [14, 30, 9, 21]), (12.0, [7, 15, 5, 10]), (8.0, [5, 10, 3, 7])])

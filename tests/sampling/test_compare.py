@@ -10,7 +10,7 @@ from moc_jax.data.prepare import prepare
 from moc_jax.data.quality import psnr
 from moc_jax.data.video import read_video
 from moc_jax.sampling.compare import mean_psnr, prepared_scene, training_scene
-from moc_jax.sampling.scenes import make_request
+from moc_jax.sampling.scenes import Canvas, make_request
 from moc_jax.text import build_text_encoder
 from tests.data.small import SIZE, make_videos, small_config, with_data
 
@@ -57,7 +57,8 @@ def test_a_training_scene_comes_with_its_storyboard_and_its_reconstruction(tmp_p
     ceiling, per_shot = mean_psnr(shots, scene.original)
     shown = ", ".join(f"{value:.1f}" for value in per_shot)
     assert lines[1] == f"PSNR of the reconstruction against the original: {ceiling:.2f} dB (by shot: {shown})"
-    request = make_request([board], config, codec, build_text_encoder(config.text))
+    canvas = Canvas(config.data, codec, config.model.patch)
+    request = make_request([board], canvas, config.sample, build_text_encoder(config.text))
     np.testing.assert_array_equal(request.lengths.shot_frames, [[3, 4]])
 
     with pytest.raises(ConfigError, match="no training scene 1; the data has 1"):
@@ -99,7 +100,7 @@ def test_originals_are_found_by_their_path_where_names_repeat(tmp_path):
     manifest = prepare(config)
     (entry,) = [scene for scene in manifest.scenes if scene.name.endswith("y/videos/a.mp4#1")]
     codec, clip = codec_of(manifest), read_video(second / "a.mp4", *SIZE, config.data.fps)
-    scene = prepared_scene(config, manifest, codec, entry)
+    scene = prepared_scene(config.data, manifest, codec, entry)
     (shot,), start = scene.original, entry.shots[0].start
     assert start > 14
     np.testing.assert_array_equal(shot, clip[start : start + 13])

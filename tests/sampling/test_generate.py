@@ -24,6 +24,7 @@ from moc_jax.text import build_text_encoder
 from tests.sampling.worlds import (
     BUCKET,
     CONFIG,
+    canvas_of,
     make_board,
     make_codec,
     make_params,
@@ -75,7 +76,7 @@ def test_same_seed_same_bytes_and_other_seed_other_bytes():
 
 def test_every_shot_has_noise_of_its_own_seed():
     encoder = build_text_encoder(CONFIG.text)
-    keys = lambda board, config=CONFIG: make_request([board], config, make_codec(), encoder).keys[0]  # noqa: E731
+    keys = lambda board, config=CONFIG: make_request([board], canvas_of(config), config.sample, encoder).keys[0]  # noqa: E731
     assert len({key.tobytes() for key in keys(THREE)}) == 3
     np.testing.assert_array_equal((keys(THREE) == keys(change(THREE, 1, seed=9))).all(axis=-1), [True, False, True])
     reseeded = dataclasses.replace(THREE, seed=6)
@@ -133,7 +134,7 @@ def test_settings_reach_the_model():
 
 def test_negative_prompt_stands_in_for_every_caption():
     encoder = build_text_encoder(CONFIG.text)
-    request = make_request([TWO, THREE], with_sample(negative_prompt="fog, rain"), make_codec(), encoder)
+    request = make_request([TWO, THREE], canvas_of(CONFIG), with_sample(negative_prompt="fog, rain").sample, encoder)
     for b, (prompt, captions) in enumerate((("sun", 3), ("fog, rain", 4))):  # the storyboard's comes first
         rows = np.concatenate([encoder(prompt)] * captions)
         np.testing.assert_array_equal(request.negative_text[b, : len(rows)], rows)
@@ -156,8 +157,8 @@ def test_warnings_of_what_will_not_work_as_hoped():
 def test_the_storyboard_of_a_training_scene_has_its_durations():
     shots = tuple(ShotEntry(caption=f"shot {n}", frames=n, start=0) for n in (1, 7, 3))
     entry = SceneEntry(name="a#0", source="a", split="train", caption="all", shots=shots, shard=0, record=0)
-    board = scene_storyboard(entry, CONFIG)
-    request = make_request([board], CONFIG, make_codec(), build_text_encoder(CONFIG.text))
+    board = scene_storyboard(entry, stride=CONFIG.codec.stride[0], fps=CONFIG.data.fps)
+    request = make_request([board], canvas_of(CONFIG), CONFIG.sample, build_text_encoder(CONFIG.text))
     np.testing.assert_array_equal(request.lengths.shot_frames, [[1, 7, 3]])
     assert (board.caption, [shot.caption for shot in board.shots]) == ("all", ["shot 1", "shot 7", "shot 3"])
 
@@ -320,7 +321,7 @@ def test_a_compilation_is_left_when_stop_is_asked():
 def test_call_by_call_is_the_same_as_in_one_program():
     config = with_sample(order="shots", solver="heun")
     sampler = Sampler(config, make_codec())
-    request = make_request([THREE, TWO], config, make_codec(), build_text_encoder(config.text), BUCKET)
+    request = make_request([THREE, TWO], canvas_of(config), config.sample, build_text_encoder(config.text), BUCKET)
 
     @jax.jit
     def whole(params, request):
@@ -330,3 +331,11 @@ def test_call_by_call_is_the_same_as_in_one_program():
     np.testing.assert_allclose(
         sampler._run(make_params(), request), whole(make_params(), jax.tree.map(jnp.asarray, request)), atol=2e-5
     )
+
+
+def test_no_program_of_sampling_calls_back_into_python():
+    """Such a program is never kept, and would be compiled at every start."""
+    run(TWO)
+    programs = make_sampler(CONFIG)._programs
+    assert {name for name, *_ in programs} == {"begin", "call", "end"}
+    assert not any("callback" in program.as_text() for program in programs.values())

@@ -12,11 +12,11 @@ from moc_jax.sampling import scenes
 from moc_jax.sampling.scenes import make_request
 from moc_jax.sampling.storyboard import StoryboardError
 from moc_jax.text import build_text_encoder
-from tests.sampling.worlds import CONFIG, make_board, make_codec
+from tests.sampling.worlds import CONFIG, canvas_of, make_board
 
 
 def request(*boards):
-    return make_request(boards, CONFIG, make_codec(), build_text_encoder(CONFIG.text))
+    return make_request(boards, canvas_of(CONFIG), CONFIG.sample, build_text_encoder(CONFIG.text))
 
 
 @pytest.fixture

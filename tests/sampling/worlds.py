@@ -22,6 +22,7 @@ from moc_jax.config import (
 )
 from moc_jax.models.mmdit import abstract_model
 from moc_jax.sampling.generate import Sampler
+from moc_jax.sampling.scenes import Canvas
 from moc_jax.sampling.storyboard import parse_storyboard
 
 CONFIG = Config(
@@ -42,6 +43,10 @@ def make_codec(cfg=CONFIG.codec):
     random = np.random.default_rng(0)
     coarse = random.uniform(-1, 1, size=(3, 9, 4, 8, 3)).astype(np.float32)
     return fit_codec(cfg, [np.kron(clip, np.ones((1, 4, 4, 1), np.float32)) for clip in coarse])
+
+
+def canvas_of(config):
+    return Canvas(config.data, make_codec(), config.model.patch)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from moc_jax.config import (
     ChunkConfig,
@@ -20,7 +21,7 @@ from moc_jax.config import (
 )
 from moc_jax.scene import Scene, SceneLengths
 from moc_jax.sharding import make_mesh
-from moc_jax.training.state import Blueprint, TrainState
+from moc_jax.training.state import Blueprint, TrainState, make_blueprint
 
 CONFIG = Config(
     model=ModelConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none"),
@@ -43,6 +44,11 @@ def changed(config: Config, **parts) -> Config:
     """`changed(CONFIG, train={"steps": 3})`."""
     new = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in parts.items()}
     return dataclasses.replace(config, **new)
+
+
+def blueprint_of(config: Config, mesh: Mesh) -> Blueprint:
+    """As a run makes it."""
+    return make_blueprint(config.model, config.optimizer, config.train, mesh)
 
 
 def mesh_of(count: int, **sizes: int):

@@ -123,7 +123,8 @@ def test_nan_stops_the_run_and_is_not_saved(start, prepared_config, tmp_path, mo
     with pytest.raises(TrainingError) as error:
         start(train={"checkpoint_every": 2})
     manifest = prepare(prepared_config)
-    entries = batch_entries(prepared_config, loop.make_pipeline(prepared_config, manifest, split="train").buckets, 4)
+    buckets = loop.make_pipeline(prepared_config, manifest, split="train").buckets
+    entries = batch_entries(prepared_config.train, buckets, 4)
     message = str(error.value)
     assert message.startswith("step 5: loss nan") or message.startswith("step 5: loss inf")
     for entry in entries:

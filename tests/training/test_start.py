@@ -15,9 +15,9 @@ from moc_jax.data.manifest import CODEC, load_manifest
 from moc_jax.training.loop import train
 from moc_jax.training.metrics import read_metrics
 from moc_jax.training.start import check_initial, initial_codec
-from moc_jax.training.state import create_state, make_blueprint
+from moc_jax.training.state import create_state
 from tests.data.clips import make_clip
-from tests.training.small import CONFIG, changed, mesh_of
+from tests.training.small import CONFIG, blueprint_of, changed, mesh_of
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def test_the_next_stage_has_weights_and_codec_of_the_one_before(first, second, c
 
 
 def test_optimizer_and_average_start_afresh(first):
-    blueprint = make_blueprint(first, mesh_of(1))
+    blueprint = blueprint_of(first, mesh_of(1))
     params = load_for_sampling(first.workdir, shardings=blueprint.shardings.params).params
-    state, fresh = create_state(first, blueprint, params), create_state(first, blueprint)
+    state, fresh = create_state(blueprint, params), create_state(blueprint)
     for part in (state.params, state.ema):
         jax.tree.map(np.testing.assert_array_equal, part, params)
     jax.tree.map(np.testing.assert_array_equal, state.optimizer, fresh.optimizer)

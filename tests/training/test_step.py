@@ -15,9 +15,9 @@ from moc_jax.scene import Scene, SceneLengths
 from moc_jax.sharding import shard_batch, weight_spec
 from moc_jax.training import step as step_module
 from moc_jax.training.optimizer import make_optimizer
-from moc_jax.training.state import TrainState, create_state, make_blueprint
+from moc_jax.training.state import TrainState, create_state
 from moc_jax.training.step import make_train_step, make_validation_step, validation_levels
-from tests.training.small import CONFIG, changed, make_scene, mesh_of, random_state
+from tests.training.small import CONFIG, blueprint_of, changed, make_scene, mesh_of, random_state
 
 MESHES = {"1": (1, {}), "8x1": (8, {"data": 8}), "2x4": (8, {"data": 2, "fsdp": 4}), "1x8": (8, {"data": 1, "fsdp": 8})}
 
@@ -27,8 +27,8 @@ def program(name="1", config=CONFIG):
     """Mesh, blueprint and compiled-once step; compiling is what these tests spend their time on."""
     count, sizes = MESHES[name]
     mesh = mesh_of(count, **sizes)
-    blueprint = make_blueprint(config, mesh)
-    return mesh, blueprint, make_train_step(config, blueprint, mesh)
+    blueprint = blueprint_of(config, mesh)
+    return mesh, blueprint, make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh)
 
 
 def run(*scenes, name="1", config=CONFIG, start=0):
@@ -86,7 +86,7 @@ def test_the_state_stays_where_the_table_puts_it(name):
 
 
 def test_the_first_weights_do_not_depend_on_the_mesh():
-    states = [jax.device_get(create_state(CONFIG, program(name)[1])) for name in ("1", "2x4")]
+    states = [jax.device_get(create_state(program(name)[1])) for name in ("1", "2x4")]
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
@@ -135,12 +135,27 @@ def traces(monkeypatch):
     return count
 
 
+def test_no_step_calls_back_into_python():
+    """Such a program is never kept, and would be compiled at every start."""
+    mesh, blueprint, step = program()
+    validate = make_validation_step(CONFIG.train, CONFIG.diffusion, blueprint, mesh)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    with jax.set_mesh(mesh):
+        lowered = [
+            step.lower(blueprint.abstract, make_scene(), CONFIG.moc),
+            validate.lower(blueprint.abstract.params, make_scene(), number, CONFIG.moc),
+        ]
+    seen = jax.jit(lambda x: jax.debug.print("{}", x)).lower(1.0)
+    assert ["callback" in program.as_text() for program in (seen, *lowered)] == [True, False, False]
+
+
 def test_one_compilation_per_bucket_and_chunk_size(traces):
     config = changed(CONFIG, train={"chunk_schedule": (ChunkStage(step=2, size=2), ChunkStage(step=4, size=1))})
     assert [config.moc_at(step).chunk.size for step in range(6)] == [1, 1, 2, 2, 1, 1]
     mesh = mesh_of(1)
-    blueprint = make_blueprint(config, mesh)
-    step, validate = make_train_step(config, blueprint, mesh), make_validation_step(config, blueprint, mesh)
+    blueprint = blueprint_of(config, mesh)
+    step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh)
+    validate = make_validation_step(config.train, config.diffusion, blueprint, mesh)
     state, number = blueprint.abstract, jax.ShapeDtypeStruct((), jnp.int32)
     for batch, traced in enumerate([1, 1, 2, 2, 2, 2]):  # going back to a size of before traces nothing
         step.eval_shape(state, make_scene(batch), config.moc_at(batch))
@@ -230,7 +245,7 @@ def test_the_average_follows_its_formula():
 
 
 def test_without_an_average_the_weights_are_sampled():
-    state = make_blueprint(changed(CONFIG, train={"ema_decay": 0.0}), mesh_of(1)).abstract
+    state = blueprint_of(changed(CONFIG, train={"ema_decay": 0.0}), mesh_of(1)).abstract
     assert state.ema is None
     assert state.sampling_params is state.params
     assert set(state.items()) == {"params", "optimizer"}
@@ -250,7 +265,7 @@ def test_validation_is_fixed_and_counts_shots():
     for name in ("1", "2x4"):
         mesh, blueprint, _ = program(name)
         params = random_state(CONFIG, blueprint).params
-        validate = make_validation_step(CONFIG, blueprint, mesh)
+        validate = make_validation_step(CONFIG.train, CONFIG.diffusion, blueprint, mesh)
         with jax.set_mesh(mesh):
             scene = shard_batch(make_scene(5), mesh)
             (sums, shots), (again, _), (other, _) = (
@@ -267,6 +282,4 @@ def test_validation_is_fixed_and_counts_shots():
 
 
 def test_validation_stands_at_the_centres():
-    np.testing.assert_array_equal(
-        validation_levels(changed(CONFIG, train={"validation_buckets": 4})), [0.125, 0.375, 0.625, 0.875]
-    )
+    np.testing.assert_array_equal(validation_levels(4), [0.125, 0.375, 0.625, 0.875])

@@ -11,9 +11,8 @@ from moc_jax.data import make_pipeline, prepare
 from moc_jax.models.mmdit import scene_shape
 from moc_jax.models.presets import matrix_flops, parameter_count
 from moc_jax.scene import chunk_table
-from moc_jax.training.state import make_blueprint
 from moc_jax.training.summary import scene_costs, si, stage_costs, summary
-from tests.training.small import changed, mesh_of
+from tests.training.small import blueprint_of, changed, mesh_of
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_the_summary_names_what_a_user_looks_for(made, monkeypatch, tmp_path):
     usage = collections.namedtuple("usage", "free")
     for mesh, free in ((mesh_of(1), 10**12), (mesh_of(8, data=8), 10**5)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(free))
-        blueprint = make_blueprint(config, mesh)
+        blueprint = blueprint_of(config, mesh)
         text = summary(config, manifest, [data.buckets], stage_costs(config, data.buckets), mesh, blueprint)
         assert f"{parameter_count(config.model):,} parameters" in text
         assert f"data {mesh.shape['data']} x fsdp 1" in text
@@ -69,7 +68,7 @@ def test_weights_that_no_mesh_axis_divides_are_named(made):
     config, manifest, data = made
     odd = changed(config, model={"dim": 12, "heads": 2, "mlp_ratio": 0.75})  # 12 and 9 by 8
     mesh = mesh_of(8, data=1, fsdp=8)
-    blueprint = make_blueprint(odd, mesh)
+    blueprint = blueprint_of(odd, mesh)
     text = summary(odd, manifest, [data.buckets], stage_costs(odd, data.buckets), mesh, blueprint)
     assert "not split over fsdp, since no dimension divides by 8: blocks/text/mlp/down/bias (2, 12)" in text
 
@@ -78,7 +77,7 @@ def test_batches_that_make_no_update_are_reported(made):
     config, manifest, data = made
     config = changed(config, optimizer={"accumulate": 4}, train={"steps": 6})
     mesh = mesh_of(1)
-    text = summary(config, manifest, [data.buckets], {}, mesh, make_blueprint(config, mesh))
+    text = summary(config, manifest, [data.buckets], {}, mesh, blueprint_of(config, mesh))
     assert text.endswith("the last 2 batch(es) make no update; 4 or 8 steps would waste none")
 
 

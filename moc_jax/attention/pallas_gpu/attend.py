@@ -29,135 +29,81 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention import routing
-from moc_jax.attention.layout import ALIGN, LOG2E, Heads, Queries, by_group, head_groups, round_up, sum_other_parts
+from moc_jax.attention.layout import ALIGN, LOG2E, Heads, Queries, by_group, head_groups, round_up, sum_other_shares
 from moc_jax.attention.pallas_gpu import device, flash, flash_backward, router
 from moc_jax.attention.pallas_gpu.device import Hopper
 from moc_jax.attention.pallas_gpu.plan import AnchorTiles, PickTiles, anchor_tiles, pick_tiles
 from moc_jax.attention.pallas_gpu.tiles import TILE
 from moc_jax.attention.schedule import Schedule
+from moc_jax.attention.statistics import row_dot
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Float32, Int, typed
 
+_PartOf = tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]
+_GradientsOf = tuple[Float[Array, "B Q H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]
 
-@typed
-def select(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Hopper,
-) -> Int[Array, "B H Q K"]:
-    """The best candidates of every query, best first.
 
-    Raises:
-        NotImplementedError: the device, the type, D or `top_k` is none that the kernels can do.
-    """
+# The functions of `backends.Implementation`, which says their shapes. All raise NotImplementedError where the device, a
+# type or D is none that the kernels can do.
+
+
+def select(q, k, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> Int[Array, "B H Q K"]:
+    """The best candidates of every query, best first."""
     device.check(backend, q, k)
     return router.select(q, routing.descriptors(k, table), queries, table, cfg, interpret=backend.interpret)
 
 
-@typed
 def attend(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H Q K"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Hopper,
+    q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
 ) -> Float[Array, "B Q H D"]:
-    """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0.
-
-    Raises:
-        NotImplementedError: the device, the type or D is none that the kernels can do.
-    """
+    """Attention over anchors and picks, with its gradients; queries with neither give 0."""
     with jax.named_scope("moc_attention"):
         out = _attend(*_prepared(q, k, v, routes, queries, table, cfg, backend), backend)
     return out[:, : q.shape[1]]
 
 
-@typed
-def anchor_part(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Hopper,
-) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
-    """Output and natural log-sum-exp of the anchors alone; raises as `attend`."""
+def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> _PartOf:
+    """Output and natural log-sum-exp of the anchors alone."""
+    return _part(_prepared(q, k, v, None, queries, table, cfg, backend), q.shape[1], backend)
+
+
+def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> _PartOf:
+    """Output and natural log-sum-exp of the picks alone."""
+    return _part(_prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False), q.shape[1], backend)
+
+
+def anchor_gradients(
+    q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
+) -> _GradientsOf:
+    """dq, dk and dv of the anchors' part, given the final natural log-sum-exp and delta."""
     prepared = _prepared(q, k, v, None, queries, table, cfg, backend)
-    return _part(_forward(*prepared, backend), q.shape[1])
+    return _part_gradients(prepared, d_out, lse, delta, k.shape[1], backend)
 
 
-@typed
-def pick_part(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H Q K"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Hopper,
-) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
-    """Output and natural log-sum-exp of the picks alone; raises as `attend`."""
+def pick_gradients(
+    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
+) -> _GradientsOf:
+    """dq, dk and dv of the picks' part, given the final natural log-sum-exp and delta."""
     prepared = _prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False)
-    return _part(_forward(*prepared, backend), q.shape[1])
+    return _part_gradients(prepared, d_out, lse, delta, k.shape[1], backend)
 
 
-def _part(found: tuple[Array, ...], rows: int):
-    out, lse = found
+def _part(prepared, rows: int, backend: Hopper) -> _PartOf:
+    q, k, v, work = prepared
+    out, lse = _forward(q, k, v, work, backend)
     return out[:, :rows], lse[:, :, :rows] / LOG2E
 
 
-@typed
-def anchor_gradients(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    d_out: Float[Array, "B Q H D"],
-    lse: Float32[Array, "B H Q"],
-    delta: Float32[Array, "B H Q"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Hopper,
-) -> tuple[Float[Array, "B Q H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]:
-    """dq, dk and dv of the anchors' part, given the final log-sum-exp and delta; raises as `attend`."""
-    prepared = _prepared(q, k, v, None, queries, table, cfg, backend)
-    return _part_gradients(*prepared, d_out, lse, delta, k.shape[1], backend)
-
-
-@typed
-def pick_gradients(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H Q K"],
-    d_out: Float[Array, "B Q H D"],
-    lse: Float32[Array, "B H Q"],
-    delta: Float32[Array, "B H Q"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Hopper,
-) -> tuple[Float[Array, "B Q H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]:
-    """dq, dk and dv of the picks' part, given the final log-sum-exp and delta; raises as `attend`."""
-    prepared = _prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False)
-    return _part_gradients(*prepared, d_out, lse, delta, k.shape[1], backend)
-
-
-def _part_gradients(q, k, v, work: "_Work", d_out, lse, delta, tokens: int, backend: Hopper):
-    rows = d_out.shape[1]
-    more, valid = (0, q.shape[1] - rows), work.query_valid
+def _part_gradients(prepared, d_out, lse, delta, tokens: int, backend: Hopper) -> _GradientsOf:
+    q, k, v, work = prepared
+    rows, valid = d_out.shape[1], work.query_valid
+    more = (0, q.shape[1] - rows)
     d_out = jnp.where(valid[..., None, None], jnp.pad(d_out, ((0, 0), more, (0, 0), (0, 0))), 0).astype(q.dtype)
-    lse, delta = (jnp.pad(x, ((0, 0), (0, 0), more)) for x in (lse * LOG2E, delta))
-    lse, delta = (jnp.where(valid[:, None], x, nothing) for x, nothing in ((lse, -jnp.inf), (delta, 0.0)))
+    lse, delta = (
+        jnp.where(valid[:, None], jnp.pad(x, ((0, 0), (0, 0), more)), nothing)
+        for x, nothing in ((lse * LOG2E, -jnp.inf), (delta, 0.0))
+    )
     d_q, d_k, d_v = _gradients(q, k, v, work, d_out, _without_weights(lse), delta, backend)
     return d_q[:, :rows], d_k[:, :tokens], d_v[:, :tokens]
 
@@ -183,28 +129,22 @@ class _Work:
 def _prepared(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper, anchors=True):
     """q, k and v as kernels take them, and what is walked: picks if there are `routes`, and anchors."""
     device.check(backend, q, k, v)
-    # Blocks of keys start at multiples of 8, and text is cut into whole tiles; what is added belongs to no chunk.
+    # Blocks start at multiples of 8, and text is cut into whole tiles; what is added belongs to no chunk.
     rows = max(round_up(q.shape[1], ALIGN), TILE)
     tokens = max(round_up(k.shape[1], ALIGN), round_up(table.text_tokens, TILE), TILE)
-    more_rows, more_tokens = (0, rows - q.shape[1]), (0, tokens - k.shape[1])
-    q, k, v = (
-        jnp.pad(x, ((0, 0), more, (0, 0), (0, 0))) for x, more in ((q, more_rows), (k, more_tokens), (v, more_tokens))
-    )
-    query_chunk, chunk_of = (
-        jnp.pad(x.chunk_of, ((0, 0), more), constant_values=-1)
-        for x, more in ((queries, more_rows), (table, more_tokens))
-    )
-    queries = dataclasses.replace(queries, chunk_of=query_chunk)
-    table = dataclasses.replace(table, chunk_of=chunk_of)
-    if routes is not None:
-        routes = jnp.pad(routes, ((0, 0), (0, 0), more_rows, (0, 0)), constant_values=-1)
+
+    def more(x, axis, count, value=0):
+        return jnp.pad(x, [(0, count - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=value)
+
+    queries = dataclasses.replace(queries, chunk_of=more(queries.chunk_of, 1, rows, -1))
+    table = dataclasses.replace(table, chunk_of=more(table.chunk_of, 1, tokens, -1))
     work = _Work(
         anchor_tiles(queries, table, cfg, backend.tiles.text_readers) if anchors else None,
-        None if routes is None else pick_tiles(routes, table),
+        None if routes is None else pick_tiles(more(routes, 2, rows, -1), table),
         queries.valid,
         table.valid,
     )
-    return q, k, v, work
+    return more(q, 1, rows), more(k, 1, tokens), more(v, 1, tokens), work
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -225,7 +165,7 @@ def _without_weights(lse: Array) -> Array:
 def _attend_backward(backend: Hopper, residuals, d_out):
     q, k, v, work, out, lse = residuals
     d_out = jnp.where(work.query_valid[..., None, None], d_out, 0).astype(q.dtype)
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1).swapaxes(1, 2)  # [B, H, Q]
+    delta = jnp.swapaxes(row_dot(d_out, out), 1, 2)  # [B, H, Q]
     return *_gradients(q, k, v, work, d_out, lse, delta, backend), None
 
 
@@ -236,11 +176,11 @@ def _forward(q, k, v, work: _Work, backend: Hopper):
     """[B, Q, H, D] -> output, and base-2 log-sum-exp [B, H, Q]."""
     batch, rows, heads, dim = q.shape
     start = jnp.zeros(q.shape, v.dtype), jnp.full((batch, heads, rows), -jnp.inf)
-    anchors, picks, all_heads = work.anchors, work.picks, Heads(0, heads)
+    anchors, picks = work.anchors, work.picks
     if anchors is None and picks is None:
         return start
     if anchors is not None:
-        of_anchors = flash.forward(q, k, v, anchors.queries, all_heads.operand, backend, sorted_rows=False)
+        of_anchors = flash.forward(q, k, v, anchors.queries, Heads(0, heads).operand, backend, sorted_rows=False)
 
     def one_group(heads: Heads, whole):
         parts = []
@@ -264,41 +204,47 @@ def _gradients(q, k, v, work: _Work, d_out, lse, delta, backend: Hopper):
     """
     heads, dim = q.shape[2:]
     start = tuple(jnp.zeros(x.shape, q.dtype) for x in (q, k, v))
-    anchors, picks, all_heads = work.anchors, work.picks, Heads(0, heads)
+    anchors, picks = work.anchors, work.picks
     if anchors is None and picks is None:
         return start
     # Blocks of a run may hold padding. Its weights are 0, but what they are multiplied with may be NaN, or v d_out
     # overflow. A mask inside of dq's kernel, after the products, took it from 53 to 55 ms in the reference scene.
     v = jnp.where(work.key_valid[..., None, None], v, 0)
-    for_queries = functools.partial(flash_backward.query_gradients, backend=backend)
-    for_keys = functools.partial(flash_backward.key_gradients, backend=backend)
+    key_valid = work.key_valid[:, None]
     if anchors is not None:
-        inputs = q, k, v, d_out, lse, delta
-        query_rows = for_queries(*inputs, anchors.queries, all_heads.operand, sorted_rows=False)
-        key_rows = for_keys(*inputs, anchors.keys, all_heads.operand, sorted_rows=False)
-    valid = work.key_valid[:, None]
+        inputs = flash_backward.Inputs(q, k, v, d_out, lse, delta, Heads(0, heads).operand, sorted_rows=False)
+        of_anchors = (
+            flash_backward.query_gradients(inputs, anchors.queries, backend),
+            *flash_backward.key_gradients(inputs, anchors.keys, backend),
+        )
 
     def one_group(heads: Heads, whole):
-        of_queries, of_keys = [], ([], [])
+        parts: tuple[list[Part], ...] = [], [], []  # of dq, dk and dv
         if anchors is not None:
-            of_queries.append(Part(query_rows, anchors.query_row[:, None], anchors.anchored[:, None], heads.first))
-            for parts, rows in zip(of_keys, key_rows, strict=True):
-                parts.append(Part(rows, anchors.key_row[:, None], valid, heads.first))
+            rows = anchors.query_row, anchors.key_row, anchors.key_row
+            there = anchors.anchored[:, None], key_valid, key_valid
+            for found, x, row, mask in zip(parts, of_anchors, rows, there, strict=True):
+                found.append(Part(x, row[:, None], mask, heads.first))
         if picks is not None:
             rows = queries_of_slots(picks.schedule, heads)
-            of_pairs = (take_rows(x, rows, heads) for x in (q, d_out))
-            scalars = (_take_scalars(x, rows, heads) for x in (lse, delta))
-            pairs, d_pairs = of_pairs
-            inputs = pairs, k, v, d_pairs, *scalars
-            d_q = for_queries(*inputs, heads.of(picks.queries), heads.operand, sorted_rows=True)
-            of_queries += [Part(d_q, slot, slot >= 0, 0) for slot in slots_of_pairs(picks.schedule, heads)]
-            d_chunks = for_keys(*inputs, heads.of(picks.keys), heads.operand, sorted_rows=True)
-            for parts, of_chunks in zip(of_keys, d_chunks, strict=True):
-                parts.append(Part(of_chunks, picks.key_row[:, None], valid, 0))
-        sums = [_sum(parts, heads.count) for parts in (of_queries, *of_keys)]
+            inputs = flash_backward.Inputs(
+                take_rows(q, rows, heads),
+                k,
+                v,
+                take_rows(d_out, rows, heads),
+                _take_scalars(lse, rows, heads),
+                _take_scalars(delta, rows, heads),
+                heads.operand,
+                sorted_rows=True,
+            )
+            d_q = flash_backward.query_gradients(inputs, heads.of(picks.queries), backend)
+            parts[0].extend(Part(d_q, slot, slot >= 0, 0) for slot in slots_of_pairs(picks.schedule, heads))
+            for found, x in zip(parts[1:], flash_backward.key_gradients(inputs, heads.of(picks.keys), backend)):
+                found.append(Part(x, picks.key_row[:, None], key_valid, 0))
+        d_q, *of_keys = (_sum(found, heads.count) for found in parts)
         if anchors is not None:
-            sums[1:] = [_add_text_parts(x, parts[0], anchors, heads) for x, parts in zip(sums[1:], of_keys)]
-        return tuple(heads.put(x, part.astype(q.dtype), 2) for x, part in zip(whole, sums, strict=True))
+            of_keys = [_add_text_shares(x, found[0], anchors, heads) for x, found in zip(of_keys, parts[1:])]
+        return tuple(heads.put(x, part.astype(q.dtype), 2) for x, part in zip(whole, (d_q, *of_keys), strict=True))
 
     return by_group(one_group, start, heads, work.groups(heads, dim * q.dtype.itemsize, backend.tiles.group_bytes))
 
@@ -306,13 +252,13 @@ def _gradients(q, k, v, work: _Work, d_out, lse, delta, backend: Hopper):
 # ------------------------------------------------------------------------------------------- gathers and sums
 
 
-def queries_of_slots(schedule: Schedule, heads: Heads) -> Int[Array, "B H S"]:
+def queries_of_slots(schedule: Schedule, heads: Heads) -> Int[Array, "B H J"]:
     """The query of each slot; 0 for empty slots."""
     pair = heads.of(schedule.pair_of_slot)
     return jnp.maximum(pair, 0).reshape(*pair.shape[:2], -1) // schedule.slot_of_pair.shape[-1]
 
 
-def slots_of_pairs(schedule: Schedule, heads: Heads) -> list[Int[Array, "B H N"]]:
+def slots_of_pairs(schedule: Schedule, heads: Heads) -> list[Int[Array, "B H Q"]]:
     """Where the pairs of each query lie; -1: nowhere."""
     slots = heads.of(schedule.slot_of_pair)
     return [slots[..., i] for i in range(slots.shape[-1])]
@@ -342,8 +288,8 @@ def _pick(x, part: Part, heads: int):
 
 
 @typed
-def take_rows(x: Float[Array, "B N _ D"], rows: Int[Array, "B H S"], heads: Heads) -> Float[Array, "B H S D"]:
-    """Rows [B, H, S] of x [B, N, H, D], each head its own."""
+def take_rows(x: Float[Array, "B Q _ D"], rows: Int[Array, "B H J"], heads: Heads) -> Float[Array, "B H J D"]:
+    """Rows [B, H, J] of x [B, N, H, D], each head its own."""
     batch, tokens, held, dim = x.shape
     head = heads.first + jnp.arange(heads.count)[None, :, None]
     index = (jnp.arange(batch)[:, None, None] * tokens + rows) * held + head
@@ -353,8 +299,8 @@ def take_rows(x: Float[Array, "B N _ D"], rows: Int[Array, "B H S"], heads: Head
     return lax.bitcast_convert_type(taken, x.dtype).reshape(*index.shape, dim)
 
 
-def _take_scalars(x, rows, heads: Heads) -> Float[Array, "B H S"]:
-    """Values [B, H, S] of x [B, H, N]."""
+def _take_scalars(x, rows, heads: Heads) -> Float[Array, "B H J"]:
+    """Values [B, H, J] of x [B, H, N]."""
     batch, held, tokens = x.shape
     return x.reshape(-1).at[_flat(rows, heads.first, tokens, (batch, heads.count, held))].get(mode="promise_in_bounds")
 
@@ -383,10 +329,10 @@ def _sum(parts: list[Part], heads: int) -> Float[Array, "B N H D"]:
     return functools.reduce(jnp.add, rows).swapaxes(1, 2)
 
 
-def _add_text_parts(total, part: Part, anchors: AnchorTiles, heads: Heads):
+def _add_text_shares(total, part: Part, anchors: AnchorTiles, heads: Heads):
     """Adds what the first part of the text's tiles lacks: its other readers."""
-    if anchors.text_parts < 2:
+    if anchors.text_shares < 2:
         return total
-    rows = sum_other_parts(heads.of(part.rows), anchors.text_parts, anchors.text_tiles * TILE).swapaxes(1, 2)
+    rows = sum_other_shares(heads.of(part.rows), anchors.text_shares, anchors.text_tiles * TILE).swapaxes(1, 2)
     text = slice(0, anchors.text_tokens)  # what else lies in the last tile is video
     return total.at[:, text].add(jnp.where(part.there[:, 0, text, None, None], rows[:, text], 0.0))

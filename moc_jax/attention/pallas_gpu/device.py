@@ -12,7 +12,7 @@ from moc_jax.shapes import Array
 HEAD_DIMS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
 COMPUTE = 2  # warpgroups that compute
-_INTERPRETED_BLOCKS = 2
+_INTERPRETED = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,13 @@ class KernelTiling:
 
     block: int = 128  # rows per step of a walk
     stages: int = 2  # steps in flight
-    slots: int = 2  # tiles in flight: with 2, the next tile is there when one ends
+    buffers: int = 2  # tiles in flight: with 2, the next tile is there when one ends
     compute_registers: int = 232  # per thread; twice this and the copying warpgroup's must stay within 504
     copy_registers: int = 40
 
     def __post_init__(self):
-        if self.block < 64 or self.block % 64 or self.stages < 2 or self.slots < 1:
-            raise ValueError(f"{self}: blocks are multiples of 64 rows, with at least 2 stages and 1 slot")
+        if self.block < 64 or self.block % 64 or self.stages < 2 or self.buffers < 1:
+            raise ValueError(f"{self}: blocks are multiples of 64 rows, with at least 2 stages and 1 buffer")
         if COMPUTE * self.compute_registers + self.copy_registers > 504:
             raise ValueError(f"{self}: a multiprocessor has 504 registers for a thread of each warpgroup; take fewer")
 
@@ -37,8 +37,8 @@ class HopperTiling:
     """What can be tuned: each kernel's tiling, and how work is cut before."""
 
     forward: KernelTiling = KernelTiling()
-    query_gradients: KernelTiling = KernelTiling(block=64, stages=3, slots=1)
-    key_gradients: KernelTiling = KernelTiling(block=64, slots=1, compute_registers=240, copy_registers=24)
+    query_gradients: KernelTiling = KernelTiling(block=64, stages=3, buffers=1)
+    key_gradients: KernelTiling = KernelTiling(block=64, buffers=1, compute_registers=240, copy_registers=24)
     group_bytes: int = 2**30  # of one buffer of sorted rows; more heads come in groups, one after the other
     text_readers: int = 2048  # that a tile of text's keys takes in one go, about
 
@@ -66,11 +66,11 @@ class Hopper:
         return self.tiling or HopperTiling()
 
     @property
-    def blocks(self) -> int:
+    def thread_blocks(self) -> int:
         """Thread blocks that run at once, one on each multiprocessor."""
         if self.multiprocessors is not None:
             return self.multiprocessors
-        return _INTERPRETED_BLOCKS if self.interpret is not None else jax.devices()[0].core_count
+        return _INTERPRETED if self.interpret is not None else jax.devices()[0].core_count
 
 
 def is_hopper() -> bool:

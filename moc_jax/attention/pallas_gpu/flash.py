@@ -29,19 +29,20 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_gpu.device import COMPUTE, Hopper
 from moc_jax.attention.pallas_gpu.multiprocessor import (
+    Refs,
     copy_keys,
+    copy_tile,
     launch,
     mask_columns,
     multiplied,
     multiply,
     result,
     ring_rows,
-    split_roles,
     tile_rows,
     with_accumulators,
     with_scores,
 )
-from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, Ref, Way, each_tile
+from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, Way, each_tile
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 
@@ -69,32 +70,21 @@ def forward(
     rows = tiles.count * TILE
     return launch(
         "moc_forward",
-        lambda *refs, job: split_roles(_Refs(*refs), job, _attend, _copy),
+        _attend,
+        _copy,
         job,
-        (q, k, v, tiles.table, first_head),
+        (q, k, v),
+        tiles,
+        first_head,
         (
             jax.ShapeDtypeStruct((job.batch, job.heads, rows, job.dim), v.dtype),
             jax.ShapeDtypeStruct((job.batch, job.heads, rows), jnp.float32),
         ),
-        tile=(tile_rows(job, q), plgpu.SMEM((TILE,), jnp.float32)),
-        ring=(ring_rows(job, k),) * 2,
-        tile_barriers=(1, COMPUTE),
-        ring_barriers=(1, COMPUTE, 1, COMPUTE),
+        tile=(tile_rows(job, q), plgpu.SMEM((TILE,), jnp.float32)),  # queries, log-sum-exp
+        ring=(ring_rows(job, k), ring_rows(job, v)),
+        # Of a tile, full and free; of a block, full and free of keys, then of values.
+        arrivals=((1, COMPUTE), (1, COMPUTE, 1, COMPUTE)),
     )
-
-
-class _Refs(NamedTuple):
-    q_gmem_ref: Ref
-    k_gmem_ref: Ref
-    v_gmem_ref: Ref
-    table_gmem_ref: Ref
-    first_head_gmem_ref: Ref
-    out_gmem_ref: Ref
-    lse_gmem_ref: Ref
-    tile_smem_refs: tuple[Ref, ...]  # queries, log-sum-exp
-    ring_smem_refs: tuple[Ref, ...]  # keys, values
-    tile_barrier_refs: tuple[Ref, ...]  # full, free
-    ring_barrier_refs: tuple[Ref, ...]  # full and free of keys, then of values
 
 
 class _State(NamedTuple):
@@ -108,14 +98,14 @@ class _State(NamedTuple):
     total: Array  # [rows, 8]: each thread adds up its own columns
 
 
-def _attend(refs: _Refs, job: Job, warpgroup):
+def _attend(refs: Refs, job: Job, warpgroup):
     """One warpgroup's halves of its tiles."""
     wide = functools.partial(plgpu.layout_cast, new_layout=plgpu.Layout.WGMMA)
     start = _State(
         jnp.int32(0),
         (jnp.int32(0),) * 3,
         wide(jnp.zeros((ROWS, job.dim), jnp.float32)),
-        wide(jnp.zeros((ROWS, job.tiling.block), refs.v_gmem_ref.dtype)),
+        wide(jnp.zeros((ROWS, job.tiling.block), refs.input_gmem_refs[2].dtype)),
         *_nothing(),
     )
     used, state = each_tile(refs.table_gmem_ref, job, functools.partial(_tile, refs, job, warpgroup), start)
@@ -128,13 +118,13 @@ def _nothing() -> tuple[Array, Array]:
     return largest, plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def _tile(refs: _Refs, job: Job, warpgroup, item, _, line, used, state: _State):
+def _tile(refs: Refs, job: Job, warpgroup, item, _, line, used, state: _State):
     """A tile's blocks up to the softmax of the last; its first product runs with the last one of the tile before."""
     (q_full, _), (k_full, _, _, v_free) = refs.tile_barrier_refs, refs.ring_barrier_refs
     q_tile_smem_ref, steps, way = _queries(refs, job, warpgroup, used), state.steps, Way(line, job)
     release = functools.partial(_release, refs, job, used - 1)
 
-    plgpu.barrier_wait(q_full.at[lax.rem(used, job.tiling.slots)])
+    plgpu.barrier_wait(q_full.at[lax.rem(used, job.tiling.buffers)])
     plgpu.barrier_wait(k_full.at[_ring(job, steps)])
     carry, span = (state.acc, state.p, *_nothing()), way.at(jnp.int32(0))[1:]
     acc, p, _, *softmax = _overlap(refs, job, q_tile_smem_ref, carry, steps, span, before=steps > 0, more=way.count > 1)
@@ -156,7 +146,7 @@ def _tile(refs: _Refs, job: Job, warpgroup, item, _, line, used, state: _State):
     return _State(steps + way.count, item, *carry)
 
 
-def _finish(refs: _Refs, job: Job, warpgroup, used, state: _State):
+def _finish(refs: Refs, job: Job, warpgroup, used, state: _State):
     """The last product of a thread block's last tile."""
     _, _, v_full, v_free = refs.ring_barrier_refs
     last = _ring(job, state.steps - 1)
@@ -171,34 +161,35 @@ def _ring(job: Job, step):
     return lax.rem(step + job.tiling.stages, job.tiling.stages)
 
 
-def _queries(refs: _Refs, job: Job, warpgroup, used):
-    return refs.tile_smem_refs[0].at[lax.rem(used, job.tiling.slots), pl.ds(warpgroup * ROWS, ROWS)]
+def _queries(refs: Refs, job: Job, warpgroup, used):
+    return refs.tile_smem_refs[0].at[lax.rem(used, job.tiling.buffers), pl.ds(warpgroup * ROWS, ROWS)]
 
 
-def _write(refs: _Refs, job: Job, warpgroup, acc, state: _State, used):
+def _write(refs: Refs, job: Job, warpgroup, acc, state: _State, used):
     """Starts to write a tile's output and log-sum-exp."""
     q_tile_smem_ref, lse_smem_ref = (
         _queries(refs, job, warpgroup, used),
         refs.tile_smem_refs[1].at[pl.ds(warpgroup * ROWS, ROWS)],
     )
     total = state.total.sum(axis=1)
+    out_gmem_ref, lse_gmem_ref = refs.output_gmem_refs
     # The queries are spent: their place holds the output on its way out.
-    q_tile_smem_ref[...] = (acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])).astype(refs.out_gmem_ref.dtype)
+    q_tile_smem_ref[...] = (acc * lax.broadcast_in_dim(1 / total, acc.shape, [0])).astype(out_gmem_ref.dtype)
     lse_smem_ref[...] = state.largest + jnp.log(total) * LOG2E
     plgpu.commit_smem()
     scene, head, tile = state.item
     rows = pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
-    plgpu.copy_smem_to_gmem(q_tile_smem_ref, refs.out_gmem_ref.at[scene, head, rows])
-    plgpu.copy_smem_to_gmem(lse_smem_ref, refs.lse_gmem_ref.at[scene, head, rows])
+    plgpu.copy_smem_to_gmem(q_tile_smem_ref, out_gmem_ref.at[scene, head, rows])
+    plgpu.copy_smem_to_gmem(lse_smem_ref, lse_gmem_ref.at[scene, head, rows])
 
 
-def _release(refs: _Refs, job: Job, used):
+def _release(refs: Refs, job: Job, used):
     """Gives a written tile's place to the queries of the next but one."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(refs.tile_barrier_refs[1].at[lax.rem(used, job.tiling.slots)])
+    plgpu.barrier_arrive(refs.tile_barrier_refs[1].at[lax.rem(used, job.tiling.buffers)])
 
 
-def _overlap(refs: _Refs, job: Job, q_tile_smem_ref, carry, step, span, *, more, before=True, started=lambda: None):
+def _overlap(refs: Refs, job: Job, q_tile_smem_ref, carry, step, span, *, more, before=True, started=lambda: None):
     """q @ k of one block, p @ v of the block before, and meanwhile the softmax of the first.
 
     Args:
@@ -258,13 +249,8 @@ def _fold(x: Array, width: int) -> Array:
     return parts[0]
 
 
-def _copy(refs: _Refs, job: Job, first_head, item, start, line, used, steps):
+def _copy(refs: Refs, job: Job, first_head, item, start, line, used, steps):
     """Brings a tile's queries, then its keys and values block after block."""
-    q_full, q_free = refs.tile_barrier_refs
     scene, head, _ = item
-    slot = lax.rem(used, job.tiling.slots)
-    pl.when(used >= job.tiling.slots)(functools.partial(plgpu.barrier_wait, q_free.at[slot]))
-    source = refs.q_gmem_ref.at[job.query_rows(scene, head, pl.ds(start, TILE))]
-    plgpu.copy_gmem_to_smem(source, refs.tile_smem_refs[0].at[slot], q_full.at[slot])
-
+    copy_tile(refs, job, [refs.input_gmem_refs[0].at[job.query_rows(scene, head, pl.ds(start, TILE))]], used)
     return copy_keys(refs, job, scene, first_head + head, line, steps)

@@ -6,68 +6,78 @@ accumulators are plain values and products plain products, and all else is the k
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from moc_jax.attention.layout import Tiles
 from moc_jax.attention.pallas_gpu.device import COMPUTE
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, Ref, each_tile, walk
 from moc_jax.shapes import Array
 
-_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+class Refs(NamedTuple):
+    """A kernel's memory."""
+
+    input_gmem_refs: tuple[Ref, ...]  # q, k, v and what else it reads
+    table_gmem_ref: Ref  # of tiles
+    first_head_gmem_ref: Ref  # of k and v, the kernel's first
+    output_gmem_refs: tuple[Ref, ...]
+    tile_smem_refs: tuple[Ref, ...]  # what belongs to a tile
+    ring_smem_refs: tuple[Ref, ...]  # what comes block after block
+    tile_barrier_refs: tuple[Ref, ...]
+    ring_barrier_refs: tuple[Ref, ...]
 
 
 def tile_rows(job: Job, x: Array):
     """Shared memory for rows of x that belong to a tile."""
-    return plgpu.SMEM((job.tiling.slots, TILE, job.dim), x.dtype, transforms=_SWIZZLED)
+    return plgpu.SMEM((job.tiling.buffers, TILE, job.dim), x.dtype, transforms=SWIZZLED)
 
 
 def ring_rows(job: Job, x: Array):
     """Shared memory for rows of x that come block after block."""
-    return plgpu.SMEM((job.tiling.stages, job.tiling.block, job.dim), x.dtype, transforms=_SWIZZLED)
+    return plgpu.SMEM((job.tiling.stages, job.tiling.block, job.dim), x.dtype, transforms=SWIZZLED)
 
 
-def launch(
-    name: str, kernel: Callable[..., None], job: Job, operands, outputs, *, tile, ring, tile_barriers, ring_barriers
-):
-    """Calls a kernel: one persistent thread block per multiprocessor, two warpgroups compute, one copies.
+def launch(name: str, compute, copy, job: Job, inputs, tiles: Tiles, first_head, outputs, *, tile, ring, arrivals):
+    """Calls a kernel of one persistent thread block per multiprocessor, three warpgroups each.
 
     Args:
+        compute: compute(refs, job, warpgroup), by two warpgroups.
+        copy: copy(refs, job, first head, item, ...) for each tile, by the third.
         tile, ring: Shared memory for what belongs to a tile, and for what comes block after block.
-        tile_barriers, ring_barriers: The arrivals that each barrier of a slot and of a stage awaits.
+        arrivals: That each of a tile's barriers awaits, and each of a block's.
     """
+
+    def kernel(*refs):
+        count = len(inputs)
+        given, written, memory = refs[:count], refs[count + 2 : -4], refs[-4:]
+        _split_roles(Refs(given, refs[count], refs[count + 1], written, *memory), job, compute, copy)
 
     def barriers(count, arrivals):
         return tuple(plgpu.Barrier(num_barriers=count, num_arrivals=a) for a in arrivals)
 
+    of_tile, of_block = arrivals
     return plgpu.kernel(
-        functools.partial(kernel, job=job),
+        kernel,
         out_type=outputs,
-        scratch_types=[
-            tile,
-            ring,
-            barriers(job.tiling.slots, tile_barriers),
-            barriers(job.tiling.stages, ring_barriers),
-        ],
+        scratch_types=[tile, ring, barriers(job.tiling.buffers, of_tile), barriers(job.tiling.stages, of_block)],
         kernel_name=name,
-        grid=(job.blocks,),
+        grid=(job.thread_blocks,),
         grid_names=("block",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=job.interpret,
-    )(*operands)
+    )(*inputs, tiles.table, first_head)
 
 
-def tile_by_tile(tile, refs, job: Job, warpgroup) -> None:
-    """Calls tile(refs, job, warpgroup, ...) as `each_tile` does, for `split_roles`."""
-    each_tile(refs.table_gmem_ref, job, functools.partial(tile, refs, job, warpgroup), jnp.int32(0))
-
-
-def split_roles(refs, job: Job, compute, copy) -> None:
-    """Two warpgroups call compute(refs, job, warpgroup); for each tile, the third copy(refs, job, first head, ...)."""
+def _split_roles(refs: Refs, job: Job, compute, copy) -> None:
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < COMPUTE)
@@ -79,21 +89,39 @@ def split_roles(refs, job: Job, compute, copy) -> None:
     @pl.when(warpgroup == COMPUTE)
     def _():
         plgpu.set_max_registers(job.tiling.copy_registers, action="decrease")
-        each_tile(
-            refs.table_gmem_ref, job, functools.partial(copy, refs, job, refs.first_head_gmem_ref[0]), jnp.int32(0)
-        )
+        first_head = refs.first_head_gmem_ref[0]
+        each_tile(refs.table_gmem_ref, job, functools.partial(copy, refs, job, first_head), jnp.int32(0))
 
 
-def copy_keys(refs, job: Job, scene, head, line, steps):
+def tile_by_tile(tile):
+    """compute(refs, job, warpgroup) that calls tile(refs, job, warpgroup, ...) as `each_tile` does."""
+
+    def compute(refs: Refs, job: Job, warpgroup):
+        each_tile(refs.table_gmem_ref, job, functools.partial(tile, refs, job, warpgroup), jnp.int32(0))
+
+    return compute
+
+
+def copy_tile(refs: Refs, job: Job, sources, used) -> None:
+    """Brings what belongs to a tile, `used` tiles after the thread block's first."""
+    full, free = refs.tile_barrier_refs
+    buffer = lax.rem(used, job.tiling.buffers)
+    pl.when(used >= job.tiling.buffers)(functools.partial(plgpu.barrier_wait, free.at[buffer]))
+    for source, target in zip(sources, refs.tile_smem_refs, strict=False):
+        plgpu.copy_gmem_to_smem(source, target.at[buffer], full.at[buffer])
+
+
+def copy_keys(refs: Refs, job: Job, scene, head, line, steps):
     """Brings a tile's keys and values into their ring, block after block; steps after it."""
     k_full, k_free, v_full, v_free = refs.ring_barrier_refs
+    k_gmem_ref, v_gmem_ref = refs.input_gmem_refs[1:3]
 
     def step(_, steps, row, *__):
         ring = lax.rem(steps, job.tiling.stages)
         keys = (scene, pl.ds(row, job.tiling.block), head)
         for source, target, full, free in (
-            (refs.k_gmem_ref, refs.ring_smem_refs[0], k_full, k_free),
-            (refs.v_gmem_ref, refs.ring_smem_refs[1], v_full, v_free),
+            (k_gmem_ref, refs.ring_smem_refs[0], k_full, k_free),
+            (v_gmem_ref, refs.ring_smem_refs[1], v_full, v_free),
         ):
             pl.when(steps >= job.tiling.stages)(functools.partial(plgpu.barrier_wait, free.at[ring]))
             plgpu.copy_gmem_to_smem(source.at[keys], target.at[ring], full.at[ring])

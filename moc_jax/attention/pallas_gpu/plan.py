@@ -34,7 +34,7 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import TEXT, ChunkTable
 from moc_jax.shapes import Array, Bool, Int
 
-_MOST_PARTS = 16  # of text's keys: each costs memory for its share of the gradients
+_MOST_SHARES = 16  # of text's keys: each costs memory for its share of the gradients
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +48,7 @@ class AnchorTiles:
     keys: Tiles  # over queries
     key_row: Int[Array, "B N"]
     text_tokens: int = dataclasses.field(metadata={"static": True})
-    text_parts: int = dataclasses.field(metadata={"static": True})  # times that the tiles of text's keys are repeated
+    text_shares: int = dataclasses.field(metadata={"static": True})  # times that the tiles of text's keys are repeated
 
     @property
     def text_tiles(self) -> int:
@@ -86,13 +86,13 @@ def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_reade
     anchored = (of >= 0) & jnp.take_along_axis(some, jnp.maximum(of, 0), axis=1)
 
     own, text_end = segments(table, table, cfg), jnp.zeros((table.kind.shape[0], 1), jnp.int32)
-    of, parts, lines = own.of(table), 0, []
+    of, copies, lines = own.of(table), 0, []
     if all_read_text(table, cfg):  # first, so that no thread block is left with a tile of text at the end
         is_text, count = table.kind == TEXT, -(-table.text_tokens // TILE)
         text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1, keepdims=True)
-        parts = min(-(-rows // text_readers), _MOST_PARTS)
-        shares = jnp.repeat(text_shares(readers, table, parts, rows, ALIGN), count, axis=1)
-        first = jnp.tile(jnp.arange(count) * TILE, parts)[None]
+        copies = min(-(-rows // text_readers), _MOST_SHARES)
+        shares = jnp.repeat(text_shares(readers, table, copies, rows, ALIGN), count, axis=1)
+        first = jnp.tile(jnp.arange(count) * TILE, copies)[None]
         lines = [_lines(first, first < text_end, shares)]
         own = own._replace(end=jnp.where(is_text, own.begin, own.end))
     tiles = _cut(own.begin, own.end, tokens)
@@ -105,7 +105,7 @@ def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_reade
         keys=Tiles(jnp.concatenate(lines, axis=1)[:, None]),
         key_row=jnp.where(token < text_end, token, _row_of_token(own.begin, own.end, tiles, of) + before),
         text_tokens=table.text_tokens,
-        text_parts=parts,
+        text_shares=copies,
     )
 
 

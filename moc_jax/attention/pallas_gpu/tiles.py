@@ -28,7 +28,7 @@ class Job:
     """What a kernel knows when it is compiled."""
 
     tiling: KernelTiling
-    blocks: int  # persistent thread blocks
+    thread_blocks: int  # persistent
     batch: int
     heads: int  # of q
     dim: int
@@ -51,7 +51,7 @@ class Job:
             )
         return cls(
             tiling=tiling,
-            blocks=backend.blocks,
+            thread_blocks=backend.thread_blocks,
             batch=batch,
             heads=q.shape[1] if sorted_rows else heads,
             dim=dim,
@@ -91,8 +91,8 @@ def each_tile(table_gmem_ref, job: Job, body, carry):
 def _looks(job: Job) -> int:
     """How many items a thread block looks at, at most."""
     if job.all_cached:
-        return -(-job.batch * job.heads * job.tiles // job.blocks)
-    return job.batch * job.heads * -(-job.tiles // job.blocks)
+        return -(-job.batch * job.heads * job.tiles // job.thread_blocks)
+    return job.batch * job.heads * -(-job.tiles // job.thread_blocks)
 
 
 def _item(i, block, job: Job):
@@ -106,15 +106,15 @@ def _item(i, block, job: Job):
     """
     rows = job.batch * job.heads
     if job.all_cached:
-        index = block + i * job.blocks
+        index = block + i * job.thread_blocks
         tile_row, head = lax.div(index, job.heads), lax.rem(index, job.heads)
         there = index < rows * job.tiles
         scene, tile = lax.div(tile_row, job.tiles), lax.rem(tile_row, job.tiles)
     else:
-        rounds = -(-job.tiles // job.blocks)
+        rounds = -(-job.tiles // job.thread_blocks)
         row = lax.div(i, rounds)
-        place = lax.rem(block + job.blocks - lax.div(row * job.blocks, rows), job.blocks)
-        tile = place + lax.rem(i, rounds) * job.blocks
+        place = lax.rem(block + job.thread_blocks - lax.div(row * job.thread_blocks, rows), job.thread_blocks)
+        tile = place + lax.rem(i, rounds) * job.thread_blocks
         there = tile < job.tiles
         scene, head = lax.div(row, job.heads), lax.rem(row, job.heads)
     inside = jnp.where(there, 1, 0)

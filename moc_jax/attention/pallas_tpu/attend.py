@@ -21,19 +21,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from moc_jax.attention.heads import Heads, head_groups
-from moc_jax.attention.layout import Queries
+from moc_jax.attention.layout import LOG2E, Heads, Queries, by_group, head_groups, sum_other_shares
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, moves, packing, pairs, pool, router, tuning
 from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip, Tpu
-from moc_jax.attention.pallas_tpu.placement import Placement, place, step_rows, window_size
-from moc_jax.attention.pallas_tpu.plan import Moves, Order, Plan, cut_chunks, key_rows, pick_tiles, plan, reader_tiles
+from moc_jax.attention.pallas_tpu.placement import Placement, place, span_size, step_rows
+from moc_jax.attention.pallas_tpu.plan import (
+    Moves,
+    Order,
+    OrderedTiles,
+    cut_chunks,
+    key_moves,
+    key_rows,
+    ordered_tiles,
+    pick_tiles,
+    reader_tiles,
+)
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Float, Float32, Int, typed
+from moc_jax.shapes import Array, Float, Float32, Int
 
 _BUFFER = 5 * 2**29  # bytes of a buffer of pairs' outputs, and not more than
 _SHARE = 24  # this part of the chip's memory
@@ -55,16 +63,11 @@ class _Static(NamedTuple):
         return cls(chip, blocks, table.max_chunk, table.text_tokens, tuning.anchor_keys(cfg, table))
 
 
-@typed
-def select(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Tpu,
-) -> Int[Array, "B H Q K"]:
-    """The best candidates of every query, best first; -1 fills slots that hold none.
+# Shapes are those of `backends.Implementation`, checked before.
+
+
+def select(q, k, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu) -> Int[Array, "B H Q K"]:
+    """The best candidates of every query, best first; -1 fills room that holds none.
 
     Raises:
         NotImplementedError: as `attend`.
@@ -74,16 +77,8 @@ def select(
     return router.select(q, pool.descriptors(k, table, chip=chip), queries, table, cfg)
 
 
-@typed
 def attend(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H Q K"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Tpu,
+    q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu
 ) -> Float[Array, "B Q H D"]:
     """Attention over the anchors of `cfg` and the chunks in `routes`; queries with neither give 0.
 
@@ -92,22 +87,13 @@ def attend(
     """
     static = _Static.of(q, k, v, table, cfg, backend)
     with jax.named_scope("moc_attention"):
-        plan_, placement = _layout(routes, queries, table, cfg, static, q)
-        if placement is None and not plan_.anchors:
+        tiles, placement = _layout(routes, queries, table, cfg, static, q)
+        if placement is None and not tiles.anchors:
             return jnp.zeros(q.shape, v.dtype)
-        return _attend(q, k, v, plan_, placement, table, static)
+        return _attend(q, k, v, tiles, placement, table, static)
 
 
-@typed
-def anchor_part(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Tpu,
-) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
+def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
     """Output and natural log-sum-exp over the anchors alone; 0 and -inf for queries without.
 
     Raises:
@@ -116,34 +102,12 @@ def anchor_part(
     return _part(q, k, v, None, queries, table, cfg, backend)
 
 
-@typed
-def pick_part(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H Q K"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Tpu,
-) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
+def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
     """Output and natural log-sum-exp over the chunks in `routes` alone; otherwise as `anchor_part`."""
     return _part(q, k, v, routes, queries, table, cfg, backend)
 
 
-@typed
-def anchor_gradients(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    d_out: Float[Array, "B Q H D"],
-    lse: Float32[Array, "B H Q"],
-    delta: Float32[Array, "B H Q"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Tpu,
-) -> tuple[Float[Array, "B Q H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]:
+def anchor_gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
     """(dq, dk, dv) of the anchors' part, from the final natural log-sum-exp and delta = rowsum(d_out * out).
 
     Raises:
@@ -152,20 +116,9 @@ def anchor_gradients(
     return _part_gradients(q, k, v, None, d_out, lse, delta, queries, table, cfg, backend)
 
 
-@typed
 def pick_gradients(
-    q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
-    v: Float[Array, "B N H D"],
-    routes: Int[Array, "B H Q K"],
-    d_out: Float[Array, "B Q H D"],
-    lse: Float32[Array, "B H Q"],
-    delta: Float32[Array, "B H Q"],
-    queries: Queries,
-    table: ChunkTable,
-    cfg: MoCConfig,
-    backend: Tpu,
-) -> tuple[Float[Array, "B Q H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]:
+    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu
+):
     """(dq, dk, dv) of the picks' part; otherwise as `anchor_gradients`."""
     return _part_gradients(q, k, v, routes, d_out, lse, delta, queries, table, cfg, backend)
 
@@ -173,49 +126,49 @@ def pick_gradients(
 def _part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
     """Of the picks, or without routes of the anchors."""
     static = _Static.of(q, k, v, table, cfg, backend)
-    plan_, placement = _part_layout(routes, queries, table, cfg, static, q)
+    tiles, placement = _part_layout(routes, queries, table, cfg, static, q)
     batch, tokens, heads, _ = q.shape
-    if placement is None and not plan_.anchors:
+    if placement is None and not tiles.anchors:
         return jnp.zeros(q.shape, v.dtype), jnp.full((batch, heads, tokens), -jnp.inf)
 
-    def run(q, k, v, plan_, placement, table):
-        out, _, lse = _outputs(q, k, v, plan_, placement, table, static)
-        return out, _statistics_to_tokens(lse, plan_.order, tokens, static)
+    def run(q, k, v, tiles, placement, table):
+        out, _, lse = _outputs(q, k, v, tiles, placement, table, static)
+        return out, _statistics_to_tokens(lse, tiles.order, tokens, static)
 
-    out, lse = more_scenes(run)(q, k, v, plan_, placement, table)
-    return out, jnp.where(queries.valid[:, None], lse / flash.LOG2E, -jnp.inf)
+    out, lse = more_scenes(run)(q, k, v, tiles, placement, table)
+    return out, jnp.where(queries.valid[:, None], lse / LOG2E, -jnp.inf)
 
 
 def _part_gradients(
     q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu
 ):
     static = _Static.of(q, k, v, table, cfg, backend)
-    plan_, placement = _part_layout(routes, queries, table, cfg, static, q)
-    if placement is None and not plan_.anchors:
+    tiles, placement = _part_layout(routes, queries, table, cfg, static, q)
+    if placement is None and not tiles.anchors:
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
 
-    def run(q, k, v, plan_, placement, table, d_out, statistics):
-        lse, delta = _statistics_to_order(statistics, plan_.order, static)
-        lse = jnp.where((plan_.order.chunk_of_row < 0)[:, None], -jnp.inf, lse)
-        return _gradients(q, k, v, plan_, placement, table, d_out, lse, lambda _: delta, static)
+    def run(q, k, v, tiles, placement, table, d_out, statistics):
+        lse, delta = _statistics_to_order(statistics, tiles.order, static)
+        lse = jnp.where((tiles.order.chunk_of_row < 0)[:, None], -jnp.inf, lse)
+        return _gradients(q, k, v, tiles, placement, table, d_out, lse, lambda _: delta, static)
 
-    statistics = lse * flash.LOG2E, jnp.where(jnp.isneginf(lse), 0.0, delta)
-    return more_scenes(run)(q, k, v, plan_, placement, table, d_out, statistics)
+    statistics = lse * LOG2E, jnp.where(jnp.isneginf(lse), 0.0, delta)
+    return more_scenes(run)(q, k, v, tiles, placement, table, d_out, statistics)
 
 
 def _part_layout(routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, static: _Static, q):
-    plan_, placement = _layout(routes, queries, table, cfg, static, q)
-    return dataclasses.replace(plan_, anchors=plan_.anchors and routes is None), placement
+    tiles, placement = _layout(routes, queries, table, cfg, static, q)
+    return dataclasses.replace(tiles, anchors=tiles.anchors and routes is None), placement
 
 
 def _layout(routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, static: _Static, q):
-    """The plan, and where pairs lie; None for the latter if there are none whatever the lengths."""
+    """The anchors' tiles, and where pairs lie; None for the latter if there are none whatever the lengths."""
 
     def of_scenes(routes, queries, table):
-        plan_ = plan(queries, table, cfg, static.blocks)
+        tiles = ordered_tiles(queries, table, cfg, static.blocks)
         if routes is None or routes.shape[3] == 0:
-            return plan_, None
-        return plan_, _place(routes, plan_.order, table, static, q.shape[-1], q.dtype)
+            return tiles, None
+        return tiles, _place(routes, tiles.order, table, static, q.shape[-1], q.dtype)
 
     return more_scenes(of_scenes)(routes, queries, table)
 
@@ -230,38 +183,38 @@ def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int, d
     """Slots for the picks of the ordered queries."""
     batch, heads, tokens, picks = routes.shape
     chunks, blocks = table.kind.shape[1], static.blocks
-    if blocks.window:
-        window, buffers = blocks.window, 2
+    if blocks.span:
+        span, buffers = blocks.span, 2
     else:
-        window, buffers = window_size(order.rows, picks, packing.packed_width(dim, dtype), chunks, static.chip)
-    step = blocks.window_step or step_rows(order.rows, window)
+        span, buffers = span_size(order.rows, picks, packing.packed_width(dim, dtype), chunks, static.chip)
+    step = blocks.span_step or step_rows(order.rows, span)
     # Rows of all heads' picks, which float32 holds exactly; rows of nobody are 0, so picks are one more than they are.
     rows = jnp.moveaxis(routes + 1, 1, 2).reshape(batch, 1, tokens, heads * picks).astype(jnp.float32)
     rows = moves.move(rows, *order.moves, order.rows, chip=static.chip)
     ordered = jnp.moveaxis(rows.astype(jnp.int32).reshape(batch, order.rows, heads, picks), 2, 1) - 1
     most = tokens * picks
-    return place(ordered, table.length, blocks.picks.queries, most, window=window, buffers=buffers, step=step)
+    return place(ordered, table.length, blocks.picks.queries, most, span=span, buffers=buffers, step=step)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, plan: Plan, placement: Placement | None, table, static):
-    return _forward(q, k, v, plan, placement, table, static)[0]
+def _attend(q, k, v, tiles: OrderedTiles, placement: Placement | None, table, static):
+    return _forward(q, k, v, tiles, placement, table, static)[0]
 
 
-def _forward(q, k, v, plan, placement, table, static):
-    return more_scenes(functools.partial(_outputs, static=static))(q, k, v, plan, placement, table)
+def _forward(q, k, v, tiles, placement, table, static):
+    return more_scenes(functools.partial(_outputs, static=static))(q, k, v, tiles, placement, table)
 
 
-def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
+def _outputs(q, k, v, tiles: OrderedTiles, placement, table, static: _Static):
     """Arrays [B, Q, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
-    queries = _to_order(q, plan.order, static)
+    queries = _to_order(q, tiles.order, static)
     keys, values = (_head_major(x, table, static) for x in (k, v))
-    anchors: Any = _anchors(queries, keys, values, plan, static) if plan.anchors else None
+    anchors: Any = _anchors(queries, keys, values, tiles, static) if tiles.anchors else None
     heads, tokens, dim, chip = q.shape[2], q.shape[1], q.shape[3], static.chip
     if placement is None:
         out, lse = anchors
-        out = jnp.where(plan.anchored[:, None, :, None], out, jnp.zeros((), out.dtype))
-        return _to_tokens(out, plan.order.back, tokens, static), out, lse
+        out = jnp.where(tiles.anchored[:, None, :, None], out, jnp.zeros((), out.dtype))
+        return _to_tokens(out, tiles.order.back, tokens, static), out, lse
 
     def one_group(heads, merged):
         outputs = flash.forward(
@@ -280,53 +233,53 @@ def _outputs(q, k, v, plan: Plan, placement, table, static: _Static):
         return pairs.merge(outputs, placement, heads=heads, dim=dim, dtype=v.dtype, chip=chip, **known)
 
     start = anchors or (jnp.empty(queries.shape, v.dtype), jnp.empty(queries.shape[:3], jnp.float32))
-    out, lse = _by_group(one_group, start, heads, _groups(heads, placement, dim, v.dtype, chip))
-    return _to_tokens(out, plan.order.back, tokens, static), out, lse
+    out, lse = by_group(one_group, start, heads, _groups(heads, placement, dim, v.dtype, chip))
+    return _to_tokens(out, tiles.order.back, tokens, static), out, lse
 
 
-def _anchors(queries, keys, values, plan: Plan, static: _Static):
+def _anchors(queries, keys, values, tiles: OrderedTiles, static: _Static):
     """Output and log-sum-exp of the anchors [B, H, R, D] and [B, H, R]; anything and -inf for rows without."""
-    blocks, order, first_head = static.blocks, plan.order, jnp.zeros(1, jnp.int32)
+    blocks, order, first_head = static.blocks, tiles.order, jnp.zeros(1, jnp.int32)
     run = functools.partial(flash.forward, queries, keys, values, mean_keys=static.anchor_keys, chip=static.chip)
     found: Any = None
     if order.rows > order.text_rows:
         first_tile = order.text_rows // blocks.queries
         tiling = blocks.anchors
-        found = run(plan.video, first_head, first_tile=first_tile, tiling=tiling, name="moc_forward_anchors")
+        found = run(tiles.video, first_head, first_tile=first_tile, tiling=tiling, name="moc_forward_anchors")
     if order.text_rows:
-        found = run(plan.text, first_head, tiling=blocks.text, name="moc_forward_text", into=found)
+        found = run(tiles.text, first_head, tiling=blocks.text, name="moc_forward_text", into=found)
     out, lse = found
-    return out, jnp.where(plan.anchored[:, None], lse, -jnp.inf)
+    return out, jnp.where(tiles.anchored[:, None], lse, -jnp.inf)
 
 
-def _attend_forward(q, k, v, plan, placement, table, static):
-    result, out, lse = _forward(q, k, v, plan, placement, table, static)
-    return result, (q, k, v, plan, placement, table, out, lse)
+def _attend_forward(q, k, v, tiles, placement, table, static):
+    result, out, lse = _forward(q, k, v, tiles, placement, table, static)
+    return result, (q, k, v, tiles, placement, table, out, lse)
 
 
 def _attend_backward(static, residuals, d_result):
-    def run(q, k, v, plan, placement, table, out, lse, d_out):
+    def run(q, k, v, tiles, placement, table, out, lse, d_out):
         def delta(d_out):
             return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
-        return _gradients(q, k, v, plan, placement, table, d_out, lse, delta, static)
+        return _gradients(q, k, v, tiles, placement, table, d_out, lse, delta, static)
 
     return (*more_scenes(run)(*residuals, d_result), None, None, None)
 
 
-def _gradients(q, k, v, plan: Plan, placement, table, d_out, lse, delta_of, static: _Static):
+def _gradients(q, k, v, tiles: OrderedTiles, placement, table, d_out, lse, delta_of, static: _Static):
     """Of tokens; `lse` [B, H, R] is the queries' in their order, and delta_of(d_out in their order) too."""
-    queries, d_out = (_to_order(x, plan.order, static) for x in (q, d_out.astype(q.dtype)))
+    queries, d_out = (_to_order(x, tiles.order, static) for x in (q, d_out.astype(q.dtype)))
     keys, values = (_head_major(x, table, static) for x in (k, v))
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # rows with nothing to attend to, and without a token
     inputs = _Inputs(queries, keys, values, d_out, lse, delta_of(d_out))
     d_q: Any = None
     parts_of_k, parts_of_v = [], []
-    if plan.anchors:
-        d_q, *of_tiles = _anchor_gradients(inputs, plan, static)
+    if tiles.anchors:
+        d_q, *of_tiles = _anchor_gradients(inputs, tiles, static)
         for parts, rows in zip((parts_of_k, parts_of_v), of_tiles, strict=True):
-            parts.append(_to_tokens(rows, plan.key_moves, k.shape[1], static))
-            parts += _other_text_parts(rows, plan, table, static.blocks)
+            parts.append(_to_tokens(rows, tiles.key_moves, k.shape[1], static))
+            parts += _other_shares(rows, tiles, table, static.blocks)
     if placement is not None:
         d_q, of_k, of_v = _all_pick_gradients(inputs, d_q, placement, table, q.dtype, static)
         parts_of_k.append(of_k)
@@ -335,13 +288,13 @@ def _gradients(q, k, v, plan: Plan, placement, table, d_out, lse, delta_of, stat
         functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts]).astype(q.dtype)
         for parts in (parts_of_k, parts_of_v)
     )
-    return _to_tokens(d_q.astype(q.dtype), plan.order.back, q.shape[1], static), d_k, d_v
+    return _to_tokens(d_q.astype(q.dtype), tiles.order.back, q.shape[1], static), d_k, d_v
 
 
 def _all_pick_gradients(inputs: "_Inputs", of_anchors, placement: Placement, table, dtype, static: _Static):
     """Of queries in their order, `of_anchors` added, and of keys and values as tokens [B, N, H, D]."""
     cut = cut_chunks(table, static.blocks)
-    to_tokens = cut.moves(static.blocks.pick_gradient_keys)
+    to_tokens = key_moves(cut, static.blocks.pick_gradient_keys)
     batch, heads, _, dim = inputs.queries.shape
     tokens, chip = table.chunk_of.shape[1], static.chip
 
@@ -350,12 +303,10 @@ def _all_pick_gradients(inputs: "_Inputs", of_anchors, placement: Placement, tab
         of_pairs, *of_tiles = _pick_gradients(inputs, placement, cut, heads, static)
         of_queries = pairs.add(of_pairs, placement, of_anchors, heads, into=of_queries, dtype=dtype, chip=chip)
         parts = [_to_tokens(rows, to_tokens, tokens, static) for rows in of_tiles]
-        return of_queries, *(
-            lax.dynamic_update_slice_in_dim(x, part, heads.first, 2) for x, part in zip(of_tokens, parts, strict=True)
-        )
+        return of_queries, *(heads.put(x, part, axis=2) for x, part in zip(of_tokens, parts, strict=True))
 
     start = jnp.empty(inputs.queries.shape, dtype), *(jnp.empty((batch, tokens, heads, dim), dtype) for _ in range(2))
-    return _by_group(one_group, start, heads, _groups(heads, placement, dim, dtype, chip))
+    return by_group(one_group, start, heads, _groups(heads, placement, dim, dtype, chip))
 
 
 class _Inputs(NamedTuple):
@@ -369,11 +320,11 @@ class _Inputs(NamedTuple):
     delta: Array
 
 
-def _anchor_gradients(inputs: _Inputs, plan: Plan, static: _Static):
+def _anchor_gradients(inputs: _Inputs, tiles: OrderedTiles, static: _Static):
     blocks = static.blocks
     return flash_backward.gradients(
         *inputs,
-        plan.keys,
+        tiles.keys,
         jnp.zeros(1, jnp.int32),
         rows=blocks.gradient_keys,
         tiling=blocks.anchor_gradients,
@@ -413,17 +364,6 @@ def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, st
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-# ---------------------------------------------------------------------------------------------- groups of heads
-
-
-def _by_group(function, start, heads: int, groups: int):
-    """function(group of heads, arrays of all heads) -> the same arrays with the group's part filled in."""
-    count = heads // groups
-    if groups == 1:
-        return function(Heads(0, heads), start)
-    return lax.fori_loop(0, groups, lambda i, whole: function(Heads(i * count, count), whole), start)
-
-
 # --------------------------------------------------------------------------------------------- order and sums
 
 
@@ -460,14 +400,11 @@ def _head_major(x: Array, table: ChunkTable, static: _Static) -> Float[Array, "B
     return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
 
 
-def _other_text_parts(rows: Array, plan: Plan, table: ChunkTable, blocks: Blocks) -> list[Array]:
-    """What the first part of text's tiles lacks, its other readers' share, as tokens [B, N, H, D]."""
-    if plan.text_parts < 2:
+def _other_shares(rows: Array, tiles: OrderedTiles, table: ChunkTable, blocks: Blocks) -> list[Array]:
+    """What the first of text's tiles lack, the other shares of their readers, as tokens [B, N, H, D]."""
+    if tiles.text_shares < 2:
         return []
-    size = plan.text_tiles * blocks.gradient_keys
-    tokens = table.chunk_of.shape[1]
-    text = rows[:, :, : plan.text_parts * size].astype(jnp.float32)
-    text = jnp.sum(text.reshape(*rows.shape[:2], plan.text_parts, size, -1)[:, :, 1:], axis=2)
-    text = jnp.swapaxes(text[:, :, : table.text_tokens], 1, 2)
-    text = jnp.where(table.valid[:, : table.text_tokens, None, None], text, 0.0)
-    return [jnp.pad(text, ((0, 0), (0, tokens - table.text_tokens), (0, 0), (0, 0)))]
+    text = table.text_tokens
+    rows = sum_other_shares(rows, tiles.text_shares, tiles.text_tiles * blocks.gradient_keys)
+    rows = jnp.where(table.valid[:, :text, None, None], jnp.swapaxes(rows[:, :, :text], 1, 2), 0.0)
+    return [jnp.pad(rows, ((0, 0), (0, table.chunk_of.shape[1] - text), (0, 0), (0, 0)))]

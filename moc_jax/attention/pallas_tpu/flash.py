@@ -11,14 +11,14 @@ between the two uses is only the table of tiles:
     units' results as they come, sums of p stay apart by lane, and nothing is rescaled. (FlashAttention rescales
     everything whenever a maximum grows, which puts a reduction across lanes between the two products of every block.)
 (b) A block: s = q k^T, p, then sums and p v, for some rows of queries and some keys at a time, the products of one
-    part before the exponentials of the part before, so that both units are busy.
+    patch before the exponentials of the patch before, so that both units are busy.
 (c) Check. Where a later score exceeds the reference by more than float32's exponents hold, a sum of the block is
     infinite or huge: the block is computed again from the state before it, with a running maximum, and the reference
     raised (`_again`). Trained models with normalised queries and keys never need it; it makes any input exact.
 (d) Write-out: p v / sum, and the base-2 log-sum-exp, reference + log2(sum), laid along lanes.
 
 A block of keys starts at a multiple of 8 rows and ends where the keys do, so that it may hold rows that are not the
-run's. Of such blocks only the parts that hold keys are computed, one after the other, and masked; blocks without such
+run's. Of such blocks only the patches that hold keys are computed, one after the other, and masked; blocks without such
 rows are computed in one go. Where every tile has a single block (picks), nothing is kept between steps, and everything
 is masked; most chunks leave the last 128 rows of their block free, which are then left out.
 
@@ -37,12 +37,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_tpu import packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
-from moc_jax.attention.pallas_tpu.tiles import Tiles
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
-LOG2E = math.log2(math.e)
 A_BT, A_B = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # products a b^T and a b
 _LARGEST_SUM = 2.0**40  # far from overflow, also when multiplied by large values
 _LEAST_REFERENCE = -1e30  # of a row none of whose keys were looked at
@@ -51,14 +50,14 @@ _AGAIN_ROWS = 256  # queries computed again at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class ForwardTiling:
     """How a block is computed."""
 
     queries: int  # rows of a tile
     keys: int  # rows of a block of keys
     compute_queries: int = 256  # rows of queries at a time
     compute_keys: int = 512  # keys at a time
-    ahead: int = 1  # parts whose scores are computed ahead of the exponentials
+    ahead: int = 1  # patches whose scores are computed ahead of the exponentials
     short: tuple[int, int] | None = None  # single blocks whose keys end by this row compute so far, so many at a time
 
     def __post_init__(self):
@@ -81,7 +80,7 @@ class Tiling:
 class _Job:
     """What a kernel knows when it is compiled."""
 
-    tiling: Tiling
+    tiling: ForwardTiling
     dim: int
     runs: int
     tiles: int
@@ -107,16 +106,20 @@ class _Job:
 
 
 class _Refs(NamedTuple):
-    table: Any  # in scalar memory; for each run blocks up to its end, begin, end
-    q: Any
-    k: Any
-    v: Any
-    out: Any
-    lse: Any
-    reference: Any  # [queries, lanes]; all lanes of a row are equal
-    again: Any  # [1] in scalar memory: whether the block must be computed again
-    sums: Any = None  # [now or before the block, queries, lanes]: a row's sum is over its lanes
-    acc: Any = None  # [now or before the block, queries, D]
+    # prefetched
+    table_smem: Any  # for each run blocks up to its end, begin, end
+    # inputs
+    q_vmem: Any
+    k_vmem: Any
+    v_vmem: Any
+    # outputs
+    out_vmem: Any
+    lse_vmem: Any
+    # scratch
+    reference_vmem: Any  # [queries, lanes]; all lanes of a row are equal
+    again_smem: Any  # [1]: whether the block must be computed again
+    sums_vmem: Any = None  # [now or before the block, queries, lanes]: a row's sum is over its lanes
+    acc_vmem: Any = None  # [now or before the block, queries, D]
 
 
 @typed
@@ -131,7 +134,7 @@ def forward(
     longest_run: int | None = None,
     mean_keys: int | None = None,
     packed: bool = False,
-    tiling: Tiling,
+    tiling: ForwardTiling,
     chip: Chip,
     name: str = "moc_forward",
     into: tuple[Array, Array] | None = None,
@@ -170,12 +173,12 @@ def forward(
     rows, keys = tiling.queries, tiling.keys
     others = (into[0], into[1][:, :, None]) if into else ()
 
-    def queries_at(b, h, g, j, table_ref, head_ref):
+    def queries_at(b, h, g, j, table_smem_ref, head_smem_ref):
         return b, h, first_tile + g, 0
 
-    def keys_at(b, h, g, j, table_ref, head_ref):
-        row, *_ = _block(table_ref, job.line(b, h, g), j, job)
-        return b, head_ref[0] + h, pl.multiple_of(row, ROWS), 0
+    def keys_at(b, h, g, j, table_smem_ref, head_smem_ref):
+        row, *_ = _block(table_smem_ref, job.line(b, h, g), j, job)
+        return b, head_smem_ref[0] + h, pl.multiple_of(row, ROWS), 0
 
     one = (pl.squeezed, pl.squeezed)
     key_block = pl.BlockSpec((*one, pl.Element(keys), pl.Element(dim)), keys_at)
@@ -232,18 +235,18 @@ def _walk(tiles: Tiles, keys: int) -> tuple[Int[Array, "_"], Int[Array, ""]]:
     return jnp.stack([until, begin, end], axis=-1).reshape(-1), jnp.maximum(jnp.max(until), 1)
 
 
-def _block(table_ref, line, j, job: _Job):
+def _block(table_smem_ref, line, j, job: _Job):
     """(first row, low, high, blocks) of a tile's block j: its keys are the rows [low, high) of the block."""
     keys = job.tiling.keys
-    blocks = table_ref[line + 3 * (job.runs - 1)]
+    blocks = table_smem_ref[line + 3 * (job.runs - 1)]
     step = jnp.clip(j, 0, jnp.maximum(blocks - 1, 0))
-    begin, end, before = table_ref[line + 1], table_ref[line + 2], jnp.int32(0)
+    begin, end, before = table_smem_ref[line + 1], table_smem_ref[line + 2], jnp.int32(0)
     for r in range(1, job.runs):
-        until = table_ref[line + 3 * (r - 1)]
+        until = table_smem_ref[line + 3 * (r - 1)]
         here = step >= until
         before = jnp.where(here, until, before)
-        begin = jnp.where(here, table_ref[line + 3 * r + 1], begin)
-        end = jnp.where(here, table_ref[line + 3 * r + 2], end)
+        begin = jnp.where(here, table_smem_ref[line + 3 * r + 1], begin)
+        end = jnp.where(here, table_smem_ref[line + 3 * r + 2], end)
     begin = jnp.where(blocks > 0, begin, 0)
     first = lax.div(begin, jnp.int32(ROWS)) * ROWS + (step - before) * keys
     row = jnp.minimum(first, job.last_block)
@@ -266,29 +269,30 @@ def _cost(q, job: _Job, keys: int) -> pl.CostEstimate:
 # ------------------------------------------------------------------------------------------------- inside the kernel
 
 
-def _kernel(table_ref, first_head_ref, *refs, job: _Job, into: int):
-    q, k, v, *rest = refs
-    out, *rest = rest[into:]
-    refs = _Refs(table_ref, q, k, v, out, *([None] if job.packed else []), *rest)
+def _kernel(table_smem_ref, first_head_smem_ref, q_vmem_ref, k_vmem_ref, v_vmem_ref, *others, job: _Job, into: int):
+    del first_head_smem_ref
+    out_vmem_ref, *others = others[into:]
+    lse = [None] if job.packed else []
+    refs = _Refs(table_smem_ref, q_vmem_ref, k_vmem_ref, v_vmem_ref, out_vmem_ref, *lse, *others)
     t = job.tiling
-    assert refs.q.shape == (t.queries, job.dim), refs.q.shape
-    assert refs.k.shape == refs.v.shape == (t.keys, job.dim), refs.k.shape
+    assert refs.q_vmem.shape == (t.queries, job.dim), refs.q_vmem.shape
+    assert refs.k_vmem.shape == refs.v_vmem.shape == (t.keys, job.dim), refs.k_vmem.shape
     b, h, g, j = (pl.program_id(i) for i in range(4))
-    _, low, high, blocks = _block(table_ref, job.line(b, h, g), j, job)
-    span = low, high
+    _, low, high, blocks = _block(table_smem_ref, job.line(b, h, g), j, job)
+    inside = low, high
     used = j < blocks
 
     if not job.single:
         pl.when(used & (j == 0))(lambda: _take_reference(refs, low, high, job))
         whole = (low == 0) & (high == t.keys)
         pl.when(used & whole)(lambda: _whole_block(refs, job))
-        pl.when(used & ~whole)(lambda: _part_of_block(refs, span, job))
+        pl.when(used & ~whole)(lambda: _border_block(refs, inside, job))
     elif t.short:
-        pl.when(used & (high <= t.short[0]))(lambda: _single_block(refs, span, *t.short, job))
-        pl.when(used & (high > t.short[0]))(lambda: _long_block(refs, span, job))
+        pl.when(used & (high <= t.short[0]))(lambda: _single_block(refs, inside, *t.short, job))
+        pl.when(used & (high > t.short[0]))(lambda: _long_block(refs, inside, job))
     else:
-        pl.when(used)(lambda: _single_block(refs, span, t.keys, t.compute_keys, job))
-    pl.when(used & (refs.again[0] != 0))(lambda: _again(refs, span, job))
+        pl.when(used)(lambda: _single_block(refs, inside, t.keys, t.compute_keys, job))
+    pl.when(used & (refs.again_smem[0] != 0))(lambda: _again(refs, inside, job))
 
     if not job.single:
 
@@ -296,7 +300,7 @@ def _kernel(table_ref, first_head_ref, *refs, job: _Job, into: int):
         def _():
             for first in range(0, t.queries, t.compute_queries):
                 rows = pl.ds(first, t.compute_queries)
-                _write_out(refs, rows, refs.reference[rows], refs.sums[_NOW, rows], refs.acc[_NOW, rows])
+                _write_out(refs, rows, refs.reference_vmem[rows], refs.sums_vmem[_NOW, rows], refs.acc_vmem[_NOW, rows])
 
 
 def _take_reference(refs: _Refs, low, high, job: _Job) -> None:
@@ -305,133 +309,138 @@ def _take_reference(refs: _Refs, low, high, job: _Job) -> None:
     unit = math.gcd(2 * ROWS, t.keys - t.reference_keys)
     key = jnp.minimum(lax.div(low, jnp.int32(unit)) * unit, t.keys - t.reference_keys)
     key = pl.multiple_of(key, unit)
-    keys = refs.k[pl.ds(key, t.reference_keys)]
+    keys = refs.k_vmem[pl.ds(key, t.reference_keys)]
     for first in range(0, t.queries, t.compute_queries):
         rows = pl.ds(first, t.compute_queries)
-        scores = _mask(_scores(refs.q[rows], keys, job), key, (low, high), -math.inf)
+        scores = _mask(_scores(refs.q_vmem[rows], keys, job), key, (low, high), -math.inf)
         largest = jnp.max(scores, axis=1, keepdims=True) * job.scale
-        refs.reference[rows] = jnp.broadcast_to(largest, (t.compute_queries, LANES))
-        refs.sums[_NOW, rows] = jnp.zeros((t.compute_queries, LANES), jnp.float32)
-        refs.acc[_NOW, rows] = jnp.zeros((t.compute_queries, job.dim), jnp.float32)
+        refs.reference_vmem[rows] = jnp.broadcast_to(largest, (t.compute_queries, LANES))
+        refs.sums_vmem[_NOW, rows] = jnp.zeros((t.compute_queries, LANES), jnp.float32)
+        refs.acc_vmem[_NOW, rows] = jnp.zeros((t.compute_queries, job.dim), jnp.float32)
 
 
 def _whole_block(refs: _Refs, job: _Job) -> None:
     """(b), (c) for a block all of whose rows are keys."""
     t = job.tiling
-    _check(refs, _parts(refs, range(0, t.queries, t.compute_queries), range(0, t.keys, t.compute_keys), job, keep=True))
+    _check(
+        refs, _patches(refs, range(0, t.queries, t.compute_queries), range(0, t.keys, t.compute_keys), job, keep=True)
+    )
 
 
-def _part_of_block(refs: _Refs, span, job: _Job) -> None:
-    """The same where some are not: the parts that hold keys, one after the other."""
+def _border_block(refs: _Refs, inside, job: _Job) -> None:
+    """The same where some are not: the patches that hold keys, one after the other."""
     t = job.tiling
 
     def keep(i, _):
         rows = pl.ds(pl.multiple_of(i * t.compute_queries, t.compute_queries), t.compute_queries)
-        refs.sums[_BEFORE, rows], refs.acc[_BEFORE, rows] = refs.sums[_NOW, rows], refs.acc[_NOW, rows]
+        refs.sums_vmem[_BEFORE, rows], refs.acc_vmem[_BEFORE, rows] = (
+            refs.sums_vmem[_NOW, rows],
+            refs.acc_vmem[_NOW, rows],
+        )
         return 0
 
-    def part(i, worst):
+    def patch(i, worst):
         key = pl.multiple_of(i * t.compute_keys, t.compute_keys)
-        return jnp.maximum(worst, _parts(refs, range(0, t.queries, t.compute_queries), [key], job, span))
+        return jnp.maximum(worst, _patches(refs, range(0, t.queries, t.compute_queries), [key], job, inside))
 
     lax.fori_loop(0, t.queries // t.compute_queries, keep, 0)
     size = jnp.int32(t.compute_keys)
-    first, end = lax.div(span[0], size), lax.div(span[1] + size - 1, size)
-    _check(refs, lax.fori_loop(first, end, part, jnp.zeros((ROWS, LANES), jnp.float32)))
+    first, end = lax.div(inside[0], size), lax.div(inside[1] + size - 1, size)
+    _check(refs, lax.fori_loop(first, end, patch, jnp.zeros((ROWS, LANES), jnp.float32)))
 
 
-def _single_block(refs: _Refs, span, keys: int, at_once: int, job: _Job) -> None:
+def _single_block(refs: _Refs, inside, keys: int, at_once: int, job: _Job) -> None:
     """The same for the first `keys` rows of a tile's only block."""
     t = job.tiling
     rows = range(0, t.queries, t.compute_queries)
-    _check(refs, _parts(refs, rows, range(0, keys, at_once), job, span, at_once))
+    _check(refs, _patches(refs, rows, range(0, keys, at_once), job, inside, at_once))
 
 
-def _long_block(refs: _Refs, span, job: _Job) -> None:
+def _long_block(refs: _Refs, inside, job: _Job) -> None:
     """The same for all of its rows, which few tiles need, in little code."""
     t = job.tiling
 
     def some_rows(i, worst):
         row = pl.multiple_of(i * t.compute_queries, t.compute_queries)
-        return jnp.maximum(worst, _parts(refs, [row], range(0, t.keys, t.compute_keys), job, span))
+        return jnp.maximum(worst, _patches(refs, [row], range(0, t.keys, t.compute_keys), job, inside))
 
     _check(refs, lax.fori_loop(0, t.queries // t.compute_queries, some_rows, jnp.zeros((ROWS, LANES), jnp.float32)))
 
 
-def _parts(refs: _Refs, rows, keys, job: _Job, span=None, at_once: int | None = None, keep=False) -> Array:
-    """(b) for parts of a block, which start at these rows of queries and, of each of those, at these keys.
+def _patches(refs: _Refs, rows, keys, job: _Job, inside=None, at_once: int | None = None, keep=False) -> Array:
+    """(b) for patches of a block, which start at these rows of queries and, of each of those, at these keys.
 
     Returns the largest sums of every eighth row [8, lanes]. With `keep`, the state before goes to `_BEFORE`.
     """
     t = job.tiling
     at_once = at_once or t.compute_keys
-    parts = [(row, key) for row in rows for key in keys]
+    patches = [(row, key) for row in rows for key in keys]
     ready: list[Array] = []
     issued = 0
     worst = jnp.zeros((ROWS, LANES), jnp.float32)
     sums = acc = None
-    for index, (row, key) in enumerate(parts):
-        while issued < min(index + 1 + t.ahead, len(parts)):
-            r, c = parts[issued]
+    for index, (row, key) in enumerate(patches):
+        while issued < min(index + 1 + t.ahead, len(patches)):
+            r, c = patches[issued]
             here = pl.ds(r, t.compute_queries)
-            ready.append(_scores(refs.q[here], refs.k[pl.ds(c, at_once)], job))
+            ready.append(_scores(refs.q_vmem[here], refs.k_vmem[pl.ds(c, at_once)], job))
             issued += 1
         here = pl.ds(row, t.compute_queries)
         scores = ready.pop(0)
-        if job.single and index % len(keys) == 0:  # (a), while products of other parts are under way
-            some = _mask(scores[:, : t.reference_keys], key, span, -math.inf)
+        if job.single and index % len(keys) == 0:  # (a), while products of other patches are under way
+            some = _mask(scores[:, : t.reference_keys], key, inside, -math.inf)
             largest = jnp.maximum(jnp.max(some, axis=1, keepdims=True) * job.scale, _LEAST_REFERENCE)
-            refs.reference[here] = jnp.broadcast_to(largest, (t.compute_queries, LANES))
-        reference = refs.reference[here]
+            refs.reference_vmem[here] = jnp.broadcast_to(largest, (t.compute_queries, LANES))
+        reference = refs.reference_vmem[here]
         if index % len(keys) == 0:
-            sums, acc = (None, None) if job.single else (refs.sums[_NOW, here], refs.acc[_NOW, here])
+            sums, acc = (None, None) if job.single else (refs.sums_vmem[_NOW, here], refs.acc_vmem[_NOW, here])
             if keep:  # static places: with places that take turns the compiler can't tell them apart, and waits
-                refs.sums[_BEFORE, here], refs.acc[_BEFORE, here] = sums, acc
+                refs.sums_vmem[_BEFORE, here], refs.acc_vmem[_BEFORE, here] = sums, acc
         weights = jnp.exp2(scores * job.scale - _across(reference, at_once))
-        weights = _mask(weights, key, span, 0.0)
+        weights = _mask(weights, key, inside, 0.0)
         sums = _plus(sums, _by_lane(weights))
-        values = refs.v[pl.ds(key, at_once)]
+        values = refs.v_vmem[pl.ds(key, at_once)]
         acc = _plus(acc, _product(weights.astype(values.dtype), values, A_B, job))
         if index % len(keys) == len(keys) - 1:
             worst = jnp.maximum(worst, jnp.max(sums.reshape(-1, ROWS, LANES), axis=0))
             if job.single:
                 _write_out(refs, here, reference, sums, acc)
             else:
-                refs.sums[_NOW, here], refs.acc[_NOW, here] = sums, acc
+                refs.sums_vmem[_NOW, here], refs.acc_vmem[_NOW, here] = sums, acc
     return worst
 
 
 def _check(refs: _Refs, worst: Array) -> None:
     """(c) A sum of NaN is one query's own and must not hide others."""
-    refs.again[0] = jnp.where(jnp.max(worst) <= _LARGEST_SUM, 0, 1)
+    refs.again_smem[0] = jnp.where(jnp.max(worst) <= _LARGEST_SUM, 0, 1)
 
 
-def _again(refs: _Refs, span, job: _Job) -> None:
+def _again(refs: _Refs, inside, job: _Job) -> None:
     """(c) The block with a running maximum."""
     t = job.tiling
     size = math.gcd(_AGAIN_ROWS, t.queries)
 
     def some_rows(i, _):
         rows = pl.ds(pl.multiple_of(i * size, size), size)
-        reference = refs.reference[rows]
+        reference = refs.reference_vmem[rows]
         if job.single:
             sums, acc = jnp.zeros((size, LANES), jnp.float32), jnp.zeros((size, job.dim), jnp.float32)
         else:
-            sums, acc = refs.sums[_BEFORE, rows], refs.acc[_BEFORE, rows]
+            sums, acc = refs.sums_vmem[_BEFORE, rows], refs.acc_vmem[_BEFORE, rows]
         for key in range(0, t.keys, t.compute_keys):
-            scores = _scores(refs.q[rows], refs.k[pl.ds(key, t.compute_keys)], job) * job.scale
-            scores = _mask(scores, key, span, -math.inf)
+            scores = _scores(refs.q_vmem[rows], refs.k_vmem[pl.ds(key, t.compute_keys)], job) * job.scale
+            scores = _mask(scores, key, inside, -math.inf)
             new = jnp.maximum(reference, jnp.max(scores, axis=1, keepdims=True))
             shrink = jnp.exp2(reference - new)
             weights = jnp.exp2(scores - _across(new, t.compute_keys))
             sums = sums * shrink + _by_lane(weights)
-            values = refs.v[pl.ds(key, t.compute_keys)]
+            values = refs.v_vmem[pl.ds(key, t.compute_keys)]
             acc = acc * _across(shrink, job.dim) + _product(weights.astype(values.dtype), values, A_B, job)
             reference = new
         if job.single:
             _write_out(refs, rows, reference, sums, acc)
         else:
-            refs.reference[rows], refs.sums[_NOW, rows], refs.acc[_NOW, rows] = reference, sums, acc
+            refs.reference_vmem[rows], refs.sums_vmem[_NOW, rows], refs.acc_vmem[_NOW, rows] = reference, sums, acc
         return 0
 
     lax.fori_loop(0, t.queries // size, some_rows, 0)
@@ -440,11 +449,11 @@ def _again(refs: _Refs, span, job: _Job) -> None:
 def _write_out(refs: _Refs, rows, reference, sums, acc) -> None:
     """(d)"""
     total = jnp.sum(sums, axis=1, keepdims=True)
-    if refs.lse is None:
-        refs.out[rows] = packing.pack(acc / total, reference[:, :1] + jnp.log2(total), refs.v.dtype)
+    if refs.lse_vmem is None:
+        refs.out_vmem[rows] = packing.pack(acc / total, reference[:, :1] + jnp.log2(total), refs.v_vmem.dtype)
         return
-    refs.out[rows] = (acc / total).astype(refs.out.dtype)
-    refs.lse[:, rows] = packing.along_lanes(reference + jnp.log2(total))
+    refs.out_vmem[rows] = (acc / total).astype(refs.out_vmem.dtype)
+    refs.lse_vmem[:, rows] = packing.along_lanes(reference + jnp.log2(total))
 
 
 def _scores(q, k, job: _Job):
@@ -474,9 +483,9 @@ def _by_lane(x):
     return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, width, LANES)])
 
 
-def _mask(x, key: Any, span, value: float):
-    """x [rows, columns], whose first column is key `key` of the block, with `value` outside of the span."""
-    if span is None:
+def _mask(x, key: Any, inside, value: float):
+    """x [rows, columns], whose first column is key `key` of the block, with `value` outside of the inside."""
+    if inside is None:
         return x
     column = key + lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.where((column >= span[0]) & (column < span[1]), x, value)
+    return jnp.where((column >= inside[0]) & (column < inside[1]), x, value)

@@ -33,17 +33,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_tpu.device import ROWS, Chip
-from moc_jax.attention.pallas_tpu.tiles import Tiles, blocks_of, steps
 from moc_jax.shapes import Array, Float, Float32, Int, Int32, typed
 
-LOG2E = math.log2(math.e)
 _NONE = -1
 _ROW, _KEYS, _COUNT, _RUNS, _RUN = 0, 1, 3, 4, 4  # columns of a line: see _lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiling:
+class GradientTiling:
     """Sizes of the backward kernel."""
 
     block: int
@@ -71,7 +70,7 @@ def gradients(
     first_head: Int[Array, "1"],
     *,
     rows: int,
-    tiling: Tiling,
+    tiling: GradientTiling,
     chip: Chip,
     accumulate: bool,
     pairs: int | None = None,
@@ -113,7 +112,7 @@ def gradients(
         out_shape=(jax.ShapeDtypeStruct(q.shape, d_q_type), d_k, d_k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(job.batch, job.heads, job.tiles, steps(tiles, tiling.block, 3)),
+            grid=(job.batch, job.heads, job.tiles, _most_blocks(tiles, tiling.block)),
             in_specs=specs.inputs,
             out_specs=specs.outputs,
             scratch_shapes=_scratch(job, d_q_type),
@@ -138,11 +137,11 @@ class Job:
     dim: int
     dtype: Any
     rows: int
-    tiling: Tiling
+    tiling: GradientTiling
     accumulate: bool
 
     @classmethod
-    def of(cls, q: Array, k: Array, tiles: Tiles, *, rows: int, tiling: Tiling, accumulate: bool) -> "Job":
+    def of(cls, q: Array, k: Array, tiles: Tiles, *, rows: int, tiling: GradientTiling, accumulate: bool) -> "Job":
         batch, heads, queries, dim = q.shape
         return cls(
             batch=batch,
@@ -185,6 +184,19 @@ class Job:
         )
 
 
+def _blocks_of(begin, end, block: int):
+    """(first block, number of blocks) of a run."""
+    first = lax.div(begin, jnp.int32(block))
+    return first, jnp.where(begin < end, lax.div(end + block - 1, jnp.int32(block)) - first, 0)
+
+
+def _most_blocks(tiles: Tiles, block: int) -> Int[Array, ""]:
+    """The most blocks that any tile walks, at least 1."""
+    runs = tiles.table[..., 3:].astype(jnp.int32)
+    _, count = _blocks_of(runs[..., 0::2], runs[..., 1::2], block)
+    return jnp.maximum(jnp.max(jnp.sum(count, axis=-1)), 1)
+
+
 def _lines(tiles: Tiles, block: int) -> Int32[Array, "_"]:
     """What the kernel looks up of each tile, flat: first row, begin and end of its keys, number of steps; then of each
     run its number of steps, what to add to a step for its block, begin and end."""
@@ -192,7 +204,7 @@ def _lines(tiles: Tiles, block: int) -> Int32[Array, "_"]:
     columns, before = [], jnp.zeros_like(table[..., 0])
     for column in range(3, table.shape[-1], 2):
         begin, end = table[..., column], table[..., column + 1]
-        first, count = blocks_of(begin, end, block)
+        first, count = _blocks_of(begin, end, block)
         columns += [before + count, first - before, begin, end]
         before = before + count
     return jnp.stack([table[..., 0], table[..., 1], table[..., 2], before, *columns], axis=-1).reshape(-1)

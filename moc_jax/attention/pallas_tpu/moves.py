@@ -25,6 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moc_jax.attention.layout import round_up
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.shapes import Array, Float, Int, Int32, typed
 
@@ -96,10 +97,10 @@ def move(
         tile: Rows of a tile, a multiple of 16.
     """
     batch, heads, _, dim = x.shape
-    tile = min(tile or _ROWS_OF_TILE, _up(rows, 2 * ROWS))
+    tile = min(tile or _ROWS_OF_TILE, round_up(rows, 2 * ROWS))
     assert tile % (2 * ROWS) == 0, tile
     assert tile < 2**_HIGH // 2, tile
-    group = _heads_of_group(heads, (tile + 2 * ROWS) * _up(dim, LANES) * x.dtype.itemsize)
+    group = _heads_of_group(heads, (tile + 2 * ROWS) * round_up(dim, LANES) * x.dtype.itemsize)
     x = x if x.shape[2] >= ROWS else _pad(x, ROWS)
     whole, tiles = x.shape[2] // ROWS * ROWS, -(-rows // tile)
     inputs = [x] if whole == x.shape[2] else [x, _pad(x[:, :, whole:], ROWS)]
@@ -166,22 +167,22 @@ def _kernel(
     walk: _Walk,
 ):
     """A step of the grid: fetches the next piece ahead, and puts those of the tile in their place."""
-    *inputs_hbm_ref, out_vmem_ref, slots_vmem_ref, words_vmem_ref, semaphores = refs
+    *inputs_hbm_ref, out_vmem_ref, buffers_vmem_ref, words_vmem_ref, semaphores = refs
     assert out_vmem_ref.shape == (walk.group, walk.tile, walk.dim)
-    assert slots_vmem_ref.shape == (2, walk.group, walk.tile + 2 * ROWS, walk.dim)
+    assert buffers_vmem_ref.shape == (2, walk.group, walk.tile + 2 * ROWS, walk.dim)
     half, scene, group, step = (pl.program_id(i) for i in range(4))
     tile = half * walk.steps + step
 
     def first_of(tile):
         return first_smem_ref[scene * (walk.tiles + 1) + jnp.minimum(tile, walk.tiles)]
 
-    def look_up(piece):
+    def lookround_up(piece):
         line = (scene * walk.pieces + piece) * 2
-        row, span = pieces_smem_ref[line], pieces_smem_ref[line + 1]
-        return row, span & (2**_HIGH - 1), span >> _HIGH
+        row, ends = pieces_smem_ref[line], pieces_smem_ref[line + 1]
+        return row, ends & (2**_HIGH - 1), ends >> _HIGH
 
-    def each_copy(slot, span, do):
-        row, low, high = span
+    def each_copy(buffer, piece, do):
+        row, low, high = piece
         start, stop = _down(row + low), _down(row + high + ROWS - 1)
         place = _down(low) + ROWS
         count = pl.multiple_of(jnp.minimum(stop, walk.whole) - start, ROWS)
@@ -189,7 +190,11 @@ def _kernel(
         def one(source_hbm_ref, begin, place, count):
             heads = pl.ds(group * walk.group, walk.group)
             source = source_hbm_ref.at[scene, heads, pl.ds(begin, count)]
-            do(pltpu.make_async_copy(source, slots_vmem_ref.at[slot, :, pl.ds(place, count)], semaphores.at[slot]))
+            do(
+                pltpu.make_async_copy(
+                    source, buffers_vmem_ref.at[buffer, :, pl.ds(place, count)], semaphores.at[buffer]
+                )
+            )
 
         if len(inputs_hbm_ref) == 1:
             one(inputs_hbm_ref[0], start, place, count)
@@ -201,15 +206,15 @@ def _kernel(
     begin, end, last = first_of(tile), first_of(tile + 1), first_of((half + 1) * walk.steps)
 
     def one_piece(piece, _):
-        after, slot = piece + 1, lax.rem(piece + 1, 2)  # piece may be -1
-        pl.when(after < last)(lambda: each_copy(slot, look_up(after), lambda copy: copy.start()))
+        after, buffer = piece + 1, lax.rem(piece + 1, 2)  # piece may be -1
+        pl.when(after < last)(lambda: each_copy(buffer, lookround_up(after), lambda copy: copy.start()))
 
         @pl.when(piece >= begin)
         def _():
-            row, low, high = look_up(piece)
-            each_copy(1 - slot, (row, low, high), lambda copy: copy.wait())
+            row, low, high = lookround_up(piece)
+            each_copy(1 - buffer, (row, low, high), lambda copy: copy.wait())
             shift = lax.rem(row + low, jnp.int32(ROWS)) - lax.rem(low, jnp.int32(ROWS)) + ROWS
-            _put(slots_vmem_ref.at[1 - slot], words_vmem_ref, out_vmem_ref, shift, low, high, walk)
+            _put(buffers_vmem_ref.at[1 - buffer], words_vmem_ref, out_vmem_ref, shift, low, high, walk)
 
         return 0
 
@@ -220,7 +225,7 @@ def _kernel(
 
         lax.fori_loop(0, walk.group, one_head, 0)
 
-    _, low, high = look_up(begin)
+    _, low, high = lookround_up(begin)
     covered = (begin < end) & (high - low == walk.tile)
     pl.when((tile < walk.tiles) & ~covered)(clear)
     lax.fori_loop(jnp.where(step == 0, begin - 1, begin), end, one_piece, 0)
@@ -271,7 +276,3 @@ def _pad(x, size: int):
 
 def _down(row):
     return pl.multiple_of(lax.div(row, jnp.int32(ROWS)) * ROWS, ROWS)
-
-
-def _up(x: int, unit: int) -> int:
-    return -(-x // unit) * unit

@@ -1,11 +1,11 @@
 """Rows of queries -> (query, chunk) pairs sorted by chunk, and back, without a sort, a gather or a scatter.
 
-placement.py says where each pair lies; windows, runs and slots are explained there.
+placement.py says where each pair lies; spans, runs and slots are explained there.
 
-(a) `spread`. Window by window, each row is stored once for each of its pairs at the pair's place in a buffer in VMEM
-    that holds the window's runs one after the other; whole runs then go to their slots. A row costs a scalar load and
+(a) `spread`. Span by span, each row is stored once for each of its pairs at the pair's place in a buffer in VMEM
+    that holds the span's runs one after the other; whole runs then go to their slots. A row costs a scalar load and
     a store: 1.6 cycles per pair. What a run holds beyond its pairs is filled.
-(b) `merge` and `add` are the way back: a window's runs come into VMEM (with two buffers, while the window before
+(b) `merge` and `add` are the way back: a span's runs come into VMEM (with two buffers, while the span before
     is worked on), and each query loads its pairs' rows by the same places.
 
 Rows in VMEM have 32 bits per number: smaller ones share sublanes, of which none is stored alone. A pair's output and
@@ -23,10 +23,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moc_jax.attention.heads import Heads
+from moc_jax.attention.layout import Heads, round_up
 from moc_jax.attention.pallas_tpu import packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
-from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement, up
+from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement
 from moc_jax.shapes import Array, Float, Float32, typed
 
 _GROUP = 16  # rows of the unrolled loops: a register of bfloat16
@@ -72,7 +72,7 @@ def spread(
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((p.room, dim), jnp.float32),
-                pltpu.VMEM((p.room if p.buffers == 2 else up(p.room, PARTS * LANES) // PARTS, dim), x.dtype),
+                pltpu.VMEM((p.room if p.buffers == 2 else round_up(p.room, PARTS * LANES) // PARTS, dim), x.dtype),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
@@ -83,7 +83,7 @@ def spread(
 
 
 def _in_smem(columns: int, row):
-    """A line of integers of the group's head, for a window and a step."""
+    """A line of integers of the group's head, for a span and a step."""
     one = (pl.squeezed,) * 3
     return pl.BlockSpec(
         (*one, 1, columns), lambda b, h, w, s, first: (b, first[0] + h, row(w, s), 0, 0), memory_space=pltpu.SMEM
@@ -125,13 +125,13 @@ class _Sizes:
 def _spread_kernel(
     first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
-    runs_smem_ref,  # [1, 3 * chunks], of the window
+    runs_smem_ref,  # [1, 3 * chunks], of the span
     tails_smem_ref,  # [1, 2 * chunks], of the head
     x_vmem_ref,  # [step, D]
     fill_vmem_ref,  # [tile, D]
     out_hbm_ref,  # [B, H, slots, D]
-    rows_vmem_ref,  # [room, D]: the window's pairs
-    ready_vmem_ref,  # [room or a part of it, D]: those of the window before, or the last of them, on their way out
+    rows_vmem_ref,  # [room, D]: the span's pairs
+    ready_vmem_ref,  # [room or a part of it, D]: those of the span before, or the last of them, on their way out
     leaving_smem_ref,  # [1]: rows of that
     semaphores,  # of those, and of tails
     *,
@@ -224,7 +224,7 @@ def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
 
 
 def _in_parts(runs_smem_ref, p: _Sizes, total, part: int, before, body) -> None:
-    """before(first row) and body(rows, place, slot) of each run, part by part of a window's rows."""
+    """before(first row) and body(rows, place, slot) of each run, part by part of a span's rows."""
 
     def one_part(i, chunk):
         first = pl.multiple_of(i * part, LANES)
@@ -349,7 +349,7 @@ def add(
 def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, shapes, *, nothing: float, chip: Chip):
     """body(rows of pairs, inputs, outputs) for each block of queries of the group's heads."""
     width = pairs.shape[3]
-    chunks, windows, steps = p.runs.shape[4] // RUN, p.runs.shape[2], p.steps
+    chunks, spans, steps = p.runs.shape[4] // RUN, p.runs.shape[2], p.steps
     some = min(LANES, p.step)
     same = bool(into) and inputs and into[0] is inputs[0]  # results go where inputs come from
     into = inputs if same else into
@@ -371,11 +371,11 @@ def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, s
         out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(pairs.shape[0], heads.count, windows, steps),
+            grid=(pairs.shape[0], heads.count, spans, steps),
             in_specs=[
                 _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
                 _in_smem(RUN * chunks, lambda w, s: w),
-                _in_smem(RUN * chunks, lambda w, s: jnp.minimum(w + 1, windows - 1)),
+                _in_smem(RUN * chunks, lambda w, s: jnp.minimum(w + 1, spans - 1)),
                 pl.BlockSpec(memory_space=pl.ANY),
                 *map(block, inputs),
                 *([] if same else [pl.BlockSpec(memory_space=pl.ANY)] * len(into)),
@@ -396,8 +396,8 @@ def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, s
 def _collect_kernel(
     first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
-    runs_smem_ref,  # [1, 3 * chunks], of the window
-    next_smem_ref,  # the same, of the next window
+    runs_smem_ref,  # [1, 3 * chunks], of the span
+    next_smem_ref,  # the same, of the next span
     pairs_hbm_ref,  # [B, H, slots, E]
     *refs,  # of the queries' blocks: inputs, where outputs go, outputs; then scratch
     p: _Sizes,
@@ -407,25 +407,25 @@ def _collect_kernel(
     nothing: float,
 ):
     del first_head_smem_ref
-    *blocks, window_vmem_ref, some_vmem_ref, semaphores = refs
+    *blocks, span_vmem_ref, some_vmem_ref, semaphores = refs
     sources, results = blocks[:inputs], blocks[inputs + unread :]
     b, h, w, s = (pl.program_id(i) for i in range(4))
     pairs_hbm_ref = pairs_hbm_ref.at[b, h]
-    buffers = window_vmem_ref.shape[0]
+    buffers = span_vmem_ref.shape[0]
     here = lax.rem(w, jnp.int32(buffers))
 
     def fetch(runs_smem_ref, parity):
         def one(rows, place, slot):
-            target = window_vmem_ref.at[parity, pl.ds(place, rows)]
+            target = span_vmem_ref.at[parity, pl.ds(place, rows)]
             pltpu.make_async_copy(pairs_hbm_ref.at[pl.ds(slot, rows)], target, semaphores.at[parity]).start()
 
         _each_run(runs_smem_ref, RUN, p, one)
 
     @pl.when((w == 0) & (s == 0))
     def _():
-        shape = (ROWS, window_vmem_ref.shape[2])
+        shape = (ROWS, span_vmem_ref.shape[2])
         for one in range(buffers):  # what pairs that pick nothing find
-            window_vmem_ref[one, pl.ds(p.room - ROWS, ROWS)] = _nothing(shape, nothing)
+            span_vmem_ref[one, pl.ds(p.room - ROWS, ROWS)] = _nothing(shape, nothing)
         if buffers == 2:
             fetch(runs_smem_ref, here)
 
@@ -433,7 +433,7 @@ def _collect_kernel(
     def _():
         if buffers == 1:
             fetch(runs_smem_ref, here)
-        _await(pairs_hbm_ref, window_vmem_ref.at[here], _end_of_runs(runs_smem_ref, p), semaphores.at[here])
+        _await(pairs_hbm_ref, span_vmem_ref.at[here], _end_of_runs(runs_smem_ref, p), semaphores.at[here])
         if buffers == 2:
             pl.when(w + 1 < pl.num_programs(2))(lambda: fetch(next_smem_ref, 1 - here))
 
@@ -441,7 +441,7 @@ def _collect_kernel(
 
     def some_rows(i, _):
         first = pl.multiple_of(i * size, size)
-        _load(places_smem_ref, window_vmem_ref.at[here], some_vmem_ref, first, p)
+        _load(places_smem_ref, span_vmem_ref.at[here], some_vmem_ref, first, p)
         rows = [some_vmem_ref[pl.ds(pick * size, size)] for pick in range(p.picks)]
         body(rows, sources, results, pl.ds(first, size))
         return 0
@@ -453,14 +453,14 @@ def _collect_kernel(
     def run(each):
         lax.fori_loop(0, p.step // size, each, 0)
 
-    # The last window's steps beyond the queries leave the last block as it is.
+    # The last span's steps beyond the queries leave the last block as it is.
     there = w * pl.num_programs(3) + s < p.blocks
     picked = _end_of_runs(runs_smem_ref, p) > 0
     pl.when(there & picked)(lambda: run(some_rows))
     pl.when(there & ~picked)(lambda: run(no_rows))
 
 
-def _load(places_smem_ref, window_vmem_ref, some_vmem_ref, first, p: _Sizes) -> None:
+def _load(places_smem_ref, span_vmem_ref, some_vmem_ref, first, p: _Sizes) -> None:
     """The pairs' rows of some of a step's rows, from `first` on, pick after pick."""
     size = some_vmem_ref.shape[0] // p.picks
 
@@ -471,7 +471,7 @@ def _load(places_smem_ref, window_vmem_ref, some_vmem_ref, first, p: _Sizes) -> 
             places = _places_of(places_smem_ref, first + at + row, p)
             for pick in range(p.picks):
                 place = places[pick * p.step]
-                target_vmem_ref[pl.ds(pick * size + row, 1), :] = window_vmem_ref[pl.ds(place, 1), :]
+                target_vmem_ref[pl.ds(pick * size + row, 1), :] = span_vmem_ref[pl.ds(place, 1), :]
         return 0
 
     lax.fori_loop(0, size // _GROUP, few_rows, 0)

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moc_jax.attention.layout import round_up
 from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.attention.routing import FEW
@@ -39,7 +40,7 @@ def descriptors(k: Float[Array, "B N H D"], table: ChunkTable, *, chip: Chip) ->
 
 def _means(k, table: ChunkTable, chip: Chip):
     batch, tokens, heads, dim = k.shape
-    chunks, rows = table.kind.shape[1], min(_up(table.max_chunk + ROWS - 1, _GROUP), _MOST_ROWS)
+    chunks, rows = table.kind.shape[1], min(round_up(table.max_chunk + ROWS - 1, _GROUP), _MOST_ROWS)
     k = jnp.swapaxes(k, 1, 2)
     more = max(-tokens % ROWS, rows - tokens)
     k = jnp.pad(k, ((0, 0), (0, 0), (0, more), (0, 0))) if more else k
@@ -49,11 +50,11 @@ def _means(k, table: ChunkTable, chip: Chip):
     lines = jnp.stack([jnp.where(length > 0, table.start, 0), length], axis=-1).astype(jnp.int32)
     steps = -(-(table.max_chunk + ROWS - 1) // rows)
 
-    def first_row(lines_ref, b, c, s):
-        return lax.div(lines_ref[2 * (b * chunks + c)], jnp.int32(ROWS)) * ROWS + s * rows
+    def first_row(lines_smem_ref, b, c, s):
+        return lax.div(lines_smem_ref[2 * (b * chunks + c)], jnp.int32(ROWS)) * ROWS + s * rows
 
-    def keys_at(b, g, c, s, lines_ref):
-        return b, g * group, pl.multiple_of(jnp.minimum(first_row(lines_ref, b, c, s), last), ROWS), 0
+    def keys_at(b, g, c, s, lines_smem_ref):
+        return b, g * group, pl.multiple_of(jnp.minimum(first_row(lines_smem_ref, b, c, s), last), ROWS), 0
 
     means = pl.pallas_call(
         functools.partial(_kernel, chunks=chunks, rows=rows, last=last, first_row=first_row),
@@ -85,7 +86,7 @@ def heads_at_once(heads: int, dim: int) -> int:
 
 
 def _kernel(
-    lines_ref,
+    lines_smem_ref,
     keys_vmem_ref,
     means_vmem_ref,
     near_vmem_ref,
@@ -101,8 +102,8 @@ def _kernel(
     assert means_vmem_ref.shape == near_vmem_ref.shape == (heads, 1, dim)
     assert sums_vmem_ref.shape == (heads, ROWS, dim)
     b, c, s = pl.program_id(0), pl.program_id(2), pl.program_id(3)
-    begin, length = (lines_ref[2 * (b * chunks + c) + i] for i in range(2))
-    first = first_row(lines_ref, b, c, s)
+    begin, length = (lines_smem_ref[2 * (b * chunks + c) + i] for i in range(2))
+    first = first_row(lines_smem_ref, b, c, s)
     row = jnp.minimum(first, last)
     low, high = jnp.maximum(begin, first) - row, jnp.minimum(begin + length - row, rows)
 
@@ -155,7 +156,3 @@ def _halves(x):
         half = x.shape[1] // 2
         x = x[:, :half] + x[:, half:]
     return x
-
-
-def _up(x: int, unit: int) -> int:
-    return -(-x // unit) * unit

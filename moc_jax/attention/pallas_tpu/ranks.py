@@ -17,7 +17,6 @@ instructions for 8 x 128 pairs of chunk and token, hides the products.
 
 import dataclasses
 import functools
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moc_jax.attention.layout import round_up
 from moc_jax.attention.pallas_tpu import device
 from moc_jax.shapes import Array, Int, Int32, typed
 
@@ -34,8 +34,8 @@ _MOST_TOKENS = 2**24  # what float32 counts exactly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """Tokens of a grid step and chunks of a tile."""
+class ScanTiling:
+    """How a kernel goes through all chunks for all tokens: tokens of a grid step, and chunks at a time."""
 
     block: int
     chunks: int = 32
@@ -47,15 +47,15 @@ class Tiling:
                 "register of bfloat16 holds"
             )
 
-    @classmethod
-    def of(cls, tokens: int, slots: int) -> Self:
-        """What suits so many tokens with so many picks: blocks as long as the unrolled code stays small."""
-        most, unit = 4096 if slots <= 8 else 1024, _SUBLANES * _LANES
-        if tokens <= unit:
-            return cls(block=-(-tokens // _LANES) * _LANES)
-        # What a block must be a multiple of, if there are several; of those, what pads least, and then the largest.
-        sizes = range(min(most, tokens) // unit * unit, 0, -unit)
-        return cls(block=min(sizes, key=lambda block: -(-tokens // block) * block))
+
+def tiling_of(tokens: int, picks: int) -> ScanTiling:
+    """What suits so many tokens with so many picks: blocks as long as the unrolled code stays small."""
+    most, unit = 4096 if picks <= 8 else 1024, _SUBLANES * _LANES
+    if tokens <= unit:
+        return ScanTiling(block=round_up(tokens, _LANES))
+    # What a block must be a multiple of, if there are several; of those, what pads least, and then the largest.
+    sizes = range(min(most, tokens) // unit * unit, 0, -unit)
+    return ScanTiling(block=min(sizes, key=lambda block: round_up(tokens, block)))
 
 
 @typed
@@ -63,7 +63,7 @@ def ranks(
     routes: Int[Array, "B H N K"],
     chunks: int,
     *,
-    tiling: Tiling | None = None,
+    tiling: ScanTiling | None = None,
 ) -> tuple[Int32[Array, "B H N K"], Int32[Array, "B H C"]]:
     """The rank of each pick among its head's picks of the same chunk, in the order of tokens, and the picks per chunk.
 
@@ -77,29 +77,29 @@ def ranks(
     Raises:
         NotImplementedError: More tokens than float32 counts exactly.
     """
-    batch, heads, tokens, slots = routes.shape
+    batch, heads, tokens, picks = routes.shape
     if tokens > _MOST_TOKENS:
         raise NotImplementedError(f"{tokens} tokens; ranks are exact up to {_MOST_TOKENS} tokens of a scene")
-    if slots == 0 or tokens == 0:
+    if picks == 0 or tokens == 0:
         return jnp.zeros(routes.shape, jnp.int32), jnp.zeros((batch, heads, chunks), jnp.int32)
-    tiling = tiling or Tiling.of(tokens, slots)
+    tiling = tiling or tiling_of(tokens, picks)
     padding = -tokens % tiling.block
     routes = jnp.swapaxes(routes.astype(jnp.int32), 2, 3)
     routes = jnp.pad(routes, ((0, 0), (0, 0), (0, 0), (0, padding)), constant_values=_NOTHING)
-    routes = routes.reshape(batch * heads, slots, -1, _LANES)
+    routes = routes.reshape(batch * heads, picks, -1, _LANES)
     rank, counts = _call(routes, chunks, tiling)
-    rank = jnp.swapaxes(rank.reshape(batch, heads, slots, -1), 2, 3)[:, :, :tokens]
+    rank = jnp.swapaxes(rank.reshape(batch, heads, picks, -1), 2, 3)[:, :, :tokens]
     return rank, counts[:, :chunks, 0].reshape(batch, heads, chunks)
 
 
 def _call(routes, chunks, tiling):
     """The ranks of routes [B * H, K, N / 128, 128], and counts [B * H, padded C, 128], the same in every lane."""
-    heads, slots, groups, _ = routes.shape
+    heads, picks, groups, _ = routes.shape
     rows, padded = tiling.block // _LANES, pl.cdiv(chunks, tiling.chunks) * tiling.chunks
     blocks = groups // rows
-    last = jnp.max(routes.reshape(heads, slots, blocks, tiling.block), axis=(1, 3))
+    last = jnp.max(routes.reshape(heads, picks, blocks, tiling.block), axis=(1, 3))
     used = (last + tiling.chunks) // tiling.chunks
-    block = pl.BlockSpec((None, slots, rows, _LANES), lambda h, n, _: (h, 0, n, 0))
+    block = pl.BlockSpec((None, picks, rows, _LANES), lambda h, n, _: (h, 0, n, 0))
     return pl.pallas_call(
         functools.partial(_kernel, tiling=tiling),
         name="moc_ranks",
@@ -114,7 +114,7 @@ def _call(routes, chunks, tiling):
             out_specs=(block, pl.BlockSpec((None, padded, _LANES), lambda h, n, _: (h, 0, 0))),
             scratch_shapes=[
                 pltpu.VMEM((padded, _LANES), jnp.float32),
-                pltpu.VMEM((slots, rows * _SUBLANES, _LANES), jnp.float32),
+                pltpu.VMEM((picks, rows * _SUBLANES, _LANES), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
@@ -166,7 +166,7 @@ def _kernel(
 
 def _one_tile(routes_vmem_ref, seen_vmem_ref, sums_vmem_ref, tiling, tile, *, first=False):
     """Adds what a tile of chunks has to the ranks of all tokens, which the first tile starts."""
-    slots = routes_vmem_ref.shape[0]
+    picks = routes_vmem_ref.shape[0]
     groups = range(0, tiling.chunks, _SUBLANES)
     sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
     earlier = lax.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0)
@@ -175,20 +175,20 @@ def _one_tile(routes_vmem_ref, seen_vmem_ref, sums_vmem_ref, tiling, tile, *, fi
     seen = [seen_vmem_ref[pl.ds(begin + i, _SUBLANES)] for i in groups]
     for group in range(routes_vmem_ref.shape[1]):
         # Picks less the sublane are equal to the first of eight chunks.
-        routes = [routes_vmem_ref[i, group : group + 1] - sublane for i in range(slots)]
+        routes = [routes_vmem_ref[i, group : group + 1] - sublane for i in range(picks)]
         rows = slice(group * _SUBLANES, (group + 1) * _SUBLANES)
         picked = [[route == begin + i for route in routes] for i in groups]
-        members = [jnp.where(functools.reduce(jnp.logical_or, slots_), 1.0, 0.0) for slots_ in picked]
+        members = [jnp.where(functools.reduce(jnp.logical_or, each), 1.0, 0.0) for each in picked]
         prefix = jnp.dot(
             jnp.concatenate(members).astype(jnp.bfloat16), up_to, preferred_element_type=jnp.float32
         )  # [chunks, 128]
-        sums = [jnp.zeros(sublane.shape) if first else sums_vmem_ref[i, rows] for i in range(slots)]
+        sums = [jnp.zeros(sublane.shape) if first else sums_vmem_ref[i, rows] for i in range(picks)]
         for j, i in enumerate(groups):
             rank = prefix[i : i + _SUBLANES] + (seen[j] - 1)
-            for slot in range(slots):
-                sums[slot] += jnp.where(picked[j][slot], rank, 0.0)
+            for pick in range(picks):
+                sums[pick] += jnp.where(picked[j][pick], rank, 0.0)
             seen[j] += jnp.broadcast_to(prefix[i : i + _SUBLANES, _LANES - 1 :], sublane.shape)
-        for slot in range(slots):
-            sums_vmem_ref[slot, rows] = sums[slot]
+        for pick in range(picks):
+            sums_vmem_ref[pick, rows] = sums[pick]
     for j, i in enumerate(groups):
         seen_vmem_ref[pl.ds(begin + i, _SUBLANES)] = seen[j]

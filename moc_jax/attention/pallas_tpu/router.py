@@ -24,7 +24,6 @@ once because a product's first result takes some 250 cycles.
 import dataclasses
 import functools
 import itertools
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -33,48 +32,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention import routing
-from moc_jax.attention.layout import Queries
+from moc_jax.attention.layout import Queries, candidate_rows, candidates_are_split, round_up, split_in_parts
 from moc_jax.attention.pallas_tpu import device
 from moc_jax.attention.pallas_tpu.batching import more_scenes
+from moc_jax.attention.pallas_tpu.ranks import ScanTiling
 from moc_jax.attention.routing import candidate_runs, pickable_chunks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
-_PARTS = 3  # bfloat16 parts of a float32
 _MOST_PICKS = 16  # registers hold two lists of so many, and merging takes 8 top_k ** 2 instructions, unrolled
 _XLA_BLOCK = 2048  # queries that XLA scores at a time
 _NOTHING = -1
 _SUBLANES, _LANES = device.ROWS, device.LANES
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """Tokens of a grid step and chunks of a tile."""
-
-    block: int
-    chunks: int = 32
-
-    def __post_init__(self):
-        if self.block % _LANES or self.chunks % (2 * _SUBLANES):
-            raise ValueError(
-                f"{self}: block must be a multiple of {_LANES}, and chunks of {2 * _SUBLANES}, which is what a "
-                "register of bfloat16 holds"
-            )
-
-    @property
-    def merged(self) -> int:
-        """Groups of `_LANES` tokens whose lists are merged at once."""
-        return min(_SUBLANES, self.block // _LANES)
-
-    @classmethod
-    def of(cls, tokens: int, top_k: int) -> Self:
-        """What suits so many tokens: blocks as long as the unrolled code stays small."""
-        most = 4096 if top_k <= 8 else 2048
-        block = min(most, -(-tokens // _LANES) * _LANES)
-        if block > _SUBLANES * _LANES:  # what a block of picks must be a multiple of, if there are several
-            block = block // (_SUBLANES * _LANES) * (_SUBLANES * _LANES)
-        return cls(block=block)
+def tiling_of(tokens: int, top_k: int) -> ScanTiling:
+    """What suits so many tokens: blocks as long as the unrolled code stays small."""
+    unit = _SUBLANES * _LANES  # what a block of picks must be a multiple of, if there are several
+    block = min(4096 if top_k <= 8 else 2048, round_up(tokens, _LANES))
+    return ScanTiling(block=block if block <= unit else block // unit * unit)
 
 
 def can_select(cfg: MoCConfig) -> bool:
@@ -91,7 +68,7 @@ def select(
     table: ChunkTable,
     cfg: MoCConfig,
     *,
-    tiling: Tiling | None = None,
+    tiling: ScanTiling | None = None,
 ) -> Int[Array, "B H Q K"]:
     """As `routing.select`: the best candidates of every query, best first; -1 fills slots that hold none.
 
@@ -115,10 +92,10 @@ def select(
     batch, tokens, heads, _ = q.shape
     if cfg.top_k == 0 or tokens == 0:
         return jnp.full((batch, heads, tokens, cfg.top_k), _NOTHING, jnp.int32)
-    tiling = tiling or Tiling.of(tokens, cfg.top_k)
+    tiling = tiling or tiling_of(tokens, cfg.top_k)
 
     def picks(q, phi, queries, table):
-        runs = _token_runs(queries, table, cfg, -(-tokens // tiling.block) * tiling.block)
+        runs = candidate_rows(candidate_runs(table, cfg), queries, round_up(tokens, tiling.block))
         found = _call(jnp.swapaxes(q, 1, 2), _parts(phi, table, tiling, q.dtype), runs, cfg, tiling)
         return jnp.swapaxes(found.reshape(*found.shape[:3], -1), 2, 3)[:, :, :tokens]
 
@@ -143,13 +120,7 @@ def _parts(phi, table, tiling, dtype):
     phi = jnp.pad(phi, ((0, 0), (0, 0), (0, -phi.shape[2] % tiling.chunks), (0, 0)), constant_values=jnp.nan)
     tiles = phi.shape[2] // tiling.chunks
     phi = phi.reshape(-1, tiles, tiling.chunks // _SUBLANES, _SUBLANES, head_dim)
-    parts = []
-    for _ in range(1 if dtype == jnp.float32 else _PARTS):
-        # Not a plain cast there and back, which XLA may take for excess precision and drop.
-        finfo = jnp.finfo(dtype)
-        part = lax.reduce_precision(phi, exponent_bits=finfo.nexp, mantissa_bits=finfo.nmant)
-        parts.append(part.astype(dtype))
-        phi = jnp.where(jnp.isfinite(part), phi - part, 0.0)
+    parts = [phi] if dtype == jnp.float32 else split_in_parts(phi, dtype)
     return jnp.stack(parts[::-1], axis=3).reshape(phi.shape[0], tiles, len(parts) * tiling.chunks, head_dim)
 
 
@@ -168,7 +139,7 @@ def _call(q, parts, runs, cfg, tiling):
             _kernel,
             tiling=tiling,
             heads=heads,
-            split=not cfg.causal_routing and cfg.self_anchor != "none",
+            split=candidates_are_split(cfg),
         ),
         name="moc_router",
         out_shape=jax.ShapeDtypeStruct((batch, heads, cfg.top_k, blocks * rows, _LANES), jnp.int32),
@@ -196,15 +167,6 @@ def _call(q, parts, runs, cfg, tiling):
             transcendentals=0,
         ),
     )(used.astype(jnp.int32), q, parts, runs)
-
-
-def _token_runs(queries, table, cfg, tokens):
-    """Each query's `candidate_runs` (first, second, end): [B, 3, tokens]; padding tokens have none."""
-    chunks = table.kind.shape[1]
-    of = jnp.pad(queries.chunk_of, ((0, 0), (0, tokens - queries.chunk_of.shape[1])), constant_values=_NOTHING)
-    of = jnp.where(of < 0, chunks, of)
-    runs = [jnp.pad(run, ((0, 0), (0, 1))) for run in candidate_runs(table, cfg)]
-    return jnp.stack([jnp.take_along_axis(run, of, axis=1) for run in runs], axis=1).astype(jnp.int32)
 
 
 def _vmem(tiling, parts, q, cfg):
@@ -243,9 +205,14 @@ def _kernel(
         one_tile(0, first=True)
         pl.loop(1, used)(one_tile)
 
-        @pl.loop(0, picks_vmem_ref.shape[1] // tiling.merged)
+        @pl.loop(0, picks_vmem_ref.shape[1] // _merged(tiling))
         def _merge(i):
-            _merge_lists(lists, picks_vmem_ref, pl.multiple_of(i * tiling.merged, tiling.merged), tiling.merged)
+            _merge_lists(lists, picks_vmem_ref, pl.multiple_of(i * _merged(tiling), _merged(tiling)), _merged(tiling))
+
+
+def _merged(tiling: ScanTiling) -> int:
+    """Groups of `_LANES` tokens whose lists are merged at once."""
+    return min(_SUBLANES, tiling.block // _LANES)
 
 
 def _one_tile(q_vmem_ref, phi_vmem_ref, runs_vmem_ref, lists, tiling, split, tile, *, first=False):

@@ -33,15 +33,15 @@ _SMALL_PARTS = 2.5  # how much longer a block takes whose parts are 128 x 128: e
 class Blocks:
     """All sizes of one attention."""
 
-    anchors: flash.Tiling  # video queries over their anchors
-    text: flash.Tiling  # captions over theirs
-    picks: flash.Tiling  # sorted queries over a chunk
+    anchors: flash.ForwardTiling  # video queries over their anchors
+    text: flash.ForwardTiling  # captions over theirs
+    picks: flash.ForwardTiling  # sorted queries over a chunk
     gradient_keys: int  # rows of a tile of anchors' keys
-    anchor_gradients: flash_backward.Tiling
+    anchor_gradients: flash_backward.GradientTiling
     pick_gradient_keys: int  # rows of a tile of a chunk's keys
-    pick_gradients: flash_backward.Tiling
-    window: int | None = None  # queries whose pairs are spread and merged at once; None: as many as fit
-    window_step: int | None = None  # queries of a step of that
+    pick_gradients: flash_backward.GradientTiling
+    span: int | None = None  # queries whose pairs are spread and merged at once; None: as many as fit
+    span_step: int | None = None  # queries of a step of that
 
     def __post_init__(self):
         sizes = (self.queries, self.gradient_queries, self.text_queries)
@@ -173,13 +173,13 @@ class _Size:
         """Elements, up to the end of the last register."""
         return -(-self.dim // LANES) * LANES
 
-    def forward(self, t: flash.Tiling) -> int:
+    def forward(self, t: flash.ForwardTiling) -> int:
         """Bytes of vector memory of the forward kernel: q, out, k and v twice, the state, and parts under way."""
         state = 4 * t.queries * (3 * LANES + 2 * self.wide)
         parts = 4 * t.compute_queries * t.compute_keys * (t.ahead + 2)
         return 4 * self.row * (t.queries + t.keys) + state + parts
 
-    def backward(self, t: flash_backward.Tiling, rows: int) -> int:
+    def backward(self, t: flash_backward.GradientTiling, rows: int) -> int:
         """The same of the backward kernel: q and d_out twice, k, v, dk and dv twice and as they are summed, dq."""
         queries = t.block * (4 * self.row + 12 * self.wide)
         return queries + rows * (10 * self.row + 8 * self.wide) + 4 * t.block * t.at_once * self.itemsize // 2
@@ -187,7 +187,7 @@ class _Size:
 
 def _forward(
     chip: Chip, kernel: Kernel, size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
-) -> flash.Tiling:
+) -> flash.ForwardTiling:
     """The tiling of the least cost that fits: queries in tiles, over blocks of keys."""
     most, most_keys, *_ = _FORWARD[kernel][chip.name]
     most = max(most, _whole(queries))
@@ -195,7 +195,7 @@ def _forward(
         _candidates([queries], min(most, most_queries)), _candidates(keys, max(most_keys, *map(_whole, keys)))
     )
 
-    def cost(t: flash.Tiling) -> float:
+    def cost(t: flash.ForwardTiling) -> float:
         small = _SMALL_PARTS if max(t.compute_queries, t.compute_keys) <= LANES else 1.0
         return small * queries.cost(t.queries) * sum(run.cost(t.keys) for run in keys)
 
@@ -203,7 +203,7 @@ def _forward(
     return min((t for t in tilings if size.forward(t) <= chip.vmem_limit), key=cost)
 
 
-def _with_short(chip: Chip, picks: flash.Tiling, longest_chunk: int) -> flash.Tiling:
+def _with_short(chip: Chip, picks: flash.ForwardTiling, longest_chunk: int) -> flash.ForwardTiling:
     """Chunks that begin at a multiple of 8 may need 128 rows less than others."""
     rows = picks.keys - LANES
     if not longest_chunk <= rows < picks.keys:
@@ -211,10 +211,10 @@ def _with_short(chip: Chip, picks: flash.Tiling, longest_chunk: int) -> flash.Ti
     return dataclasses.replace(picks, short=(rows, forward_tiling(chip, "picks", picks.queries, rows).compute_keys))
 
 
-def forward_tiling(chip: Chip, kernel: Kernel, queries: int, keys: int) -> flash.Tiling:
+def forward_tiling(chip: Chip, kernel: Kernel, queries: int, keys: int) -> flash.ForwardTiling:
     """Blocks of these sizes, with what is computed at once on the chip cut down to what divides them."""
     _, _, at_once, keys_at_once, ahead, *of_short = _FORWARD[kernel][chip.name]
-    return flash.Tiling(
+    return flash.ForwardTiling(
         queries=queries,
         keys=keys,
         compute_queries=_divisor(queries, at_once),
@@ -225,7 +225,7 @@ def forward_tiling(chip: Chip, kernel: Kernel, queries: int, keys: int) -> flash
 
 def _backward(
     chip: Chip, kernel: Kernel, size: _Size, keys: _Run, queries: _Run, tile: int
-) -> tuple[int, flash_backward.Tiling]:
+) -> tuple[int, flash_backward.GradientTiling]:
     """(rows of a tile of keys, tiling) of the least cost that fits; blocks of queries divide `tile`."""
     most, most_keys, *_ = _BACKWARD[kernel][0][chip.name]
     divisors = [block for block in range(LANES, tile + 1, LANES) if tile % block == 0]
@@ -239,12 +239,12 @@ def _backward(
     return min(fitting, key=lambda option: keys.cost(option[0]) * queries.cost(option[1].block))
 
 
-def backward_tiling(chip: Chip, kernel: Kernel, block: int, rows: int, dim: int) -> flash_backward.Tiling:
+def backward_tiling(chip: Chip, kernel: Kernel, block: int, rows: int, dim: int) -> flash_backward.GradientTiling:
     """Blocks of these sizes, with the keys computed at once on the chip cut down to what divides them."""
     tables = _BACKWARD[kernel]
     at_once = max(_divisor(rows, table[chip.name][2]) for table in tables)
     large = min(block, rows) >= _TRANSPOSED_FROM and dim <= LANES
-    return flash_backward.Tiling(block=block, at_once=at_once, transposed=tables[0][chip.name][3] and large)
+    return flash_backward.GradientTiling(block=block, at_once=at_once, transposed=tables[0][chip.name][3] and large)
 
 
 def _candidates(runs: Iterable[_Run], most: int) -> list[int]:

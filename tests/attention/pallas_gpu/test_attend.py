@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.attention import api, backends
+from moc_jax.attention import api, backends, parts
 from moc_jax.attention.layout import head_groups
 from moc_jax.attention.pallas_gpu.device import HopperTiling
 from moc_jax.config import MoCConfig
@@ -167,6 +167,58 @@ def test_padding_may_hold_anything_finite(hopper):
     (_, _, *got), _ = run(case, hopper, inputs=inputs)
     for a, b, which in zip(got, want, ("output", "dq", "dk", "dv")):
         np.testing.assert_array_equal(a, b, which)
+
+
+ROWS = 138
+
+
+def slice_program(cfg, table, backend):
+    """Of ROWS query rows: routes, output and gradients, and the same from anchors and picks as parts."""
+    by = dict(table=table, cfg=cfg, backend=backend)
+
+    @jax.jit
+    def program(q, k, v, dout, query_chunk):
+        given = dict(query_chunk=query_chunk, **by)
+        routes = api.route(q, k, **given)
+        out, vjp = jax.vjp(lambda *x: api.moc_attention(*x, routes=routes, **given), q, k, v)
+        whole = out, *vjp(dout)
+        merged, lse = parts.merge(parts.anchor_part(q, k, v, **given), parts.pick_part(q, k, v, routes, **given))
+        delta = parts.delta_of(out, dout)
+        of_anchors = parts.anchor_gradients(q, k, v, dout, lse, delta, **given)
+        of_picks = parts.pick_gradients(q, k, v, routes, dout, lse, delta, **given)
+        added = (a.astype(jnp.float32) + b for a, b in zip(of_anchors, of_picks, strict=True))
+        return routes, whole, (merged, *added)
+
+    return lambda *x: jax.tree.map(np.asarray, program(*x))
+
+
+@pytest.mark.long
+def test_slices_are_the_whole_bit_for_bit_and_the_sum_of_their_parts(hopper):
+    """Queries of a shot, from a multiple of 128 rows on, in the middle of a chunk; the rest is padding, NaN too."""
+    case = Case(MoCConfig(top_k=2), UNEVEN, sizes=UNEVEN_SIZES, tiling=HopperTiling(text_readers=100))
+    (routes, _, out, dq, dk, dv), (q, k, v, dout) = run(case, hopper)
+    table = case.table
+    program = slice_program(case.cfg, table, dataclasses.replace(hopper, tiling=case.tiling))
+    chunk_of, tokens = np.asarray(table.chunk_of), table.chunk_of.shape[1]
+    sums = np.zeros((2, *k.shape), np.float32)
+    for begin, end in ((0, 128), (128, 158), (158, 296), (296, 430), (430, tokens)):
+        q_rows, chunks, d_rows = (
+            np.zeros_like(q[:, :ROWS]),
+            np.full((1, ROWS), -1, np.int32),
+            np.full_like(dout[:, :ROWS], np.nan),
+        )
+        for rows, x in ((q_rows, q), (chunks, chunk_of), (d_rows, dout)):
+            rows[:, : end - begin] = x[:, begin:end]
+        some, of_all, of_parts = program(q_rows, k, v, d_rows, chunks)
+        np.testing.assert_array_equal(some[:, :, : end - begin], routes[:, :, begin:end])
+        for got, want, which in zip(of_all, (out, dq), ("output", "dq")):
+            np.testing.assert_array_equal(got[:, : end - begin], want[:, begin:end], f"{which} from {begin} on")
+            assert not got[:, end - begin :].any(), "padding must get 0"
+        for got, want, which in zip(of_parts, of_all, ("output", "dq", "dk", "dv")):
+            assert_close(got, want, f"{which} of parts", table=GRADIENT, dtype="bfloat16")
+        sums += np.stack(of_all[2:]).astype(np.float32)
+    for got, want, which in zip(sums, (dk, dv), ("dk", "dv")):
+        assert_close(got, want, which, table=GRADIENT, dtype="bfloat16")
 
 
 @pytest.mark.slow

@@ -126,9 +126,9 @@ def test_the_target_is_part_of_what_jit_compiles_for():
         assert f"bf16[2,{rows // 8},2,8,64]" in text  # the ring of keys, as it lies in memory
 
 
-@pytest.mark.parametrize("fields", [dict(block=96), dict(block=32), dict(stages=1), dict(slots=0)])
+@pytest.mark.parametrize("fields", [dict(block=96), dict(block=32), dict(stages=1), dict(buffers=0)])
 def test_a_tiling_that_no_kernel_can_have_is_refused(fields):
-    with pytest.raises(ValueError, match="blocks are multiples of 64 rows, with at least 2 stages and 1 slot"):
+    with pytest.raises(ValueError, match="blocks are multiples of 64 rows, with at least 2 stages and 1 buffer"):
         KernelTiling(**fields)
     with pytest.raises(ValueError, match="504 registers"):
         KernelTiling(compute_registers=240)

@@ -110,7 +110,7 @@ def check_plan(table, cfg, text_readers, part=slice(None)):
             readers = read_by[tile]
             if token < text_end:  # its other readers are in the same tile of the other parts
                 readers = sum(
-                    (read_by[tile + p * made.text_tiles] for p in range(1, made.text_parts)), start=readers.copy()
+                    (read_by[tile + p * made.text_tiles] for p in range(1, made.text_shares)), start=readers.copy()
                 )
             np.testing.assert_array_equal(readers, want[:, token], err_msg=f"readers of token {token}")
         assert (made.key_row[b] < len(lines) * TILE).all()
@@ -135,7 +135,7 @@ def test_tiles_and_runs_are_the_anchors(cfg, text_readers, scenes):
     made = check_plan(stretched(scenes), cfg, text_readers)
     all_text = cfg.visibility == "scene" and (cfg.mode == "dense" or cfg.text_anchor == "all")
     if made is not None:
-        assert made.text_parts == (0 if not all_text else 1 if text_readers == WHOLE else 3)
+        assert made.text_shares == (0 if not all_text else 1 if text_readers == WHOLE else 3)
 
 
 @pytest.mark.parametrize("cfg", COVERING, ids=name)

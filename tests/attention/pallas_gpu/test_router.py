@@ -53,7 +53,7 @@ def check(q, phi, table, cfg, tiling=None):
 def test_three_parts_hold_every_bit_that_counts(dtype, scale):
     table = table_of(PAIR)
     phi = scale * np.random.default_rng(0).standard_normal((BATCH, HEADS, table.kind.shape[1], 64)).astype(np.float32)
-    tiling = RouterTiling.of(phi.shape[2], 64, 1)
+    tiling = RouterTiling.of(1, phi.shape[2], 64)
     parts = np.asarray(router._parts(jnp.asarray(phi), table, tiling, dtype), np.float64)
     assert parts.shape == (BATCH * HEADS * 3, 16, 64)
     total = parts.reshape(BATCH, HEADS, 3, 16, 64).sum(axis=2)
@@ -108,11 +108,11 @@ def test_more_slots_than_candidates(top_k):
 
 @interpreted
 @pytest.mark.parametrize("resident", [True, False])
-def test_several_tiles_of_chunks_and_of_queries(resident):
-    """40 chunks in tiles of 8, which stay in shared memory or go through the ring; 400 tokens in blocks of 384."""
+def test_several_blocks_of_chunks_and_tiles_of_queries(resident):
+    """40 chunks in blocks of 8, which stay in shared memory or go through the ring; 400 tokens in programs of 384."""
     scenes = [cut(3, (2, [9] * 20), (1, [8] * 19)), cut(1, (0, [3, 30] * 5), (0, [11] * 9), (2, [40]))]
     table = table_of(scenes, tokens=400, chunks=44, max_chunk=40)
-    tiling = RouterTiling(tiles=6, columns=8, slots=6 if resident else 2, steps=2)
+    tiling = RouterTiling(tiles=2, blocks=6, columns=8, buffers=6 if resident else 2)
     assert tiling.resident == resident
     cfg = dataclasses.replace(MULTI_SHOT, top_k=5)
     check(*inputs(jnp.bfloat16, scenes=scenes, table=table, tokens=400), cfg, tiling)
@@ -135,28 +135,28 @@ def test_slices_pick_as_the_whole(begin):
 
 
 @pytest.mark.parametrize(
-    ("chunks", "head_dim", "queries", "tiles", "columns", "slots", "steps"),
+    ("queries", "chunks", "head_dim", "tiles", "blocks", "columns", "buffers"),
     [
-        (3, 128, 64, 1, 8, 1, 1),
-        (24, 128, 12 * 6_304, 1, 24, 1, 1),
-        (153, 128, 12 * 180_504, 2, 80, 2, 8),  # 8 shots of 22 500 tokens in chunks of 1280
-        (1_217, 128, 12 * 1_440_512, 13, 96, 2, 8),  # 64 shots
-        (1_217, 256, 12 * 33_272, 31, 40, 2, 3),
-        (400, 64, 4 * 192 * 4 * 132, 5, 80, 5, 4),
+        (64, 3, 128, 1, 1, 8, 1),
+        (12 * 6_304, 24, 128, 1, 1, 24, 1),
+        (12 * 180_504, 153, 128, 8, 2, 80, 2),  # 8 shots of 22 500 tokens in chunks of 1280
+        (12 * 1_440_512, 1_217, 128, 8, 13, 96, 2),  # 64 shots
+        (12 * 33_272, 1_217, 256, 3, 31, 40, 2),
+        (4 * 192 * 4 * 132, 400, 64, 4, 5, 80, 5),
     ],
 )
-def test_tiles_fit_shared_memory(chunks, head_dim, queries, tiles, columns, slots, steps):
-    tiling = RouterTiling.of(chunks, head_dim, queries)
-    assert tiling == RouterTiling(tiles=tiles, columns=columns, slots=slots, steps=steps)
-    assert tiling.tiles * tiling.columns >= chunks
-    assert (slots * columns * 3 + router._GROUPS * router._ROWS) * head_dim * 2 <= router._SMEM
+def test_blocks_fit_shared_memory(queries, chunks, head_dim, tiles, blocks, columns, buffers):
+    tiling = RouterTiling.of(queries, chunks, head_dim)
+    assert tiling == RouterTiling(tiles=tiles, blocks=blocks, columns=columns, buffers=buffers)
+    assert blocks * columns >= chunks
+    assert (buffers * columns * 3 + router._TILE) * head_dim * 2 <= router._SMEM
 
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "top_k", "message"),
     [
-        (jnp.float32, 64, 2, "q is float32"),
-        (jnp.bfloat16, 48, 2, "heads of size 48"),
+        (jnp.float32, 64, 2, "q is float32.*takes bfloat16, float16.*cast q"),
+        (jnp.bfloat16, 48, 2, r"heads of size 48.*sizes \(64, 128\).*use backend"),
         (jnp.bfloat16, 64, 17, "top_k is 17 of 17 chunks.*at most 16"),
     ],
 )

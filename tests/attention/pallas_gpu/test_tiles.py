@@ -14,7 +14,7 @@ def items(batch, heads, count, *, blocks=132, all_cached=False):
     """(block, scene, head, tile) of each item, as thread blocks take them."""
     job = Job(
         tiling=KernelTiling(),
-        blocks=blocks,
+        thread_blocks=blocks,
         batch=batch,
         heads=heads,
         dim=128,

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moc_jax.attention.layout import Tiles
 from moc_jax.attention.pallas_tpu import flash, packing
 from moc_jax.attention.pallas_tpu.device import Chip
-from moc_jax.attention.pallas_tpu.tiles import Tiles
 from tests.attention.tolerances import assert_close
 
 BATCH, HEADS, DIM, KEYS = 2, 2, 16, 96
@@ -65,8 +65,8 @@ def hold(got, want, scale=1.0, dtype=None):
 @pytest.mark.parametrize(
     "tiling",
     [
-        flash.Tiling(queries=16, keys=16, compute_queries=8, compute_keys=8, ahead=1),
-        flash.Tiling(queries=16, keys=48, compute_queries=16, compute_keys=16, ahead=0),
+        flash.ForwardTiling(queries=16, keys=16, compute_queries=8, compute_keys=8, ahead=1),
+        flash.ForwardTiling(queries=16, keys=48, compute_queries=16, compute_keys=16, ahead=0),
     ],
     ids=str,
 )
@@ -80,7 +80,7 @@ def test_runs(interpreter, tiling, scale):
 @pytest.mark.parametrize(("compute_keys", "short"), [(8, None), (16, None), (16, (8, 8))])
 def test_single_blocks_of_some_heads(interpreter, scale, compute_keys, short):
     q, k, v = inputs(PER_HEAD, 16, heads=3, scale=scale)
-    tiling = flash.Tiling(queries=16, keys=16, compute_queries=8, compute_keys=compute_keys, short=short)
+    tiling = flash.ForwardTiling(queries=16, keys=16, compute_queries=8, compute_keys=compute_keys, short=short)
     got = run(q, k, v, PER_HEAD, first_head=1, longest_run=9, tiling=tiling)
     hold(got, plain(q, k, v, PER_HEAD, 16, first_head=1), scale)
 
@@ -89,7 +89,7 @@ def test_scores_that_grow_by_more_than_float32_holds(interpreter):
     """The reference comes from keys that are hundreds of powers of two below the largest."""
     q, k, v = (np.array(x) for x in inputs(SHARED, 16))
     q[..., 0], k[..., 0] = 100.0, np.linspace(-40, 40, KEYS)
-    tiling = flash.Tiling(queries=16, keys=16, compute_queries=16, compute_keys=8)
+    tiling = flash.ForwardTiling(queries=16, keys=16, compute_queries=16, compute_keys=8)
     hold(run(*map(jnp.asarray, (q, k, v)), SHARED, tiling=tiling), plain(q, k, v, SHARED, 16), 1024)
 
 
@@ -98,7 +98,7 @@ def test_blocks_end_where_keys_do(interpreter, longest_run):
     """The last block starts before its keys, if there are no rows behind them."""
     tiles = np.array([[[[90, 96], [75, 95], [88, 89], [0, 96 if longest_run is None else 3]]]] * BATCH)
     q, k, v = inputs(tiles, 16)
-    tiling = flash.Tiling(queries=16, keys=32, compute_queries=16, compute_keys=16)
+    tiling = flash.ForwardTiling(queries=16, keys=32, compute_queries=16, compute_keys=16)
     got = run(q, k, v, tiles, longest_run=longest_run, tiling=tiling)
     hold(got, plain(q, k, v, tiles, 16))
 
@@ -106,9 +106,9 @@ def test_blocks_end_where_keys_do(interpreter, longest_run):
 def test_other_queries_stay(interpreter):
     """Two calls fill one array: tiles of 8 before tiles of 16."""
     q, k, v = inputs(SHARED[:, :, :2], 16)
-    late = run(q, k, v, SHARED[:, :, 1:2], first_tile=1, tiling=flash.Tiling(16, 16, 16, 16))
+    late = run(q, k, v, SHARED[:, :, 1:2], first_tile=1, tiling=flash.ForwardTiling(16, 16, 16, 16))
     early = SHARED[:, :, :2]
-    out = run(q, k, v, early, into=late, tiling=flash.Tiling(8, 16, 8, 16))
+    out = run(q, k, v, early, into=late, tiling=flash.ForwardTiling(8, 16, 8, 16))
     want = plain(q, k, v, np.concatenate([early, SHARED[:, :, [1, 1]]], axis=2), 8)
     hold(out, want)
 
@@ -117,7 +117,7 @@ def test_a_nan_query_spoils_no_other(interpreter):
     q, k, v = (np.array(x) for x in inputs(SHARED, 16))
     q[..., 0], k[..., 0] = 100.0, np.linspace(-40, 40, KEYS)  # blocks are computed again
     q[:, :, 1::16] = np.nan
-    tiling = flash.Tiling(queries=16, keys=16, compute_queries=16, compute_keys=8)
+    tiling = flash.ForwardTiling(queries=16, keys=16, compute_queries=16, compute_keys=8)
     out, _ = run(*map(jnp.asarray, (q, k, v)), SHARED, tiling=tiling)
     want, _ = plain(np.nan_to_num(q), k, v, SHARED, 16)
     want[:, :, 1::16] = np.nan
@@ -131,7 +131,7 @@ def test_a_nan_query_spoils_no_other(interpreter):
 def test_bfloat16_packed(interpreter):
     """Outputs and log-sum-exps in one array: the outputs to bfloat16, the log-sum-exps to float32."""
     q, k, v = inputs(SHARED, 16, dtype=jnp.bfloat16)
-    tiling = flash.Tiling(queries=16, keys=16, compute_queries=16, compute_keys=16)
+    tiling = flash.ForwardTiling(queries=16, keys=16, compute_queries=16, compute_keys=16)
     packed = run(q, k, v, SHARED, packed=True, tiling=tiling)
     bits = np.asarray(packed).view(np.uint32)
     out = (bits & 0xFFFF0000).view(np.float32)
@@ -146,7 +146,7 @@ def test_bfloat16_packed(interpreter):
 
 def test_a_second_run_is_bitwise_equal(interpreter):
     q, k, v = inputs(SHARED, 16)
-    tiling = flash.Tiling(queries=16, keys=16, compute_queries=8, compute_keys=16)
+    tiling = flash.ForwardTiling(queries=16, keys=16, compute_queries=8, compute_keys=16)
     used = ~np.isnan(plain(q, k, v, SHARED, 16)[1])
     for first, second in zip(*(run(q, k, v, SHARED, tiling=tiling) for _ in range(2))):
         np.testing.assert_array_equal(np.asarray(first)[used], np.asarray(second)[used])
@@ -162,4 +162,4 @@ def test_a_second_run_is_bitwise_equal(interpreter):
 )
 def test_sizes_that_cannot_be_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
-        flash.Tiling(**sizes)
+        flash.ForwardTiling(**sizes)

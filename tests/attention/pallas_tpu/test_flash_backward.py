@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moc_jax.attention.layout import Tiles
 from moc_jax.attention.pallas_tpu.device import Chip
-from moc_jax.attention.pallas_tpu.flash_backward import Tiling, gradients
-from moc_jax.attention.pallas_tpu.tiles import Tiles
+from moc_jax.attention.pallas_tpu.flash_backward import GradientTiling, gradients
 from tests.attention.interpreter import interpreted
 
 ROWS, BLOCK, DIM = 32, 16, 16
@@ -118,7 +118,7 @@ def test_a_block_read_soon_again(name: str, interpreter):
 
 def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="multiples of 8"):
-        Tiling(block=12, at_once=16)
+        GradientTiling(block=12, at_once=16)
     case = Case(lines=(((0, 0, 32, 0, 48),),), at_once=24)
     with pytest.raises(ValueError, match="32 keys are not a multiple of the 24"):
         _run(case, _inputs(case), _table(case))
@@ -136,7 +136,7 @@ def _run(case: Case, arrays, table):
         Tiles(jnp.asarray(table, jnp.int32)),
         jnp.asarray([case.first_head], jnp.int32),
         rows=ROWS,
-        tiling=Tiling(block=BLOCK, at_once=case.at_once, transposed=case.transposed),
+        tiling=GradientTiling(block=BLOCK, at_once=case.at_once, transposed=case.transposed),
         accumulate=case.accumulate,
         chip=Chip("v5e"),
     )

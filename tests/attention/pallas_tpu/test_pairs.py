@@ -9,7 +9,7 @@ import pytest
 
 from moc_jax.attention.pallas_tpu import device, pairs
 from moc_jax.attention.pallas_tpu.device import Chip
-from moc_jax.attention.pallas_tpu.placement import STEP, step_rows, window_size
+from moc_jax.attention.pallas_tpu.placement import STEP, span_size, step_rows
 from moc_jax.attention.pallas_tpu.placement import place as place_pairs
 from tests.attention.interpreter import interpreted, row_by_row
 
@@ -27,9 +27,9 @@ def draw_routes(seed, rows=ROWS):
     return routes.astype(np.int32)
 
 
-def place(routes, window=64, step=32, buffers=2):
+def place(routes, span=64, step=32, buffers=2):
     lengths = jnp.where(jnp.arange(CHUNKS) == EMPTY, 0, 1)[None].repeat(BATCH, 0)
-    return place_pairs(routes, lengths, TILE, routes.shape[2] * PICKS, window=window, step=step, buffers=buffers)
+    return place_pairs(routes, lengths, TILE, routes.shape[2] * PICKS, span=span, step=step, buffers=buffers)
 
 
 def slots_of(placement, routes):
@@ -38,14 +38,14 @@ def slots_of(placement, routes):
     slot = np.full(routes.shape, -1)
     places = np.asarray(p.places).reshape(BATCH, HEADS, -1, p.picks, p.step)
     runs = np.asarray(p.runs).reshape(BATCH, HEADS, -1, CHUNKS, 3)
-    window = p.steps * p.step
+    span = p.steps * p.step
     for b, h, n, k in np.ndindex(routes.shape):
         chunk = routes[b, h, n, k]
         at = places[b, h, n // p.step, k, n % p.step]
         if chunk < 0 or chunk == EMPTY:
             assert at == p.room - 8
             continue
-        rows, first, to = runs[b, h, n // window, chunk]
+        rows, first, to = runs[b, h, n // span, chunk]
         assert first <= at < first + rows
         slot[b, h, n, k] = to + at - first
     return slot
@@ -82,13 +82,13 @@ def moved(one_by_one):
 def test_spread(interpreter, dtype, one_by_one, buffers):
     """Every pair's row is at its slot, and what the tiles hold beyond is filled."""
     rows = 32 if one_by_one else ROWS
-    windows = {32: 32, ROWS: 64 if buffers == 2 else ROWS}
+    spans = {32: 32, ROWS: 64 if buffers == 2 else ROWS}
     routes = draw_routes(1, rows)
     x = np.random.default_rng(2).standard_normal((BATCH, HEADS, rows, DIM)).astype(dtype)
 
     @jax.jit
     def run(routes, x):
-        p = place(routes, window=windows[rows], buffers=buffers)
+        p = place(routes, span=spans[rows], buffers=buffers)
         return p, pairs.spread(x, p, chip=CHIP, fill_first_lane=np.inf)
 
     with moved(one_by_one):
@@ -124,7 +124,7 @@ def wide(out, lse):
 def test_merge_and_add(interpreter, dtype, one_by_one, buffers, anchored):
     rows = 32 if one_by_one else ROWS
     routes, rng = draw_routes(3, rows), np.random.default_rng(4)
-    p = jax.jit(lambda r: place(r, window=32 if one_by_one else 64, buffers=buffers))(routes)
+    p = jax.jit(lambda r: place(r, span=32 if one_by_one else 64, buffers=buffers))(routes)
     out = rng.standard_normal((BATCH, HEADS, p.slots, DIM)).astype(dtype).astype(np.float32)
     lse = 8 * rng.standard_normal((BATCH, HEADS, p.slots)).astype(np.float32)
     own = rng.standard_normal((BATCH, HEADS, rows, DIM)).astype(dtype)
@@ -163,7 +163,7 @@ def test_merge_and_add(interpreter, dtype, one_by_one, buffers, anchored):
 @pytest.mark.parametrize("chip", sorted(set(device.CHIPS.values())))
 def test_windows_fit_the_chip(chip):
     for picks, width, chunks in ((5, 128, 154), (5, 256, 154), (8, 128, 400), (24, 128, 1161), (5, 128, 1253)):
-        rows, buffers = window_size(200_000, picks, width, chunks, Chip(chip))
+        rows, buffers = span_size(200_000, picks, width, chunks, Chip(chip))
         assert rows % step_rows(200_704, rows) == 0
         assert step_rows(200_704, rows) in (512, STEP)
         buffer = 4 * width * (rows * picks + chunks * 7)
@@ -172,12 +172,12 @@ def test_windows_fit_the_chip(chip):
 
 def test_many_chunks_have_one_buffer_where_vector_memory_is_short():
     """64 shots, 1.44 M tokens in chunks of 1 250: v4 has a quarter of the others' vector memory, or less."""
-    assert window_size(1_500_000, 5, 128, 1253, Chip("v5e")) == (8192, 2)
-    assert window_size(200_000, 5, 128, 154, Chip("v4")) == (2048, 2)
-    assert window_size(1_500_000, 5, 128, 1253, Chip("v4")) == (2048, 1)
+    assert span_size(1_500_000, 5, 128, 1253, Chip("v5e")) == (8192, 2)
+    assert span_size(200_000, 5, 128, 154, Chip("v4")) == (2048, 2)
+    assert span_size(1_500_000, 5, 128, 1253, Chip("v4")) == (2048, 1)
 
 
 def test_more_chunks_than_vector_memory_has_room_for_are_refused():
-    assert window_size(3_000_000, 5, 128, 2800, Chip("v4")) == (256, 1)
+    assert span_size(3_000_000, 5, 128, 2800, Chip("v4")) == (256, 1)
     with pytest.raises(NotImplementedError, match=r"3100 chunks and top_k 5 need 12\.\d MiB.* TPU v4 has 12\.0"):
-        window_size(3_000_000, 5, 128, 3100, Chip("v4"))
+        span_size(3_000_000, 5, 128, 3100, Chip("v4"))

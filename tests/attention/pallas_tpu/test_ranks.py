@@ -7,7 +7,7 @@ import pytest
 
 from moc_jax.attention.pallas_tpu import ranks as kernel
 
-SMALL = kernel.Tiling(block=256, chunks=16)
+SMALL = kernel.ScanTiling(block=256, chunks=16)
 
 
 def counted(routes, chunks):
@@ -65,13 +65,13 @@ def test_nothing_to_rank():
     ("tokens", "slots", "block"), [(64, 5, 128), (1_100, 5, 1024), (180_504, 7, 3072), (180_504, 24, 1024)]
 )
 def test_blocks_suit_the_sizes(tokens, slots, block):
-    assert kernel.Tiling.of(tokens, slots) == kernel.Tiling(block=block)
+    assert kernel.tiling_of(tokens, slots) == kernel.ScanTiling(block=block)
 
 
 @pytest.mark.parametrize("sizes", [{"block": 100}, {"block": 512, "chunks": 24}])
 def test_blocks_are_whole_registers(sizes):
     with pytest.raises(ValueError, match="must be a multiple of"):
-        kernel.Tiling(**sizes)
+        kernel.ScanTiling(**sizes)
 
 
 def test_more_tokens_than_float32_counts_are_refused():

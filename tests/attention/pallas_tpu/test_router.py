@@ -9,6 +9,7 @@ import pytest
 from moc_jax.attention import routing
 from moc_jax.attention.layout import queries_of
 from moc_jax.attention.pallas_tpu import router
+from moc_jax.attention.pallas_tpu.ranks import ScanTiling
 from moc_jax.config import MoCConfig
 from tests.attention.configs import COVERING, MULTI_SHOT, NO_ANCHORS, PAST, SINGLE_SHOT, name
 from tests.attention.oracle import near_ties
@@ -40,7 +41,7 @@ def test_three_parts_hold_every_bit_that_counts(scale):
     table = table_of(PAIR)
     phi = scale * np.random.default_rng(0).standard_normal((BATCH, HEADS, 16, 64)).astype(np.float32)
     phi[0, 0, 2, 0] = np.inf
-    parts = np.asarray(router._parts(jnp.asarray(phi), table, router.Tiling(block=128), jnp.bfloat16))
+    parts = np.asarray(router._parts(jnp.asarray(phi), table, ScanTiling(block=128), jnp.bfloat16))
     assert parts.shape == (BATCH * HEADS, 1, 3 * 32, 64)
     total = np.asarray(parts, np.float64).reshape(BATCH, HEADS, 4, 3, 8, 64).sum(axis=3).reshape(BATCH, HEADS, 32, 64)
     assert np.isnan(total[:, :, 16:]).all(), "a row of padding"
@@ -106,7 +107,7 @@ def test_several_tiles_of_chunks_and_blocks_of_tokens(interpreter):
     scenes = [cut(3, (2, [9] * 20), (1, [8] * 19)), cut(1, (0, [3, 30] * 5), (0, [11] * 9), (2, [40]))]
     table = table_of(scenes, tokens=400, chunks=44, max_chunk=40)
     q, phi, table, _ = inputs(jnp.bfloat16, "integers", scenes, table, tokens=400)
-    cfg, tiling = dataclasses.replace(NO_ANCHORS, top_k=5), router.Tiling(block=256, chunks=16)
+    cfg, tiling = dataclasses.replace(NO_ANCHORS, top_k=5), ScanTiling(block=256, chunks=16)
     got = check(q, jnp.round(phi), table, cfg, tiling=tiling)
     assert got.max() >= 32, "a pick in the last tile"
 
@@ -129,13 +130,13 @@ def test_no_picks(interpreter):
     [(64, 5, 128), (1_000, 5, 1024), (1_100, 5, 1024), (6_300, 3, 4096), (180_504, 16, 2048)],
 )
 def test_blocks_suit_the_sizes(tokens, top_k, block):
-    assert router.Tiling.of(tokens, top_k) == router.Tiling(block=block)
+    assert router.tiling_of(tokens, top_k) == ScanTiling(block=block)
 
 
 @pytest.mark.parametrize("sizes", [{"block": 100}, {"block": 512, "chunks": 24}])
 def test_blocks_are_whole_registers(sizes):
     with pytest.raises(ValueError, match="must be a multiple of"):
-        router.Tiling(**sizes)
+        ScanTiling(**sizes)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.settings import SETTINGS, multi_shot
+from moc_jax.attention.layout import Tiles
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, tuning
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
-from moc_jax.attention.pallas_tpu.tiles import Tiles
 
 CHIPS = tuple(map(Chip, dict.fromkeys(device.CHIPS.values())))
 
@@ -65,13 +65,13 @@ def _shapes(queries: int, keys: int, dim: int, dtype):
     return q, k, line, jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
-def _forward(tiling: flash.Tiling, dim: int, dtype, chip: Chip) -> int:
+def _forward(tiling: flash.ForwardTiling, dim: int, dtype, chip: Chip) -> int:
     q, k, _, first = _shapes(tiling.queries, 2 * tiling.keys, dim, dtype)
     tiles = Tiles(jax.ShapeDtypeStruct((1, 1, 1, 4), jnp.int32))
     return _held(lambda q, k, v, *rest: flash.forward(q, k, v, *rest, tiling=tiling, chip=chip), q, k, k, tiles, first)
 
 
-def _backward(rows: int, tiling: flash_backward.Tiling, dim: int, dtype, chip: Chip) -> int:
+def _backward(rows: int, tiling: flash_backward.GradientTiling, dim: int, dtype, chip: Chip) -> int:
     q, k, line, first = _shapes(2 * tiling.block, 2 * rows, dim, dtype)
     tiles = Tiles(jax.ShapeDtypeStruct((1, 1, 1, 5), jnp.int32))
 
@@ -101,7 +101,7 @@ def test_blocks_fit_vector_memory(chip, name):
 
 def test_what_is_held_is_counted_in_full():
     """By hand, for a kernel whose blocks differ in all sizes."""
-    tiling = flash.Tiling(queries=256, keys=512, compute_queries=256, compute_keys=512, ahead=0)
+    tiling = flash.ForwardTiling(queries=256, keys=512, compute_queries=256, compute_keys=512, ahead=0)
     inputs = 2 * 128 * (256 + 2 * 512)  # q, k, v
     outputs = 2 * 128 * 256 + 4 * 8 * 256  # and log-sum-exp, on eight rows
     state = 4 * 256 * 128 * 5  # the reference; maxima and sums, and products, of two kinds each

@@ -1,0 +1,114 @@
+"""The fastest tiling of a backend for an attention, on the device that there is.
+
+From the tiling that the backend would take, one size at a time is halved or doubled and the attention measured, forward
+and with its gradients; what is faster is kept, until nothing is. Sizes that the backend refuses, or that don't compile
+for the device, are passed over.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moc_jax.attention.api import moc_attention, route
+from moc_jax.attention.backends import Backend, resolve
+from moc_jax.attention.tilings import Kind, Tiling, Tuned, tiling_of, with_tiling
+from moc_jax.config import MoCConfig
+from moc_jax.scene import ChunkTable
+from moc_jax.shapes import Array, Float
+from moc_jax.timing import Effort, time_launches
+
+_WORTH = 0.99  # of the best time so far: what is as fast but for chance is left alone
+
+Measure = Callable[[Backend], float | None]  # milliseconds; None where it can't run
+
+
+def autotune(
+    q: Float[Array, "B Q H D"],
+    k: Float[Array, "B N H D"],
+    v: Float[Array, "B N H D"],
+    table: ChunkTable,
+    cfg: MoCConfig,
+    *,
+    backend: str | Backend = "auto",
+    trials: int = 100,
+    effort: Effort = Effort(samples=3),
+    report: Callable[[str], None] = print,
+) -> Tuned:
+    """The fastest of at most `trials` tilings for attention over these arrays; `report` gets a line for each.
+
+    Raises:
+        NotImplementedError: the backend has no tiles, or can't run here.
+    """
+    value = resolve(backend, cfg, q, k, v)
+    start = tiling_of(value, q, table, cfg)
+    routes = jax.jit(lambda q, k: route(q, k, table, cfg, backend=value))(q, k)
+
+    def measure(value: Backend) -> float | None:
+        return _milliseconds(value, (q, k, v, routes), table, cfg, effort)
+
+    best, milliseconds = descend(value, start, measure, trials=trials, report=report)
+    kind, tokens = Kind.of(value, q, table, cfg), table.chunk_of.shape[1]
+    return Tuned(kind=kind, tokens=tokens, milliseconds=milliseconds, tiling=best)
+
+
+def descend(
+    backend: Backend, start: Tiling, measure: Measure, *, trials: int, report: Callable[[str], None]
+) -> tuple[Tiling, float]:
+    """The fastest tiling that is found from `start` on, and its milliseconds.
+
+    Raises:
+        NotImplementedError: not even `start` runs.
+    """
+    milliseconds = measure(with_tiling(backend, start))
+    if milliseconds is None:
+        raise NotImplementedError(f"{backend.name} can't run with its own tiling, {start}")
+    report(f"{milliseconds:.3f} ms: {start}")
+    best, tried = start, {start}
+    while True:
+        options = [(what, tiling) for what, tiling in neighbours(best) if tiling not in tried]
+        if not options or len(tried) >= trials:
+            return best, milliseconds
+        for what, tiling in options[: trials - len(tried)]:
+            tried.add(tiling)
+            found = measure(with_tiling(backend, tiling))
+            report(f"{what}: can't run" if found is None else f"{found:.3f} ms: {what}")
+            if found is not None and found < _WORTH * milliseconds:
+                best, milliseconds = tiling, found
+                break  # on from here
+
+
+def neighbours(tiling: Any) -> Iterator[tuple[str, Any]]:
+    """Tilings with one size half or twice as large, of which it can be, and which size that is."""
+    for field in dataclasses.fields(tiling):
+        value = getattr(tiling, field.name)
+        if dataclasses.is_dataclass(value):
+            changed = [(f"{field.name}.{what}", inner) for what, inner in neighbours(value)]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            changed = [(f"{field.name} {size}", size) for size in (2 * value, value // 2) if size not in (0, value)]
+        else:
+            continue
+        for what, new in changed:
+            try:
+                yield what, dataclasses.replace(tiling, **{field.name: new})
+            except ValueError:
+                continue
+
+
+def _milliseconds(
+    backend: Backend, arrays: tuple[Array, Array, Array, Array], table: ChunkTable, cfg: MoCConfig, effort: Effort
+) -> float | None:
+    """Of attention with its gradients; None where the device can't."""
+
+    @jax.jit
+    def both_ways(q, k, v, routes):
+        out, vjp = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg, routes=routes, backend=backend), q, k, v)
+        return vjp(jnp.ones_like(out))
+
+    try:
+        program = both_ways.lower(*arrays).compile()
+        return time_launches(lambda: program(*arrays), effort).median_ms
+    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
+        return None
