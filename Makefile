@@ -80,7 +80,7 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/pyrefly check
 
-# The documentation's pictures, drawn anew.
+# The documentation's pictures.
 pictures: $(VENV)/ready
 	JAX_PLATFORMS=cpu PYTHONPATH=. $(BIN)/python docs/pictures/draw.py
 
@@ -91,7 +91,7 @@ $(DOCS_VENV)/ready: requirements-docs.lock
 	touch $@
 
 docs: $(DOCS_VENV)/ready
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(DOCS_VENV) out cache

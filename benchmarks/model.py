@@ -153,7 +153,7 @@ def denoising(
 def training(
     config: Config, attention: SceneAttention, mesh: jax.sharding.Mesh, state: TrainState, scene: Scene, effort: Effort
 ) -> tuple[tuple[Timing, Memory], TrainState]:
-    """One update; every launch goes on from the state of the one before, which it overwrites."""
+    """One update; every launch continues from the state of the one before, which it overwrites."""
     blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
     step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, attention)
     program = _fitting(step.lower(state, scene, config.moc), config.model)

@@ -44,7 +44,7 @@ config = Config(
         caption_dropout=0.0,  # one scene: nothing to steer away from
         image_conditioning=0.0,
     ),
-    diffusion=DiffusionConfig(t_mean=0.7),  # where a scene is told apart from others: at high noise
+    diffusion=DiffusionConfig(t_mean=0.7),  # high noise is where scenes are distinguished
     sample=SampleConfig(steps=20, shift=1.0),
     optimizer=OptimizerConfig(learning_rate=8e-3, schedule="cosine", warmup_steps=50),
     train=TrainConfig(steps=900, ema_decay=0.99, checkpoint_every=300),

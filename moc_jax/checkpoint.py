@@ -63,7 +63,7 @@ def _not_reported_twice(record: logging.LogRecord) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A run as it stood after `step` batches."""
+    """A run after `step` batches."""
 
     step: int
     state: dict[str, Any]  # as the target given to `restore`, on its shardings
@@ -93,7 +93,7 @@ class Checkpoints:
     """The checkpoints of one run. All processes call every method together."""
 
     def __init__(self, directory: str, cfg: TrainConfig):
-        """`directory` is made if need be; what an interrupted save left there is named in a warning and removed.
+        """`directory` is created if necessary; what an interrupted save left there is named in a warning and removed.
 
         Raises:
             CheckpointError: `directory` is something else.
@@ -107,7 +107,9 @@ class Checkpoints:
             warnings.warn(f"checkpoint {self.directory / name} was never finished and was removed", stacklevel=2)
         foreign = foreign_in(self.directory)
         if foreign:
-            warnings.warn(f"{self.directory} holds what is no checkpoint: {_few(foreign)}; left alone", stacklevel=2)
+            warnings.warn(
+                f"{self.directory} holds entries that are not checkpoints: {_few(foreign)}; left alone", stacklevel=2
+            )
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
@@ -211,16 +213,16 @@ class Checkpoints:
                     self._set_aside(damaged, problem, step)
                 return restored
         if problems:
-            told = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+            each = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
             raise CheckpointError(
-                f"none of the checkpoints in {self.directory} can be read ({told}). All were left as they are: if the "
-                "storage is at fault, run the same command again once it works; to start anew, give another --workdir"
+                f"none of the checkpoints in {self.directory} can be read ({each}). All were left as they are: if the "
+                "storage is at fault, run the same command again once it works; to start over, give another --workdir"
             )
         aside = damaged_in(self.directory)
         if aside:
             raise CheckpointError(
                 f"{self.directory} holds no checkpoint but {', '.join(aside)}: rename one to its step's number to try "
-                "it again, or give another --workdir to start anew"
+                "it again, or give another --workdir to start over"
             )
         return None
 
@@ -266,8 +268,8 @@ class Checkpoints:
             time.sleep(0.1)
         intact = f"the checkpoints of steps {self.steps} are intact" if self.steps else "there is no earlier checkpoint"
         raise CheckpointError(
-            f"the disk is full: checkpoint {self.directory / str(step)} could not be written; {intact}. Make room "
-            "(train.keep_last and train.keep_every say what is kept) and run the same command again"
+            f"the disk is full: checkpoint {self.directory / str(step)} could not be written; {intact}. Free some "
+            "space (train.keep_last and train.keep_every say what is kept) and run the same command again"
         ) from error
 
 
@@ -307,7 +309,7 @@ def load_for_sampling(directory: str, step: int | None = None, *, shardings: Any
     Args:
         directory: a run's workdir, its `checkpoints` folder, or the folder of one step.
         step: which one; None takes the newest that is whole.
-        shardings: where the weights shall lie, a tree as theirs; None: on one device. All processes load together.
+        shardings: where the weights go, a tree like theirs; None: on one device. All processes load together.
 
     Raises:
         CheckpointError: no such checkpoint, a damaged one, or one whose weights do not fit its model's config.

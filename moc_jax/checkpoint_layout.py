@@ -1,4 +1,4 @@
-"""What lies in a run's checkpoints folder: which names are steps, and what a checkpoint says of itself.
+"""What lies in a run's checkpoints folder: which names are steps, and what a checkpoint says about itself.
 
 Neither is trusted: a name is a step only as this program writes it, and a checkpoint's `meta` must have every field, of
 the right type, and the step of its folder.
@@ -32,7 +32,7 @@ _DAMAGED = "damaged-"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be written or read: the message names it, the cause and what is intact."""
+    """A checkpoint that cannot be written or read: the message names it, the cause and what is intact."""
 
 
 FATAL = CheckpointError, ConfigError  # an older checkpoint would not be better
@@ -120,7 +120,7 @@ def newest_readable[T](directory: str, step: int | None, load: Callable[[epath.P
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What a checkpoint says of itself."""
+    """What a checkpoint says about itself."""
 
     step: int
     config: Config

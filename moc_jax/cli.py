@@ -65,7 +65,7 @@ def load_config(argv: Sequence[str]) -> Config:
 
     Raises:
         ConfigError: no such config, no config in it, or several files given.
-        SystemExit: code 2 for an option or value that can't be (tyro names it), code 0 after `--help`.
+        SystemExit: code 2 for an impossible option or value (tyro names it), code 0 after `--help`.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", action="append")
@@ -190,7 +190,7 @@ def clean_exit(*failures: type[Exception]) -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt as error:
         caught = error if isinstance(error, Interrupted) else Interrupted()
-        print(f"{caught}; what was complete before is kept", file=sys.stderr)
+        print(f"{caught}; what was completed before is kept", file=sys.stderr)
         sys.exit(128 + caught.number)
 
 
@@ -294,7 +294,7 @@ def _flushed(code: _Code) -> _Code:
 def _report(error: BaseException | None) -> int:
     """Says in one line what nobody expected, and where its traceback lies; returns the exit code."""
     if isinstance(error, BrokenPipeError) and _reader_gone():
-        _say("stopped: what read the output is gone")
+        _say("stopped: the reader of the output is gone")
         return 128 + signal.SIGPIPE
     if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
         return 130

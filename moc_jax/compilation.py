@@ -93,7 +93,7 @@ def _made(place: str | Callable[[], pathlib.Path]) -> epath.Path | None:
         return folder
     except (OSError, RuntimeError) as error:
         warnings.warn(
-            f"compiled programs are not kept, so every start compiles them anew: {error}. Name a folder with "
+            f"compiled programs are not kept, so every start compiles them again: {error}. Name a folder with "
             "--compilation-cache, or give '' to keep none",
             stacklevel=3,
         )
@@ -123,7 +123,7 @@ def _reported_once(folder: epath.Path, show: Callable[..., None]) -> Callable[..
             show(
                 UserWarning(
                     f"the compilation cache {folder} could not be {words} ({cause.splitlines()[0]}): what is missing "
-                    "there is compiled. Make room or mend it, or name another folder with --compilation-cache"
+                    "there is compiled. Free some space or repair it, or name another folder with --compilation-cache"
                 ),
                 *place,
                 **more,

@@ -28,7 +28,7 @@ def config_from_json[C: Config](text: str, *, name: str = "config.json", kind: t
 
     Raises:
         ConfigError: not JSON, an unknown key (with the nearest known one), a key given twice, a value of the wrong
-            type, or a setting that can't be. `name` says in the message which file it was.
+            type, or an impossible setting. `name` says in the message which file it was.
     """
     try:
         return settings_from_tree(kind, parse_json(text), name=name)
@@ -97,7 +97,7 @@ def _dataclass(kind: type, value: object, path: str, name: str) -> Any:
 
 
 def _value(kind: Any, value: object, path: str, name: str) -> Any:
-    """`value`, checked here, where the place in the file is known, with a dataclass in the place of every object."""
+    """`value`, checked here, where the place in the file is known, with a dataclass in place of every object."""
     if union := kinds_of(kind):
         return _of_kind(union, value, path, name)
     if dataclasses.is_dataclass(kind):

@@ -45,7 +45,7 @@ def chunk_table_from(
             all but `max_shots` must be given.
 
     Raises:
-        TypeError: an argument is no array of integers.
+        TypeError: an argument is not an array of integers.
         ValueError: shapes disagree, or a size is missing inside jit. Where values are known, also for those out of
             range, and for scenes that don't fit: text takes `text_tokens` places in every scene, so where one of a
             batch has much of it and another much video, N must be more than either's tokens.

@@ -66,7 +66,7 @@ def checked_text(value: str) -> str:
     if "\0" in value:
         raise DocumentError("it holds a NUL character; remove it")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise DocumentError("it holds half of a surrogate pair, which is no character")
+        raise DocumentError("it holds half of a surrogate pair, which is not a character")
     return value.strip()
 
 
@@ -98,7 +98,7 @@ def _syntax(text: str, error: yaml.MarkedYAMLError) -> str:
     if "\t" in line[: len(line) - len(line.lstrip())]:
         fix = "indent with spaces, not with tabs"
     else:
-        fix = "if it is text with a colon, a # or other signs in it, put it in quotes"
+        fix = "if it is text with a colon, a # or other special characters in it, put it in quotes"
         before, colon, value = line.strip().partition(": ")
         if colon and ": " in value and value[0] not in "'\"" and not before.lstrip("- ").startswith(("{", "[")):
             fix = f"put it in quotes: {before}: {json.dumps(value.strip()[:80], ensure_ascii=False)}"

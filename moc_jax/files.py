@@ -23,8 +23,8 @@ _FIXES = {
     errno.EROFS: "the file system is read-only; give a path on another one",
     errno.EACCES: "this user may not write there; change its permissions, or give another path",
     errno.EPERM: "this user may not write there; change its permissions, or give another path",
-    errno.ENOSPC: "the disk is full; make room, or give a path on another one",
-    errno.EDQUOT: "the disk quota is used up; make room, or give a path on another one",
+    errno.ENOSPC: "the disk is full; free some space, or give a path on another one",
+    errno.EDQUOT: "the disk quota is used up; free some space, or give a path on another one",
     errno.ENAMETOOLONG: "a name in it is too long for the file system; give a shorter one",
     errno.ELOOP: "its links lead nowhere; give another path",
 }
@@ -40,7 +40,7 @@ def is_address(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Where to write what shall lie under `path`: it appears there when the block ends well, else nothing is left.
+    """Where to write what will be at `path`: it appears there when the block succeeds; else nothing is left.
 
     A local file is written as `.<name>.<process>.tmp` in its own folder; for an address it is made on the local disk
     and copied. What a killed process leaves is removed by `remove_leftovers`.
@@ -68,7 +68,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Where to make what shall be the folder `path`: it appears there when the block ends well, else nothing is left.
+    """Where to make what will be the folder `path`: it appears there when the block succeeds; else nothing is left.
 
     It is made as `.<name>.partial` beside it. The caller sees to it that no other process makes it too, and calls
     `remove_partial_folders` for what killed ones left.
@@ -234,7 +234,7 @@ def _check_spelling(text: str, setting: str) -> None:
     if not text.strip():
         raise ConfigError(f"{setting} is empty; give a path")
     if "\0" in text:
-        raise ConfigError(f"{setting} {named(text)} holds a NUL character, which no path can hold; give another")
+        raise ConfigError(f"{setting} {named(text)} holds a NUL character, which no path can contain; give another")
     if _WRONG_SCHEME.match(text):
         raise ConfigError(f"{setting} {named(text)} lacks a slash; an address begins with {text.split(':')[0]}://")
 
@@ -257,7 +257,7 @@ def _cause(error: Exception, text: str) -> str:
             return f"addresses that begin with {scheme}:// are not known; gs://, s3:// and az:// are, or give a path"
         if isinstance(error, ImportError):
             return f"{error}. Install that package, or give a path of a file system"
-        return f"{error or type(error).__name__}. Check the address and the rights to it"
+        return f"{error or type(error).__name__}. Check the address and your access to it"
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return f"{_in_the_way(text)} is a file; give another name"
     if isinstance(error, IsADirectoryError):

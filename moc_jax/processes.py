@@ -67,7 +67,7 @@ def _join_cluster(cfg: MeshConfig) -> None:
         )
     except ValueError as error:
         raise ConfigError(
-            f"mesh.distributed: {error} Nothing around this process tells it, so give --mesh.coordinator host:port, "
+            f"mesh.distributed: {error} Nothing in its environment says so; give --mesh.coordinator host:port, "
             "--mesh.num-processes and --mesh.process-id"
         ) from error
     state = distributed.global_state  # jax's public functions start the devices, which needs all other processes
@@ -121,8 +121,8 @@ def losses_reported(heartbeat: float) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() > 1:
             seconds = heartbeat + _VERDICT
-            told = f"\n{root_cause(error)}\nwaiting up to {seconds} s for word of a process that is gone"
-            print(told, file=sys.stderr, flush=True)
+            line = f"\n{root_cause(error)}\nwaiting up to {seconds} s for a report of a lost process"
+            print(line, file=sys.stderr, flush=True)
             time.sleep(seconds)
         raise
 
@@ -192,7 +192,7 @@ def _expect(what: str, process: int) -> None:
             break
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                raise ProcessError(f"process {process} is gone; it was to {what}: {error}") from error
+                raise ProcessError(f"process {process} is gone; it was supposed to {what}: {error}") from error
     if outcome:
         raise ProcessError(f"process {process} could not {what}: {outcome}")
 

@@ -38,7 +38,7 @@ def decode_text(data: bytes) -> str:
             f"byte {error.start} ({data[error.start]:#04x}) is not UTF-8; save it as UTF-8", line
         ) from error
     if "\0" in text:
-        raise DocumentError("it holds a NUL byte; it is no text file", text.count("\n", 0, text.index("\0")) + 1)
+        raise DocumentError("it holds a NUL byte; it is not a text file", text.count("\n", 0, text.index("\0")) + 1)
     return text
 
 

@@ -125,7 +125,7 @@ def chunk_table(lengths: SceneLengths, shape: SceneShape, chunk: ChunkConfig) ->
     """Cuts every shot into chunks of at most `chunk.size` frames or tokens.
 
     Raises:
-        TypeError: `lengths` are no arrays of integers.
+        TypeError: `lengths` are not arrays of integers.
         ValueError: `lengths` and `shape` disagree about the number of shots; or where their values are known, which
             inside jit they aren't, they are negative or beyond the shape.
     """
@@ -200,12 +200,12 @@ def _checked(lengths: SceneLengths, shape: SceneShape) -> SceneLengths:
             f"lengths are for {frames[1]} shots and {text[1]} captions, but the scene's shape has {shape.shots} shots "
             f"and needs {shape.shots + 1} captions (the global one first)"
         )
-    for name, room in given.items():
-        _check_room(name, getattr(lengths, name), room)
+    for name, limit in given.items():
+        _check_lengths(name, getattr(lengths, name), limit)
     return SceneLengths(**arrays)
 
 
-def _check_room(name: str, lengths: Array, room: int) -> None:
+def _check_lengths(name: str, lengths: Array, limit: int) -> None:
     values = concrete(lengths)
     if values is None:
         return
@@ -213,10 +213,10 @@ def _check_room(name: str, lengths: Array, room: int) -> None:
     for scene, each in enumerate(values.astype(np.int64)):
         if (each < 0).any():
             raise ValueError(f"{name} of scene {scene} are {each.tolist()}; a length is 0 or more")
-        if each.sum() > room:
+        if each.sum() > limit:
             raise ValueError(
-                f"{name} of scene {scene} are {each.tolist()}, {each.sum()} {what} in all, but the scene's shape has "
-                f"room for {room}; shorten them, or use a larger SceneShape"
+                f"{name} of scene {scene} are {each.tolist()}, {each.sum()} {what} in all, but the scene's shape holds "
+                f"at most {limit}; shorten them, or use a larger SceneShape"
             )
 
 
@@ -241,7 +241,7 @@ def frame_shot(shot_frames: Int[Array, "B S"], frames: int) -> Int[Array, "B F"]
     Raises:
         TypeError, ValueError: as `chunk_table`.
     """
-    _check_room("shot_frames", as_array("shot_frames", shot_frames, integers=True), frames)
+    _check_lengths("shot_frames", as_array("shot_frames", shot_frames, integers=True), frames)
     end = jnp.cumsum(shot_frames, axis=1)
     frame = jnp.arange(frames)
     shot = jnp.sum(frame[None, :, None] >= end[:, None, :], axis=-1)

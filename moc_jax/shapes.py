@@ -11,7 +11,7 @@
 | D | size of a head |
 | M | width of the model |
 | C | chunks in the chunk table |
-| K | picks that a query has room for (top_k, and in training those of drop-in) |
+| K | slots for the picks of a query (top_k, and in training those of drop-in) |
 | S | shots |
 | P | captions: the global one, then one per shot (S + 1) |
 | F | frames of a scene, all shots one after another (latent frames unless said otherwise) |

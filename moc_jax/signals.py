@@ -1,13 +1,13 @@
 """SIGINT and SIGTERM: acknowledged at once, obeyed as soon as nothing is lost by it; the second one ends at once.
 
 A Python signal handler runs between two bytecodes of the main thread, so not while that compiles or waits for a device.
-A thread that reads the signals' numbers from a pipe (signal.set_wakeup_fd) hears them whatever the main thread does:
+A thread that reads the signals' numbers from a pipe (signal.set_wakeup_fd) receives them whatever the main thread does:
 
     raising    the main thread gets `Interrupted` as soon as it runs Python; if it does not for 5 s, the process ends
     deferred   (inside `Signals.deferred`) nothing is raised: the work asks now and then whether to stop, and saves
     again      the same signal for the second time ends the process at once
 
-What has no place to ask, such as a compilation, runs in a thread that is left behind when stop is asked.
+What has no place to ask, such as a compilation, runs in a thread that is left behind when a stop is requested.
 """
 
 import collections
@@ -41,15 +41,15 @@ class Stop(Protocol):
     """What long work asks now and then."""
 
     def check(self) -> None:
-        """Raises Interrupted when the work shall stop."""
+        """Raises Interrupted when the work should stop."""
 
     def unless_asked[T](self, action: Callable[[], T]) -> T:
-        """`action()`, which may take minutes and cannot ask; raises Interrupted when it shall stop meanwhile."""
+        """`action()`, which may take minutes and cannot ask; raises Interrupted when it should stop meanwhile."""
         ...
 
 
 class Signals:
-    """Hears both signals between enter and exit; outside of that, or of the main thread, nothing is ever asked."""
+    """Listens for both signals between enter and exit; outside of it, or of the main thread, nothing is ever asked."""
 
     def __init__(self, *, whole_process: bool = False) -> None:
         """`whole_process`: the process ends with this block, even where a thread was left behind in native code."""
@@ -118,7 +118,7 @@ class Signals:
             raise Interrupted(self._heard or signal.SIGINT)
 
     def unless_asked[T](self, action: Callable[[], T]) -> T:
-        """`action()` in a thread of its own, which is left behind when stop is asked.
+        """`action()` in a thread of its own, which is left behind when a stop is requested.
 
         Raises:
             Interrupted: stop was asked first.
@@ -161,7 +161,7 @@ class Signals:
                 continue
             times[number] += 1
             if times[number] > 1:
-                _end(number, f"{Interrupted(number)} again: ended at once; what was saved before is kept")
+                _end(number, f"{Interrupted(number)} again: stopped at once; what was saved before is kept")
             self._heard = self._heard or number
             if not self._deferred:
                 threading.Thread(target=self._end_unless_obeyed, args=(number,), daemon=True).start()
@@ -180,9 +180,9 @@ class Signals:
 
     def _end_unless_obeyed(self, number: int) -> None:
         if number == signal.SIGINT and not self._obeyed.wait(0.5):
-            _print("interrupted: ending as soon as what runs allows it; press Ctrl-C again to end at once")
+            _print("interrupted: stopping as soon as the running operation allows; press Ctrl-C again to stop at once")
         if not self._obeyed.wait(_PATIENCE):
-            _end(number, f"{Interrupted(number)}; what was complete before is kept")
+            _end(number, f"{Interrupted(number)}; what was completed before is kept")
 
 
 def _print(line: str) -> None:

@@ -94,7 +94,7 @@ class Watcher:
         self._patience: float | None = time.monotonic() + heartbeat + grace  # for the first one
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin, selectors.EVENT_READ)
-        self.port = 0  # where process 0's watcher hears the others
+        self.port = 0  # where process 0's watcher listens to the others
         if process == 0:
             both = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if both else socket.AF_INET
@@ -257,7 +257,7 @@ def _stopped(process: int) -> bool:
 
 
 def _wait_for_end(process: int, seconds: float) -> None:
-    """Until `process` is no longer our parent, which is no matter of its pipes."""
+    """Until `process` is no longer our parent, which its pipes do not tell."""
     deadline = time.monotonic() + seconds
     while os.getppid() == process and time.monotonic() < deadline:
         time.sleep(0.01)

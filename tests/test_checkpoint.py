@@ -295,7 +295,7 @@ def test_odd_names_stop_nothing_and_stay(two):
     for number, name in enumerate(ODD_NAMES):
         shutil.copytree(two / "3", two / name) if number % 2 else (two / name).mkdir()
     (two / "notes.txt").write_text("mine")
-    with pytest.warns(UserWarning, match="holds what is no checkpoint: .* and 5 more; left alone"):
+    with pytest.warns(UserWarning, match="holds entries that are not checkpoints: .* and 5 more; left alone"):
         checkpoints = Checkpoints(str(two), TrainConfig(keep_last=1))
     assert checkpoints.restore(target, accept).step == 5
     for step in (6, 10, 12):
@@ -505,7 +505,7 @@ def test_sampling_believes_no_name(run):
     ):
         load_for_sampling(str(folder / "9"))
     (folder / "9").rename(run / "best")
-    with pytest.raises(CheckpointError, match="best is a checkpoint, but its name is no step"):
+    with pytest.raises(CheckpointError, match="best is a checkpoint, but its name is not a step"):
         load_for_sampling(str(run / "best"))
 
 

@@ -115,7 +115,7 @@ def test_an_address_without_its_package_names_the_package(monkeypatch):
     [
         (errno.EROFS, "the file system is read-only"),
         (errno.EACCES, "this user may not write there"),
-        (errno.ENOSPC, "the disk is full; make room"),
+        (errno.ENOSPC, "the disk is full; free some space"),
         (errno.EDQUOT, "quota"),
         (errno.EIO, "Input/output error; give another path"),
     ],

@@ -19,7 +19,7 @@ UNDER_THE_ENTRY_POINTS = {
     "errors",
 }
 UNDER_THE_ENTRY_POINTS |= {"files", "models", "processes", "progress", "sharding", "signals", "text"}
-# What each room may import, besides itself and the leaves.
+# What each module may import, besides itself and the leaves.
 ALLOWED = {
     "config": set(),
     "config_json": set(),
@@ -68,18 +68,19 @@ def _sources() -> list[pathlib.Path]:
     return sorted((ROOT / "moc_jax").rglob("*.py"))
 
 
-def _room(path: pathlib.Path) -> str:
+def _module(path: pathlib.Path) -> str:
     return path.relative_to(ROOT / "moc_jax").with_suffix("").parts[0]
 
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_down(path):
-    room = _room(path)
-    if room == "__init__":
+    module = _module(path)
+    if module == "__init__":
         return
-    rooms = {name.split(".")[1] for name in _imports(path) if name.startswith("moc_jax.")}
-    up = rooms - {room} - LEAVES - ALLOWED[room]
-    assert not up, f"{path.relative_to(ROOT)} imports {sorted(up)}; {room} may import {sorted(ALLOWED[room] | LEAVES)}"
+    modules = {name.split(".")[1] for name in _imports(path) if name.startswith("moc_jax.")}
+    up = modules - {module} - LEAVES - ALLOWED[module]
+    allowed = sorted(ALLOWED[module] | LEAVES)
+    assert not up, f"{path.relative_to(ROOT)} imports {sorted(up)}; {module} may import {allowed}"
 
 
 def test_only_their_own_folders_know_models_codecs_and_encoders_by_class():
@@ -149,7 +150,7 @@ def test_files_stay_small():
     clone = [ROOT / "train.py", ROOT / "sample.py"]
     for path in [*_sources(), *clone]:
         lines = len(path.read_text().splitlines())
-        limit = 12 if path in clone else 150 if _room(path) == "commands" else 700 if "pallas" in str(path) else 400
+        limit = 12 if path in clone else 150 if _module(path) == "commands" else 700 if "pallas" in str(path) else 400
         assert lines <= limit, f"{path.relative_to(ROOT)} has {lines} lines; split it (limit {limit})"
 
 
@@ -204,8 +205,8 @@ def test_unfinished_files_have_their_names_from_one_place():
 def test_only_those_that_own_a_run_take_the_whole_config():
     """All other functions of training and sampling take the settings that they need."""
     owners = {"training": {"loop", "start", "summary"}, "sampling": {"generate", "preview", "compare"}}
-    for room, files in owners.items():
-        for path in (ROOT / "moc_jax" / room).glob("*.py"):
+    for module, files in owners.items():
+        for path in (ROOT / "moc_jax" / module).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.arg) and node.annotation is not None and path.stem not in files:
                     assert ast.unparse(node.annotation) != "Config", f"{path.relative_to(ROOT)}, line {node.lineno}"
@@ -228,3 +229,33 @@ def test_importing_changes_no_logger_no_flag_and_no_warning():
         at_import = [s for s in module.body if not isinstance(s, ast.FunctionDef | ast.ClassDef)]
         found = [node for s in at_import for node in ast.walk(s) if isinstance(node, ast.Call)]
         assert not [node for node in found if calls.search(ast.unparse(node.func))], path
+
+
+# What a native reader stumbles over, and what to say instead.
+PHRASES = {
+    r"no number\b": "NaN, or not a number",
+    r"\bg(o|oes|oing|one) on (with|from|at)\b": "resume, continue",
+    r"\b(is|are|was|were) told\b": "is reported",
+    r"\bsays once\b": "reports once",
+    r"\bas it stands\b": "as it is",
+    r"\brooms\b|\b(a|the|this|each|every) room\b": "module",
+    r"(?<!there )\b(is|are|was|were) no (?!longer|larger|more|less|fewer|later|other)\w": "is not a",
+    r"\banew\b": "again",
+    r"\bin the place of\b": "in place of, instead of",
+    r"\bcan(not|'t) be had\b": "is not available",
+    r"\bmade? room\b|\bMake room\b": "free some space",
+}
+
+
+def test_english_is_plain():
+    """In the package, its configs and benchmarks, and in README and docs."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.py"), *ROOT.glob("*.py")]
+    sources = [*_sources(), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]
+    found = [
+        f"{path.relative_to(ROOT)}:{i}: {match[0]!r}; say {better}"
+        for path in [*pages, *sources]
+        for phrase, better in PHRASES.items()
+        for i, line in enumerate(path.read_text().splitlines(), start=1)
+        for match in re.finditer(phrase, line)
+    ]
+    assert not found, "\n".join(found)

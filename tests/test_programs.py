@@ -92,8 +92,8 @@ def main(argv, signals):
         ("def main(argv, signals): print('done \\udcff')", 0, ""),
         ("def main(argv, signals): raise SystemExit(3)", 3, ""),
         ("def main(argv, signals): raise SystemExit('as it is')", 1, "as it is\n"),
-        ("def main(argv, signals): raise KeyboardInterrupt", 130, "interrupted; what was complete before is kept\n"),
-        ("raise KeyboardInterrupt", 130, "interrupted; what was complete before is kept\n"),
+        ("def main(argv, signals): raise KeyboardInterrupt", 130, "interrupted; what was completed before is kept\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted; what was completed before is kept\n"),
         ("FAILURES = (OSError,)\ndef main(argv, signals): raise OSError('disk')", 1, "error: disk\n"),
         (
             "from moc_jax.config import Config\ndef main(argv, signals): Config(workdir='')",
@@ -127,7 +127,7 @@ def test_a_reader_that_is_gone_is_no_traceback(words):
     done = python(*words, stdout=writing)
     os.close(writing)
     assert done.returncode == 141
-    assert done.stderr == "stopped: what read the output is gone\n"
+    assert done.stderr == "stopped: the reader of the output is gone\n"
 
 
 MODULES = ["moc_jax.attention.accounting", "moc_jax.data.demo_clip", "moc_jax.models.presets"]

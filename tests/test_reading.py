@@ -26,7 +26,7 @@ def test_json_is_read_as_it_is(text):
         ("[0." + "3" * 63 + "]", "a number has 65 digits; the limit is 64", None),
         ("[" * 100_000, "it is nested too deeply", None),
         (b"[\n\n\xff]", "byte 3 (0xff) is not UTF-8; save it as UTF-8", 3),
-        (b"[1,\n\0]", "it holds a NUL byte; it is no text file", 2),
+        (b"[1,\n\0]", "it holds a NUL byte; it is not a text file", 2),
         ("[1]".encode("utf-16"), "it is UTF-16; save it as UTF-8", None),
         ("[1]".encode("utf-32-be"), "it is text in UTF-16 or UTF-32; save it as UTF-8", None),
     ],

@@ -171,9 +171,9 @@ def test_lengths_must_fit_the_shape():
 @pytest.mark.parametrize(
     ("frames", "text", "error", "message"),
     [
-        ([[3, 3, 3, 3]], [[0] * 5], ValueError, r"shot_frames of scene 0 are \[3, 3, 3, 3\], 12 frames .*room for 11"),
+        ([[3, 3, 3, 3]], [[0] * 5], ValueError, r"shot_frames of scene 0 are \[3, 3, 3, 3\], 12 frames .*at most 11"),
         ([[2**31 - 1, 1, 1, 1]], [[0] * 5], ValueError, "2147483650 frames in all"),
-        ([[0] * 4] * 2, [[0] * 5, [5, 0, 5, 0, 0]], ValueError, "text_lengths of scene 1 .*10 tokens .*room for 9"),
+        ([[0] * 4] * 2, [[0] * 5, [5, 0, 5, 0, 0]], ValueError, "text_lengths of scene 1 .*10 tokens .*at most 9"),
         ([[4, -1, 4, 0]], [[0] * 5], ValueError, r"shot_frames of scene 0 are \[4, -1, 4, 0\]; a length is 0 or more"),
         ([[1.5, 1, 1, 1]], [[0] * 5], TypeError, "shot_frames is an array of float.*integers"),
         ([1, 1, 1, 1], [[0] * 5], ValueError, r"shot_frames has shape \(4,\) and text_lengths \(1, 5\)"),
@@ -192,7 +192,7 @@ def test_lists_are_no_lengths():
         chunk_table(SceneLengths([[1, 1, 1, 1]], [[0] * 5]), SHAPE, CHUNKS[0])
     with pytest.raises(TypeError, match="lengths is a tuple; give SceneLengths"):
         positions(([1], [0, 0]), SHAPE)
-    with pytest.raises(ValueError, match=r"12 frames in all.*room for 11"):
+    with pytest.raises(ValueError, match=r"12 frames in all.*at most 11"):
         frame_shot(jnp.array([[6, 6]]), 11)
 
 

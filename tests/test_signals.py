@@ -70,8 +70,8 @@ def test_another_signal_is_no_second_one(start):
 @pytest.mark.parametrize(
     ("number", "code", "message"),
     [
-        (signal.SIGINT, 130, "interrupted; what was complete before is kept\n"),
-        (signal.SIGTERM, 143, "terminated; what was complete before is kept\n"),
+        (signal.SIGINT, 130, "interrupted; what was completed before is kept\n"),
+        (signal.SIGTERM, 143, "terminated; what was completed before is kept\n"),
     ],
 )
 def test_before_there_is_anything_to_save_all_is_closed_and_the_process_ends(start, number, code, message):
@@ -86,13 +86,13 @@ def test_before_there_is_anything_to_save_all_is_closed_and_the_process_ends(sta
 def test_native_code_that_does_not_come_back_is_ended(start):
     process = start("signals._PATIENCE = 0.3\nwith Signals(), clean_exit():\n    ready()\n    native()")
     process.send_signal(signal.SIGTERM)
-    assert ended(process) == (143, "", "terminated; what was complete before is kept\n")
+    assert ended(process) == (143, "", "terminated; what was completed before is kept\n")
 
 
 def test_ctrl_c_in_native_code_is_acknowledged(start):
     process = start("with Signals(), clean_exit():\n    threading.Timer(0.3, ready).start()\n    native()")
     process.send_signal(signal.SIGINT)
-    assert "press Ctrl-C again to end at once" in process.stderr.readline()
+    assert "press Ctrl-C again to stop at once" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process)
     assert code == 130

@@ -49,14 +49,14 @@ class Blocks:
         if self.q % 128 or self.kv % 128 or self.compute % 128 or min(self.q, self.compute) < 128:
             raise ValueError(f"blocks {self}: all sizes must be multiples of 128, the rows of a lane tile")
         if self.kv % self.compute:
-            raise ValueError(f"blocks {self}: {self.kv} keys are no multiple of the {self.compute} computed at once")
+            raise ValueError(f"blocks {self}: {self.kv} keys are not a multiple of the {self.compute} computed at once")
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """From "512x1024x512", or "512x1024", whose keys are computed all at once.
 
         Raises:
-            ValueError: the text is no such thing, or no kernel takes the sizes.
+            ValueError: the text does not name sizes, or no kernel takes them.
         """
         try:
             sizes = [int(size) for size in text.split("x")]

@@ -162,7 +162,7 @@ def parse_slots(text: str) -> tuple[dict[str, int], list[dict[str, int]]]:
 def parse_bundles(text: str, filled: list[dict[str, int]]) -> list[Bundle]:
     """The bundles with the slots that they fill.
 
-    A bundle's text may go on over lines that don't start with an address: those belong to it.
+    A bundle's text may continue over lines that don't start with an address: those belong to it.
     """
     found: list[tuple[re.Match[str], list[str]]] = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Draws every picture of the documentation anew: `make pictures`."""
+"""Draws every picture of the documentation: `make pictures`."""
 
 import pathlib
 import sys

@@ -45,7 +45,7 @@ def moc_attention(
         cfg: What to attend to. `mode="dense"` sees every visible token with the same weights.
         key: Switches context drop-off and drop-in on (training). One key, or one per scene and head. What is drawn
             depends on the row of q.
-        routes: Picks made before with `route`, for each video query different chunks that are no anchors of its; None
+        routes: Picks made before with `route`, for each video query different chunks that are not its anchors; None
             routes now.
         query_chunk: The chunk that each query token belongs to, -1 for padding. The query tokens of a chunk are one
             run, and those of a shot's video chunks follow each other in chunk order: so it is in any slice of the
@@ -160,6 +160,6 @@ def routed_attention(cfg: AttentionConfig) -> RoutedAttention:
     """Attention as the settings say.
 
     Raises:
-        ConfigError: `cfg.tilings` is no file of tilings.
+        ConfigError: `cfg.tilings` is not a file of tilings.
     """
     return RoutedAttention(backend=cfg.backend, tilings=read_tilings(cfg.tilings) if cfg.tilings else Tilings())

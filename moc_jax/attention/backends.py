@@ -43,7 +43,7 @@ class Implementation(Protocol):
         cfg: MoCConfig,
         backend,
     ) -> Int[Array, "B H Q K"]:
-        """The best `top_k` candidates of every query, best first; no gradient is asked of it."""
+        """The best `top_k` candidates of every query, best first; no gradient is needed."""
         ...
 
     def attend(
@@ -140,7 +140,7 @@ def resolve(
     """The value that a name stands for: a backend's defaults, or with `auto` what this machine is best at.
 
     `auto` takes the kernels where they run (if they know q's type and head dimension, and `others`, k and v, have the
-    same type), else plain XLA, and says once for each kind of attention which.
+    same type), else plain XLA, and reports once for each kind of attention which.
 
     Raises:
         TypeError, ValueError: `backend` is neither a backend nor a name of one.

@@ -29,7 +29,7 @@ def check_vectors(*, q: object, **keys: object) -> list[Array]:
     """q [B, Q, H, D], and k and v [B, N, H, D], as arrays.
 
     Raises:
-        TypeError: one is no array, or of a type that attention doesn't compute in.
+        TypeError: one is not an array, or of a type that attention doesn't compute in.
         ValueError: one has another rank, or sizes other than those that they share.
     """
     arrays = {}
@@ -55,7 +55,7 @@ def check_table(table: object, k: Array, cfg: MoCConfig) -> ChunkTable:
     """The table with arrays for fields.
 
     Raises:
-        TypeError: it is no ChunkTable, or its fields are no arrays of integers.
+        TypeError: it is not a ChunkTable, or its fields are not arrays of integers.
         ValueError: its fields disagree about sizes, with k or with `cfg.chunk`; or a chunk lies beyond its block.
     """
     if not isinstance(table, ChunkTable):
@@ -124,7 +124,7 @@ def check_query_chunk(query_chunk: object, q: Array, table: ChunkTable) -> Array
     """The chunks of the query tokens as an array [B, Q]; None where they are the table's own tokens.
 
     Raises:
-        TypeError: they are no array of integers.
+        TypeError: they are not an array of integers.
         ValueError: they are of another shape than q; or not in runs as `moc_attention` says.
     """
     tokens = table.chunk_of.shape[1]
@@ -190,7 +190,7 @@ def check_statistics(q: Array, d_out: object, lse: object, delta: object) -> tup
     """d_out [B, Q, H, D], lse and delta [B, H, Q] (float32) as arrays.
 
     Raises:
-        TypeError: one is no array.
+        TypeError: one is not an array.
         ValueError: one is of another shape than q.
     """
     d_out, lse, delta = (as_array(name, x) for name, x in (("d_out", d_out), ("lse", lse), ("delta", delta)))
@@ -205,9 +205,9 @@ def check_routes(routes: object, q: Array, queries: Queries, table: ChunkTable, 
     """Routes as an array [B, H, Q, K].
 
     Raises:
-        TypeError: they are no array of integers.
+        TypeError: they are not an array of integers.
         ValueError: they are of another shape than q; or a query picks what doesn't exist, a chunk twice, an anchor of
-            its own, or anything though it is no video.
+            its own, or anything although it is not video.
     """
     batch, tokens, heads, _ = q.shape
     values = concrete(routes)

@@ -88,7 +88,7 @@ def all_read_text(table: ChunkTable, cfg: MoCConfig) -> bool:
 
 
 def candidates_are_split(cfg: MoCConfig) -> bool:
-    """Whether a query's candidates go on behind its anchors: with causal routing they don't."""
+    """Whether a query's candidates continue behind its anchors: with causal routing they don't."""
     return not cfg.causal_routing and cfg.self_anchor != "none"
 
 

@@ -48,7 +48,7 @@ def anchor_chunks(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
 
 @typed
 def candidate_chunks(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
-    """Chunks that the queries of each chunk may pick from: non-empty video chunks that are no anchors of theirs."""
+    """Chunks that the queries of each chunk may pick from: non-empty video chunks that are not their anchors."""
     video = table.kind == VIDEO
     candidates = video[:, :, None] & (video & (table.length > 0))[:, None, :] & _visible(table, cfg)
     candidates &= ~_self_anchor(table, cfg)

@@ -125,7 +125,7 @@ class Tilings:
         return with_tiling(backend, min(found, key=lambda t: abs(math.log(t.tokens / tokens))).tiling)
 
     def updated(self, new: Tuned) -> "Tilings":
-        """With `new` in the place of what was measured before."""
+        """With `new` in place of what was measured before."""
         kept = [tuned for tuned in self.tuned if (tuned.kind, tuned.tokens) != (new.kind, new.tokens)]
         return Tilings((*kept, new))
 

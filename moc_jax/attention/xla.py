@@ -13,7 +13,7 @@ so that what a query attends to may be summed up in parts that know nothing of e
 (c) Routed. (query, chunk) pairs are sorted by chunk (schedule.py), so that a tile of queries reads one chunk. The
     same walk gives each pair its own total and values, which its query then gathers and adds up.
 
-Backward, with the log-sum-exp L in the place of c, p_ij is the final weight: each walk adds its own  dv = p^T do,
+Backward, with the log-sum-exp L in place of c, p_ij is the final weight: each walk adds its own  dv = p^T do,
 g = p (do v^T - rowsum(do o)),  dq = g k,  dk = g^T q. Nothing is scattered row by row, and the order of sums is fixed.
 
 What takes the time on a GPU is the scores' way through memory. All keys of a tile's walk are seen by all of its

@@ -33,7 +33,7 @@ class Codec(Protocol):
         ...
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of a clip; ValueError with the nearest possible counts when `frames` is no such count."""
+        """Latent frames of a clip; ValueError with the nearest possible counts when `frames` is not such a count."""
         ...
 
     def encode(self, video: Float[np.ndarray, "F Y X 3"]) -> Float32[np.ndarray, "f y x Z"]: ...
@@ -59,7 +59,7 @@ def latent_frames(frames: int, stride: int) -> int:
     """Latent frames of a clip of stride * (f - 1) + 1 frames.
 
     Raises:
-        ValueError: `frames` is no such count; names the nearest that are.
+        ValueError: `frames` is not such a count; names the nearest that are.
     """
     if frames < 1 or (frames - 1) % stride:
         low = max(1, (frames - 1) // stride * stride + 1)

@@ -125,7 +125,7 @@ class PCACodec:
             if value != getattr(cfg, field):
                 raise CodecMismatch(
                     f"codec.{field} = {getattr(cfg, field)}, but the saved codec was fitted with {value}; "
-                    f"set codec.{field} to {value}, or prepare the data and train anew"
+                    f"set codec.{field} to {value}, or prepare the data and train again"
                 )
         sizes = {"first": 3 * h * w, "rest": 3 * t * h * w}
         for name in _NAMES:

@@ -67,9 +67,9 @@ class Arguments(Settings):
     history_noise: float | None = None
     """Noise level at which given and earlier shots are shown to the model."""
     negative_prompt: str | None = None
-    """What to steer away from; comes before a storyboard's own."""
+    """What to steer away from; overrides a storyboard's own."""
     seed: int | None = None
-    """Comes before a storyboard's own; a shot's own seed comes before both."""
+    """Overrides a storyboard's own seed; a shot's own seed overrides both."""
     contact_sheet: File | None = None
     """Also write a PNG with a few frames of each shot."""
     routing_picture: File | None = None
@@ -88,7 +88,7 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
         description=__doc__,
         defaults=saved_values(argv, SAMPLE) if {"-h", "--help"} & set(argv) else {},
     )
-    configure(Config(), 1, args)  # only checks: nothing is read for the sake of a setting that can't be
+    configure(Config(), 1, args)  # only checks: nothing is read if a setting is impossible
     routed_attention(args.attention)
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
@@ -109,7 +109,7 @@ def _sample(args: Arguments, boards, videos, sheets, routings, stop: Stop | None
     checkpoint = load_for_sampling(args.checkpoint, args.step)
     config = configure(checkpoint.config, checkpoint.step, args)
     if routings and config.moc.mode == "dense":
-        raise ConfigError("--routing-picture: dense attention routes nothing; leave it or --dense out")
+        raise ConfigError("--routing-picture: dense attention routes nothing; drop it or --dense")
     codec, scene = load_codec(config.codec, checkpoint.codec_state), None
     if args.training_scene is not None:
         scene = training_scene(config, codec, args.training_scene)

@@ -23,7 +23,7 @@ INT32 = 2**31 - 1  # steps, sizes and positions are 32-bit numbers on the device
 
 
 class ConfigError(ValueError):
-    """A setting that can't be: the message names the value, the limit and the fix."""
+    """An impossible setting: the message names the value, the limit and the fix."""
 
 
 def check(ok: bool, message: str) -> None:

@@ -56,7 +56,7 @@ def _check_is_file(file: str, path: pathlib.Path) -> None:
     if path.stem in names:
         what += f" (`--config {path.stem}` is the one that moc_jax comes with)"
     elif file and file == path.stem and not path.exists():  # meant as a name
-        what, hint = "there is no config of that name", f"those there are: {', '.join(names)}{nearest(file, names)}"
+        what, hint = "there is no config of that name", f"there are: {', '.join(names)}{nearest(file, names)}"
     raise ConfigError(f"--config {shown(file) if not file.strip() else file}: {what}; {hint}")
 
 
@@ -64,7 +64,7 @@ def run_config_file(file: str) -> tuple[Config, str]:
     """The config that a Python file defines as `config`, and the file's docstring.
 
     Raises:
-        ConfigError: as `read_config_text`; a file that is no Python, that fails, or that defines no config.
+        ConfigError: as `read_config_text`; a file that is not Python, that fails, or that defines no config.
     """
     source, path = read_config_text(file), expanded(file)
     module = types.ModuleType(f"config_{pathlib.Path(path).stem}")

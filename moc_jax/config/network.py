@@ -20,7 +20,7 @@ class ChunkConfig(Settings, at="moc.chunk"):
     size: Count = 1280
     """The most frames (or tokens) that one chunk may hold."""
     remainder: Literal["even", "tail"] = "even"
-    """A shot that is no multiple of `size`: equal parts as near as can be, or full parts and a short last one."""
+    """A shot that is not a multiple of `size`: parts as equal as possible, or full parts and a short last one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class MMDiTConfig(Settings, at="model"):
         check(self.mlp_dim >= 1, f"model.mlp_ratio is {self.mlp_ratio}; mlp_ratio x dim must be at least 1")
         check(
             self.dim % self.heads == 0,
-            f"model.dim = {self.dim} is no multiple of model.heads = {self.heads}; "
+            f"model.dim = {self.dim} is not a multiple of model.heads = {self.heads}; "
             f"try dim {self.heads * math.ceil(self.dim / self.heads)}",
         )
         check(

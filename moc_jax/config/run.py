@@ -206,7 +206,7 @@ class TrainConfig(Settings, at="train"):
     keep_last: Annotated[int, Range(1, INT32, "with none, no run could resume")] = 2
     """Newest checkpoints kept."""
     keep_every: Annotated[int, Range(0, INT32, "0: none")] = 0
-    """Checkpoints at multiples of this step are kept for good; 0: none."""
+    """Checkpoints at multiples of this step are never deleted; 0: none."""
 
     def check_together(self):
         steps = [stage.step for stage in self.chunk_schedule]

@@ -35,7 +35,7 @@ class Buckets:
             )
             if padding > 0.5:
                 lines.append(
-                    "  warning: most of what is computed there is padding; add smaller data.buckets, or cut off long "
+                    "  warning: most of the computation there is on padding; add smaller data.buckets, or cut off long "
                     "shots with data.max_shot_frames"
                 )
         dropped = [f"  dropped {name}: {reason}" for name, reason in self.dropped.items()]
@@ -68,7 +68,7 @@ def assign_buckets(
         patch: latent frames per token of the model.
 
     Raises:
-        ConfigError: a bucket's frames are no multiple of `patch`.
+        ConfigError: a bucket's frames are not a multiple of `patch`.
         DataError: no scene of the split is left; says why.
     """
     sizes = _sizes(manifest, tokens)

@@ -260,7 +260,7 @@ def embed_captions(manifest: Manifest, cfg: TextConfig, others: Iterable[Path] =
     remove_leftovers(file.parent, file.name)
     with whole_file(file) as partial, CaptionWriter(partial, cfg, [file, *others]) as writer:
         writer.add(captions_of(manifest))  # what is intact in a damaged store is copied from there
-    return f"{file.name} was damaged ({problem}); it was made anew" if problem else ""
+    return f"{file.name} was damaged ({problem}); it was made again" if problem else ""
 
 
 def is_sound(manifest: Manifest, cfg: TextConfig) -> bool:

@@ -73,7 +73,7 @@ def load_captions(video: Path, cfg: DataConfig, beside: Mapping[str, Sequence[Pa
     except ValueError as error:
         raise CaptionError(
             f"data.default_shot_caption = {shown(cfg.default_shot_caption)} cannot be filled in ({error}); "
-            "it may hold {shot} and {file}, and braces of its own are doubled"
+            "it may hold {shot} and {file}, and literal braces are doubled"
         ) from None
     found = (caption_files(video.parent) if beside is None else beside).get(video.stem, ())
     if len(found) > 1:
@@ -109,7 +109,7 @@ def caption_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def _fill_in(template: str, values: dict[str, str]) -> str:
-    """Puts `values` in the place of {names}: no attributes, no formats, nothing but these names.
+    """Puts `values` in place of {names}: no attributes, no formats, nothing but these names.
 
     Raises:
         ValueError: another name, or a brace alone.
@@ -176,7 +176,7 @@ def _checked_keys(file: Path, where: str, content: object, known: tuple[str, ...
 def _text(file: Path, where: str, value: object) -> str:
     if not isinstance(value, str):
         raise CaptionError(
-            f"{file}: {where} is {shown(value)} ({type(value).__name__}); it must be text, in quotes if need be"
+            f"{file}: {where} is {shown(value)} ({type(value).__name__}); it must be text, in quotes if necessary"
         )
     try:
         return checked_text(value)

@@ -22,7 +22,7 @@ CAPTIONS = FOLDER / "demo" / "bikes.yaml"
 
 
 class DemoClipError(Exception):
-    """The clip cannot be had; the message says why and what to do."""
+    """The clip is not available; the message says why and what to do."""
 
 
 def fetch(folder: Path) -> Path:

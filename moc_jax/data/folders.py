@@ -58,8 +58,8 @@ def find_places(given: Iterable[str], field: str) -> tuple[list[Place], list[str
                 held = f"; it holds {_counted(walk.other)}" if walk.other else ""
                 reasons = "".join(f"\n  {reason}" for reason in walk.left_out[:_MOST_NOTES])
                 raise ConfigError(
-                    f"data.{field}: the folder {root} holds no video file{held}. A file of another suffix can be "
-                    f"named itself{reasons}"
+                    f"data.{field}: the folder {root} holds no video file{held}. A file with another suffix can be "
+                    f"named directly{reasons}"
                 )
             places += walk.places
             notes += walk.notes()
@@ -89,7 +89,7 @@ def _existing(entry: str, field: str) -> Path:
     try:
         root.stat()
     except FileNotFoundError:
-        problem = "is a link to nothing" if os.path.islink(root) else "does not exist"
+        problem = "is a dangling link" if os.path.islink(root) else "does not exist"
         fix = f"; `python -m moc_jax.data.demo_clip {root}` fetches the demo's clip" if root == _DEMO else ""
         raise ConfigError(f"data.{field}: {root} {problem} (seen from {Path.cwd()}){fix}") from None
     except OSError as error:
@@ -150,7 +150,7 @@ class _Walk:
         try:
             status = folder.stat()
             if (status.st_dev, status.st_ino) in self._seen:
-                self.left_out.append(f"{self._name(folder)} leads to a folder that is searched already")
+                self.left_out.append(f"{self._name(folder)} leads to a folder that was searched already")
                 return
             self._seen.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as entries:
@@ -172,7 +172,7 @@ class _Walk:
             else:
                 self._folders.append((path, linked))
         elif not entry.is_file():
-            self.left_out.append(f"{self._name(path)} is {'a link to nothing' if entry.is_symlink() else 'not a file'}")
+            self.left_out.append(f"{self._name(path)} is {'a dangling link' if entry.is_symlink() else 'not a file'}")
         elif path.name.startswith("."):
             self.other["hidden"] += 1
         elif suffix in captions.SUFFIXES:

@@ -69,7 +69,7 @@ def remarks(frame: av.VideoFrame, matrix: bytes | None) -> Iterator[str]:
     straight, turned = abs(a) + abs(d), abs(b) + abs(c)
     if min(straight, turned) > _SLANT * max(straight, turned):
         angle = math.degrees(math.atan2(-b, a))  # counterclockwise
-        yield f"it is to be shown turned by {angle:.0f} degrees: only quarter turns are made"
+        yield f"it should be shown turned by {angle:.0f} degrees: only quarter turns are applied"
 
 
 def fit(

@@ -143,20 +143,20 @@ def load_manifest(folder: str | Path) -> Manifest:
             raise ValueError(f"it holds {shown(content)}")
         if content.pop("version", None) != VERSION:
             raise DataError(
-                f"{path} was written by another version of this program; delete {folder} and prepare the data anew"
+                f"{path} was written by another version of this program; delete {folder} and prepare the data again"
             )
         if content.pop("sha256", None) != _digest(content):
             raise ValueError("it was changed after it was written: its digest does not match")
         manifest = Manifest(folder=folder, **_fields(Manifest, content, "", left_out=("folder",)))
         _check_consistent(manifest)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); delete {folder} and prepare the data anew") from error
+        raise DataError(f"{path} cannot be read ({error}); delete {folder} and prepare the data again") from error
     for shard in manifest.shards:
         file = folder / shard.file
         size = file.stat().st_size if file.is_file() else None
         if size != shard.size:
             state = "is missing" if size is None else f"has {size} bytes instead of {shard.size}"
-            raise DataError(f"the shard {file} {state}; delete {folder} and prepare the data anew")
+            raise DataError(f"the shard {file} {state}; delete {folder} and prepare the data again")
     return manifest
 
 
@@ -208,11 +208,11 @@ def _check_consistent(manifest: Manifest) -> None:
     for k, scene in enumerate(manifest.scenes):
         held = manifest.shards[scene.shard].records if 0 <= scene.shard < len(manifest.shards) else 0
         if not 0 <= scene.record < held:
-            raise ValueError(f"scenes[{k}] is record {scene.record} of shard {scene.shard}, which there is not")
+            raise ValueError(f"scenes[{k}] is record {scene.record} of shard {scene.shard}, which does not exist")
         if not scene.shots or min(shot.frames for shot in scene.shots) < 1:
             raise ValueError(f"scenes[{k}] must have shots of at least one frame")
     if len({scene.name for scene in manifest.scenes}) < len(manifest.scenes):
-        raise ValueError("two scenes have one name")
+        raise ValueError("two scenes have the same name")
     if not manifest.codec_psnr.keys() <= set(typing.get_args(Split)):
         raise ValueError(f"codec_psnr is {shown(manifest.codec_psnr)}; it must be by split")
     if missing := COUNTS - manifest.counts.keys():
@@ -235,7 +235,7 @@ def verify(manifest: Manifest, shards: Iterable[int]) -> None:
         if found != shard.sha256:
             raise DataError(
                 f"the shard {path} is damaged: its SHA-256 is {found[:12]}… instead of {shard.sha256[:12]}…; "
-                f"delete {manifest.folder} and prepare the data anew"
+                f"delete {manifest.folder} and prepare the data again"
             )
 
 
@@ -253,14 +253,14 @@ def codec_of(manifest: Manifest) -> Codec:
             codec = load_codec(settings_from_tree(CodecConfig, settings, "codec", name=str(path)), dict(arrays))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{path} cannot be read ({error}); delete {manifest.folder} and prepare the data anew"
+            f"{path} cannot be read ({error}); delete {manifest.folder} and prepare the data again"
         ) from error
     if codec.fingerprint != manifest.codec_fingerprint:
-        raise DataError(f"{path} is not the codec that the scenes were encoded with; prepare the data anew")
+        raise DataError(f"{path} is not the codec that the scenes were encoded with; prepare the data again")
     return codec
 
 
-# What the encoded scenes depend on; all else in the config can change without preparing anew.
+# What the encoded scenes depend on; all else in the config can change without preparing again.
 _DATA_FIELDS = (
     *("height", "width", "fps", "min_shot_frames", "max_shot_frames", "shot_threshold", "shots_per_scene"),
     *("default_caption", "default_shot_caption", "keyframes"),

@@ -89,7 +89,7 @@ class SceneIterator(grain.DatasetIterator):
         return {"step": self._step, **self._identity}
 
     def set_state(self, state: dict[str, object]) -> None:
-        """Goes on from a saved state.
+        """Resumes from a saved state.
 
         Raises:
             DataError: the state was taken from other data, batch size, seed or buckets; names what differs.
@@ -98,7 +98,7 @@ class SceneIterator(grain.DatasetIterator):
             if state.get(key) != value:
                 raise DataError(
                     f"the saved data position belongs to {key} = {state.get(key)!r}, but this run has {value!r}; "
-                    "go on with the same data and settings, or give another --workdir"
+                    "resume with the same data and settings, or give another --workdir"
                 )
         if type(state.get("step")) is not int or state["step"] < 0:
             raise DataError(f"the saved data position is {state.get('step')!r}; it must be a batch's number")

@@ -1,4 +1,4 @@
-"""Which scenes each batch holds: a pure function of its number, so any batch can be had without the others.
+"""Which scenes each batch holds: a pure function of its number, so any batch can be computed without the others.
 
 That makes the order independent of workers and processes, and a resumed run exact.
 """

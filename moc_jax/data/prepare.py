@@ -5,7 +5,7 @@
 (c) Every video is decoded again and encoded, one shot at a time, into ArrayRecord shards.
 (d) The folder gets its name, `<data.cache>/<fingerprint of settings and sources>`, when it is complete.
 
-A file that is damaged or too short is left out with its reason; the run goes on. Memory is bounded by one part of
+A file that is damaged or too short is left out with its reason; the run continues. Memory is bounded by one part of
 `data.max_shot_frames`, however long a shot is; with no such limit (0), by the longest shot.
 """
 
@@ -98,7 +98,7 @@ def _fingerprint(cfg: Config, sources: Sources, codec: Codec | None) -> str:
 
 
 def _with_captions(manifest: Manifest, cfg: TextConfig, cache: Path) -> Manifest:
-    """The manifest, once its folder holds its captions by this encoder; with a note if a store had to be mended."""
+    """The manifest, once its folder holds its captions by this encoder; with a note if a store had to be repaired."""
     if is_sound(manifest, cfg):
         return manifest
     with _only_one(cache):
@@ -117,8 +117,8 @@ def _reported(folder: Path, sources: Sources) -> Manifest:
     manifest = load_manifest(folder)
     if manifest.fingerprint != folder.name:
         raise DataError(
-            f"{folder} holds the data of {manifest.fingerprint}, by its manifest; give it its name back, or delete it "
-            "and prepare the data anew"
+            f"{folder} holds the data of {manifest.fingerprint}, according to its manifest; rename it back, or delete "
+            "it and prepare the data again"
         )
     return dataclasses.replace(manifest, notes=(*sources.notes, *manifest.notes))
 
@@ -142,10 +142,10 @@ def _only_one(cache: Path) -> Iterator[None]:
             os.close(descriptor)
     except OSError as error:
         if error.errno == errno.ELOOP and os.path.islink(lock):
-            raise DataError(f"{lock} is a link; it must be a file of its own, so remove it") from error
+            raise DataError(f"{lock} is a link; it must be a regular file, so remove it") from error
         raise DataError(
             f"the encoded scenes cannot be written to {cache}: {error}. Nothing half-written was left there; "
-            "make room, or point data.cache to another disk"
+            "free some space, or point data.cache to another disk"
         ) from error
 
 

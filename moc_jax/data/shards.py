@@ -113,5 +113,5 @@ class ShardReader:
     def _damaged(self, path: Path, scene: SceneEntry, reason: str) -> DataError:
         return DataError(
             f"the shard {path} is damaged at record {scene.record} (scene {scene.name}): {reason}; "
-            f"delete {path.parent} and prepare the data anew"
+            f"delete {path.parent} and prepare the data again"
         )

@@ -70,8 +70,8 @@ def begin_shots(
         if is_cut(start, frame):
             ended, count, beginning = (count, _stack(beginning, size)), 0, []
             yield ended  # a shot shorter than one new frame has none, and keeps its number
-        room = times if most is None else min(times, most - len(beginning))
-        beginning += [frame] * room
+        wanted = times if most is None else min(times, most - len(beginning))
+        beginning += [frame] * wanted
         count += times
     yield count, _stack(beginning, size)
 

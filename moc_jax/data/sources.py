@@ -111,7 +111,7 @@ def _check_apart(training: list[Place], held_out: list[Place]) -> None:
     both = [_same(trained[place.identity], place.path) for place in held_out if place.identity in trained]
     if both:
         raise ConfigError(
-            f"data.source and data.validation_source share {some(both)}; a video can't be held out and shown"
+            f"data.source and data.validation_source share {some(both)}; a video cannot be both held out and trained on"
         )
 
 

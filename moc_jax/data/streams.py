@@ -14,7 +14,7 @@ from av.video.codeccontext import VideoCodecContext
 _PROBED = 400  # packets of all video streams together after which a stream of one picture is known
 _LATE = 1000  # packets without a key frame after which none is waited for
 _USUAL_RATE = 25.0  # frames per second where a file says nothing
-_RATES = 0.1, 240.0  # the least and the most that is believed; beyond it, a header gives the rate of its clock
+_RATES = 0.1, 240.0  # the least and the most that is trusted; beyond it, a header gives the rate of its clock
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoders drop it
 _COLOURS = "color_primaries", "color_trc", "colorspace", "color_range"
 _STRICT_WITHOUT_DAMAGE = {"tiff"}  # decoders that otherwise refuse what their own encoder wrote

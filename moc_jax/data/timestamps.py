@@ -69,17 +69,17 @@ def show_times[Frame](
 
 
 _REPAIRS = {
-    "back": "its time stamps step back: the clock goes on from there",
-    "stand": "its time stamps stand still: the clock goes on at the usual rate",
+    "back": "its time stamps step back: the clock continues from there",
+    "stand": "its time stamps stand still: the clock continues at the usual rate",
     "astray": "a time stamp is far ahead of those after it: the frame is shown at the usual rate",
-    "jump": "its time stamps jump ahead, farther than its duration bears out: the clock goes on at the usual rate",
+    "jump": "its time stamps jump ahead, farther than its duration allows: the clock continues at the usual rate",
     "still": f"a frame is shown for more than {_LONG_STILL:g} s",
     "no length": "a frame has the time stamp of the next one and is not shown",
 }
 
 
 class _Stamps:
-    """The stamps of one kind: how far they can be believed, and how they relate to the time shown."""
+    """The stamps of one kind: how far they can be trusted, and how they relate to the time shown."""
 
     def __init__(self, kind: str):
         self._kind = kind
@@ -110,7 +110,7 @@ class _Stamps:
         self._newest, self._frames_since = value, 0
 
     def astray(self, stamp: Stamp, ahead: Sequence[Stamp]) -> bool:
-        """Whether a stamp is far ahead, and the clock then goes on as if it had not been."""
+        """Whether a stamp is far ahead, and the clock then continues as if it had not been."""
         value = self.of(stamp)
         if value is None or self.last is None or value - self.last <= _SURE:
             return False
@@ -206,7 +206,7 @@ class _Clock:
         return self._jump_to(max(self.time, value + kind.offset), usual)
 
     def _jump_to(self, time: float, usual: float) -> bool:
-        """Moves on by as much as can be believed; whether that is all."""
+        """Moves on by as much as can be trusted; whether that is all."""
         gap = time - self.time
         whole = self._whole
         latest = self.time + _LONGEST_GAP if whole is None or self.time > whole else whole + _SURE

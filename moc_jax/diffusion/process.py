@@ -15,7 +15,7 @@ from moc_jax.scene import NO_SHOT, Scene, SceneLengths, frame_shot
 from moc_jax.shapes import Array, Bool, Float, Key, typed
 
 VelocityFn = Callable[[Array, Array], Array]
-"""(z [B, F, Y, X, Z], t [B, S]) -> velocity [B, F, Y, X, Z]; what it says of padding frames is ignored."""
+"""(z [B, F, Y, X, Z], t [B, S]) -> velocity [B, F, Y, X, Z]; what it gives for padding frames is ignored."""
 
 
 Level = float | np.ndarray | Float[Array, "*any"]
@@ -108,7 +108,7 @@ def flow_loss(
         t = sample_timesteps(t_key, scene.lengths, cfg)
     noise = jax.random.normal(noise_key, scene.video.shape, scene.video.dtype)
     velocity = velocity_fn(add_noise(scene.video, noise, t, scene.lengths), t)
-    # Padding is cut off before the square, so that whatever a model says of it, NaN included, reaches no gradient.
+    # Padding is cut off before the square, so that whatever a model gives for it, NaN included, reaches no gradient.
     mine = shot_mask(scene.lengths, scene.video.shape[1])  # [B, S, F]
     inside = mine.any(axis=1)[:, :, None, None, None]
     residual = jnp.where(inside, velocity - velocity_target(scene.video, noise), 0)

@@ -35,15 +35,15 @@ from moc_jax.text import TextEncoder, build_text_encoder
 
 
 class SamplingError(RuntimeError):
-    """Sampling gave something that is no video: says what, of which storyboard, and what to try."""
+    """Sampling gave something that is not a video: says what, of which storyboard, and what to try."""
 
 
 def _remedies(sampler: "Sampler") -> str:
     cfg = sampler.config
     return (
-        f"What needs less: fewer storyboards at a time; fewer shots or frames per storyboard; sample.guidance 1 (now "
-        f"{cfg.sample.guidance:g}; more evaluates the model twice); model.dtype bfloat16 (now {cfg.model.dtype}); "
-        f"dense attention off (moc.mode is {cfg.moc.mode})"
+        f"What would need less memory: fewer storyboards at a time; fewer shots or frames per storyboard; "
+        f"sample.guidance 1 (now {cfg.sample.guidance:g}; more evaluates the model twice); "
+        f"model.dtype bfloat16 (now {cfg.model.dtype}); dense attention off (moc.mode is {cfg.moc.mode})"
     )
 
 
@@ -80,7 +80,7 @@ class Sampler:
         """`config` says model, attention and sampling settings; `codec` is the one the model was trained with.
 
         Args:
-            stop: is asked between two calls of the model; what it raises ends the sampling.
+            stop: checked between two calls of the model; what it raises ends the sampling.
             progress: shows how many calls of the model are done.
 
         Raises:
@@ -143,7 +143,7 @@ class Sampler:
         """Which shots each shot's queries pick, per layer, when the sample is shown at noise level `t`.
 
         Entry (s, r): share of the picks of shot s, over its tokens and all heads, that lie in shot r; what is always
-        attended (text, the self anchor) is no pick. A row without picks is zero.
+        attended (text, the self anchor) is not a pick. A row without picks is zero.
 
         Raises:
             ConfigError: the attention is dense, so nothing is picked.

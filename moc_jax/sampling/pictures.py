@@ -44,7 +44,7 @@ def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
             picture.save(os.fspath(partial), "png")
     except OSError as error:
         raise PictureError(
-            f"{os.fspath(path)} cannot be written ({error.strerror or error}); make room, or write elsewhere"
+            f"{os.fspath(path)} cannot be written ({error.strerror or error}); free some space, or write elsewhere"
         ) from error
 
 

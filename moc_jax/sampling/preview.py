@@ -19,7 +19,7 @@ from moc_jax.signals import Stop
 
 
 def make_preview(config: Config, manifest: Manifest, stop: Stop | None = None) -> "Preview":
-    """What makes a run's previews; `stop` is asked as it samples.
+    """What makes a run's previews; `stop` is checked while it samples.
 
     Without a storyboard it is the first training scene that is sampled, and shown below the original and below what the
     codec makes of it, which no sample surpasses.

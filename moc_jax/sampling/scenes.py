@@ -177,7 +177,7 @@ def _captions(board: Storyboard, encoder: TextEncoder) -> list[np.ndarray]:
 
 
 def _negative(board: Storyboard, usual: str, encoder: TextEncoder) -> list[np.ndarray]:
-    """The negative prompt in the place of every caption; when it is empty, that is training's caption dropout."""
+    """The negative prompt in place of every caption; when it is empty, that is training's caption dropout."""
     prompt = usual if board.negative_prompt is None else board.negative_prompt
     embedded = _embed(board, "negative_prompt", prompt, encoder)
     size = embedded.nbytes * (1 + len(board.shots))
@@ -211,7 +211,7 @@ def _latents(shot: Shot, canvas: Canvas) -> Float32[np.ndarray, "_ Y X Z"]:
     fps = data.fps
     if frames == 0:
         raise StoryboardError(
-            f"seconds = {shot.seconds:g} is no frame at {fps:g} frames per second; the shortest shot is "
+            f"seconds = {shot.seconds:g} is less than a frame at {fps:g} frames per second; the shortest shot is "
             f"{0.5 / fps:.3g} seconds"
         )
     if shot.video is not None:

@@ -13,7 +13,7 @@
       - caption: the finish line
         video: finish.mp4                                       # given, not sampled; `seconds` would cut it off
       - caption: the bicycle
-        image: bicycle.jpg                                      # without `seconds`: a picture to go by, not shown
+        image: bicycle.jpg                                      # without `seconds`: a reference picture, not shown
 
 Paths are relative to the file. Whatever is missing, mistyped or unknown is an error that names its place.
 """
@@ -38,12 +38,12 @@ SECONDS_LIMIT = 86_400  # of one shot
 
 
 class StoryboardError(ConfigError):
-    """A storyboard that can't be: the message names the file, the place in it, and the fix."""
+    """An impossible storyboard: the message names the file, the place in it, and the fix."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shot:
-    """One shot: sampled, or given by a video, or a still picture that the others go by."""
+    """One shot: sampled, or given by a video, or a still picture as a reference for the others."""
 
     caption: str
     seconds: float | None = None
@@ -123,7 +123,7 @@ def parse_storyboard(content: object, *, name: str = "storyboard", folder: Path 
         raise StoryboardError(f"{name}: shots has {len(shots):,} entries; the limit is {SHOT_LIMIT:,}")
     parsed = tuple(_shot(name, folder, f"shots[{k}]", shot) for k, shot in enumerate(shots))
     if all(shot.is_reference for shot in parsed):
-        raise StoryboardError(f"{name}: shots holds pictures to go by only; give at least one shot its `seconds`")
+        raise StoryboardError(f"{name}: shots holds reference pictures only; give at least one shot its `seconds`")
     return Storyboard(
         caption=caption,
         shots=parsed,
@@ -189,7 +189,7 @@ class _Fields:
     def text(self, field: str) -> str:
         value = self.required(field)
         if not isinstance(value, str):
-            self.fail(field, "it must be text, in quotes if need be")
+            self.fail(field, "it must be text, in quotes if necessary")
         try:
             return checked_text(value)
         except DocumentError as error:
@@ -200,7 +200,7 @@ class _Fields:
         if "seconds" not in self.content:
             return None
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= SECONDS_LIMIT:
-            text = isinstance(value, str) and re.fullmatch(r"[\d.]+(e[-+]?\d+)?", value)  # in YAML, 1e3 is no number
+            text = isinstance(value, str) and re.fullmatch(r"[\d.]+(e[-+]?\d+)?", value)  # in YAML, 1e3 is not a number
             self.fail("seconds", _SECONDS + "; to YAML this is text: write it without quotes and exponent" * bool(text))
         return float(value)
 

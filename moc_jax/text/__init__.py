@@ -49,6 +49,6 @@ def build_text_encoder(cfg: TextConfig) -> TextEncoder:
 def encoder_fingerprint(cfg: TextConfig) -> str:
     """The encoder's name and a short hash of all that its embeddings depend on; known without building it.
 
-    Limits are no part of it: with equal fingerprints, what two encoders both take they embed alike.
+    Limits are not part of it: with equal fingerprints, what two encoders both take they embed alike.
     """
     return f"{cfg.name}-{ENCODERS[type(cfg)].fingerprint(cfg)}"

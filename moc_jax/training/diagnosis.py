@@ -40,7 +40,7 @@ def diagnosis(
     broken = [name for names in gather(json.dumps(found)) for name in json.loads(names)]
     losses = ", ".join(f"{e.name} from {e.source}: {loss:.4g}" for e, loss in zip(entries, values.scene_loss))
     cause = (
-        f"the data itself holds NaN or infinity: {'; '.join(broken)}; remove that file and prepare the data anew"
+        f"the data itself holds NaN or infinity: {'; '.join(broken)}; remove that file and prepare the data again"
         if broken
         else "the data is finite; try a lower optimizer.learning_rate, a longer warm-up or model.dtype float32"
     )

@@ -220,7 +220,7 @@ def _open(path: Path, make: bool) -> int:
         raise
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise ConfigError(f"{path} is not a file, so it is no run's lock; move it away")
+        raise ConfigError(f"{path} is not a file, so it is not a run's lock; move it away")
     return file
 
 

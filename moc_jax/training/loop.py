@@ -73,7 +73,7 @@ def train(
     Ends early, with a checkpoint, on SIGTERM or SIGINT.
 
     Args:
-        stop: hears the signals; None: they are heard while this function runs.
+        stop: listens for signals; None: this function listens while it runs.
         lock: the workdir's, where this process holds it: asked now and then whether it still does.
 
     Raises:
@@ -104,8 +104,8 @@ def train(
             if not disk_full(error):
                 raise
             raise TrainingError(
-                f"the disk is full: {error.filename or cfg.workdir} could not be written. Checkpoints are intact: make "
-                "room and run the same command again"
+                f"the disk is full: {error.filename or cfg.workdir} could not be written. Checkpoints are intact: free "
+                "space and run the same command again"
             ) from error
 
 
@@ -148,7 +148,7 @@ class _Run:
         self._costs = stage_costs(cfg, self._data.buckets)
         self._pending: collections.deque[_Pending] = collections.deque()
         self._lag = lag(mesh)
-        self._idle = 0.0  # seconds that were no step
+        self._idle = 0.0  # seconds that were not spent in steps
         self._saved: int | None = None
 
         buckets = [self._data.buckets, *([self._held_out.buckets] if self._held_out else [])]
@@ -190,7 +190,7 @@ class _Run:
         return create_state(self._blueprint, params), report
 
     def to_the_end(self) -> None:
-        """Steps until the last one, or until stop is asked; returns once all is saved.
+        """Runs steps until the last one, or a requested stop; returns once all is saved.
 
         After a step a signal is served first, then the checkpoint; validation and previews come last, ask again as they
         go, and are made up by the next start.

@@ -34,7 +34,9 @@ def remedies(run: Configured) -> str:
         f"{cfg.data.max_shot_frames})"
     )
     found.append(f"a smaller model (dim {cfg.model.dim}, depth {cfg.model.depth})")
-    return f"What needs less: {'; '.join(found)}. Checkpoints are intact: the same command with these resumes"
+    return (
+        f"What would need less memory: {'; '.join(found)}. Checkpoints are intact: the same command with these resumes"
+    )
 
 
 def preview_remedies(run: Configured) -> str:
@@ -42,7 +44,7 @@ def preview_remedies(run: Configured) -> str:
     cfg = run.config
     board = cfg.train.preview_storyboard or "the first training scene"
     return (
-        f"What needs less: a shorter train.preview_storyboard (now {board}), sample.guidance 1 (now "
+        f"What would need less memory: a shorter train.preview_storyboard (now {board}), sample.guidance 1 (now "
         f"{cfg.sample.guidance:g}), or train.preview_every 0 (now {cfg.train.preview_every}). Checkpoints are intact: "
         "the same command with these resumes"
     )

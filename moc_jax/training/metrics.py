@@ -61,7 +61,7 @@ class Metrics:
             try:
                 self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
             except OSError as error:
-                warnings.warn(f"nothing goes to TensorBoard: {error}", UserWarning, stacklevel=2)
+                warnings.warn(f"nothing is written to TensorBoard: {error}", UserWarning, stacklevel=2)
 
     def write(self, step: int, values: Values, *, board: bool = True) -> None:
         """One line of metrics.jsonl (null where a number is not finite), and one point per number in TensorBoard."""
@@ -87,7 +87,7 @@ class Metrics:
         self._progress.reach(step, **shown)
 
     def leave_out(self, seconds: float) -> None:
-        """Seconds that just passed and were no step: the shown rate and time left do not count them."""
+        """Seconds that just passed and were not spent in a step: the shown rate and time left do not count them."""
         self._progress.leave_out(seconds)
 
     def say(self, text: str) -> None:
@@ -116,7 +116,7 @@ class Clock:
             self._done[name] = self._done.get(name, 0.0) + amount
 
     def leave_out(self, seconds: float) -> None:
-        """Seconds that just passed and were no work."""
+        """Seconds that just passed without work."""
         self._since += seconds
 
     def rates(self) -> dict[str, float]:

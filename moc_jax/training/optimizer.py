@@ -18,8 +18,8 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> op
 
     Args:
         steps: batches of the run; with `cfg.accumulate` several of them make one update.
-        logical: names of every weight's dimensions: what has two or more besides `layers`, and is no bias, is a matrix
-            and decays.
+        logical: names of every weight's dimensions: what has two or more besides `layers`, unless it is a bias, is a
+            matrix and decays.
 
     Raises:
         ConfigError: `steps` are too few for a single update.
@@ -91,14 +91,14 @@ def accumulated(inner: optax.GradientTransformation, count: int) -> optax.Gradie
 
 
 def remainder(cfg: OptimizerConfig, steps: int) -> str:
-    """What to say of the last batches where they are too few for an update; empty where there are none."""
+    """What to report of last batches that are too few for an update; empty if there are none."""
     left = steps % cfg.accumulate
     if not left:
         return ""
     whole = steps - left
     return (
-        f"train.steps = {steps} is no multiple of optimizer.accumulate = {cfg.accumulate}: the last {left} batch(es) "
-        f"make no update; {whole} or {whole + cfg.accumulate} steps would waste none"
+        f"train.steps = {steps} is not a multiple of optimizer.accumulate = {cfg.accumulate}: the last {left} "
+        f"batch(es) make no update; {whole} or {whole + cfg.accumulate} steps would waste none"
     )
 
 

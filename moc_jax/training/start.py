@@ -52,7 +52,7 @@ def check_codec(settings: CodecConfig, state: dict[str, np.ndarray], codec: Code
     if saved != codec.fingerprint:
         raise CodecMismatch(
             f"the weights in {trained} were trained on latents of codec {saved}, but the data in {cache} was "
-            f"encoded with codec {codec.fingerprint}, fitted anew: put back the data that was prepared for that run, "
+            f"encoded with codec {codec.fingerprint}, fitted again: put back the data that was prepared for that run, "
             f"or start from its weights and codec with --train.init-from {trained} in another --workdir"
         )
 
@@ -62,12 +62,12 @@ def check_initial(saved: Config, cfg: Config) -> None:
     listed = _listed(_of_the_model(differences(saved, cfg)))
     if listed:
         raise ConfigError(
-            f"train.init_from {cfg.train.init_from} is of another model: {listed}. Set these as they are there"
+            f"train.init_from {cfg.train.init_from} is of another model: {listed}. Give this run the same values"
         )
 
 
 def check_resumable(saved: Config, cfg: Config) -> Changes:
-    """The changes since a checkpoint that a run may go on with.
+    """The changes since a checkpoint with which a run may resume.
 
     Raises:
         ConfigError: model, codec or text encoder differ, or the state has other parts; names every such field.

@@ -55,8 +55,8 @@ class Blueprint:
     graph: nnx.GraphDef
     optimizer: optax.GradientTransformationExtraArgs
     logical: LogicalAxes
-    shardings: TrainState  # a NamedSharding in the place of every array
-    abstract: TrainState  # a ShapeDtypeStruct, with its sharding, in the place of every array
+    shardings: TrainState  # a NamedSharding in place of every array
+    abstract: TrainState  # a ShapeDtypeStruct, with its sharding, in place of every array
     initial: Callable[[Params | None], TrainState]  # before the first batch, with these weights or fresh ones
 
 

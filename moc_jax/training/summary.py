@@ -130,16 +130,16 @@ def _memory(blueprint: Blueprint, mesh: Mesh) -> list[str]:
 
 
 def _disk(workdir: str, keep: int, blueprint: Blueprint) -> list[str]:
-    """What a checkpoint takes, and whether there is room for those that are kept and the one being written."""
+    """What a checkpoint takes, and whether those that are kept and the one being written fit on it."""
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(blueprint.abstract))
-    told = f"disk: a checkpoint takes about {si(size)}B"
+    line = f"disk: a checkpoint takes about {si(size)}B"
     if "://" in workdir:
-        return [told]
+        return [line]
     folder = pathlib.Path(workdir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     needed = (keep + 1) * size
-    short = f"; TOO LITTLE for the {keep} that are kept and one more ({si(needed)}B)"
-    return [f"{told}, and {si(free)}B are free at {workdir}{short if free < needed else ''}"]
+    short = f"; NOT ENOUGH for the {keep} that are kept and one more ({si(needed)}B)"
+    return [f"{line}, and {si(free)}B are free at {workdir}{short if free < needed else ''}"]
 
 
 def si(x: float) -> str:

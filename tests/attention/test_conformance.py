@@ -206,7 +206,7 @@ def test_padding_may_hold_anything(backend, dtype):
 
 
 def test_nan_reaches_who_reads_it_and_nobody_else(backend):
-    """NaN in one token's v, k, q or output gradient, for the plain backends; for the kernels, a NaN key is no pick."""
+    """NaN in one token's v, k, q or output gradient, for plain backends; for the kernels, a NaN key is not a pick."""
     cfg, token, table = SINGLE_SHOT, TEXT_TOKENS + 9, table_of(TWO_SHOTS)
     inputs = dict(
         zip("qkv", qkv(0, TWO_SHOTS, backend=backend)), dout=np.ones((2, TOKENS, HEADS, HEAD_DIM), np.float32)

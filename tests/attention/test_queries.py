@@ -43,7 +43,7 @@ def chunks_of(table, begin, tokens):
 
 
 def only(x, begin, tokens):
-    """x with zeros in the place of all that is not in the slices."""
+    """x with zeros in place of all that is not in the slices."""
     kept = np.zeros_like(x)
     for b, first in enumerate(begin):
         kept[b, first : first + tokens] = x[b, first : first + tokens]

@@ -83,9 +83,7 @@ def test_a_folder_that_is_not_there_is_named_with_where_it_was_looked_for(tmp_pa
 def test_the_configs_that_the_package_comes_with_have_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config(["--config", "demo"]).workdir == "out/demo"
-    with pytest.raises(
-        ConfigError, match=r"--config demmo: there is no config of that name; those there are: demo, .*"
-    ):
+    with pytest.raises(ConfigError, match=r"--config demmo: there is no config of that name; there are: demo, .*"):
         load_config(["--config", "demmo"])
     with pytest.raises(
         ConfigError, match=r"there is no such file \(`--config demo` is the one that moc_jax comes with\)"

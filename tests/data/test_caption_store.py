@@ -157,7 +157,7 @@ class TestDamage:
             file.write_bytes({"cut off": whole[:-9], "empty": b"", "garbage": b"x" * 999, "more": b"0" + whole}[kind])
         encoder.calls.clear()
         mended = prepare(cfg)
-        assert re.search(r"note: captions-hash-\w+ was damaged \(.*\); it was made anew", mended.summary())
+        assert re.search(r"note: captions-hash-\w+ was damaged \(.*\); it was made again", mended.summary())
         if at == 40:  # the rows of one caption
             assert "the embedding of 'the whole' has another checksum" in mended.summary()
             assert encoder.calls == ["the whole"]

@@ -105,7 +105,7 @@ def test_turned_and_mirrored(tmp_path, turn, corner):
 
 def test_other_angles_are_said(tmp_path):
     _, notes = _read(odd_files.turned(tmp_path / "a.mp4", 30))
-    assert notes == ["it is to be shown turned by 30 degrees: only quarter turns are made"]
+    assert notes == ["it should be shown turned by 30 degrees: only quarter turns are applied"]
 
 
 @pytest.mark.parametrize(("number", "name"), [(16, "PQ, smpte2084"), (18, "HLG, arib-std-b67")])

@@ -87,7 +87,7 @@ def test_edits_are_found(folder, change):
 )
 def test_damage_is_named(folder, content):
     (folder / MANIFEST).write_bytes(content)
-    with pytest.raises(DataError, match=r"manifest.json cannot be read \(.*; delete .* and prepare the data anew"):
+    with pytest.raises(DataError, match=r"manifest.json cannot be read \(.*; delete .* and prepare the data again"):
         load_manifest(folder)
 
 
@@ -123,12 +123,12 @@ def _scenes(manifest, **changes):
         (lambda m: {"shards": _shards(m, file="a\0b")}, r"shards\[0\].file is"),
         (lambda m: {"shards": _shards(m, file="x" * 300)}, r"shards\[0\].file is"),
         (lambda m: {"shards": _shards(m, size="3")}, r"shards\[0\].size is '3'; it must be int"),
-        (lambda m: {"shards": ()}, r"scenes\[0\] is record 0 of shard 0, which there is not"),
+        (lambda m: {"shards": ()}, r"scenes\[0\] is record 0 of shard 0, which does not exist"),
         (lambda m: {"scenes": _scenes(m, record=2)}, r"scenes\[0\] is record 2 of shard 0"),
         (lambda m: {"scenes": _scenes(m, shard=-1)}, r"scenes\[0\] is record 0 of shard -1"),
         (lambda m: {"scenes": _scenes(m, shots=())}, r"scenes\[0\] must have shots"),
         (lambda m: {"scenes": _scenes(m, split="test")}, r"scenes\[0\].split is 'test'"),
-        (lambda m: {"scenes": _scenes(m, name=m.scenes[1].name)}, r"two scenes have one name"),
+        (lambda m: {"scenes": _scenes(m, name=m.scenes[1].name)}, r"two scenes have the same name"),
         (lambda m: {"counts": {"files": True}}, r"counts\['files'\] is True; it must be int"),
         (lambda m: {"counts": {}}, r"counts lacks cut_frames, files"),
         (lambda m: {"latent_shape": (2, 3)}, r"latent_shape is \[2, 3\]"),
@@ -148,7 +148,7 @@ class TestLock:
         (tmp_path / "cache").mkdir()
         (tmp_path / "thesis.txt").write_text("years of work")
         (tmp_path / "cache" / ".lock").symlink_to(tmp_path / "thesis.txt")
-        with pytest.raises(DataError, match=r"cache/.lock is a link; it must be a file of its own, so remove it"):
+        with pytest.raises(DataError, match=r"cache/.lock is a link; it must be a regular file, so remove it"):
             prepare(small_config(tmp_path))
         assert (tmp_path / "thesis.txt").read_text() == "years of work"
         (tmp_path / "cache" / ".lock").unlink()

@@ -152,7 +152,7 @@ def test_position_in_other_data_is_refused(prepared, change):
     else:
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **{change: 4}))
     with pytest.raises(
-        DataError, match=rf"belongs to {change} = .*go on with the same data and settings, or give another --workdir"
+        DataError, match=rf"belongs to {change} = .*resume with the same data and settings, or give another --workdir"
     ):
         make_pipeline(cfg, manifest, split="train").set_state(state)
 
@@ -348,7 +348,7 @@ def test_checksums_are_compared_before_the_first_batch(tmp_path, monkeypatch, da
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{shard.name} is damaged: its SHA-256 .*prepare the data anew"):
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged: its SHA-256 .*prepare the data again"):
         make_pipeline(cfg, manifest, split="train")
     make_pipeline(cfg, manifest, split="train", process_index=1 - damaged, process_count=2)
     with pytest.raises(DataError, match=rf"{shard.name} is damaged"):

@@ -189,7 +189,7 @@ class TestSplit:
     def test_a_file_cannot_be_in_both(self, tmp_path):
         videos = make_videos(tmp_path, a=(13,), b=(13,))
         cfg = small_config(tmp_path, validation_source=(str(videos / "a.mp4"),))
-        with pytest.raises(ConfigError, match=r"share .*a.mp4; a video can't be held out and shown"):
+        with pytest.raises(ConfigError, match=r"share .*a.mp4; a video cannot be both held out and trained on"):
             prepare(cfg)
 
     def test_files_of_one_name_in_two_folders(self, tmp_path):
@@ -264,7 +264,9 @@ class TestReuse:
         first, other = prepare(cfg).folder, prepare(with_data(cfg, default_caption="another")).folder
         shutil.rmtree(first)
         other.rename(first)
-        with pytest.raises(DataError, match=rf"{first} holds the data of {other.name}, by its manifest; give it its"):
+        with pytest.raises(
+            DataError, match=rf"{first} holds the data of {other.name}, according to its manifest; rename"
+        ):
             prepare(cfg)
 
     @pytest.mark.parametrize("change", ["setting", "video", "captions", "another file", "split"])

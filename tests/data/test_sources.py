@@ -66,7 +66,7 @@ class TestLinks:
         (videos / "up").symlink_to(videos)
         sources = find(videos)
         assert [source.name for source in sources] == ["a.mp4"]
-        assert "up leads to a folder that is searched already" in notes_of(sources)
+        assert "up leads to a folder that was searched already" in notes_of(sources)
 
     def test_a_file_is_found_at_its_own_place_before_links_to_it(self, videos):
         (videos / "z").mkdir()
@@ -83,7 +83,7 @@ class TestLinks:
         (videos / "self.mp4").symlink_to(videos / "self.mp4")
         os.mkfifo(videos / "pipe.mp4")
         notes = notes_of(find(videos))
-        assert "gone.mp4 is a link to nothing" in notes
+        assert "gone.mp4 is a dangling link" in notes
         assert "self.mp4 cannot be read (Too many levels" in notes
         assert "pipe.mp4 is not a file" in notes
 
@@ -126,7 +126,7 @@ class TestDuplicates:
     @pytest.mark.parametrize("link", [os.link, os.symlink])
     def test_a_file_cannot_be_held_out_under_another_name(self, videos, store, link):
         link(store / "a.mp4", videos / "x.mp4")
-        with pytest.raises(ConfigError, match=r"share .*a.mp4 = .*x.mp4; a video can't be held out and shown"):
+        with pytest.raises(ConfigError, match=r"share .*a.mp4 = .*x.mp4; a video cannot be both held out"):
             find(store, validation_source=(str(videos),))
 
     def test_one_file_lies_in_one_split_whatever_its_captions(self, videos, store):
@@ -196,7 +196,9 @@ class TestWhatIsTaken:
         for name in ("a.jpg", "b.jpg", "c.txt"):
             (videos / name).touch()
         (videos / "gone.mp4").symlink_to("nowhere")
-        with pytest.raises(ConfigError, match=r"(?s)holds no video file; it holds 2 .jpg, 1 .txt.*gone.mp4 is a link"):
+        with pytest.raises(
+            ConfigError, match=r"(?s)holds no video file; it holds 2 .jpg, 1 .txt.*gone.mp4 is a dangling link"
+        ):
             find(videos)
 
     @pytest.mark.parametrize(

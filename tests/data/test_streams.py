@@ -38,7 +38,7 @@ def test_streams_put_together(tmp_path, parts):
     assert len(notes) == 2
     assert "its transport stream is interrupted" in notes[0]
     assert "left out (0)" in notes[0]
-    assert "its time stamps step back: the clock goes on from there" in notes[1]
+    assert "its time stamps step back: the clock continues from there" in notes[1]
 
 
 def test_clock_of_33_bits_overflows(tmp_path):

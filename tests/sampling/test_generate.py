@@ -213,7 +213,10 @@ def test_a_given_video_comes_back_and_is_continued(tmp_path):
         (make_board([("a", 1), ("b " * 12, 1)]), r"storyboard: shots\[1\].caption: .*13 tokens.*max_tokens is 12"),
         (make_board([("a", 1)], caption="b " * 12), r"storyboard: caption: .*13 tokens"),
         (make_board([("a", 1)], negative_prompt="b " * 12), r"storyboard: negative_prompt: .*13 tokens"),
-        (make_board([("a", 1), ("b", 0.01)]), r"shots\[1\]: seconds = 0.01 is no frame at 12 frames per second"),
+        (
+            make_board([("a", 1), ("b", 0.01)]),
+            r"shots\[1\]: seconds = 0.01 is less than a frame at 12 frames per second",
+        ),
         (make_board([("a", 3)]), r"storyboard does not fit its bucket: 10 frames for a bucket of 8"),
     ],
     ids=["shot caption", "caption", "negative prompt", "too short", "too long"],

@@ -103,7 +103,7 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path):
                 file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(SamplingError, match=r"a.png cannot be written \(No space left on device\); make room"):
+    with pytest.raises(SamplingError, match=r"a.png cannot be written \(No space left on device\); free some space"):
         save_picture(Broken(), tmp_path / "new" / "a.png")
     with pytest.raises(SamplingError, match=r"below.png cannot be written"):
         save_picture(Image.new("RGB", (4, 4)), tmp_path / "new" / "a.png" / "below.png")

@@ -260,7 +260,7 @@ def test_sigterm_ends_sampling_with_a_line_and_without_a_file(run_folder, boards
     begin = time.monotonic()
     code, out = finish(process)
     assert code == 143, out
-    assert out.endswith("terminated; what was complete before is kept\n")
+    assert out.endswith("terminated; what was completed before is kept\n")
     assert time.monotonic() - begin < 10
     assert not list(boards.glob("*.mp4")) + list(boards.glob(".*"))
 

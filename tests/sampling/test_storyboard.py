@@ -130,7 +130,7 @@ SHOTS = "shots:\n  - caption: a\n    seconds: 1\n  - caption: b\n    seconds: 1\
             ["shots[2].image", "remove one of them"],
         ),
         ("caption: a\nshots:\n  - caption: b\n    seconds: 1\n    caption: c", ["'caption' appears twice", "line 5"]),
-        ("caption: a\nshots: [{caption: b, image: pictures/rider.png}]", ["pictures to go by only", "`seconds`"]),
+        ("caption: a\nshots: [{caption: b, image: pictures/rider.png}]", ["reference pictures only", "`seconds`"]),
         ("caption: [", ["cannot be read"]),
         ("caption: a\n" + SHOTS + "  - {caption: c, seconds: 1.0e+300}", ["shots[2].seconds is 1e+300", "most 86,400"]),
         ("caption: a\n" + SHOTS + "  - {caption: c, seconds: 1e300}", ["shots[2].seconds is '1e300' (str)", "86,400"]),

@@ -182,7 +182,7 @@ def test_without_a_place_for_tensorboard_the_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tensorboardX.SummaryWriter", refuse)
     (told,) = resume(tmp_path)
-    assert told == "nothing goes to TensorBoard: [Errno 30] Read-only file system"
+    assert told == "nothing is written to TensorBoard: [Errno 30] Read-only file system"
 
 
 @pytest.mark.parametrize("broken", ["metrics.jsonl", "loss.png"])

@@ -121,7 +121,7 @@ def test_batches_at_the_end_that_make_no_update_are_reported():
     cfg = OptimizerConfig(accumulate=4)
     assert remainder(cfg, 12) == remainder(OptimizerConfig(), 7) == ""
     assert remainder(cfg, 14) == (
-        "train.steps = 14 is no multiple of optimizer.accumulate = 4: the last 2 batch(es) make no update; 12 or 16 "
+        "train.steps = 14 is not a multiple of optimizer.accumulate = 4: the last 2 batch(es) make no update; 12 or 16 "
         "steps would waste none"
     )
 

@@ -178,7 +178,7 @@ def test_two_processes_train_like_one(command, uninterrupted, tmp_path):
 def test_exit_codes_and_messages(command, tmp_path):
     code, out = finish(command(tmp_path, "--model.heads", "3"))
     assert code == 2
-    assert "model.dim = 16 is no multiple of model.heads = 3" in out
+    assert "model.dim = 16 is not a multiple of model.heads = 3" in out
     assert "Traceback" not in out
     code, out = finish(command(tmp_path, "--data.source", str(tmp_path / "nowhere")))
     assert code in (1, 2)

@@ -60,7 +60,7 @@ def test_the_summary_names_what_a_user_looks_for(made, monkeypatch, tmp_path):
         assert "chunks of 1 frames, top 2" in text
         assert "chunks of 2 frames, top 2" in text
         assert ("every device holds the whole state" in text) == (mesh.size > 1)
-        assert ("TOO LITTLE for the 2 that are kept" in text) == (free == 10**5)
+        assert ("NOT ENOUGH for the 2 that are kept" in text) == (free == 10**5)
 
 
 def test_weights_that_no_mesh_axis_divides_are_named(made):

@@ -100,7 +100,7 @@ train.main(sys.argv[1:])
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     code, out = finish(process)
-    assert (code, out) == (130, "interrupted; what was complete before is kept\n")
+    assert (code, out) == (130, "interrupted; what was completed before is kept\n")
 
 
 # ------------------------------------------------------------------------------------------------ the workdir

@@ -6,7 +6,7 @@ With the final log-sum-exp L of a query, over all its keys, every part of its at
 
 with delta = rowsum(do o). So anchors and picks add up, and no gradient passes through the merge. `query_gradients`
 keeps a tile of queries and walks runs of keys; `key_gradients` keeps a tile of keys and walks runs of queries. Both
-form the scores anew: 7 matrix products instead of 5, and in return no sum crosses thread blocks.
+form the scores again: 7 matrix products instead of 5, and in return no sum crosses thread blocks.
 
 FLOPs: 6 * D and 8 * D per (query, key), padded to tiles and blocks.
 """

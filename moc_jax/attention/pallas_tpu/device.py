@@ -98,7 +98,7 @@ def target(chip: str | None) -> Chip:
     """The chip asked for, or this machine's.
 
     Raises:
-        NotImplementedError: none is asked for, and this machine is no TPU.
+        NotImplementedError: none is asked for, and this machine is not a TPU.
         ValueError: there is no such chip.
     """
     if chip is not None:

@@ -155,9 +155,9 @@ class Job:
 
     def __post_init__(self):
         if self.queries % self.tiling.block:
-            raise ValueError(f"{self.queries} queries are no multiple of the {self.tiling.block} of a step")
+            raise ValueError(f"{self.queries} queries are not a multiple of the {self.tiling.block} of a step")
         if self.rows % self.tiling.at_once:
-            raise ValueError(f"{self.rows} keys are no multiple of the {self.tiling.at_once} computed at once")
+            raise ValueError(f"{self.rows} keys are not a multiple of the {self.tiling.at_once} computed at once")
 
     def line(self, scene, head, tile):
         """Where a tile's line starts in the flat table."""

@@ -102,7 +102,7 @@ def place(
     capacity = -(-(most_pairs + spans * chunks * (ROWS - 1)) // tile) + chunks
     index = jnp.arange(capacity)
     tile_chunk = jnp.sum(until[:, :, None] <= index[None, None, :, None], axis=3)
-    # A block of scalar memory is the last two axes. Without the barrier XLA would lay them out anew for each group of
+    # A block of scalar memory is the last two axes. Without the barrier XLA would lay them out again for each group of
     # heads.
     tables = lax.optimization_barrier(
         (

@@ -70,7 +70,7 @@ def ranks(
     Ranks are -1 where routes are.
 
     Args:
-        routes: Picked chunks; a token picks none twice, and -1 is no chunk.
+        routes: Picked chunks; a token picks none twice, and -1 is not a chunk.
         chunks: C.
         tiling: None: what suits the sizes.
 

@@ -120,10 +120,10 @@ def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="multiples of 8"):
         GradientTiling(block=12, at_once=16)
     case = Case(lines=(((0, 0, 32, 0, 48),),), at_once=24)
-    with pytest.raises(ValueError, match="32 keys are no multiple of the 24"):
+    with pytest.raises(ValueError, match="32 keys are not a multiple of the 24"):
         _run(case, _inputs(case), _table(case))
     case = Case(lines=(((0, 0, 32, 0, 48),),), queries=40)
-    with pytest.raises(ValueError, match="40 queries are no multiple of the 16"):
+    with pytest.raises(ValueError, match="40 queries are not a multiple of the 16"):
         _run(case, _inputs(case), _table(case))
     case = Case(lines=(((0, 0, 32, 0, 48),),))
     with pytest.raises(ValueError, match="divisible by 8 and 128"):
