@@ -58,8 +58,10 @@ def _runs(chunk_of: Int[Array, "Q"], chunks: int) -> tuple[Int[Array, "C"], Int[
     Runs are counted along the rows and then looked up, which reads the rows a few times: nothing is rows x chunks.
     """
     rows = chunk_of.shape[0]
+    if rows == 0:
+        return jnp.zeros(chunks, jnp.int32), jnp.zeros(chunks, jnp.int32)
     most = 2 * chunks + 1  # with padding before, between and behind
-    changes = jnp.concatenate([jnp.zeros(min(rows, 1), bool), chunk_of[1:] != chunk_of[:-1]])
+    changes = jnp.concatenate([jnp.zeros(1, bool), chunk_of[1:] != chunk_of[:-1]])
     run_of = jnp.cumsum(changes)
     begin = jnp.searchsorted(run_of, jnp.arange(most + 1)).astype(jnp.int32)
     start, length = begin[:-1], begin[1:] - begin[:-1]

@@ -9,19 +9,25 @@ import pytest
 
 from moc_jax.attention import routing
 from moc_jax.attention.pallas_tpu import pool
+from moc_jax.attention.pallas_tpu.device import Chip
 from moc_jax.config import ChunkConfig
 from moc_jax.scene import VIDEO, SceneLengths, SceneShape, chunk_table
-from tests.attention.interpreter import INTERPRETER
+from tests.attention.interpreter import interpreted
 from tests.attention.scenes import PAIR, cut, qkv, table_of
 
 SHAPE = SceneShape(shots=3, frames=12, rows=9, columns=11, text_tokens=150)
 LENGTHS = SceneLengths(jnp.array([[5, 1, 4], [12, 0, 0]]), jnp.array([[3, 44, 0, 5], [0, 100, 1, 0]]))
 
 
-FUNCTIONS = {
-    "routing": jax.jit(routing.descriptors),
-    "pallas_tpu": jax.jit(functools.partial(pool.descriptors, interpret=INTERPRETER)),
-}
+_pooled = jax.jit(functools.partial(pool.descriptors, chip=Chip("v5e")))
+
+
+def interpreted_pooling(k, table):
+    with interpreted():
+        return _pooled(k, table)
+
+
+FUNCTIONS = {"routing": jax.jit(routing.descriptors), "pallas_tpu": interpreted_pooling}
 pytestmark = pytest.mark.parametrize("room", FUNCTIONS)
 
 

@@ -17,7 +17,7 @@ from tests.attention.compiled import (
     routing,
 )
 from tests.attention.configs import COVERING, DENSE, EVERY, MULTI_SHOT, NO_ANCHORS, PAST, SINGLE_SHOT, WINDOW, name
-from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, PAIR, qkv, random_scenes, table_of
+from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, LARGE, PAIR, qkv, random_scenes, table_of
 from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
 
 
