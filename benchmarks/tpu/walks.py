@@ -44,7 +44,7 @@ def scene_calls(
 ) -> list[Call]:
     """The kernels of a scene's program, in their order; without routes, what picks do is not known."""
     function, (*arrays, _) = program(scene, part, chip, blocks)
-    emulations: dict[str, counting.Emulation] = {"moc_move": _moved, "moc_ranks": _counted}
+    emulations: dict[str, counting.Emulation] = {"moc_move_lanes": _moved, "moc_ranks": _counted}
     if routed:
         emulations["moc_router"] = functools.partial(_routed, routes=random_routes(scene.setting, scene.dim))
     return counting.calls(function, (*arrays, scene.setting.table()), emulations)
@@ -67,18 +67,18 @@ def _routed(call: Call, routes: np.ndarray) -> list[np.ndarray]:
     return [jnp.asarray(np.broadcast_to(lines.reshape(shape[2:]), shape))]
 
 
-def _moved(call: Call) -> list[np.ndarray | None]:
-    """Rows in their new places, if anybody knows them."""
-    first, pieces = (np.asarray(x) for x in call.scalars)
-    (shape,) = (x.shape for x in call.params["out_avals"])
+def _moved(call: Call) -> list[jax.Array | None]:
+    """Columns in their new places, if anybody knows them; -1 elsewhere."""
     if any(x is None for x in call.inputs):
         return [None]
+    first, pieces = (np.asarray(x) for x in call.scalars)
+    (shape,) = (x.shape for x in call.params["out_avals"])
     x = np.concatenate([np.asarray(x) for x in call.inputs], axis=2)
-    out, tile = np.zeros(shape, x.dtype), call.mapping.block_mappings[-1].block_shape[2].block_size
+    out, tile = np.full(shape, -1, x.dtype), call.mapping.block_mappings[-1].block_shape[2].block_size
     for g, (begin, end) in enumerate(itertools.pairwise(first)):  # of one scene
-        for row, ends in pieces.reshape(-1, 2)[begin:end]:
+        for column, ends in pieces.reshape(-1, 2)[begin:end]:
             low, high = ends & 0xFFFF, min(ends >> 16, shape[2] - g * tile)
-            out[:, :, g * tile + low : g * tile + high] = x[:, :, row + low : row + high]
+            out[:, :, g * tile + low : g * tile + high] = x[:, :, column + low : column + high]
     return [jnp.asarray(out)]
 
 

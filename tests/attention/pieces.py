@@ -18,6 +18,7 @@ _PIECES = (
     (flash, "forward"),
     (flash_backward, "gradients"),
     (moves, "move"),
+    (moves, "move_lanes"),
     (packing, "columns"),
     (attend, "place"),
     (pairs, "spread"),

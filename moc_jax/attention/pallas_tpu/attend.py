@@ -188,10 +188,9 @@ def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int, d
     else:
         span, buffers = span_size(order.rows, picks, packing.packed_width(dim, dtype), chunks, static.chip)
     step = blocks.span_step or step_rows(order.rows, span)
-    # Rows of all heads' picks, which float32 holds exactly; rows of nobody are 0, so picks are one more than they are.
-    rows = jnp.moveaxis(routes + 1, 1, 2).reshape(batch, 1, tokens, heads * picks).astype(jnp.float32)
-    rows = moves.move(rows, *order.moves, order.rows, chip=static.chip)
-    ordered = jnp.moveaxis(rows.astype(jnp.int32).reshape(batch, order.rows, heads, picks), 2, 1) - 1
+    lines = jnp.swapaxes(routes.astype(jnp.int32), 2, 3).reshape(batch, heads * picks, tokens)
+    lines = moves.move_lanes(lines, *order.moves, order.rows, -1, chip=static.chip)
+    ordered = jnp.swapaxes(lines.reshape(batch, heads, picks, order.rows), 2, 3)
     most = tokens * picks
     return place(ordered, table.length, blocks.picks.queries, most, span=span, buffers=buffers, step=step)
 

@@ -1,4 +1,4 @@
-"""Runs of rows moved in the interpreter: the same bits as numpy's copies."""
+"""Runs of rows and of columns moved in the interpreter: the same bits as numpy's copies."""
 
 import dataclasses
 import functools
@@ -13,9 +13,11 @@ from moc_jax.attention.pallas_tpu import moves
 from moc_jax.attention.pallas_tpu.device import Chip
 from tests.attention.interpreter import interpreted
 
-BATCH, HEADS = 2, 2
+BATCH, HEADS, LINES = 2, 2, 5
+CHIP = Chip("v5e")
 RUNS = 13  # of a scene; empty ones behind the last, so that many tests share a program
 LENGTH, ROWS, TILE = 168, 170, 32  # six tiles of rows, the last of 10
+WIDTH, COLUMNS, LANES = 896, 800, 256  # four tiles of columns
 
 # runs of each scene as (source, target, size)
 ROW_RUNS = {
@@ -27,11 +29,22 @@ ROW_RUNS = {
     "empty": ([(10**6, -9, 0), (5, 40, 9), (3, 0, 0)], [(0, 0, 0), (0, 999, 0), (-1, 1, 0)]),
     "tiles without any": ([(0, 100, 20)], [(9, 70, 2), (0, 165, 5)]),
 }
+COLUMN_RUNS = {
+    "one": ([(0, 0, 768)], [(128, 0, 768)]),
+    "any offsets": ([(3, 0, 70), (300, 90, 300), (0, 400, 1)], [(127, 255, 2), (40, 300, 150), (890, 799, 1)]),
+    "over many tiles": ([(130, 3, 700)], [(0, 129, 600)]),
+    "empty": ([(10**6, -9, 0), (5, 40, 9), (3, 0, 0)], [(0, 0, 0), (0, 9999, 0), (-1, 1, 0)]),
+}
 
 
 @functools.cache
 def rows_program(rows=ROWS, tile=TILE):
-    return jax.jit(functools.partial(moves.move, rows=rows, tile=tile, chip=Chip("v5e")))
+    return jax.jit(functools.partial(moves.move, rows=rows, tile=tile, chip=CHIP))
+
+
+@functools.cache
+def columns_program(columns=COLUMNS):
+    return jax.jit(functools.partial(moves.move_lanes, columns=columns, fill=-1, tile=LANES, chip=CHIP))
 
 
 def arrays(scenes):
@@ -40,12 +53,13 @@ def arrays(scenes):
     return tuple(runs[..., i] for i in range(3))
 
 
-def moved(x, runs, size):
-    want = np.zeros((*x.shape[:2], size, x.shape[3]), x.dtype)
+def moved(x, runs, size, fill, axis):
+    want = np.full((*x.shape[:axis], size, *x.shape[axis + 1 :]), fill, x.dtype)
     for b, (sources, targets, sizes) in enumerate(zip(*runs)):
         for source, target, count in zip(sources, targets, sizes):
             if count:
-                want[b, :, target : target + count] = x[b, :, source : source + count]
+                to, of = (np.moveaxis(a[b], axis - 1, 0) for a in (want, x))
+                to[target : target + count] = of[source : source + count]
     return want
 
 
@@ -60,7 +74,7 @@ def draw(length=LENGTH, dim=16, dtype=jnp.bfloat16, heads=HEADS):
 
 def check_rows(x, runs, rows=ROWS, program=None):
     got = (program or rows_program(rows))(x, *runs)
-    np.testing.assert_array_equal(bits(got), bits(moved(np.asarray(x), runs, rows)))
+    np.testing.assert_array_equal(bits(got), bits(moved(np.asarray(x), runs, rows, 0, 2)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -117,11 +131,32 @@ def test_vmap(interpreter):
     x = jnp.stack([draw(), -draw()])
     runs = [np.stack(r) for r in zip(*(arrays(ROW_RUNS[case]) for case in ("odd offsets", "empty")))]
     got = jax.jit(jax.vmap(rows_program()))(x, *runs)
-    want = np.stack([moved(np.asarray(x[i]), [r[i] for r in runs], ROWS) for i in range(2)])
+    want = np.stack([moved(np.asarray(x[i]), [r[i] for r in runs], ROWS, 0, 2) for i in range(2)])
     np.testing.assert_array_equal(bits(got), bits(want))
 
 
-def test_integers_travel_as_float32(interpreter):
-    """Picks of all heads in rows of more than a register."""
-    x = jax.random.randint(jax.random.key(1), (BATCH, 1, LENGTH, 180), 0, 2**24).astype(jnp.float32)
-    check_rows(x, arrays(ROW_RUNS["odd offsets"]))
+@pytest.mark.parametrize("case", COLUMN_RUNS)
+def test_columns(interpreter, case):
+    check_columns(LINES, WIDTH, COLUMNS, COLUMN_RUNS[case])
+
+
+@pytest.mark.parametrize("lines", [1, 60, 256])
+def test_lines(interpreter, lines):
+    check_columns(lines, WIDTH, COLUMNS, COLUMN_RUNS["any offsets"])
+
+
+@pytest.mark.parametrize(
+    ("width", "columns", "runs"),
+    [
+        (270, 333, ([(0, 1, 130), (200, 257, 70)], [(269, 5, 1), (255, 300, 15)])),
+        (100, 40, ([(1, 2, 4)], [(99, 0, 1)])),
+    ],
+)
+def test_columns_behind_the_last_128(interpreter, width, columns, runs):
+    check_columns(LINES, width, columns, runs)
+
+
+def check_columns(lines, width, columns, scenes):
+    x = jax.random.randint(jax.random.key(1), (BATCH, lines, width), -(2**31), 2**31 - 1, jnp.int32)
+    runs = arrays(scenes)
+    np.testing.assert_array_equal(columns_program(columns)(x, *runs), moved(np.asarray(x), runs, columns, -1, 2))
