@@ -24,7 +24,7 @@ import typing
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import moc_jax
 from moc_jax.config import Config, ConfigError
@@ -35,6 +35,9 @@ from moc_jax.config.shipped import shipped_names, shipped_or
 from moc_jax.config.switch import switched
 from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.signals import Interrupted, Signals
+
+if typing.TYPE_CHECKING:
+    import tyro
 
 __all__ = [
     "clean_exit",
@@ -92,7 +95,7 @@ def parse[T](
     argv: Sequence[str],
     *,
     default: T | None = None,
-    defaults: Mapping[str, Any] = MappingProxyType({}),
+    defaults: Mapping[str, object] = MappingProxyType({}),
     description: str | None = None,
     flags: bool = True,
 ) -> T:
@@ -140,7 +143,7 @@ def read_config_file(file: str) -> tuple[Config, str]:
     return run_config_file(file)
 
 
-def _records_rule(info: Any) -> Any:
+def _records_rule(info: "tyro.constructors.PrimitiveTypeInfo") -> "tyro.constructors.PrimitiveConstructorSpec | None":
     """tuple[Record, ...], Record being a dataclass of ints, as words `1:2:3` in the order of its fields."""
     import tyro
 

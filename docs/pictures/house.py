@@ -71,6 +71,7 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
             "shapes": ("glossary, array types", TEXT),
             "showing": ("values in messages", MUTED),
             "progress": ("while one waits", MUTED),
+            "timing": ("runs of a program", MUTED),
         },
     ),
 )

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import jax
 
+from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
-from moc_jax.commands.saved import saved_values
+from moc_jax.commands.saved import values_for_help
 from moc_jax.compilation import kept_programs
 from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
@@ -81,13 +82,9 @@ class Arguments(Settings):
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
-    args = parse(
-        Arguments,
-        argv,
-        description=__doc__,
-        defaults=saved_values(argv, SAMPLE) if {"-h", "--help"} & set(argv) else {},
-    )
-    configure(Config(), 1, args)  # only a check: nothing is read for the sake of a setting that can't be
+    args = parse(Arguments, argv, description=__doc__, defaults=values_for_help(argv, SAMPLE))
+    configure(Config(), 1, args)  # only checks: nothing is read for the sake of a setting that can't be
+    routed_attention(args.attention)
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
     boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]
