@@ -32,6 +32,7 @@ from moc_jax.checkpoint_layout import (
     FORMAT,
     CheckpointError,
     Meta,
+    Tree,
     absolute,
     check_shapes,
     damaged_in,
@@ -66,8 +67,8 @@ class Restored:
     """A run after `step` batches."""
 
     step: int
-    state: dict[str, Any]  # as the target given to `restore`, on its shardings
-    data_state: dict[str, Any]  # this process's data iterator
+    state: Tree  # as the target given to `restore`, on its shardings
+    data_state: Tree  # this process's data iterator
     config: Config
     codec_state: dict[str, np.ndarray]
 
@@ -77,7 +78,7 @@ class Checkpoint:
     """What sampling needs of a checkpoint."""
 
     config: Config
-    params: dict[str, Any]  # nested, float32, on one device; the moving average where the run kept one
+    params: Tree  # nested, float32, on one device; the moving average where the run kept one
     codec_state: dict[str, np.ndarray]
     step: int
 
@@ -128,11 +129,11 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        state: Mapping[str, Any],
+        state: Tree,
         *,
         config: Config,
         codec_state: Mapping[str, np.ndarray],
-        data_state: Mapping[str, Any],
+        data_state: Tree,
     ) -> None:
         """Starts to write a checkpoint; returns as soon as the arrays may be reused.
 
@@ -191,7 +192,7 @@ class Checkpoints:
             if "_checkpointer" in vars(self):
                 vars(self).pop("_checkpointer").close()
 
-    def restore(self, target: Mapping[str, Any], check: Callable[[Config], None]) -> Restored | None:
+    def restore(self, target: Tree, check: Callable[[Config], None]) -> Restored | None:
         """The newest checkpoint that is whole; None where there has never been one.
 
         Newer ones are then named in a warning and moved aside as `damaged-<step>`. When none can be read, which may be
@@ -226,9 +227,7 @@ class Checkpoints:
             )
         return None
 
-    def _restore_step(
-        self, step: int, target: Mapping[str, Any], check: Callable[[Config], None]
-    ) -> tuple[Restored | None, str]:
+    def _restore_step(self, step: int, target: Tree, check: Callable[[Config], None]) -> tuple[Restored | None, str]:
         path = self.directory / str(step)
         meta, problem = attempt(lambda: _read_meta(path), FATAL)
         if meta is None:
@@ -303,7 +302,7 @@ def saved_config(directory: str, step: int | None = None) -> tuple[Config, int]:
     return newest_readable(directory, step, load)
 
 
-def load_for_sampling(directory: str, step: int | None = None, *, shardings: Any = None) -> Checkpoint:
+def load_for_sampling(directory: str, step: int | None = None, *, shardings: object = None) -> Checkpoint:
     """Config, weights and codec of one checkpoint.
 
     Args:
@@ -359,7 +358,7 @@ def _read_meta(path: epath.Path) -> Meta:
     return parse_meta(saved, path)
 
 
-def _read_arrays(path: epath.Path, meta: Meta, target: Mapping[str, Any]) -> dict[str, Any]:
+def _read_arrays(path: epath.Path, meta: Meta, target: Tree) -> Tree:
     """The trees of `target` and the codec's state; ValueError when a digest does not match, whatever Orbax raises."""
     for name, tree in target.items():
         check_shapes(path, name, meta.shapes.get(name, {}), shapes_of(tree))

@@ -26,6 +26,9 @@ from moc_jax.showing import shown
 FORMAT = 2
 """Of what a checkpoint holds and how its weights lie. 1, which none says of itself: heads were no axis of their own."""
 
+Tree = dict[str, Any]
+"""Arrays, or what stands in their place, or trees of these, by name; or an object of JSON."""
+
 _STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 _UNFINISHED = re.compile(r"[0-9]+\.orbax-checkpoint-tmp(-[0-9]+)?", re.ASCII)
 _DAMAGED = "damaged-"
@@ -124,13 +127,13 @@ class Meta:
 
     step: int
     config: Config
-    data: list[dict[str, Any]]  # every process's data iterator
+    data: list[Tree]  # every process's data iterator
     shapes: dict[str, dict[str, list[int]]]  # by tree and array
     digests: dict[str, dict[str, int]]
     codec: dict[str, str]  # digests, by array
 
 
-_FIELDS: dict[str, Any] = {  # [x]: a list of x; {str: x}: an object of x
+_FIELDS: Tree = {  # [x]: a list of x; {str: x}: an object of x
     "step": int,
     "config": str,
     "data": [str],
@@ -168,7 +171,7 @@ def parse_meta(saved: Any, path: epath.Path) -> Meta:
     return Meta(**{name: body[name] for name in _FIELDS} | {"data": data, "config": config})
 
 
-def _check_format(body: Any, path: epath.Path) -> None:
+def _check_format(body: object, path: epath.Path) -> None:
     """Before anything else is read, of which another format may have another form."""
     if not isinstance(body, dict) or not body.keys() & {"step", "format"}:
         return  # damaged, as its fields will show
@@ -188,7 +191,7 @@ def _check_format(body: Any, path: epath.Path) -> None:
     raise CheckpointError(f"{what}, {ours}. {fix}")
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def _fits(value: object, kind: object) -> bool:
     if isinstance(kind, list):
         return isinstance(value, list) and all(_fits(inner, kind[0]) for inner in value)
     if isinstance(kind, dict):
@@ -196,7 +199,7 @@ def _fits(value: Any, kind: Any) -> bool:
     return type(value) is kind
 
 
-def own_data_state(meta: Meta, path: epath.Path) -> dict[str, Any]:
+def own_data_state(meta: Meta, path: epath.Path) -> Tree:
     """This process's place in the data.
 
     Raises:
@@ -212,7 +215,7 @@ def own_data_state(meta: Meta, path: epath.Path) -> dict[str, Any]:
     )
 
 
-def shapes_of(tree: Any) -> dict[str, list[int]]:
+def shapes_of(tree: object) -> dict[str, list[int]]:
     """The shape of every array, by its path."""
     return {"/".join(key_path(path)): list(leaf.shape) for path, leaf in jax.tree.leaves_with_path(tree)}
 

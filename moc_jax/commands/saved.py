@@ -7,12 +7,14 @@ from moc_jax.checkpoint import saved_config
 from moc_jax.config.base import expanded
 
 
-def saved_values(argv: Sequence[str], sample: Sequence[str]) -> dict[str, str | int | float]:
-    """By option: `sample` names settings of a config's `sample`. Empty where `argv` names no checkpoint.
+def values_for_help(argv: Sequence[str], sample: Sequence[str]) -> dict[str, str | int | float]:
+    """By option: `sample` names settings of a config's `sample`. Empty unless help is asked for, of a checkpoint.
 
     Raises:
         CheckpointError: there is none that can be read.
     """
+    if not {"-h", "--help"} & set(argv):
+        return {}
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--checkpoint")
     first.add_argument("--step", type=int)
