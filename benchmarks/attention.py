@@ -42,7 +42,9 @@ from benchmarks.settings import SCALING_SHOTS, SETTINGS, Setting, multi_shot
 from benchmarks.tables import attention_tables
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import moc_attention, route
-from moc_jax.attention.backends import resolve
+from moc_jax.attention.backends import Backend, resolve
+from moc_jax.attention.tilings import Tilings, read_tilings
+from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 
 _ROUTES_ON_HOST = 250_000  # tokens up to which pairs are counted from the routes themselves
@@ -54,6 +56,8 @@ class Arguments:
     """Which settings: the names of benchmarks/settings.py, and `scaling`."""
     inputs: tuple[Kind, ...] = ("random", "correlated")
     backend: Literal["auto", "pallas_gpu", "xla"] = "auto"
+    tilings: str = ""
+    """File of tilings that `moc_jax.commands.autotune` measured."""
     heads: int = 12
     head_dim: int = 128
     profile: bool = False
@@ -103,12 +107,18 @@ class Bench:
 
     def __init__(self, args: Arguments) -> None:
         self._args = args
+        self._tilings = read_tilings(args.tilings) if args.tilings else Tilings()
         self._dense: dict[tuple[str, int], Timing] = {}
         self._programs: dict[str, Program] = {}
 
     @functools.cached_property
     def _ceilings(self) -> Ceilings:
         return measure_ceilings(self._args.effort)
+
+    def _backend(self, moc: MoCConfig, table: ChunkTable) -> Backend:
+        """What is measured, with its tiling."""
+        q = jax.ShapeDtypeStruct((1, 1, self._args.heads, self._args.head_dim), jnp.bfloat16)
+        return self._tilings.chosen(resolve(self._args.backend, moc, q), q, table, moc)
 
     def forget(self) -> None:
         """Frees the programs of a setting."""
@@ -158,7 +168,7 @@ class Bench:
             entry["quoted"] = dataclasses.asdict(setting.quoted)
         if args.profile:
             entry["ceilings"] = dataclasses.asdict(self._ceilings)
-            case = Case(inputs=inputs, table=table, cfg=moc, routes=routes, backend=args.backend)
+            case = Case(inputs=inputs, table=table, cfg=moc, routes=routes, backend=self._backend(moc, table))
             entry["parts"] = profile(case, self._ceilings, effort)
         return entry
 
@@ -173,7 +183,7 @@ class Bench:
             described = self._describe(setting, moc, table, None)
             point = {"shots": shots, "tokens": described["tokens"], "pairs": described["pairs"]}
             if self._affordable(points, "moc", point, "attended"):
-                forward = functools.partial(moc_attention, cfg=moc, backend=args.backend)
+                forward = functools.partial(moc_attention, cfg=moc, backend=self._backend(moc, table))
                 program = compile_all({"forward": (forward, (q, k, v, table))})["forward"]
                 point["moc"] = dataclasses.asdict(program.time((q, k, v, table), args.effort))
             if args.dense and self._affordable(points, "dense", point, "dense"):
@@ -200,10 +210,9 @@ class Bench:
         return grown <= 1e3 * self._args.limit_seconds
 
     def _compile(self, inputs: Inputs, table: ChunkTable, moc) -> dict[str, Program]:
-        args = self._args
         q, k, v, d_out = inputs
-        forward = functools.partial(moc_attention, cfg=moc, backend=args.backend)
-        routing = functools.partial(route, cfg=moc, backend=args.backend)
+        options = dict(cfg=moc, backend=self._backend(moc, table))
+        forward, routing = functools.partial(moc_attention, **options), functools.partial(route, **options)
         routes = jax.eval_shape(routing, q, k, table)
         return compile_all(
             {
@@ -223,11 +232,10 @@ class Bench:
 
     def _describe(self, setting: Setting, moc, table: ChunkTable, routes) -> dict[str, Any]:
         args = self._args
-        q = jax.ShapeDtypeStruct((1, 1, args.heads, args.head_dim), jnp.bfloat16)
         counted = routes is not None and setting.shape.tokens <= _ROUTES_ON_HOST
         cost = account(table, moc, args.head_dim, routes if counted else None)
         return {
-            "backend": resolve(args.backend, moc, q).name,
+            "backend": self._backend(moc, table).name,
             "dense_by": dense_implementation(),
             "tokens": cost.tokens,
             "heads": args.heads,

@@ -5,13 +5,14 @@
 
 Needs libtpu: pip install -e '.[tpu]'. Attention with its routing is compiled for each chip at 180 504 tokens (8 shots
 of 22 500 tokens, 9 captions, 12 heads of 128, bfloat16, random routes). A kernel takes the cycles of its listing, each
-loop as often as it turns in this scene (benchmarks/tpu/turns.py), or its bytes at the peak rate of HBM if that is
+loop as often as it turns in this scene (benchmarks/tpu/counting.py), or its bytes at the peak rate of HBM if that is
 longer; XLA's own operations what XLA expects (benchmarks/tpu/hlo.py). Beside it jax's splash attention without a mask
 at its best block sizes, its kernel alone.
 
 Waits for memory and between kernels are in neither. tpu7x is one of a chip's two cores, a device of its own.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import itertools
@@ -21,7 +22,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +30,9 @@ import tyro
 
 from benchmarks import results
 from benchmarks.tables import estimate_parts_table, estimate_table, separated
-from benchmarks.tpu import compiler, hlo, listing, turns
+from benchmarks.tpu import compiler, hlo, listing, walks
 from benchmarks.tpu.compiler import CHIPS
+from benchmarks.tpu.counting import Call, turns
 from benchmarks.tpu.kernels import PASSES, Pass
 from benchmarks.tpu.real_sizes import SCENES
 
@@ -71,23 +73,23 @@ def estimate(chip: str, way: Pass, timeout: float) -> dict[str, Any]:
     Raises:
         CompilationError: the program doesn't compile in time.
     """
-    target, scene = CHIPS[chip], turns.Scene(_SCENE.setting, _SCENE.heads, _SCENE.dim, chip)
+    target, calls = CHIPS[chip], walks.scene_calls(_SCENE, _PARTS[way], chip)
     rate = target.info.mem_bw_bytes_per_second * target.cores
     with tempfile.TemporaryDirectory(prefix="tpu_estimate_") as temporary:
         folder = pathlib.Path(temporary)
         text = _compile(chip, way, folder, timeout)
         sizes = {found["name"]: int(found["bytes"]) for found in _BYTES.finditer(text)}
         kernels: dict[str, dict[str, float]] = {}
-        for kernel in listing.kernels(folder, "moc_"):
+        for kernel, call in pair(listing.kernels(folder, "moc_"), calls):
             bundles, slots = (path.read_text() for path in listing.find(folder, kernel))
-            cycles = turns.cycles(kernel, scene, bundles, slots, target.granule)
+            cycles = call.times * walks.cycles(call.name, turns(call), bundles, slots, target.granule)
             compute = 1e3 * cycles / target.cores / target.clock
-            moving = 1e3 * sizes.get(kernel, 0) * turns.calls(kernel, scene) / rate
-            found = kernels.setdefault(re.sub(r"\..*", "", kernel), {"calls": 0, "cycles": 0.0, "ms": 0.0})
+            moving = 1e3 * sizes.get(kernel, 0) * call.times / rate
+            found = kernels.setdefault(call.name, {"calls": 0, "cycles": 0.0, "ms": 0.0})
             found["calls"] += 1
             found["cycles"] += cycles
             found["ms"] += max(compute, moving)
-    others = hlo.operations(text, scene.groups)
+    others = hlo.operations(text, max(call.times for call in calls))
     of_xla = 1e3 * sum((x.cycles or 0.0) * x.turns for x in others) / target.clock
     without = 1e3 * sum(2 * x.bytes * x.turns for x in others if x.cycles is None) / rate
     total = sum(found["ms"] for found in kernels.values()) + of_xla + without
@@ -95,7 +97,7 @@ def estimate(chip: str, way: Pass, timeout: float) -> dict[str, Any]:
     return {
         "pass": way,
         "setting": "multi_shot",
-        "tokens": scene.table.chunk_of.shape[1],
+        "tokens": _SCENE.setting.shape.tokens,
         "heads": _SCENE.heads,
         "head_dim": _SCENE.dim,
         "cores": target.cores,
@@ -107,6 +109,22 @@ def estimate(chip: str, way: Pass, timeout: float) -> dict[str, Any]:
         "splash_blocks": blocks,
         "ratio": round(splash / total, 3),
     }
+
+
+def pair(names: Sequence[str], calls: Sequence[Call]) -> Iterator[tuple[str, Call]]:
+    """The compiled kernels and the calls that they are: of each name in the order of XLA's numbers.
+
+    Raises:
+        ValueError: there are more or fewer of a name.
+    """
+    compiled = collections.defaultdict(list)
+    for name in sorted(names, key=lambda name: [int(x) for x in re.findall(r"\.(\d+)", name)]):
+        compiled[re.sub(r"\..*", "", name)].append(name)
+    for name in dict.fromkeys([*compiled, *(call.name for call in calls)]):
+        own = [call for call in calls if call.name == name]
+        if len(own) != len(compiled[name]):
+            raise ValueError(f"{name}: {len(own)} calls are traced, but compiled are {compiled[name]}")
+        yield from zip(compiled[name], own)
 
 
 def splash_ms(chip: str, way: Pass, folder: pathlib.Path = results.FOLDER) -> tuple[float, list[dict[str, Any]]]:

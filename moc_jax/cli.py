@@ -23,7 +23,7 @@ import traceback
 import typing
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import moc_jax
 from moc_jax.config import Config, ConfigError
@@ -32,6 +32,9 @@ from moc_jax.config.file import read_config_text, run_config_file
 from moc_jax.config.shipped import shipped_names, shipped_or
 from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.signals import Interrupted, Signals
+
+if typing.TYPE_CHECKING:
+    import tyro
 
 __all__ = [
     "clean_exit",
@@ -119,7 +122,7 @@ def read_config_file(file: str) -> tuple[Config, str]:
     return run_config_file(file)
 
 
-def _records_rule(info: Any) -> Any:
+def _records_rule(info: "tyro.constructors.PrimitiveTypeInfo") -> "tyro.constructors.PrimitiveConstructorSpec | None":
     """tuple[Record, ...], Record being a dataclass of ints, as words `1:2:3` in the order of its fields."""
     import tyro
 

@@ -10,7 +10,7 @@ _WHAT = {
     "tokens": "tokens",
     "text_tokens": "tokens of text",
     "max_chunk": "tokens in a video chunk",
-    "max_shots": "shots, or texts beside one,",
+    "max_shots": "shots (or parts that text splits them into, or captions beside one)",
 }
 
 
@@ -40,8 +40,9 @@ def chunk_table_from(
         shots: The shot of each chunk, from 0, and never falling from one video chunk to the next; GLOBAL for text of
             no shot. None: each video chunk is a shot of its own, and all text is global.
         tokens: N; None: what the longest scene has.
-        text_tokens, max_chunk, max_shots: As in `ChunkTable`, where tables of several lengths are to share one compiled
-            program; None: what these lengths need. Inside jit all but `max_shots` must be given.
+        text_tokens, max_chunk, max_shots: As in `ChunkTable`, for tables of different lengths to share one compiled
+            program; None: what these lengths need. A shot that text or padding interrupts counts as several. Inside jit
+            all but `max_shots` must be given.
 
     Raises:
         TypeError: an argument is not an array of integers.
@@ -116,11 +117,13 @@ def _checked(lengths: Array, kind: Array, shot: Array, sizes: dict[str, int | No
         return known
     _check_chunks(length, kinds, shots)
     text, video = kinds == TEXT, kinds == VIDEO
+    follows = video[:, 1:] & video[:, :-1] & (shots[:, 1:] == shots[:, :-1])
+    pieces = video.sum(axis=1) - follows.sum(axis=1)  # runs of chunks of one shot
     needs = {
         "tokens": length.sum(axis=1),
         "text_tokens": (length * text).sum(axis=1),
         "max_chunk": (length * video).max(axis=1, initial=1),
-        "max_shots": np.maximum((shots + 1).max(axis=1, initial=0), text.sum(axis=1) - 1),
+        "max_shots": np.maximum(pieces, text.sum(axis=1) - 1),
     }
     known = {name: known.get(name, int(need.max(initial=0))) for name, need in needs.items()}
     for name, need in needs.items():

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jax import lax
 from moc_jax.sharding import key_path
 
 
-def tree_digests(tree: Any) -> dict[str, int]:
+def tree_digests(tree: object) -> dict[str, int]:
     """A 32-bit digest of every array, by its path; computed on the devices, and the same however they share it."""
     # One at a time: programs that sum over devices must not overtake each other (see training/loop.py).
     return {"/".join(key_path(path)): int(_digest(x)) for path, x in jax.tree.leaves_with_path(tree)}

@@ -9,7 +9,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
@@ -41,7 +40,7 @@ class Timing:
     launches: int  # per sample
 
 
-def time_launches(launch: Callable[[], Any], effort: Effort) -> Timing:
+def time_launches(launch: Callable[[], object], effort: Effort) -> Timing:
     """Times `launch`, which starts a computation and returns what to wait for."""
 
     def sample(launches: int) -> float:

@@ -1,4 +1,4 @@
-"""Where tests run, before jax starts: on eight virtual CPU devices, with strict rank promotion; and who runs which.
+"""Where tests run, before jax starts: on eight virtual CPU devices, with strict rank promotion.
 
 `MOC_TEST_PLATFORM=gpu` (`make test-gpu`) runs the tests of attention on the GPU instead, with the Hopper kernels among
 the backends; all other tests need the eight devices and are skipped.
@@ -23,38 +23,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _ON_GPU = pathlib.Path(__file__).parent / "attention"
 
-# Files that take minutes come first, so that no worker waits for another in the end.
-_FIRST = ("tests/training/", "tests/benchmarks/")
-# Files whose tests have nothing in common.
-_APART = ("tests/attention/pallas_gpu/test_attend.py", "tests/attention/pallas_tpu/test_compiles.py")
-_INTERPRETED = "interpreted TPU kernels"
 
-
-def _unit(nodeid: str) -> str:
-    """What one worker runs from end to end: compiling takes the time, and tests of a file share programs."""
-    if "pallas_tpu" in nodeid.partition("[")[2]:  # those of several files share theirs
-        return _INTERPRETED
-    file = nodeid.partition("::")[0]
-    return nodeid if file in _APART else file
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    if jax.default_backend() != "cpu":  # where many short tests run
-        return None
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Units(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            return _unit(nodeid)
-
-    config.option.loadscopereorder = False  # the order is that of the collection
-    return Units(config, log)
-
-
-@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not (_unit(item.nodeid) == _INTERPRETED or item.nodeid.startswith(_FIRST)))
     if jax.default_backend() == "cpu":
         return
     elsewhere = pytest.mark.skip(reason="needs eight virtual CPU devices: run without MOC_TEST_PLATFORM=gpu")

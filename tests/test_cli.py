@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from moc_jax import config as config_module
-from moc_jax.cli import clean_exit, config_from_json, config_to_json, load_config, parse
+from moc_jax.cli import clean_exit, config_from_json, config_to_json, load_config, parse, show_warning
 from moc_jax.config import BucketConfig, ChunkStage, Config, ConfigError, DataConfig, MoCConfig, TrainConfig
 from moc_jax.config_json import differences
 
@@ -231,3 +231,12 @@ def test_differences_names_fields():
     other = dataclasses.replace(FULL, moc=dataclasses.replace(FULL.moc, top_k=1), workdir="x")
     assert differences(FULL, other) == {"workdir": (FULL.workdir, "x"), "moc.top_k": (5, 1)}
     assert differences(FULL, FULL) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [(UserWarning, "warning: odd\n"), (RuntimeWarning, "warning: odd (RuntimeWarning in /a/b.py, line 3)\n")],
+)
+def test_a_warning_is_a_line(capsys, kind, line):
+    show_warning("odd", kind, "/a/b.py", 3)
+    assert capsys.readouterr().err == line

@@ -98,6 +98,12 @@ def test_without_kinds_and_shots_each_chunk_is_a_shot_of_video():
     np.testing.assert_array_equal(table.chunk_of[1], [0, 2, 2, 2] + [-1] * 6)
 
 
+def test_a_shot_that_text_interrupts_counts_for_each_part():
+    """They have anchors of their own to walk."""
+    table, _ = chunk_table_from(*arrays([[4] * 5], [V, T, V, V, V], [0, 0, 0, 0, 2]))
+    assert table.max_shots == 3
+
+
 def test_tables_of_other_lengths_share_a_program():
     traces = []
 
@@ -137,7 +143,7 @@ def test_tables_of_other_lengths_share_a_program():
         ({"tokens": 24}, ValueError, "scene 0 has 25 tokens but tokens is 24; give 25 or more"),
         ({"text_tokens": 6}, ValueError, "scene 0 has 7 tokens of text but text_tokens is 6"),
         ({"max_chunk": 4}, ValueError, "scene 0 has 5 tokens in a video chunk but max_chunk is 4"),
-        ({"max_shots": 2}, ValueError, "scene 0 has 3 shots, or texts beside one, but max_shots is 2"),
+        ({"max_shots": 2}, ValueError, "scene 0 has 3 shots .or parts .* but max_shots is 2"),
         ({"tokens": 25, "text_tokens": 11}, ValueError, r"scene 0 does not fit.*pad q, k and v to 26 tokens .*now 25"),
     ],
 )

@@ -19,6 +19,6 @@ def test_it_is_still_there(name):
 @pytest.mark.parametrize("folder", ["moc_jax", "tests", "benchmarks"])
 def test_at_most_one_file_touches_any(folder):
     files = [path for path in (ROOT / folder).rglob("*.py") if "jax._src" in path.read_text()]
-    files = [path.relative_to(ROOT) for path in files if path != pathlib.Path(__file__)]
+    files = [path.relative_to(ROOT) for path in files if path.name not in ("test_private_jax.py", "test_house.py")]
     allowed = {"moc_jax": "processes.py", "tests": "private_jax.py"}
     assert {path.name for path in files} <= {allowed.get(folder)}, files

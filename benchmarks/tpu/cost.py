@@ -10,9 +10,11 @@ from typing import Any
 
 from benchmarks.settings import SETTINGS
 from benchmarks.tpu.compiler import CHIPS
+from benchmarks.tpu.counting import turns
 from benchmarks.tpu.kernels import Blocks, Pass
 from benchmarks.tpu.listing import Schedule
-from benchmarks.tpu.turns import Scene, walk, walk_cycles
+from benchmarks.tpu.real_sizes import SceneProgram
+from benchmarks.tpu.walks import scene_calls, walk, walk_cycles
 from moc_jax.attention.pallas_tpu import flash, flash_backward, tuning
 
 PAIRS = 2**20
@@ -65,8 +67,11 @@ def scene_cycles(chip: str, kernel: str, way: Pass, blocks: Blocks, schedule: Sc
         tiles, steps = (-(-_TOKENS // size) for size in (tile, step))
         cycles = tiles * (steps * schedule.step_cycles + sum(schedule.conditional_cycles))
         return cycles * PAIRS / _TOKENS**2
-    scene = Scene(_SETTING, 1, 128, chip, _sizes(kernel, way, blocks))
-    cycles = walk_cycles(schedule, walk(f"moc_{_NAMES[way]}_{kernel}", scene))
+    name, part = f"moc_{_NAMES[way]}_{kernel}", "forward" if way == "forward" else "gradients"
+    scene, sizes = SceneProgram(setting=_SETTING, heads=1), _sizes(kernel, way, blocks)
+    calls = scene_calls(scene, part, chip, sizes, routed=kernel == "picks")
+    (call,) = [call for call in calls if call.name == name]
+    cycles = walk_cycles(schedule, walk(name, turns(call)))
     return cycles * PAIRS / scene_pairs(kernel, way)
 
 

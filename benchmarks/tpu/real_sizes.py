@@ -23,10 +23,11 @@ from benchmarks.settings import SETTINGS, Setting, multi_shot
 from benchmarks.tpu.worker import compiled, memory
 from moc_jax.attention.api import moc_attention
 from moc_jax.attention.pallas_tpu.device import Tpu
+from moc_jax.attention.pallas_tpu.tuning import Blocks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scene:
+class SceneProgram:
     """One of the settings, with so many heads."""
 
     setting: Setting
@@ -36,20 +37,22 @@ class Scene:
 
 
 SCENES = {
-    "multi_shot": Scene(setting=SETTINGS["multi_shot"]),  # 180 504 tokens, 154 chunks
-    "minutes": Scene(setting=multi_shot(64), heads=1),  # 1 443 640 tokens; heads go one by one
-    "single_shot": Scene(setting=SETTINGS["single_shot"]),
-    "wan": Scene(setting=SETTINGS["wan"]),
-    "float32": Scene(setting=SETTINGS["wan"], heads=2, dtype=jnp.float32),
-    "wide_heads": Scene(setting=SETTINGS["wan"], heads=2, dim=256),
-    "narrow_heads": Scene(setting=SETTINGS["wan"], heads=2, dim=64),
+    "multi_shot": SceneProgram(setting=SETTINGS["multi_shot"]),  # 180 504 tokens, 154 chunks
+    "minutes": SceneProgram(setting=multi_shot(64), heads=1),  # 1 443 640 tokens; heads go one by one
+    "single_shot": SceneProgram(setting=SETTINGS["single_shot"]),
+    "wan": SceneProgram(setting=SETTINGS["wan"]),
+    "float32": SceneProgram(setting=SETTINGS["wan"], heads=2, dtype=jnp.float32),
+    "wide_heads": SceneProgram(setting=SETTINGS["wan"], heads=2, dim=256),
+    "narrow_heads": SceneProgram(setting=SETTINGS["wan"], heads=2, dim=64),
 }
 PARTS = ("forward", "gradients")
 
 
-def program(scene: Scene, part: str, chip: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def program(
+    scene: SceneProgram, part: str, chip: str, blocks: Blocks | None = None
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function and the shapes of its arguments."""
-    cfg, table, backend = scene.setting.moc, scene.setting.table(), Tpu(chip=chip)
+    cfg, table, backend = scene.setting.moc, scene.setting.table(), Tpu(chip=chip, blocks=blocks)
     table = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), table)
     q = jax.ShapeDtypeStruct((*table.chunk_of.shape, scene.heads, scene.dim), scene.dtype)
 

@@ -71,7 +71,7 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
             "signals": ("Ctrl-C, SIGTERM", MUTED),
             "watcher": ("lost processes", MUTED),
             "progress": ("while one waits", MUTED),
-            "timing": ("how long it takes", MUTED),
+            "timing": ("runs of a program", MUTED),
         },
     ),
 )

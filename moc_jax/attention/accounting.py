@@ -86,10 +86,9 @@ def account(
     anchors, candidates = np.asarray(anchor_chunks(table, cfg)), np.asarray(candidate_chunks(table, cfg))
     routed = cfg.mode == "moc" and cfg.top_k > 0
     if routes is not None and (routes.shape[0], routes.shape[2]) != queries.chunk_of.shape:
-        whose = "the chunk table has" if query_chunk is None else "query_chunk is for"
         raise ValueError(
-            f"routes are for {routes.shape[0]} scenes of {routes.shape[2]} tokens, but {whose} "
-            f"{queries.chunk_of.shape[0]} of {queries.chunk_of.shape[1]}; pass the routes of these queries"
+            f"routes are for {routes.shape[0]} scenes of {routes.shape[2]} tokens, but the chunk table has "
+            f"{queries.chunk_of.shape[0]} of {queries.chunk_of.shape[1]}; pass this table's routes, or query_chunk"
         )
     worst = expected = 0.0
     tokens = dense = pool = route = 0

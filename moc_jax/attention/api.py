@@ -49,7 +49,7 @@ def moc_attention(
             routes now.
         query_chunk: The chunk that each query token belongs to, -1 for padding. The query tokens of a chunk are one
             run, and those of a shot's video chunks follow each other in chunk order: so it is in any slice of the
-            table's own tokens. None: q's tokens are the table's.
+            table's own tokens; `pallas_gpu` wants all of them in the table's order. None: q's tokens are the table's.
         backend: What computes it: a value of backends.py, or the name of one for its defaults. `auto` takes the
             kernels where there are any for this device.
 

@@ -17,7 +17,6 @@ from moc_jax.attention.pallas_gpu import router as gpu_router
 from moc_jax.attention.pallas_gpu.device import Hopper
 from moc_jax.attention.pallas_tpu import attend as pallas_tpu
 from moc_jax.attention.pallas_tpu import device as tpu
-from moc_jax.attention.pallas_tpu import router as tpu_router
 from moc_jax.attention.pallas_tpu.device import Tpu
 from moc_jax.attention.reference import Reference
 from moc_jax.attention.xla import Xla
@@ -173,7 +172,7 @@ def _kernels_for(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None) -> Hopp
     if gpu.is_hopper():
         return Hopper() if gpu_router.can_select(cfg) and (q is None or gpu.can_do(q)) else None
     if tpu.is_tpu():
-        return Tpu() if tpu_router.can_select(cfg) and (q is None or tpu.can_do(q)) else None
+        return Tpu() if q is None or tpu.can_do(q) else None
     return None
 
 

@@ -4,7 +4,6 @@ Shapes and types are known always; values where they are concrete, which they ar
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ def check_settings(cfg: object) -> None:
         raise TypeError(f"cfg is a {type(cfg).__name__}; give a MoCConfig (of a whole Config, its field moc)")
 
 
-def check_vectors(*, q: Any, **keys: Any) -> list[Array]:
+def check_vectors(*, q: object, **keys: object) -> list[Array]:
     """q [B, Q, H, D], and k and v [B, N, H, D], as arrays.
 
     Raises:
@@ -35,8 +34,9 @@ def check_vectors(*, q: Any, **keys: Any) -> list[Array]:
     """
     arrays = {}
     for name, x in {"q": q, **keys}.items():
-        if str(getattr(x, "dtype", "float32")) not in _FLOATS:
-            raise TypeError(f"{name} is {x.dtype}; attention computes in {', '.join(_FLOATS)}: use {name}.astype(...)")
+        dtype = str(getattr(x, "dtype", "float32"))
+        if dtype not in _FLOATS:
+            raise TypeError(f"{name} is {dtype}; attention computes in {', '.join(_FLOATS)}: use {name}.astype(...)")
         x = as_array(name, x)
         if x.ndim != 4:
             raise ValueError(
@@ -51,7 +51,7 @@ def check_vectors(*, q: Any, **keys: Any) -> list[Array]:
     return list(arrays.values())
 
 
-def check_table(table: Any, k: Array, cfg: MoCConfig) -> ChunkTable:
+def check_table(table: object, k: Array, cfg: MoCConfig) -> ChunkTable:
     """The table with arrays for fields.
 
     Raises:
@@ -60,10 +60,10 @@ def check_table(table: Any, k: Array, cfg: MoCConfig) -> ChunkTable:
     """
     if not isinstance(table, ChunkTable):
         raise TypeError(f"table is a {type(table).__name__}; make a ChunkTable with moc_jax.scene.chunk_table")
-    fields: dict[str, Any] = {
-        name: as_array(f"table.{name}", getattr(table, name), integers=True) for name in (*_PER_CHUNK, "chunk_of")
-    }
-    table = dataclasses.replace(table, **fields)
+    kind, shot, start, length, chunk_of = (
+        as_array(f"table.{name}", getattr(table, name), integers=True) for name in (*_PER_CHUNK, "chunk_of")
+    )
+    table = dataclasses.replace(table, kind=kind, shot=shot, start=start, length=length, chunk_of=chunk_of)
     if table.chunk_of.shape != k.shape[:2]:
         at = table.chunk_of.shape
         of_table = f"{at[0]} scenes of {at[1]}" if len(at) == 2 else f"an array of shape {at}"
@@ -88,10 +88,11 @@ def check_table(table: Any, k: Array, cfg: MoCConfig) -> ChunkTable:
 
 
 def _check_places(table: ChunkTable, tokens: int) -> None:
-    values: list[Any] = [concrete(getattr(table, name)) for name in ("kind", "start", "length", "chunk_of")]
-    if any(x is None for x in values):
+    values = [concrete(getattr(table, name)) for name in ("kind", "start", "length", "chunk_of")]
+    known = [x for x in values if x is not None]
+    if len(known) < len(values):
         return
-    kind, start, length, chunk_of = values
+    kind, start, length, chunk_of = known
     some = length > 0
     text, video = some & (kind == TEXT), some & (kind == VIDEO)
     end = start + length
@@ -119,7 +120,7 @@ def _check_places(table: ChunkTable, tokens: int) -> None:
         )
 
 
-def check_query_chunk(query_chunk: Any, q: Array, table: ChunkTable) -> Array | None:
+def check_query_chunk(query_chunk: object, q: Array, table: ChunkTable) -> Array | None:
     """The chunks of the query tokens as an array [B, Q]; None where they are the table's own tokens.
 
     Raises:
@@ -171,7 +172,7 @@ def _check_runs(query_chunk: np.ndarray, table: ChunkTable) -> None:
                 )
 
 
-def check_key(key: Any, batch: int, heads: int) -> None:
+def check_key(key: object, batch: int, heads: int) -> None:
     """Raises unless `key` is None, one key, or keys [batch, heads]."""
     if key is None:
         return
@@ -181,11 +182,11 @@ def check_key(key: Any, batch: int, heads: int) -> None:
         raise ValueError(f"key has shape {key.shape}; give one key, or one per scene and head: ({batch}, {heads})")
 
 
-def _kind(x: Any) -> str:
+def _kind(x: object) -> str:
     return f"an array of {x.dtype}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
 
 
-def check_statistics(q: Array, d_out: Any, lse: Any, delta: Any) -> tuple[Array, Array, Array]:
+def check_statistics(q: Array, d_out: object, lse: object, delta: object) -> tuple[Array, Array, Array]:
     """d_out [B, Q, H, D], lse and delta [B, H, Q] (float32) as arrays.
 
     Raises:
@@ -200,7 +201,7 @@ def check_statistics(q: Array, d_out: Any, lse: Any, delta: Any) -> tuple[Array,
     return d_out, lse.astype(jnp.float32), delta.astype(jnp.float32)
 
 
-def check_routes(routes: Any, q: Array, queries: Queries, table: ChunkTable, cfg: MoCConfig) -> Array:
+def check_routes(routes: object, q: Array, queries: Queries, table: ChunkTable, cfg: MoCConfig) -> Array:
     """Routes as an array [B, H, Q, K].
 
     Raises:

@@ -182,7 +182,8 @@ def run_lines(runs: _Runs, owner: Int[Array, "B G"], used: Bool[Array, "B G"]) -
     """The ends of lines: begin and end of each run of a tile's owner, empty for unused tiles."""
     index = jnp.broadcast_to(owner[:, None], (*runs[0].shape[:2], owner.shape[1]))
     begin, end = (jnp.where(used[:, None], jnp.take_along_axis(x, index, axis=2), 0) for x in runs)
-    return jnp.moveaxis(jnp.stack([begin, end], axis=-1), 1, 2).reshape(*owner.shape, -1).astype(jnp.int32)
+    lines = jnp.moveaxis(jnp.stack([begin, end], axis=-1), 1, 2)
+    return lines.reshape(*owner.shape, 2 * runs[0].shape[1]).astype(jnp.int32)
 
 
 # ------------------------------------------------------------------------------------------------ readers of text

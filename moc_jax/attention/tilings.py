@@ -23,6 +23,7 @@ from moc_jax.attention.pallas_tpu.device import target
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.attention.xla import XlaTiling, default_tiling
 from moc_jax.config import ConfigError, MoCConfig
+from moc_jax.reading import parse_json
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array
 
@@ -160,7 +161,7 @@ def tilings_from_json(text: str) -> Tilings:
     Raises:
         ValueError: it is something else.
     """
-    tree = json.loads(text)
+    tree = parse_json(text)
     if not isinstance(tree, dict) or not isinstance(tree.get("tilings"), list):
         raise ValueError("no list of tilings")
     return Tilings(tuple(_tuned(dict(entry), f"tilings[{i}]") for i, entry in enumerate(tree["tilings"])))

@@ -78,5 +78,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with clean_exit():
+    with clean_exit(NotImplementedError):
         main(sys.argv[1:])

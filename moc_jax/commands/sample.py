@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 
+from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
@@ -80,7 +81,8 @@ class Arguments(Settings):
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     args = parse(Arguments, argv, description=__doc__)
-    configure(Config(), 1, args)  # only a check: nothing is read if a setting is impossible
+    configure(Config(), 1, args)  # only checks: nothing is read if a setting is impossible
+    routed_attention(args.attention)
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
     boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]

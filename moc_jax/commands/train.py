@@ -24,6 +24,7 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     with contextlib.nullcontext(signals) if signals else Signals(whole_process=True) as signals, clean_exit():
         with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
             # Only now: a wrong setting is reported before any device is touched.
+            from moc_jax.attention.api import routed_attention
             from moc_jax.checkpoint import CheckpointError
             from moc_jax.codecs import CodecMismatch
             from moc_jax.compilation import kept_programs
@@ -44,6 +45,7 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
         signals.check()
         data = CaptionError, DataError, VideoError
         with clean_exit(*data, CheckpointError, CodecMismatch, LockError, ProcessError, SamplingError, TrainingError):
+            routed_attention(config.attention)  # a file of tilings that can't be read is reported before any work
             join(config.mesh)
             with (
                 claimed(config.workdir) as lock,

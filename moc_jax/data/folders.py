@@ -24,6 +24,7 @@ tp trp ts ty usm vc1 vc2 viv vob vro vvc webm webp wm wmv wtv xmv xvid y4m
 """
 SUFFIXES = frozenset(f".{name}" for name in _NAMES.split())
 _MOST_NOTES = 50  # of one kind, per folder
+_DEMO = Path("cache/demo")  # where the config `demo` looks for its clip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,8 @@ def _existing(entry: str, field: str) -> Path:
         root.stat()
     except FileNotFoundError:
         problem = "is a dangling link" if os.path.islink(root) else "does not exist"
-        raise ConfigError(f"data.{field}: {root} {problem} (seen from {Path.cwd()})") from None
+        fix = f"; `python -m moc_jax.data.demo_clip {root}` fetches the demo's clip" if root == _DEMO else ""
+        raise ConfigError(f"data.{field}: {root} {problem} (seen from {Path.cwd()}){fix}") from None
     except OSError as error:
         raise ConfigError(f"data.{field}: {named(entry)} cannot be read: {error.strerror}") from error
     if not (root.is_file() or root.is_dir()):

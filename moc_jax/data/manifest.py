@@ -82,7 +82,7 @@ class Manifest:
     """Digest of each source, by name."""
     codec_fingerprint: str
     codec_psnr: dict[str, float]
-    """By split: mean over the shots of the PSNR, in dB, of the codec's reconstruction of their first frames."""
+    """By split: the mean PSNR, in dB, of the codec's reconstruction of the first frames of shots."""
     latent_shape: tuple[int, int, int]
     """Rows, columns and channels of a latent frame."""
     scenes: tuple[SceneEntry, ...]

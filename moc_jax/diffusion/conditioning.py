@@ -12,10 +12,11 @@ it is a scene whose later shots are still pure noise.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from moc_jax.config import SampleConfig
 from moc_jax.diffusion.process import VelocityFn, add_noise, shot_mask
@@ -62,8 +63,7 @@ def turns(known: Bool[Array, "B S"], lengths: SceneLengths, order: Literal["join
 class Denoising:
     """Denoises all shots that are not known; see the file's docstring for what the model is shown of the others.
 
-    As a loop, for a caller that wants to look up between two calls of the model; `sample_scene` is the same as one
-    function:
+    As a loop, for a caller that wants to look up between two calls of the model:
 
         for each turn `now`:
             carried = solver.start(noise)
@@ -98,7 +98,7 @@ class Denoising:
         return jnp.where(given, self.known.video, 0)
 
     def call(
-        self, velocity_fn: VelocityFn, now: Any, z_0: Array, carried: tuple[Array, ...], at: Any
+        self, velocity_fn: VelocityFn, now: ArrayLike, z_0: Array, carried: tuple[Array, ...], at: tuple[ArrayLike, ...]
     ) -> tuple[Array, ...]:
         """One call of the model, with its guidance, in turn `now`."""
         done, active = self.turn < now, self.turn == now
@@ -111,11 +111,11 @@ class Denoising:
 
         return self.solver.call(velocity, carried, at)
 
-    def end(self, now: Any, z_0: Array, carried: tuple[Array, ...]) -> Float[Array, "B F Y X Z"]:
+    def end(self, now: ArrayLike, z_0: Array, carried: tuple[Array, ...]) -> Float[Array, "B F Y X Z"]:
         """Clean latents once turn `now` is over."""
         return jnp.where(self._free(now), carried[0], z_0)
 
-    def _free(self, now: Any) -> Bool[Array, "B F 1 1 1"]:
+    def _free(self, now: ArrayLike) -> Bool[Array, "B F 1 1 1"]:
         return _frames(self._mine & ~self._first, self.turn == now)
 
     @property
@@ -130,34 +130,6 @@ class Denoising:
 def turn_solver(cfg: SampleConfig) -> Solver:
     """The solver of each turn, over the grid that `cfg` asks for."""
     return solver_of(grid_of(cfg), cfg.solver)
-
-
-@typed
-def sample_scene(
-    velocity_fn: VelocityFn,
-    noise: Float[Array, "B F Y X Z"],
-    history_noise: Float[Array, "B F Y X Z"],
-    known: Known,
-    lengths: SceneLengths,
-    cfg: SampleConfig,
-) -> Float[Array, "B F Y X Z"]:
-    """Clean latents of the scenes: what is known exactly as it was given, zeros on padding frames.
-
-    Arguments: see `Denoising`.
-    """
-    denoising = Denoising(noise=noise, history_noise=history_noise, known=known, lengths=lengths, cfg=cfg)
-    solver = denoising.solver
-    constants = tuple(map(jnp.asarray, solver.constants))
-
-    def denoise(now, z_0):
-        carried, _ = jax.lax.scan(
-            lambda carried, at: (denoising.call(velocity_fn, now, z_0, carried, at), None),
-            solver.start(noise),
-            constants,
-        )
-        return denoising.end(now, z_0, carried)
-
-    return jax.lax.fori_loop(0, denoising.turn.max() + 1, denoise, denoising.begin())
 
 
 def _firsts(mine: Bool[Array, "B S F"]) -> Bool[Array, "B S F"]:

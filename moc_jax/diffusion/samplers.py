@@ -22,11 +22,12 @@ as one `lax.scan`; a caller that wants to look up between two calls runs the bod
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from moc_jax.config import SampleConfig
 from moc_jax.diffusion import process
@@ -90,7 +91,7 @@ class Solver:
 
     start: Callable[[Array], tuple[Array, ...]]
     """Noise -> what one call hands to the next; its first part is z."""
-    call: Callable[[LevelVelocity, tuple[Array, ...], Any], tuple[Array, ...]]
+    call: Callable[[LevelVelocity, tuple[Array, ...], tuple[ArrayLike, ...]], tuple[Array, ...]]
     """(velocity, what is carried, the call's own constants) -> what is carried."""
     constants: tuple[np.ndarray, ...]
     """float32 [calls, ...]: the noise level that each call is made at, and its weights."""

@@ -27,8 +27,6 @@ import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from moc_jax.config import ConfigError
 from moc_jax.config.base import expanded
 from moc_jax.documents import DocumentError, checked_text, read_document
@@ -133,17 +131,6 @@ def parse_storyboard(content: object, *, name: str = "storyboard", folder: Path 
         seed=scene.seed(),
         name=name,
     )
-
-
-def storyboard_text(storyboard: Storyboard) -> str:
-    """The YAML file that describes `storyboard`."""
-
-    def present(value: object, fields: tuple[str, ...]) -> dict[str, object]:
-        pairs = {field: getattr(value, field) for field in fields}
-        return {k: str(v) if isinstance(v, Path) else v for k, v in pairs.items() if v is not None}
-
-    content = present(storyboard, _SCENE_FIELDS) | {"shots": [present(shot, _SHOT_FIELDS) for shot in storyboard.shots]}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 
 def frames_of(seconds: float, fps: float, stride: int, patch: int = 1) -> int:

@@ -10,7 +10,7 @@ from moc_jax.attention.accounting import account, print_settings, uniform_shots
 from moc_jax.config import ChunkConfig, MoCConfig
 from moc_jax.scene import VIDEO
 from tests.attention import oracle
-from tests.attention.configs import EVERY, name
+from tests.attention.configs import DENSE, EVERY, MULTI_SHOT, SINGLE_SHOT, name
 from tests.attention.scenes import BATCH, CHUNKS, HEADS, PAIR, TOKENS, VIDEO_TOKENS, cut, qkv, table_of
 
 # ------------------------------------------------------------------------------------------------ published figures
@@ -117,6 +117,25 @@ def test_only_anchors_needs_no_routing():
     counted = account(table_of([cut(0, (0, [4] * 13))]), MoCConfig(top_k=0), 16)
     assert counted.pairs == VIDEO_TOKENS**2
     assert counted.flops == counted.flops_attention
+
+
+@pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, DENSE[1]], ids=name)
+def test_queries_that_are_not_the_keys(cfg):
+    """Each slice counts its own pairs: those of two are the whole's; keys are counted as they are."""
+    table, routes = table_of(PAIR), None
+    for given in (False, True):
+        if given and cfg.mode == "moc":
+            q, k, v = qkv(0, PAIR)
+            routes = jnp.asarray(oracle.moc(q, k, v, PAIR, cfg).routes)
+        whole = account(table, cfg, 16, routes)
+        parts = [
+            account(table, cfg, 16, None if routes is None else routes[:, :, rows], query_chunk=table.chunk_of[:, rows])
+            for rows in (slice(0, 30), slice(30, TOKENS))
+        ]
+        for figure in ("pairs", "expected_pairs", "dense_pairs", "flops_route", "flops_attention", "kv_bytes_read"):
+            assert sum(getattr(part, figure) for part in parts) == pytest.approx(getattr(whole, figure)), figure
+        for part in parts:
+            assert (part.tokens, part.flops_pool, part.kv_bytes) == (whole.tokens, whole.flops_pool, whole.kv_bytes)
 
 
 def test_routes_of_another_scene():

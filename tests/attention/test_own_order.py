@@ -16,19 +16,8 @@ from tests.attention.tolerances import assert_close
 T, V, P = TEXT, VIDEO, PAD
 # Captions before, within and after their shots, a prompt at the end, and tokens in between that take no part.
 OWN = [
-    [(5, V, 0), (3, T, 0), (4, V, 0), (2, P, 9), (2, T, 1), (1, T, 0), (7, V, 1), (3, V, 1), (9, V, 2), (2, T, GLOBAL)],
-    [
-        (2, T, GLOBAL),
-        (6, V, 0),
-        (0, V, 0),
-        (5, V, 1),
-        (2, T, 1),
-        (3, P, 9),
-        (4, V, 2),
-        (4, V, 2),
-        (1, T, 2),
-        (17, V, 4),
-    ],
+    [(5, V, 0), (3, T, 0), (4, V, 0), (2, P, 9), (1, T, 0), (7, V, 1), (2, T, 1), (3, V, 1), (9, V, 2), (2, T, GLOBAL)],
+    [(2, T, GLOBAL), (6, V, 0), (0, V, 0), (5, V, 1), (2, T, 1), (3, P, 9), (8, V, 2), (1, T, 2), (17, V, 4)],
 ]
 BY_CHUNK = [[(8, V, shot) for shot in range(5)], [(17, V, 0), (3, V, 1), (9, V, 2)]]  # no text, each chunk a shot
 # The sizes of other tests, whose programs serve here too.
@@ -49,6 +38,7 @@ def moved(x, order):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.long_interpreted(SINGLE_SHOT, WINDOW, DENSE[1], BY_CHUNK)
 @pytest.mark.parametrize(
     ("own", "cfg"),
     [

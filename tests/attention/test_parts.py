@@ -19,7 +19,8 @@ REST = [cfg for cfg in COVERING if cfg not in SOME]
 
 def log_sum_exps(q, k, mask):
     """[B, H, N]: of every query's scores; -inf of those that see nothing."""
-    scores = np.einsum("bnhd,bmhd->bhnm", q, k, dtype=np.float64) / np.sqrt(q.shape[-1])
+    q, k = q.astype(np.float64), k.astype(np.float64)
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
     with np.errstate(divide="ignore"):
         return np.log(np.sum(np.where(mask, np.exp(scores), 0), axis=-1))
 
@@ -105,10 +106,11 @@ def test_shards_of_keys_make_the_whole(backend, cfg):
     for table, tokens, some_k, some_v in shards:
         final = dout, lse, delta_of(out, dout)
         for grads in gradients_in_parts(q, some_k, some_v, routes, *final, table, cfg, query_chunk, backend=backend):
-            dq = dq + grads[0].astype(jnp.float32)
+            some_dq, some_dk, some_dv = (np.asarray(x, np.float32) for x in grads)
+            dq = dq + some_dq
             for b, n in zip(*np.nonzero(tokens >= 0)):
-                dk[b, tokens[b, n]] += grads[1][b, n]
-                dv[b, tokens[b, n]] += grads[2][b, n]
+                dk[b, tokens[b, n]] += some_dk[b, n]
+                dv[b, tokens[b, n]] += some_dv[b, n]
     for got, want, which in zip((dq, dk, dv), oracle.moc_gradients(q, k, v, whole.mask, dout), ("dq", "dk", "dv")):
         assert_close(got, want, which, table=GRADIENT, dtype=dtype)
 

@@ -14,6 +14,7 @@ from moc_jax.attention.backends import Hopper, Reference, Tpu, Xla
 from moc_jax.attention.tilings import Kind, Tilings, Tuned, read_tilings, tiling_of, tilings_from_json, with_tiling
 from moc_jax.attention.xla import XlaTiling
 from moc_jax.commands import autotune as command
+from moc_jax.commands import sample, train
 from moc_jax.config import AttentionConfig, ConfigError
 from moc_jax.timing import Effort
 from tests.attention.configs import DENSE, MULTI_SHOT, WINDOW
@@ -97,6 +98,17 @@ def test_no_tilings_at_all_are_refused(text, tmp_path):
         tilings_from_json(text)
     with pytest.raises(ConfigError, match=r"attention.tilings = .*no.json: .*No such file"):
         routed_attention(AttentionConfig(tilings=str(tmp_path / "no.json")))
+
+
+def test_a_file_that_is_not_there_is_reported_first(tmp_path, capsys):
+    missing = ["--attention.tilings", str(tmp_path / "no.json")]
+    with pytest.raises(SystemExit) as exited:
+        train.main(["--config", "demo", "--workdir", str(tmp_path / "run"), *missing])
+    assert exited.value.code == 2
+    assert "no.json" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"attention.tilings = .*no.json"):
+        sample.main(["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "x.mp4"), *missing])
 
 
 def test_attention_of_a_model_takes_them(tmp_path):

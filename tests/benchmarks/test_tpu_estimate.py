@@ -2,12 +2,17 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import tpu_estimate
 from benchmarks.settings import SETTINGS
 from benchmarks.tables import estimate_parts_table, estimate_table
-from benchmarks.tpu import compiler, hlo, listing, turns
+from benchmarks.tpu import compiler, hlo, listing, walks
+from benchmarks.tpu.counting import Call, Turns, turns
+from benchmarks.tpu.real_sizes import SceneProgram
+from moc_jax.attention.pallas_tpu import tuning
+from moc_jax.attention.pallas_tpu.device import Chip
 from tests.benchmarks.test_tpu_schedule import _guarded, _listings, _schedule
 
 TEXT = """HloModule jit_run, is_scheduled=true
@@ -67,53 +72,79 @@ def test_a_schedule_knows_its_inner_loops():
 
 def test_cycles_of_a_walk():
     schedule = _schedule(alternative_cycles=(4500,), inner_cycles=(60, 700))  # tile 5000, step 5400, sometimes 400
-    walk = turns.Walk(tiles=10, steps=100, idle=20, others=(8, 30), other_steps=25)
-    assert turns.walk_cycles(schedule, walk) == 120 * 400 + 75 * 4500 + 8 * 60 + 30 * 700 + 10 * 400
+    walk = walks.Walk(tiles=10, steps=100, idle=20, others=(8, 30), other_steps=25)
+    assert walks.walk_cycles(schedule, walk) == 120 * 400 + 75 * 4500 + 8 * 60 + 30 * 700 + 10 * 400
     with pytest.raises(ValueError, match="2 inner loops"):
-        turns.walk_cycles(_schedule(), walk)
+        walks.walk_cycles(_schedule(), walk)
+
+
+SETTING = SETTINGS["multi_shot"].shrunk(50)
 
 
 @pytest.fixture(scope="module")
-def scene():
-    """A fiftieth of the reference scene."""
-    return turns.Scene(SETTINGS["multi_shot"].shrunk(50), heads=2, dim=128, chip="v5p")
+def counted():
+    """Turns of each kernel of a fiftieth of the reference scene, the first of its name."""
+    calls = walks.scene_calls(SceneProgram(setting=SETTING, heads=2), "forward", "v5p")
+    assert {call.times for call in calls} == {1}
+    return {call.name: turns(call) for call in reversed(calls)}
 
 
 @pytest.mark.parametrize("kernel", ["moc_forward_text", "moc_forward_anchors", "moc_forward_picks"])
-def test_walks_cover_all_pairs(scene, kernel):
-    found, tiling = turns.walk(kernel, scene), scene.blocks
-    tiling = {"t": tiling.text, "a": tiling.anchors, "p": tiling.picks}[kernel.split("_")[2][0]]
-    shape, setting = scene.setting.shape, scene.setting
-    video = setting.frames * setting.frame_tokens
+def test_walks_cover_all_pairs(counted, kernel):
+    blocks = tuning.blocks(SETTING.moc, SETTING.table(), 128, jnp.bfloat16, Chip("v5p"))
+    found, tiling = walks.walk(kernel, counted[kernel]), getattr(blocks, kernel.split("_")[2])
+    video, shape = SETTING.frames * SETTING.frame_tokens, SETTING.shape
     pairs = {
-        "moc_forward_text": setting.caption * (shape.tokens + setting.shots * (video + shape.text_tokens)),
-        "moc_forward_anchors": setting.shots * video * (video + shape.text_tokens),
-        "moc_forward_picks": int((scene.routes >= 0).sum()) * video // 18,
+        "moc_forward_text": SETTING.caption * (shape.tokens + SETTING.shots * (video + shape.text_tokens)),
+        "moc_forward_anchors": SETTING.shots * video * (video + shape.text_tokens),
+        "moc_forward_picks": int((walks.random_routes(SETTING, 128) >= 0).sum()) * video // 18,
     }[kernel]
     computed = found.steps * tiling.queries * tiling.keys
     assert computed >= 2 * pairs
-    segments = {"moc_forward_text": setting.shots + 1, "moc_forward_anchors": setting.shots}
+    segments = {"moc_forward_text": SETTING.shots + 1, "moc_forward_anchors": SETTING.shots}
     if kernel in segments:  # each within a tile
         assert found.tiles == 2 * segments[kernel]
     assert 0 <= found.other_steps <= found.steps
     assert found.tiles <= found.steps
 
 
-def test_picks_come_from_earlier_shots(scene):
-    setting = scene.setting
-    picked = (scene.routes >= 0).sum(axis=1)
-    video = setting.frames * setting.frame_tokens
-    assert picked.sum() == setting.moc.top_k * video * (setting.shots - 1)
-    assert scene.runs.sum() >= picked.sum()
-    assert scene.groups == 1
+def test_picks_come_from_earlier_shots(counted):
+    routes = walks.random_routes(SETTING, 128)
+    video = SETTING.frames * SETTING.frame_tokens
+    assert (routes >= 0).sum() == SETTING.moc.top_k * video * (SETTING.shots - 1)
 
 
-def test_unknown_kernels_and_other_loops_are_refused(scene):
+def test_loops_are_counted_by_the_kernels_own_code(counted):
+    """Of two heads and two spans of 8192 rows, whose second reaches beyond the queries."""
+    chunks, spans = SETTING.table().kind.shape[1], 2
+    spread, merge = counted["moc_spread"], counted["moc_merge"]
+    rows = spread.branches[2] * 512 // 16  # of steps with pairs, in groups of 16
+    tails, runs = 2 * chunks, 2 * spans * chunks
+    assert (spread.grid, spread.loops[:3], spread.loops[4:]) == (64, [tails, runs, rows], [runs, tails])
+    assert merge.loops[:2] == [tails, runs - tails]  # of the first span, and of the next ones while one is worked on
+    assert 0 < spread.branches[2] <= 64
+
+
+def test_what_the_compiler_did_without_does_not_count():
+    found = Turns(grid=9, loops=[7, 100, 0, 3], optional=[True, False, False, True], branches=[])
+    assert found.of_loops(4) == [7, 100, 0, 3]
+    assert found.of_loops(2) == [100, 0]
+    assert found.of_loops(1) == [100]
+    with pytest.raises(ValueError, match="0 loops, but 1 of the kernel's"):
+        found.of_loops(0)
+
+
+def test_other_loops_and_kernels_are_refused(counted):
     listings = _listings(("LB: > { a }", 1), ("  : > { b }", 1))
-    with pytest.raises(ValueError, match=r"moc_other: known are .*moc_router"):
-        turns.cycles("moc_other.3", scene, *listings, 32)
-    with pytest.raises(ValueError, match="moc_merge has 1 loops, but 6"):
-        turns.cycles("moc_merge.1.refs_0_", scene, *listings, 32)
+    with pytest.raises(ValueError, match="kernel moc_merge: 0 loops, but 5"):
+        walks.cycles("moc_merge", counted["moc_merge"], *listings, 32)
+    call = Call({"name": "moc_move"}, [], 1)
+    assert list(tpu_estimate.pair(["moc_move.11.refs", "moc_move.2"], [call] * 2)) == [
+        ("moc_move.2", call),
+        ("moc_move.11.refs", call),
+    ]
+    with pytest.raises(ValueError, match="moc_move: 1 calls are traced"):
+        list(tpu_estimate.pair(["moc_move.1", "moc_move.2"], [call]))
 
 
 def test_splash_at_its_best(tmp_path):

@@ -204,7 +204,8 @@ def test_cost():
     cycles = steps * 400 + (steps - partial) * 5000 + partial * 4 * 40 + parts * 2600 + tiles * 400
     idle = found.scene_per_pairs * 8 * 22_500 * 23_004 / 2**20 - cycles
     assert 0 <= idle <= 400 * 23 * 30  # steps of tiles that no shot needs, and of rows beyond them
-    assert cost("v5p", "picks", "forward", blocks, _schedule()).step_per_pairs == 5800  # initialised in every step
+    schedule = _schedule(inner_cycles=(40, 2600))
+    assert cost("v5p", "picks", "forward", blocks, schedule).step_per_pairs == 5800  # initialised in every step
 
 
 def test_transfers_that_take_longer_than_the_tile_are_not_hidden():

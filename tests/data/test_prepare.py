@@ -469,6 +469,19 @@ def test_the_codec_is_measured_on_what_it_encodes(tmp_path):
     assert prepare(cfg).codec_psnr == manifest.codec_psnr == load_manifest(manifest.folder).codec_psnr
 
 
+def test_many_shots_are_measured_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr("moc_jax.data.encode._ALL", 3)
+    monkeypatch.setattr("moc_jax.data.encode._ONE_IN", 4)
+    videos = make_videos(tmp_path, a=(5,) * 9)
+    (videos / "a.yaml").write_text(f"cuts: {[round(5 * k / 12, 3) for k in range(1, 9)]}")
+    decoded, decode = [], PCACodec.decode
+    monkeypatch.setattr(PCACodec, "decode", lambda self, latents: decoded.append(len(latents)) or decode(self, latents))
+    manifest = prepare(small_config(tmp_path))
+    assert manifest.counts["shots"] == 9
+    assert len(decoded) == 5  # the first three, the fourth and the eighth
+    assert manifest.codec_psnr.keys() == {"train"}
+
+
 def test_long_shots_are_measured_in_part(tmp_path, monkeypatch):
     make_videos(tmp_path, a=(50,))
     decoded, decode = [], PCACodec.decode

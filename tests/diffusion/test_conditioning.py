@@ -11,6 +11,7 @@ from moc_jax.config import DiffusionConfig, SampleConfig
 from moc_jax.diffusion import conditioning, process, samplers
 from moc_jax.diffusion.conditioning import Known
 from moc_jax.scene import Scene, SceneLengths
+from tests.diffusion.in_one import sample_scene
 
 SHOTS = np.array([[3, 1, 2], [2, 4, 0]])  # 6 frames each in a bucket of 8
 FRAMES, SIZE = 8, (2, 3, 4)
@@ -61,7 +62,7 @@ def run(known, *, function=velocity_fn, noise=NOISE, history=HISTORY, lengths=No
     cfg = SampleConfig(**{"steps": STEPS, "shift": 3.0, "solver": "unipc", "history_noise": 0.3} | settings)
     lengths = make_lengths() if lengths is None else lengths
     wrapped, calls = recorded(function)
-    z_0 = np.asarray(conditioning.sample_scene(wrapped, noise, history, known, lengths, cfg))
+    z_0 = np.asarray(sample_scene(wrapped, noise, history, known, lengths, cfg))
     jax.effects_barrier()
     return z_0, calls, samplers.grid_of(cfg)
 
@@ -173,7 +174,7 @@ def test_one_compilation_for_all_lengths_and_all_that_is_known():
             return velocity_fn(z, t)
 
         cfg = SampleConfig(steps=3, order="shots")
-        return conditioning.sample_scene(function, NOISE, HISTORY, known, lengths, cfg)
+        return sample_scene(function, NOISE, HISTORY, known, lengths, cfg)
 
     sample(make_known(), make_lengths())
     sample(make_known(shots=[(0,), (1,)], first_frames=[(1,), ()]), make_lengths(np.array([[1, 5, 2], [8, 0, 0]])))

@@ -1,6 +1,7 @@
 """From storyboards to frames with a small model of random weights: the same bytes, and nothing from elsewhere."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from moc_jax.config import BucketConfig, CodecConfig, ConfigError, MeshConfig
 from moc_jax.cuts import chunk_table_from
 from moc_jax.data.manifest import SceneEntry, ShotEntry
 from moc_jax.data.video import write_video
-from moc_jax.diffusion.conditioning import sample_scene
 from moc_jax.sampling.generate import Sampler, SamplingError, _noises, routing_shares
 from moc_jax.sampling.scenes import make_request, scene_storyboard
 from moc_jax.sampling.storyboard import StoryboardError
@@ -21,6 +21,7 @@ from moc_jax.scene import GLOBAL, TEXT, VIDEO
 from moc_jax.sharding import make_mesh
 from moc_jax.signals import Interrupted
 from moc_jax.text import build_text_encoder
+from tests.diffusion.in_one import sample_scene
 from tests.sampling.worlds import (
     BUCKET,
     CONFIG,
@@ -247,10 +248,26 @@ def test_nan_is_no_video():
         run(TWO, params=huge)
 
 
-def test_progress_counts_every_call_of_the_model(capfd):
+def test_too_little_memory_for_the_weights_names_what_needs_less(monkeypatch):
+    def hungry(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 68719476736 bytes."
+        )
+
+    monkeypatch.setattr(jax, "device_put", hungry)
+    with jax.set_mesh(make_mesh(MeshConfig())), pytest.raises(SamplingError) as caught:
+        Sampler(CONFIG, make_codec()).placed(make_params())
+    assert str(caught.value).startswith("the devices' memory is too small for the weights: 64 GiB were asked for")
+    assert "model.dtype bfloat16 (now float32)" in str(caught.value)
+
+
+def test_progress_counts_every_call_of_the_model(monkeypatch, capfd):
+    monkeypatch.setattr("moc_jax.progress.EVERY", 0.01)
     sampler = Sampler(IN_TURN, make_codec(), progress=True)
     sampler(make_params(), [TWO], bucket=BUCKET)
-    assert "6/6" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert re.search(r"^sampling: 6 of 6 steps in \d\d:\d\d$", shown, re.MULTILINE)
+    assert "\r" not in shown
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -3,8 +3,10 @@
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
+import yaml
 
 from moc_jax.sampling.storyboard import (
     Shot,
@@ -13,7 +15,6 @@ from moc_jax.sampling.storyboard import (
     frames_of,
     load_storyboard,
     parse_storyboard,
-    storyboard_text,
 )
 
 GOOD = """
@@ -48,6 +49,17 @@ def write(folder, text):
     file = folder / "scene.yaml"
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def storyboard_text(board):
+    """The YAML file that describes `board`."""
+
+    def present(value):
+        return {k: str(v) if isinstance(v, Path) else v for k, v in vars(value).items() if v is not None}
+
+    content = {**present(board), "shots": [present(shot) for shot in board.shots]}
+    del content["name"]
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 
 def test_a_good_storyboard(folder):

@@ -52,8 +52,8 @@ def test_a_bar_that_cannot_be_closed_loses_no_log(tmp_path):
     """As when the terminal is gone."""
     metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
     metrics.write(1, {"loss": 1.0})
-    metrics._bar.close()
-    metrics._bar = types.SimpleNamespace(close=lambda: 1 // 0)
+    metrics._progress.close()
+    metrics._progress = types.SimpleNamespace(close=lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         metrics.close()
     assert metrics._file.closed

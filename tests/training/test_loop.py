@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 
 import jax
@@ -35,7 +36,10 @@ def steps_saved(tmp_path):
     return sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_a_run_writes_everything_and_a_second_one_has_nothing_to_do(start, prepared_config, tmp_path, capsys):
+def test_a_run_writes_everything_and_a_second_one_has_nothing_to_do(
+    start, prepared_config, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("moc_jax.progress.EVERY", 0.1)
     previews = []
 
     def preview(params, step):
@@ -62,7 +66,8 @@ def test_a_run_writes_everything_and_a_second_one_has_nothing_to_do(start, prepa
     assert out.count("compiled the step") == 2  # one per stage; validation and previews bring no other
     for told in ("parameters", "2 training and 1 held-out scenes", "chunks of 2 frames", "chunks of 1 frames", "FLOP"):
         assert told in out, told
-    assert "step/s" in err
+    assert re.search(r"^training: 6 of 6 steps in [\d:]+, loss \d\.\d{4}$", err, re.MULTILINE)
+    assert "\r" not in out + err
     assert "loss=" in err
 
     assert start(preview, train=settings) == rows

@@ -129,6 +129,7 @@ class _Work:
 def _prepared(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper, anchors=True):
     """q, k and v as kernels take them, and what is walked: picks if there are `routes`, and anchors."""
     device.check(backend, q, k, v)
+    device.check_order(queries, table)
     # Blocks start at multiples of 8, and text is cut into whole tiles; what is added belongs to no chunk.
     rows = max(round_up(q.shape[1], ALIGN), TILE)
     tokens = max(round_up(k.shape[1], ALIGN), round_up(table.text_tokens, TILE), TILE)
@@ -232,8 +233,8 @@ def _gradients(q, k, v, work: _Work, d_out, lse, delta, backend: Hopper):
                 k,
                 v,
                 take_rows(d_out, rows, heads),
-                _take_scalars(lse, rows, heads),
-                _take_scalars(delta, rows, heads),
+                _picked(lse, rows, heads.first, heads.count),
+                _picked(delta, rows, heads.first, heads.count),
                 heads.operand,
                 sorted_rows=True,
             )
@@ -273,17 +274,16 @@ class Part(NamedTuple):
     first_head: Array | int  # of the group, among the heads of `rows`
     lse: Array | None = None  # [B, _, R]
 
-
-def _flat(index, first_head, length: int, shape):
-    """Row `index` of each scene and head [B, H, N] in an array whose scenes, heads and rows are one axis."""
-    batch, count, heads = shape
-    scene = jnp.arange(batch)[:, None, None] * heads
-    return (scene + first_head + jnp.arange(count)[None, :, None]) * length + index
+    def picked(self, heads: int) -> Float32[Array, "B H N D"]:
+        """The rows of each query (or key)."""
+        return _picked(self.rows, self.row, self.first_head, heads).astype(jnp.float32)
 
 
-def _pick(x, part: Part, heads: int):
+def _picked(x, row, first_head, heads: int):
+    """Rows `row` [B, heads, ...] of x [B, _, R, ...], each head its own, from `first_head` on."""
     batch, held, length = x.shape[:3]
-    index = _flat(jnp.maximum(part.row, 0), part.first_head, length, (batch, heads, held))
+    head = jnp.arange(batch)[:, None, None] * held + first_head + jnp.arange(heads)[None, :, None]
+    index = head * length + jnp.maximum(row, 0)
     return x.reshape(batch * held * length, *x.shape[3:]).at[index].get(mode="promise_in_bounds")
 
 
@@ -299,15 +299,9 @@ def take_rows(x: Float[Array, "B Q _ D"], rows: Int[Array, "B H J"], heads: Head
     return lax.bitcast_convert_type(taken, x.dtype).reshape(*index.shape, dim)
 
 
-def _take_scalars(x, rows, heads: Heads) -> Float[Array, "B H J"]:
-    """Values [B, H, J] of x [B, H, N]."""
-    batch, held, tokens = x.shape
-    return x.reshape(-1).at[_flat(rows, heads.first, tokens, (batch, heads.count, held))].get(mode="promise_in_bounds")
-
-
 def merge(parts: list[Part], heads: int, dtype):
     """One softmax over all parts: output [B, N, heads, D], base-2 log-sum-exp [B, heads, N]; 0 and -inf for none."""
-    lses = [jnp.where(part.there, _pick(part.lse, part, heads), -jnp.inf) for part in parts]
+    lses = [jnp.where(part.there, _picked(part.lse, part.row, part.first_head, heads), -jnp.inf) for part in parts]
     largest = functools.reduce(jnp.maximum, lses)
     base = jnp.where(jnp.isfinite(largest), largest, 0.0)
     weights = [jnp.exp2(lse - base) for lse in lses]
@@ -315,7 +309,7 @@ def merge(parts: list[Part], heads: int, dtype):
     share = 1 / jnp.where(total == 0, 1.0, total)  # a NaN stays one
     shares = [
         # Rows of nobody may hold anything, so they are left out and not multiplied by 0.
-        jnp.where((w != 0)[..., None], _pick(part.rows, part, heads).astype(jnp.float32) * (w * share)[..., None], 0.0)
+        jnp.where((w != 0)[..., None], part.picked(heads) * (w * share)[..., None], 0.0)
         for part, w in zip(parts, weights, strict=True)
     ]
     out = functools.reduce(jnp.add, shares)
@@ -325,7 +319,7 @@ def merge(parts: list[Part], heads: int, dtype):
 
 def _sum(parts: list[Part], heads: int) -> Float[Array, "B N H D"]:
     """The float32 sum of all parts; 0 where there are none."""
-    rows = [jnp.where(part.there[..., None], _pick(part.rows, part, heads).astype(jnp.float32), 0.0) for part in parts]
+    rows = [jnp.where(part.there[..., None], part.picked(heads), 0.0) for part in parts]
     return functools.reduce(jnp.add, rows).swapaxes(1, 2)
 
 

@@ -6,8 +6,11 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moc_jax.shapes import Array
+from moc_jax.attention.layout import Queries
+from moc_jax.scene import ChunkTable
+from moc_jax.shapes import Array, concrete
 
 HEAD_DIMS = (64, 128)
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -41,6 +44,10 @@ class HopperTiling:
     key_gradients: KernelTiling = KernelTiling(block=64, buffers=1, compute_registers=240, copy_registers=24)
     group_bytes: int = 2**30  # of one buffer of sorted rows; more heads come in groups, one after the other
     text_readers: int = 2048  # that a tile of text's keys takes in one go, about
+
+    def __post_init__(self):
+        if self.group_bytes < 1 or self.text_readers < 1:
+            raise ValueError(f"{self}: group_bytes and text_readers are at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,3 +105,19 @@ def check(backend: Hopper, q: Array, *others: Array) -> None:
             f'backend "pallas_gpu" knows bfloat16 and float16 and head dimensions {HEAD_DIMS}, not {types} with '
             f'{q.shape[-1]}; cast to bfloat16, or use backend="xla"'
         )
+
+
+def check_order(queries: Queries, table: ChunkTable) -> None:
+    """Raises NotImplementedError where the query tokens are known not to be in the table's order.
+
+    Keys' gradients walk their readers as runs of rows, which they are in that order.
+    """
+    chunk_of, start = concrete(queries.chunk_of), concrete(table.start)
+    if chunk_of is None or start is None:
+        return
+    for b, of in enumerate(chunk_of):
+        if (np.diff(start[b][of[of >= 0]]) < 0).any():
+            raise NotImplementedError(
+                f"query tokens of scene {b} are not in the order of the chunk table's tokens, which backend "
+                '"pallas_gpu" needs; sort them, or use backend="xla"'
+            )

@@ -243,7 +243,7 @@ def _anchors(queries, keys, values, tiles: OrderedTiles, static: _Static):
     run = functools.partial(flash.forward, queries, keys, values, mean_keys=static.anchor_keys, chip=static.chip)
     found: Any = None
     if order.rows > order.text_rows:
-        first_tile = order.text_rows // blocks.queries
+        first_tile = order.text_rows // blocks.anchors.queries
         tiling = blocks.anchors
         found = run(tiles.video, first_head, first_tile=first_tile, tiling=tiling, name="moc_forward_anchors")
     if order.text_rows:

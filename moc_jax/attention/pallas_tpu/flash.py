@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_tpu import packing
@@ -89,7 +90,7 @@ class _Job:
     heads: int
     single: bool  # every tile has at most one block
     packed: bool
-    dtype: Any
+    dtype: DTypeLike
 
     @property
     def precision(self):
@@ -107,13 +108,13 @@ class _Job:
 
 class _Refs(NamedTuple):
     # prefetched
-    table_smem: Any  # for each run blocks up to its end, begin, end
+    table_smem: jax.Ref  # for each run blocks up to its end, begin, end
     # inputs
-    q_vmem: Any
-    k_vmem: Any
-    v_vmem: Any
+    q_vmem: jax.Ref
+    k_vmem: jax.Ref
+    v_vmem: jax.Ref
     # outputs
-    out_vmem: Any
+    out_vmem: jax.Ref
     lse_vmem: Any
     # scratch
     reference_vmem: Any  # [queries, lanes]; all lanes of a row are equal

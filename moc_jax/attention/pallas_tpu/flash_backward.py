@@ -25,13 +25,14 @@ out; 8 n D in and 4 n D out where dq accumulates, 1.5 MB for 1024 x 128 beside 1
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_tpu.device import ROWS, Chip
@@ -74,7 +75,7 @@ def gradients(
     chip: Chip,
     accumulate: bool,
     pairs: int | None = None,
-    d_q_type: Any = None,
+    d_q_type: DTypeLike | None = None,
     name: str = "moc_gradients",
 ) -> tuple[Float[Array, "B Hq Nq D"], Float[Array, "B Hq R D"], Float[Array, "B Hq R D"]]:
     """dq of the queries, and dk and dv of each tile's rows, R = tiles * rows.
@@ -98,8 +99,20 @@ def gradients(
     Returns:
         dq, dk, dv. Row r of tile g is row r of the keys that it loads; 0 where it is not one of the tile's keys.
     """
-    job = Job.of(q, k, tiles, rows=rows, tiling=tiling, accumulate=accumulate)
-    job.check()
+    batch, heads, queries, dim = q.shape
+    job = Job(
+        batch=batch,
+        heads=heads,
+        tiles=tiles.count,
+        runs=(tiles.table.shape[3] - 3) // 2,
+        shared=tiles.table.shape[1] != heads,
+        queries=queries,
+        dim=dim,
+        dtype=k.dtype,
+        rows=rows,
+        tiling=tiling,
+        accumulate=accumulate,
+    )
     operands = [q, d_out, jnp.stack([lse, delta], axis=2), k, v]
     d_q_type = jnp.float32 if accumulate else d_q_type or q.dtype
     if accumulate:
@@ -135,30 +148,12 @@ class Job:
     shared: bool  # by all heads: the table
     queries: int
     dim: int
-    dtype: Any
+    dtype: DTypeLike
     rows: int
     tiling: GradientTiling
     accumulate: bool
 
-    @classmethod
-    def of(cls, q: Array, k: Array, tiles: Tiles, *, rows: int, tiling: GradientTiling, accumulate: bool) -> "Job":
-        batch, heads, queries, dim = q.shape
-        return cls(
-            batch=batch,
-            heads=heads,
-            tiles=tiles.count,
-            runs=(tiles.table.shape[3] - 3) // 2,
-            shared=tiles.table.shape[1] != heads,
-            queries=queries,
-            dim=dim,
-            dtype=k.dtype,
-            rows=rows,
-            tiling=tiling,
-            accumulate=accumulate,
-        )
-
-    def check(self) -> None:
-        """Raises ValueError where sizes don't fit together."""
+    def __post_init__(self):
         if self.queries % self.tiling.block:
             raise ValueError(f"{self.queries} queries are not a multiple of the {self.tiling.block} of a step")
         if self.rows % self.tiling.at_once:
@@ -250,7 +245,7 @@ def _specs(job: Job) -> _Specs:
     return _Specs(inputs + [hbm] * job.accumulate, (hbm, tile_spec, tile_spec))
 
 
-def _scratch(job: Job, d_q_type) -> list[Any]:
+def _scratch(job: Job, d_q_type) -> list[pl.MemoryRef]:
     block, dim = job.tiling.block, job.dim
     tile = pltpu.VMEM((job.rows, dim), job.dtype)
     total = pltpu.VMEM((dim, job.rows) if job.tiling.transposed else (job.rows, dim), jnp.float32)
@@ -269,28 +264,28 @@ def _scratch(job: Job, d_q_type) -> list[Any]:
 
 class _Refs(NamedTuple):
     # prefetched
-    table_smem: Any
-    first_head_smem: Any
+    table_smem: jax.Ref
+    first_head_smem: jax.Ref
     # inputs
-    q_vmem: Any
-    d_out_vmem: Any
-    rows_vmem: Any  # log-sum-exp, delta
-    k_vmem: Any
-    v_vmem: Any
+    q_vmem: jax.Ref
+    d_out_vmem: jax.Ref
+    rows_vmem: jax.Ref  # log-sum-exp, delta
+    k_vmem: jax.Ref
+    v_vmem: jax.Ref
     # outputs
-    d_q_hbm: Any
-    d_k_vmem: Any
-    d_v_vmem: Any
+    d_q_hbm: jax.Ref
+    d_k_vmem: jax.Ref
+    d_v_vmem: jax.Ref
     # scratch
-    keys_vmem: Any  # k and v with zeros
-    values_vmem: Any
-    d_k_sum_vmem: Any
-    d_v_sum_vmem: Any
-    d_q_sum_vmem: Any  # of this step
-    before_vmem: Any  # of the tiles before
-    d_q_vmem: Any  # on its way out
-    leaving_smem: Any  # the block that is, or _NONE
-    semaphores: Any  # in, out
+    keys_vmem: jax.Ref  # k and v with zeros
+    values_vmem: jax.Ref
+    d_k_sum_vmem: jax.Ref
+    d_v_sum_vmem: jax.Ref
+    d_q_sum_vmem: jax.Ref  # of this step
+    before_vmem: jax.Ref  # of the tiles before
+    d_q_vmem: jax.Ref  # on its way out
+    leaving_smem: jax.Ref  # the block that is, or _NONE
+    semaphores: jax.Ref  # in, out
 
 
 def _kernel(*all_refs, job: Job):
@@ -375,9 +370,8 @@ def _step(refs: _Refs, job: Job, scene, head, line, step):
     lse = refs.rows_vmem[0:1]
     counts = (column >= begin) & (column < end) & (lse < jnp.inf)
     lse, delta = jnp.where(counts, lse, jnp.inf), jnp.where(counts, refs.rows_vmem[1:2], 0.0)
-    add_keys = _add_keys_transposed if job.tiling.transposed else _add_keys
     for first in range(0, job.rows, job.tiling.at_once):
-        d_q = add_keys(refs, job, lse, delta, pl.ds(first, job.tiling.at_once))
+        d_q = _add_keys(refs, job, lse, delta, pl.ds(first, job.tiling.at_once))
         refs.d_q_sum_vmem[...] = d_q if first == 0 else refs.d_q_sum_vmem[...] + d_q
 
     pl.when(refs.leaving_smem[0] != _NONE)(functools.partial(_wait_left, refs, job))
@@ -393,21 +387,18 @@ def _step(refs: _Refs, job: Job, scene, head, line, step):
 def _add_keys(refs: _Refs, job: Job, lse, delta, keys):
     """Adds to dk and dv of some of the tile's keys; their part of dq, not scaled."""
     q, d_out, k, v = refs.q_vmem[...], refs.d_out_vmem[...], refs.keys_vmem[keys], refs.values_vmem[keys]
-    p = _weights(k, q, lse)
-    refs.d_v_sum_vmem[keys] += _product(p.astype(q.dtype), d_out, 1, 0)
-    d_s = (p * (_product(v, d_out, 1, 1) - delta)).astype(q.dtype)
-    refs.d_k_sum_vmem[keys] += _product(d_s, q, 1, 0)
-    return _product(d_s.T, k, 1, 0)
 
+    def add(total_vmem, weights, rows):
+        if job.tiling.transposed:  # into sums [D, keys]
+            total_vmem[:, keys] += _product(rows.T, weights, 1, 1)
+        else:
+            total_vmem[keys] += _product(weights, rows, 1, 0)
 
-def _add_keys_transposed(refs: _Refs, job: Job, lse, delta, keys):
-    """The same, into sums [D, keys]."""
-    q, d_out, k, v = refs.q_vmem[...], refs.d_out_vmem[...], refs.keys_vmem[keys], refs.values_vmem[keys]
     p = _weights(k, q, lse)
-    refs.d_v_sum_vmem[:, keys] += _product(d_out.T, p.astype(q.dtype), 1, 1)
+    add(refs.d_v_sum_vmem, p.astype(q.dtype), d_out)
     d_s = (p * (_product(v, d_out, 1, 1) - delta)).astype(q.dtype)
-    refs.d_k_sum_vmem[:, keys] += _product(q.T, d_s, 1, 1)
-    return _product(k.T, d_s, 1, 0).T
+    add(refs.d_k_sum_vmem, d_s, q)
+    return _product(k.T, d_s, 1, 0).T if job.tiling.transposed else _product(d_s.T, k, 1, 0)
 
 
 def _weights(k, q, lse):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from moc_jax.attention.layout import Heads, round_up
 from moc_jax.attention.pallas_tpu import packing
@@ -284,7 +285,7 @@ def merge(
     *,
     into: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
     dim: int,
-    dtype: Any,
+    dtype: DTypeLike,
     chip: Chip,
 ) -> tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]]:
     """One softmax over each query's pairs and anchors: output and base-2 log-sum-exp; 0 and -inf for neither.
@@ -326,7 +327,7 @@ def add(
     heads: Heads | None = None,
     *,
     into: Float[Array, "B H R D"] | None = None,
-    dtype: Any,
+    dtype: DTypeLike,
     chip: Chip,
 ) -> Float[Array, "B H R D"]:
     """The sum of each query's pairs and its anchors' row, for a group of heads; other heads are `into`'s."""

@@ -54,12 +54,6 @@ def tiling_of(tokens: int, top_k: int) -> ScanTiling:
     return ScanTiling(block=block if block <= unit else block // unit * unit)
 
 
-def can_select(cfg: MoCConfig) -> bool:
-    """Whether `select` can pick what `cfg` asks for: always."""
-    del cfg
-    return True
-
-
 @typed
 def select(
     q: Float[Array, "B Q H D"],
@@ -82,7 +76,7 @@ def select(
     Raises:
         NotImplementedError: q's type or D is none that the kernel can do.
     """
-    _check(q)
+    device.check(q, q, q)
     top_k = min(cfg.top_k, phi.shape[2])
     if top_k > _MOST_PICKS:
         return routing.select(q, phi, queries, table, cfg, block=_XLA_BLOCK)
@@ -100,14 +94,6 @@ def select(
         return jnp.swapaxes(found.reshape(*found.shape[:3], -1), 2, 3)[:, :, :tokens]
 
     return more_scenes(picks)(q, phi, queries, table)
-
-
-def _check(q):
-    if not device.can_do(q):
-        raise NotImplementedError(
-            f"q is {q.dtype} with heads of size {q.shape[-1]}; the routing kernel takes bfloat16 and float32 and "
-            "sizes up to 256: cast q, or use backend = xla"
-        )
 
 
 def _parts(phi, table, tiling, dtype):

@@ -44,7 +44,7 @@ class Blocks:
     span_step: int | None = None  # queries of a step of that
 
     def __post_init__(self):
-        sizes = (self.queries, self.gradient_queries, self.text_queries)
+        sizes = (self.anchors.queries, self.anchor_gradients.block, self.text.queries)
         if any(self.align % size for size in sizes):
             raise ValueError(f"{self}: of the blocks of ordered queries, {sizes}, each must divide the largest")
         if self.picks.queries % self.pick_gradients.block:
@@ -57,21 +57,9 @@ class Blocks:
                 raise ValueError(f"{self}: {tiling.at_once} keys at once must divide the {keys} of a tile")
 
     @property
-    def queries(self) -> int:
-        return self.anchors.queries
-
-    @property
-    def gradient_queries(self) -> int:
-        return self.anchor_gradients.block
-
-    @property
-    def text_queries(self) -> int:
-        return self.text.queries
-
-    @property
     def align(self) -> int:
         """Rows at whose multiples a segment's queries start."""
-        return max(self.queries, self.gradient_queries, self.text_queries)
+        return max(self.anchors.queries, self.anchor_gradients.block, self.text.queries)
 
     @property
     def most_keys(self) -> int:
@@ -82,7 +70,7 @@ class Blocks:
 
 def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype, chip: Chip) -> Blocks:
     """The sizes for a config on a chip."""
-    size, scene = _Size(dim, jnp.dtype(dtype).itemsize), _Scene.of(cfg, table)
+    size, scene = _Size(dim, jnp.dtype(dtype).itemsize), _Lengths.of(cfg, table)
     in_one = scene.chunk.length <= _MOST
     anchors = _forward(chip, "anchors", size, scene.segment, scene.anchors)
     picks = _forward(chip, "picks" if in_one else "anchors", size, scene.pickers, [scene.chunk])
@@ -105,7 +93,7 @@ def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype, chip: Chip) -> Bl
 
 def anchor_keys(cfg: MoCConfig, table: ChunkTable) -> int:
     """How many keys a video query's anchors have, about."""
-    return sum(run.length for run in _Scene.of(cfg, table).anchors)
+    return sum(run.length for run in _Lengths.of(cfg, table).anchors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +110,7 @@ class _Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scene:
+class _Lengths:
     """How long things are, as far as shapes tell."""
 
     segment: _Run  # queries that share their anchors
@@ -133,7 +121,7 @@ class _Scene:
     all: _Run
 
     @classmethod
-    def of(cls, cfg: MoCConfig, table: ChunkTable) -> "_Scene":
+    def of(cls, cfg: MoCConfig, table: ChunkTable) -> "_Lengths":
         """What a config makes of scenes of a table's shape."""
         tokens, chunks = table.chunk_of.shape[1], table.kind.shape[1]
         video = max(1, tokens - table.text_tokens)

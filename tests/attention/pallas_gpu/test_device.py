@@ -81,6 +81,16 @@ def test_programs_for_hopper_hold_the_kernels(cfg, sizes, forward):
 
 
 @off_gpu
+def test_a_shot_of_queries_takes_the_same_kernels():
+    """One shot's queries, of any length, over the keys of eight."""
+    traced = trace(gradients, SHOT, *MULTI_SHOT_SIZES[0], queries=22_501)
+    both = WITH_PICKS | {"moc_query_gradients": 2, "moc_key_gradients": 2}
+    assert kernels(traced.jaxpr.jaxpr) == both
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == sum(both.values())
+
+
+@off_gpu
 def test_the_count_sees_programs_without_kernels():
     assert not kernels(trace(gradients, MoCConfig(), 33_272, 22, 64, backend="xla").jaxpr.jaxpr)
 
@@ -114,6 +124,17 @@ def test_types_must_agree():
         api.moc_attention(q, k, v.astype(jnp.float16), table_of(PAIR), MoCConfig(top_k=0), backend=HOPPER)
 
 
+def test_queries_in_another_order_are_refused():
+    """Whose keys' readers are no runs: shots the other way round, video before text."""
+    table = table_of(PAIR)
+    x = shape(2, 64, 2, 64, dtype=jnp.bfloat16)
+    for key in (table.token_shot, table.token_kind):
+        query_chunk = jnp.take_along_axis(table.chunk_of, jnp.argsort(-key, axis=1), axis=1)
+        given = dict(table=table, cfg=MoCConfig(top_k=0), query_chunk=query_chunk, backend=HOPPER)
+        with pytest.raises(NotImplementedError, match=r"order of the chunk table.*backend=\"xla\""):
+            jax.eval_shape(functools.partial(api.moc_attention, **given), x, x, x)
+
+
 def test_the_target_is_part_of_what_jit_compiles_for():
     """One jitted function, two targets: two programs, without a state that jit can't see."""
     run = jax.jit(api.moc_attention, static_argnames=("cfg", "backend"))
@@ -132,6 +153,8 @@ def test_a_tiling_that_no_kernel_can_have_is_refused(fields):
         KernelTiling(**fields)
     with pytest.raises(ValueError, match="504 registers"):
         KernelTiling(compute_registers=240)
+    with pytest.raises(ValueError, match="group_bytes and text_readers are at least 1"):
+        HopperTiling(text_readers=0)
 
 
 @off_gpu

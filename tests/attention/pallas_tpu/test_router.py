@@ -142,8 +142,8 @@ def test_blocks_are_whole_registers(sizes):
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "top_k", "message"),
     [
-        (jnp.float16, 64, 2, "q is float16"),
-        (jnp.bfloat16, 272, 2, "heads of size 272"),
+        (jnp.float16, 64, 2, "not q float16"),
+        (jnp.bfloat16, 272, 2, "up to 256.* with 272"),
     ],
 )
 def test_what_the_kernel_cannot_do_is_refused(dtype, head_dim, top_k, message):
