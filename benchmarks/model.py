@@ -29,6 +29,7 @@ from flax import nnx
 from benchmarks import results
 from benchmarks.measure import Effort, Memory, Program, Timing, dense_attention, dense_implementation, time_launches
 from benchmarks.tables import model_tables
+from moc_jax import models
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import SceneAttention, routed_attention
 from moc_jax.attention.backends import resolve
@@ -36,22 +37,22 @@ from moc_jax.config import (
     AttentionConfig,
     ChunkConfig,
     Config,
+    HashConfig,
     MeshConfig,
+    MMDiTConfig,
     MoCConfig,
     ModelConfig,
-    TextConfig,
     TrainConfig,
 )
 from moc_jax.diffusion.samplers import sigmas, solve
-from moc_jax.models import mmdit
-from moc_jax.models.presets import matrix_flops, parameter_count
+from moc_jax.models import matrix_flops, parameter_count
 from moc_jax.scene import Scene, SceneLengths, chunk_table
 from moc_jax.sharding import make_mesh
 from moc_jax.training.state import TrainState, create_state, make_blueprint
 from moc_jax.training.step import make_train_step
 
 # Wan 2.1 1.3B: 30 layers, 12 heads of 128, MLPs of 8960, umT5's embeddings (arXiv 2503.20314, table 2).
-WAN_1_3B = ModelConfig(dim=1536, depth=30, heads=12, mlp_ratio=8960 / 1536, text_dim=4096)
+WAN_1_3B = MMDiTConfig(dim=1536, depth=30, heads=12, mlp_ratio=8960 / 1536, text_dim=4096)
 _STEPS, _SHIFT = 50, 5.0  # the grid that the denoising step is the first of
 
 StepName = Literal["denoising", "training"]
@@ -97,7 +98,7 @@ def measure(args: Arguments) -> dict[str, Any]:
         model=args.model,
         moc=args.moc,
         attention=args.attention,
-        text=TextConfig(dim=args.model.text_dim),
+        text=HashConfig(dim=args.model.text_dim),
         train=TrainConfig(ema_decay=0.0),
     )
     scene = make_scene(args)
@@ -133,7 +134,7 @@ def denoising(
     config: Config, attention: SceneAttention, state: TrainState, scene: Scene, effort: Effort
 ) -> tuple[Timing, Memory]:
     """One Euler step from pure noise, without guidance."""
-    graph = mmdit.abstract_model(config.model)[0]
+    graph = models.abstract(config.model)[0]
     levels = sigmas(_STEPS, _SHIFT, "diffusers-euler")[:2]
 
     @jax.jit
@@ -190,7 +191,7 @@ def _fitting(lowered: jax.stages.Lowered, model: ModelConfig) -> Program:
 
 def _describe(args: Arguments, scene: Scene) -> dict[str, Any]:
     model = args.model
-    shape, lengths = mmdit.scene_shape(model, scene.video.shape, scene.text.shape, scene.lengths)
+    shape, lengths = models.scene_shape(model, scene.video.shape, scene.text.shape, scene.lengths)
     cost = account(chunk_table(lengths, shape, args.moc.chunk), args.moc, model.head_dim)
     matrices = matrix_flops(model, shape.text_tokens, shape.video_tokens)
     heads = model.depth * model.heads

@@ -17,24 +17,24 @@ import dataclasses
 
 from moc_jax.config import (
     ChunkConfig,
-    CodecConfig,
     Config,
     DataConfig,
     DiffusionConfig,
+    HashConfig,
     MoCConfig,
     OptimizerConfig,
+    PcaConfig,
     SampleConfig,
-    TextConfig,
     TrainConfig,
 )
-from moc_jax.models.presets import PRESETS
+from moc_jax.config.presets import PRESETS
 
 config = Config(
     workdir="out/demo",
     moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=2), top_k=3),
     model=dataclasses.replace(PRESETS["demo"], latent_channels=32, text_dim=128),
-    codec=CodecConfig(channels=32),
-    text=TextConfig(dim=128),
+    codec=PcaConfig(channels=32),
+    text=HashConfig(dim=128),
     data=DataConfig(
         source=("cache/demo",),
         cache="cache/demo-latents",

@@ -9,7 +9,7 @@ The published schedule: 20 000 iterations at a learning rate of 9e-5, after sing
 """
 
 from moc_jax.config import ChunkConfig, ChunkStage, Config, DataConfig, MeshConfig, MoCConfig, TrainConfig
-from moc_jax.models.presets import PRESETS
+from moc_jax.config.presets import PRESETS
 
 config = Config(
     workdir="runs/multi_shot",

@@ -9,14 +9,14 @@ Shots longer than 8 seconds are cut off (`--data.max-shot-frames`). Look at `run
 not sharpen wants more steps, noise wants a lower learning rate.
 """
 
-from moc_jax.config import ChunkConfig, CodecConfig, Config, DataConfig, MoCConfig, OptimizerConfig, TrainConfig
-from moc_jax.models.presets import PRESETS
+from moc_jax.config import ChunkConfig, Config, DataConfig, MoCConfig, OptimizerConfig, PcaConfig, TrainConfig
+from moc_jax.config.presets import PRESETS
 
 config = Config(
     workdir="runs/own_videos",
     moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=2), top_k=4),
     model=PRESETS["small"],
-    codec=CodecConfig(channels=16),
+    codec=PcaConfig(channels=16),
     data=DataConfig(height=96, width=160, fps=12, min_shot_frames=5, max_shot_frames=97, shots_per_scene=8),
     optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine", warmup_steps=500),
     train=TrainConfig(steps=20_000, batch_size=4, checkpoint_every=1_000, keep_every=5_000, preview_every=1_000),

@@ -9,7 +9,7 @@ The published schedule: 10 000 iterations at a learning rate of 9e-5, before mul
 """
 
 from moc_jax.config import ChunkConfig, Config, DataConfig, MoCConfig, TrainConfig
-from moc_jax.models.presets import PRESETS
+from moc_jax.config.presets import PRESETS
 
 config = Config(
     workdir="runs/single_shot",

@@ -10,7 +10,7 @@ text encoder; Wan's weights do not load into it.
 import dataclasses
 
 from moc_jax.config import ChunkConfig, Config, DataConfig, DiffusionConfig, MeshConfig, MoCConfig, TrainConfig
-from moc_jax.models.presets import PRESETS
+from moc_jax.config.presets import PRESETS
 
 config = Config(
     workdir="runs/wan_480p",

@@ -26,7 +26,10 @@ from etils import epath
 from flax import nnx
 
 import moc_jax
+from moc_jax import models
 from moc_jax.checkpoint_layout import (
+    FATAL,
+    FORMAT,
     CheckpointError,
     Meta,
     absolute,
@@ -34,18 +37,17 @@ from moc_jax.checkpoint_layout import (
     damaged_in,
     foreign_in,
     free_aside,
+    newest_readable,
     own_data_state,
     parse_meta,
     shapes_of,
-    step_of,
     steps_in,
     unfinished_in,
 )
-from moc_jax.config import Config, ConfigError, TrainConfig
+from moc_jax.config import Config, TrainConfig
 from moc_jax.config_json import config_to_json
 from moc_jax.digest import array_digest, text_digest, tree_digests
 from moc_jax.errors import disk_full, out_of_memory
-from moc_jax.models.mmdit import MMDiT, abstract_model
 from moc_jax.processes import attempt, gather, sync
 
 try:  # public since orbax-checkpoint 0.13; the same API under its older name before
@@ -57,9 +59,6 @@ except ImportError:
 def _not_reported_twice(record: logging.LogRecord) -> bool:
     """Orbax logs every error of its threads with a traceback, and raises it as well: it is reported once, in words."""
     return record.levelno < logging.ERROR or not ("orbax" in record.pathname or "orbax" in record.getMessage())
-
-
-_FATAL = CheckpointError, ConfigError  # an older checkpoint would not be better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +81,9 @@ class Checkpoint:
     codec_state: dict[str, np.ndarray]
     step: int
 
-    def model(self) -> MMDiT:
+    def model(self) -> models.VideoModel:
         """The transformer with these weights."""
-        return nnx.merge(abstract_model(self.config.model)[0], self.params)
+        return nnx.merge(models.abstract(self.config.model)[0], self.params)
 
 
 # ------------------------------------------------------------------------------------------------ a run's checkpoints
@@ -147,6 +146,7 @@ class Checkpoints:
         self.wait()
         codec_state = {name: np.asarray(array) for name, array in codec_state.items()}
         body = {
+            "format": FORMAT,
             "step": step,
             "config": config_to_json(config),
             "data": gather(json.dumps(data_state)),
@@ -157,7 +157,8 @@ class Checkpoints:
             | {name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint")},
         }
         text = json.dumps(body)
-        items = {**state, "codec": codec_state, "meta": {"body": text, "sha256": text_digest(text)}}
+        fitted = {"codec": codec_state} if codec_state else {}  # nothing is what Orbax does not write
+        items = {**state, **fitted, "meta": {"body": text, "sha256": text_digest(text)}}
         try:
             self._pending = step, self._checkpointer.save_checkpointables_async(step, items, force=True)
         except Exception as error:
@@ -229,12 +230,12 @@ class Checkpoints:
         self, step: int, target: Mapping[str, Any], check: Callable[[Config], None]
     ) -> tuple[Restored | None, str]:
         path = self.directory / str(step)
-        meta, problem = attempt(lambda: _read_meta(path), _FATAL)
+        meta, problem = attempt(lambda: _read_meta(path), FATAL)
         if meta is None:
             return None, problem
         check(meta.config)
         data_state = own_data_state(meta, path)
-        saved, problem = attempt(lambda: _read_arrays(path, meta, target), _FATAL)
+        saved, problem = attempt(lambda: _read_arrays(path, meta, target), FATAL)
         if saved is None:
             return None, problem
         return Restored(step, {name: saved[name] for name in target}, data_state, meta.config, saved["codec"]), ""
@@ -280,6 +281,28 @@ def has_checkpoint(directory: str) -> bool:
     return bool(steps_in(absolute(directory) / "checkpoints"))
 
 
+def newest_config(directory: str) -> Config | None:
+    """The config of the newest checkpoint of a run's workdir; None where it is damaged, which `restore` will say.
+
+    Raises:
+        CheckpointError: it is of a format that this version does not read.
+        ConfigError: its config is none that this version reads.
+    """
+    root = absolute(directory) / "checkpoints"
+    meta, _ = attempt(lambda: _read_meta(root / str(steps_in(root)[-1])), FATAL)
+    return meta.config if meta else None
+
+
+def saved_config(directory: str, step: int | None = None) -> tuple[Config, int]:
+    """Config and step of a checkpoint, of which no array is read; arguments and errors of `load_for_sampling`."""
+
+    def load(path: epath.Path) -> tuple[Config, int]:
+        meta = _read_meta(path)
+        return meta.config, meta.step
+
+    return newest_readable(directory, step, load)
+
+
 def load_for_sampling(directory: str, step: int | None = None, *, shardings: Any = None) -> Checkpoint:
     """Config, weights and codec of one checkpoint.
 
@@ -295,14 +318,14 @@ def load_for_sampling(directory: str, step: int | None = None, *, shardings: Any
     def load(path: epath.Path) -> Checkpoint:
         meta = _read_meta(path)
         name = "ema" if "ema" in meta.digests else "params"
-        weights = nnx.to_pure_dict(abstract_model(meta.config.model)[1])
+        weights = nnx.to_pure_dict(models.abstract(meta.config.model)[1])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         places = jax.tree.map(lambda _: device, weights) if shardings is None else shardings
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, places)
         saved = _read_arrays(path, meta, {name: target})
         return Checkpoint(meta.config, saved[name], saved["codec"], meta.step)
 
-    return _newest(directory, step, load)
+    return newest_readable(directory, step, load)
 
 
 def load_codec_state(directory: str) -> tuple[Config, dict[str, np.ndarray]]:
@@ -312,33 +335,7 @@ def load_codec_state(directory: str) -> tuple[Config, dict[str, np.ndarray]]:
         meta = _read_meta(path)
         return meta.config, _read_arrays(path, meta, {})["codec"]
 
-    return _newest(directory, None, load)
-
-
-def _newest[T](directory: str, step: int | None, load: Callable[[epath.Path], T]) -> T:
-    """`load` of the newest checkpoint where it succeeds, or of the one of `step`."""
-    given = absolute(directory)
-    root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-    if (root / "meta").exists():
-        root, step = root.parent, step_of(root.name)
-        if step is None:
-            raise CheckpointError(f"{given} is a checkpoint, but its name is not a step: rename it to what it was")
-    steps = steps_in(root)
-    if not steps:
-        raise CheckpointError(
-            f"no checkpoint in {directory}; give a run's workdir, its checkpoints folder, or one step's folder"
-        )
-    if step is not None and step not in steps:
-        raise CheckpointError(f"no checkpoint of step {step} in {root}; there are steps {steps}")
-    for candidate in [step] if step is not None else reversed(steps):
-        loaded, problem = attempt(lambda: load(root / str(candidate)), _FATAL)  # noqa: B023
-        if loaded is not None:
-            return loaded
-        problem = f"checkpoint {root / str(candidate)} is damaged ({problem})"
-        if step is not None:
-            raise CheckpointError(f"{problem}; there are steps {steps}")
-        warnings.warn(f"{problem}; trying the one before", stacklevel=3)
-    raise CheckpointError(f"none of the checkpoints in {root} is whole: steps {steps}; see the warnings above")
+    return newest_readable(directory, None, load)
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -368,7 +365,8 @@ def _read_arrays(path: epath.Path, meta: Meta, target: Mapping[str, Any]) -> dic
         check_shapes(path, name, meta.shapes.get(name, {}), shapes_of(tree))
     try:
         with _context():
-            saved = ocp.load_checkpointables(path, {**target, "codec": None})
+            asked = {**target, **({"codec": None} if meta.codec else {})}
+            saved = ocp.load_checkpointables(path, asked) if asked else {}
     except Exception as error:
         asked = out_of_memory(error)
         if asked is None:
@@ -377,7 +375,7 @@ def _read_arrays(path: epath.Path, meta: Meta, target: Mapping[str, Any]) -> dic
             f"the devices' memory is too small for checkpoint {path}: {asked}. Close what else uses them, or split the "
             "state over more (mesh.fsdp)"
         ) from error
-    saved["codec"] = {name: np.asarray(array) for name, array in saved["codec"].items()}
+    saved["codec"] = {name: np.asarray(array) for name, array in saved.get("codec", {}).items()}
     for name in target:
         digests = meta.digests.get(name, {})
         wrong = [key for key, digest in tree_digests(saved[name]).items() if digest != digests.get(key)]

@@ -7,16 +7,24 @@ the right type, and the step of its folder.
 import dataclasses
 import os
 import re
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from etils import epath
 
-from moc_jax.config import Config
+import moc_jax
+from moc_jax.config import Config, ConfigError
 from moc_jax.config_json import config_from_json
 from moc_jax.digest import text_digest
+from moc_jax.processes import attempt
 from moc_jax.reading import parse_json
 from moc_jax.sharding import key_path
+from moc_jax.showing import shown
+
+FORMAT = 2
+"""Of what a checkpoint holds and how its weights lie. 1, which none states: heads had no axis of their own."""
 
 _STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 _UNFINISHED = re.compile(r"[0-9]+\.orbax-checkpoint-tmp(-[0-9]+)?", re.ASCII)
@@ -25,6 +33,9 @@ _DAMAGED = "damaged-"
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read: the message names it, the cause and what is intact."""
+
+
+FATAL = CheckpointError, ConfigError  # an older checkpoint would not be better
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -74,6 +85,36 @@ def _entries(root: epath.Path) -> list[epath.Path]:
     return sorted(root.iterdir(), key=lambda path: path.name) if root.is_dir() else []
 
 
+def newest_readable[T](directory: str, step: int | None, load: Callable[[epath.Path], T]) -> T:
+    """`load` of the newest checkpoint where it succeeds, or of the one of `step`; arguments of `load_for_sampling`.
+
+    Raises:
+        CheckpointError: no such checkpoint, or one that is damaged.
+    """
+    given = absolute(directory)
+    root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+    if (root / "meta").exists():
+        root, step = root.parent, step_of(root.name)
+        if step is None:
+            raise CheckpointError(f"{given} is a checkpoint, but its name is not a step: rename it to what it was")
+    steps = steps_in(root)
+    if not steps:
+        raise CheckpointError(
+            f"no checkpoint in {directory}; give a run's workdir, its checkpoints folder, or one step's folder"
+        )
+    if step is not None and step not in steps:
+        raise CheckpointError(f"no checkpoint of step {step} in {root}; there are steps {steps}")
+    for candidate in [step] if step is not None else reversed(steps):
+        loaded, problem = attempt(lambda: load(root / str(candidate)), FATAL)  # noqa: B023
+        if loaded is not None:
+            return loaded
+        problem = f"checkpoint {root / str(candidate)} is damaged ({problem})"
+        if step is not None:
+            raise CheckpointError(f"{problem}; there are steps {steps}")
+        warnings.warn(f"{problem}; trying the one before", stacklevel=3)
+    raise CheckpointError(f"none of the checkpoints in {root} is whole: steps {steps}; see the warnings above")
+
+
 # ------------------------------------------------------------------------------------------------ meta
 
 
@@ -103,6 +144,7 @@ def parse_meta(saved: Any, path: epath.Path) -> Meta:
     """What the item `meta` of the checkpoint in `path` says.
 
     Raises:
+        CheckpointError: it is of another format.
         ValueError: it is damaged, or of another step than its folder's name.
         ConfigError: the config is none that this version reads.
     """
@@ -111,6 +153,7 @@ def parse_meta(saved: Any, path: epath.Path) -> Meta:
     if text_digest(saved["body"]) != saved["sha256"]:
         raise ValueError("meta: the digest does not match")
     body = parse_json(saved["body"])
+    _check_format(body, path)
     for name, kind in _FIELDS.items():
         if not isinstance(body, dict) or not _fits(body.get(name), kind):
             raise ValueError(f"meta: {name} is missing or not what is written there")
@@ -123,6 +166,26 @@ def parse_meta(saved: Any, path: epath.Path) -> Meta:
         raise ValueError("meta: data must hold an object per process")
     config = config_from_json(body["config"], name=f"the config saved in {path}")
     return Meta(**{name: body[name] for name in _FIELDS} | {"data": data, "config": config})
+
+
+def _check_format(body: Any, path: epath.Path) -> None:
+    """Before anything else is read, of which another format may have another form."""
+    if not isinstance(body, dict) or not body.keys() & {"step", "format"}:
+        return  # damaged, as its fields will show
+    found, versions = body.get("format", 1), body.get("versions")
+    if type(found) is not int or found < 1:
+        raise ValueError(f"meta: format is {shown(found)}, not what is written there")
+    if found == FORMAT:
+        return
+    by = versions.get("moc_jax") if isinstance(versions, dict) else None
+    what = f"checkpoint {path} is of format {found}, written by moc_jax {by or 'of an unknown version'}"
+    ours = f"but moc_jax {moc_jax.__version__} reads format {FORMAT}"
+    fix = (
+        "Update moc_jax to resume or to sample it"
+        if found > FORMAT
+        else "Resume or sample it with the version that wrote it, or train again in another --workdir"
+    )
+    raise CheckpointError(f"{what}, {ours}. {fix}")
 
 
 def _fits(value: Any, kind: Any) -> bool:

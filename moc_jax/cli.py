@@ -22,14 +22,17 @@ import threading
 import traceback
 import typing
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NoReturn, TextIO
 
 import moc_jax
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import field_kinds
+from moc_jax.config.base import Settings, field_kinds
 from moc_jax.config.file import read_config_text, run_config_file
+from moc_jax.config.presets import PRESETS, with_preset
 from moc_jax.config.shipped import shipped_names, shipped_or
+from moc_jax.config.switch import switched
 from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.signals import Interrupted, Signals
 
@@ -66,13 +69,14 @@ def load_config(argv: Sequence[str]) -> Config:
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", action="append")
+    first.add_argument("--preset")
     try:
         known, rest = first.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise ConfigError(f"{error.argument_name}: {error.message}, the file of an experiment") from error
+        raise ConfigError(f"{error.argument_name}: {error.message}") from error
     usage = (
-        f"--config takes a name ({', '.join(shipped_names())}), a .py file of yours, or a run's config.json; every "
-        "field below overrides it."
+        f"--config takes a name ({', '.join(shipped_names())}), a .py file of yours, or a run's config.json; --preset "
+        f"takes a size of the model ({', '.join(PRESETS)}); every field below overrides them."
     )
     if known.config is None:
         if not {"-h", "--help"} & set(rest):
@@ -81,6 +85,8 @@ def load_config(argv: Sequence[str]) -> Config:
     if len(known.config) > 1:
         raise ConfigError(f"--config is given {len(known.config)} times: {', '.join(known.config)}; give one file")
     config, about = read_config_file(known.config[0])
+    if known.preset is not None:
+        config = with_preset(config, known.preset)
     return parse(Config, rest, default=config, description=f"{about}\n\n{usage}" if about else usage, flags=False)
 
 
@@ -89,14 +95,29 @@ def parse[T](
     argv: Sequence[str],
     *,
     default: T | None = None,
+    defaults: Mapping[str, object] = MappingProxyType({}),
     description: str | None = None,
     flags: bool = True,
 ) -> T:
     """`kind`, a dataclass, from the command line; fields that are not given keep `default`'s values.
 
-    Bools are flags (`--dense`), or with `flags=False` options like all others (`--mesh.distributed True`).
+    Args:
+        defaults: values of some fields instead of the class's own, where no `default` is given.
+        flags: Bools are flags (`--dense`), or else options like all others (`--mesh.distributed True`).
+
+    Raises:
+        ConfigError: a `name` of no kind (`--codec.name`), or an option of another kind than the one named.
+        SystemExit: code 2 for any other option or value that can't be, code 0 after `--help`.
     """
     import tyro
+
+    if isinstance(default, Settings):
+        default = switched(default, argv)
+    if defaults:
+        default = object.__new__(kind)  # not checked: what has to be given is missing
+        for field in dataclasses.fields(typing.cast(type, kind)):
+            own = tyro.MISSING if field.default is dataclasses.MISSING else field.default
+            object.__setattr__(default, field.name, defaults.get(field.name, own))
 
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_records_rule)
@@ -106,7 +127,7 @@ def parse[T](
         default=default,
         description=description,
         registry=registry,
-        config=() if flags else (tyro.conf.FlagConversionOff,),
+        config=(tyro.conf.AvoidSubcommands, *(() if flags else (tyro.conf.FlagConversionOff,))),
     )
 
 

@@ -1,8 +1,9 @@
 """A config as JSON: what lies beside a run and inside each checkpoint. The round trip is exact.
 
 Reading is strict: an unknown key, a key given twice or a value of the wrong type is an error that names it. A key that
-is missing, because the file is older than the field, takes the field's default and is named in a warning. Types and
-ranges are checked by the config itself.
+is missing, because the file is older than the field, takes the field's default and is named in a warning; but `name`,
+which says of what kind model, codec and text encoder are, must be there. Types and ranges are checked by the config
+itself.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import warnings
 from typing import Any
 
 from moc_jax.config import Config, ConfigError
-from moc_jax.config.base import checked, field_kinds, nearest
+from moc_jax.config.base import Settings, checked, field_kinds, kind_named, kinds_of, nearest, of_another_kind
 from moc_jax.reading import parse_json
 from moc_jax.showing import shown
 
@@ -22,7 +23,7 @@ def config_to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def config_from_json(text: str, *, name: str = "config.json") -> Config:
+def config_from_json[C: Config](text: str, *, name: str = "config.json", kind: type[C] = Config) -> C:
     """The config that `config_to_json` wrote.
 
     Raises:
@@ -30,13 +31,28 @@ def config_from_json(text: str, *, name: str = "config.json") -> Config:
             type, or an impossible setting. `name` says in the message which file it was.
     """
     try:
-        return _dataclass(Config, parse_json(text), "", name)
+        return settings_from_tree(kind, parse_json(text), name=name)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
 
 
+def settings_from_tree[S](hint: type[S], tree: object, at: str = "", *, name: str) -> S:
+    """Settings, or one kind of a tagged union of them, from what JSON gives.
+
+    Args:
+        at: where they hang in a config: `codec`.
+        name: of the file, for warnings.
+
+    Raises:
+        ConfigError: as `config_from_json`.
+    """
+    return _value(hint, tree, at, name)
+
+
 def differences(a: object, b: object, path: str = "") -> dict[str, tuple[object, object]]:
     """The fields in which two configs of one kind differ: dotted name -> (value in `a`, value in `b`)."""
+    if type(a) is not type(b) and hasattr(a, "name") and hasattr(b, "name"):  # two kinds of a union
+        return {f"{path}.name": (a.name, b.name)}
     if not dataclasses.is_dataclass(a) or type(a) is not type(b):
         return {} if a == b else {path: (a, b)}
     found = {}
@@ -46,10 +62,25 @@ def differences(a: object, b: object, path: str = "") -> dict[str, tuple[object,
     return found
 
 
-def _dataclass(kind: type, tree: object, path: str, name: str) -> Any:
+def _object(tree: object, path: str, fields: str) -> dict[str, object]:
     if not isinstance(tree, dict):
-        what = f"{path or 'the file'} is {shown(tree)}"
-        raise ConfigError(f"{what}; it must be an object with the fields of {kind.__name__}")
+        raise ConfigError(f"{path or 'the file'} is {shown(tree)}; it must be an object with the fields of {fields}")
+    return tree
+
+
+def _of_kind(union: dict[str, type[Settings]], value: object, path: str, name: str) -> Any:
+    tree = _object(value, path, " or ".join(kind.__name__ for kind in union.values()))
+    if "name" not in tree:
+        raise ConfigError(f"{path} lacks name, which says what it is; it must be one of {', '.join(union)}")
+    kind = kind_named(union, tree["name"], path)
+    for key in tree:
+        if problem := of_another_kind(union, kind, key):
+            raise ConfigError(f"unknown key {path}.{key}: {problem}")
+    return _dataclass(kind, tree, path, name)
+
+
+def _dataclass(kind: type, value: object, path: str, name: str) -> Any:
+    tree = _object(value, path, kind.__name__)
     kinds = field_kinds(kind)
     prefix = f"{path}." if path else ""
     for key in tree:
@@ -67,6 +98,8 @@ def _dataclass(kind: type, tree: object, path: str, name: str) -> Any:
 
 def _value(kind: Any, value: object, path: str, name: str) -> Any:
     """`value`, checked here, where the place in the file is known, with a dataclass in place of every object."""
+    if union := kinds_of(kind):
+        return _of_kind(union, value, path, name)
     if dataclasses.is_dataclass(kind):
         return _dataclass(typing.cast(type, kind), value, path, name)
     if typing.get_origin(kind) is tuple and isinstance(value, list):

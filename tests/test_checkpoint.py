@@ -15,17 +15,16 @@ import optax
 import pytest
 from flax import nnx
 
-from moc_jax import checkpoint
+from moc_jax import __version__, checkpoint, models
 from moc_jax.checkpoint import CheckpointError, Checkpoints, load_for_sampling
-from moc_jax.config import CodecConfig, Config, ConfigError, MeshConfig, ModelConfig, TextConfig, TrainConfig
+from moc_jax.config import Config, ConfigError, HashConfig, MeshConfig, MMDiTConfig, PcaConfig, TrainConfig
 from moc_jax.digest import tree_digests
-from moc_jax.models.mmdit import abstract_model
 from moc_jax.sharding import logical_axes, make_mesh, tree_shardings
 
 CONFIG = Config(
-    model=ModelConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8),
-    codec=CodecConfig(channels=4),
-    text=TextConfig(dim=8),
+    model=MMDiTConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8),
+    codec=PcaConfig(channels=4),
+    text=HashConfig(dim=8),
 )
 CODEC = {"basis": np.arange(12, dtype=np.float32).reshape(3, 4), "mean": np.ones(4)}
 OPTIMIZER = optax.MultiSteps(optax.adamw(1e-3), 2)
@@ -39,7 +38,7 @@ SMALL_SHAPES = {"w": (2, 8, 4), "inner": {"b": (4,)}}
 def numbers(seed, model):
     random = np.random.default_rng(seed)
     shapes = (
-        SMALL_SHAPES if model is None else jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(abstract_model(model)[1]))
+        SMALL_SHAPES if model is None else jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(models.abstract(model)[1]))
     )
     params = jax.tree.map(
         lambda shape: random.normal(size=shape).astype(np.float32), shapes, is_leaf=lambda x: isinstance(x, tuple)
@@ -51,7 +50,7 @@ def numbers(seed, model):
 def state_on(mesh, seed=0, model=None):
     """A training state of its own numbers, laid out over `mesh`, and the target to restore it to."""
     tree = numbers(seed, model)
-    shardings = tree_shardings(tree, SMALL if model is None else logical_axes(abstract_model(model)[1]), mesh)
+    shardings = tree_shardings(tree, SMALL if model is None else logical_axes(models.abstract(model)[1]), mesh)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
     return jax.device_put(tree, shardings), target
 
@@ -396,6 +395,36 @@ def test_weights_of_another_shape_are_named(two):
         checkpoints.restore(target, accept)
     checkpoints.close()
     assert checkpoints.steps == [3, 5]
+
+
+@pytest.mark.parametrize(("written", "fix"), [(1, "with the version that wrote it"), (3, "Update moc_jax")])
+def test_another_format_is_refused_wherever_it_is_read(folder, monkeypatch, written, fix):
+    """And is no damage: it stays where it is, and no older one is taken in its place."""
+    state, target = state_on(mesh_of(1))
+    checkpoints = Checkpoints(str(folder), TrainConfig())
+    save(checkpoints, 3, state)
+    checkpoints.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", written)
+        save(checkpoints, 5, state)
+        checkpoints.wait()
+    message = (
+        rf"checkpoints/5 is of format {written}, written by moc_jax {__version__}, but .* reads format 2\. .*{fix}"
+    )
+    monkeypatch.setattr(checkpoint, "_read_arrays", lambda *arguments: pytest.fail("it read the arrays"))
+    run = str(folder.parent)
+    for read in (
+        lambda: checkpoints.restore(target, accept),
+        lambda: load_for_sampling(run),
+        lambda: checkpoint.load_codec_state(run),
+        lambda: checkpoint.newest_config(run),
+        lambda: checkpoint.saved_config(run),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read()
+    assert checkpoints.steps == [3, 5]
+    assert checkpoint.saved_config(run, 3) == (CONFIG, 3)
+    checkpoints.close()
 
 
 # ------------------------------------------------------------------------------------------------ sampling

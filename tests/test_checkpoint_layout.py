@@ -6,12 +6,22 @@ import pathlib
 import pytest
 from etils import epath
 
-from moc_jax.checkpoint_layout import foreign_in, free_aside, parse_meta, step_of, steps_in, unfinished_in
+from moc_jax.checkpoint_layout import (
+    FORMAT,
+    CheckpointError,
+    foreign_in,
+    free_aside,
+    parse_meta,
+    step_of,
+    steps_in,
+    unfinished_in,
+)
 from moc_jax.config import Config, ConfigError
 from moc_jax.config_json import config_to_json
 from moc_jax.digest import text_digest
 
 BODY = {
+    "format": FORMAT,
     "step": 5,
     "config": config_to_json(Config()),
     "data": ['{"step": 5}'],
@@ -79,7 +89,7 @@ def test_meta_that_was_edited_is_damaged():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in BODY for value in (None, [], 1.5, True, [[3]], {"x": None})),
+        *((name, value) for name in BODY if name != "format" for value in (None, [], 1.5, True, [[3]], {"x": None})),
         ("step", "5"),
         ("config", {}),
         ("data", "{}"),
@@ -90,6 +100,7 @@ def test_meta_that_was_edited_is_damaged():
         ("shapes", {"params": {"w": [2.0]}}),
         ("digests", {"params": {"w": "7"}}),
         ("codec", {"basis": 3}),
+        *(("format", value) for value in (0, -1, "2", 2.0, True, [2])),
     ],
 )
 def test_a_field_of_another_type_is_named(name, value):
@@ -104,6 +115,29 @@ def test_a_field_of_another_type_is_named(name, value):
 def test_a_body_that_is_no_object_is_damaged(body):
     with pytest.raises(ValueError, match=r"meta: step is missing|Expecting"):
         parse(saved(body))
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        (
+            None,
+            "5 is of format 1, written by moc_jax 0.0.9, but moc_jax .* reads format 2. Resume or sample it with the",
+        ),
+        (
+            1,
+            "5 is of format 1, written by moc_jax 0.0.9, .* version that wrote it, or train again in another --workdir",
+        ),
+        (3, "5 is of format 3, written by moc_jax 0.0.9, but moc_jax .* reads format 2. Update moc_jax to resume"),
+    ],
+)
+def test_another_format_is_refused_before_anything_else_is_read(format, message):
+    """Its other fields, and its config, may be whatever they were then."""
+    body = {"step": 5, "config": "{}", "versions": {"moc_jax": "0.0.9"}, **({"format": format} if format else {})}
+    with pytest.raises(CheckpointError, match=message):
+        parse(saved(body))
+    with pytest.raises(CheckpointError, match="written by moc_jax of an unknown version"):
+        parse(saved({**body, "versions": None}))
 
 
 def test_the_step_must_be_that_of_the_folder():

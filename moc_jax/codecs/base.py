@@ -1,6 +1,7 @@
 """What a codec must offer, and the conversion between stored pixels (uint8) and the codec's range [-1, 1]."""
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -21,6 +22,16 @@ class Codec(Protocol):
     stride: tuple[int, int, int]
     channels: int
 
+    @classmethod
+    def fit(cls, cfg: Any, clips: Iterable[Float[np.ndarray, "F Y X 3"]]) -> Self:
+        """A codec of its own config; see `fit_codec`."""
+        ...
+
+    @classmethod
+    def load(cls, cfg: Any, state: dict[str, np.ndarray]) -> Self:
+        """The codec that `state` was taken from; see `load_codec`."""
+        ...
+
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip; ValueError with the nearest possible counts when `frames` is not such a count."""
         ...
@@ -32,7 +43,10 @@ class Codec(Protocol):
         ...
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that `load_codec` needs, as arrays (a checkpoint holds them)."""
+        """What was fitted, as arrays (a checkpoint holds them).
+
+        Empty for a codec that is downloaded: its config has a `Reference`, by which `load` finds and checks its file.
+        """
         ...
 
     @property

@@ -1,18 +1,19 @@
 """Principal components of space-time patches: the linear autoencoder with the least squared error, in closed form.
 
-A clip is cut into patches of stride (t, h, w) = `CodecConfig.stride`; the first frame, which stands alone, into
+A clip is cut into patches of stride (t, h, w) = `PcaConfig.stride`; the first frame, which stands alone, into
 patches of (1, h, w), with a basis of its own. For patches x with mean m and covariance C = U diag(s^2) U^T, latent
 channel c is
 
     z_c = a / s_c^w  *  u_c^T (x - m),        a: mean variance of the channels = 1                            (1)
 
-for the `channels` largest s_c, with w = `CodecConfig.whiten`. The reconstruction does not depend on w; what the
+for the `channels` largest s_c, with w = `PcaConfig.whiten`. The reconstruction does not depend on w; what the
 diffusion model's loss cares about does: with w = 0 a channel counts by its share of the pixels' energy, with w = 1
 all channels count the same, details and their noise included.
 """
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable
 from typing import Self
 
@@ -20,7 +21,7 @@ import numpy as np
 from einops import rearrange
 
 from moc_jax.codecs.base import CodecMismatch, latent_frames
-from moc_jax.config import CodecConfig
+from moc_jax.config import PcaConfig
 from moc_jax.shapes import Float, Float32, typed
 
 _MOST = 16384  # patches of a clip that enter the covariance, spread evenly: more cost time and change nothing
@@ -72,14 +73,14 @@ class _Basis:
 class PCACodec:
     """See the module; build one with `fit` or `load`."""
 
-    def __init__(self, cfg: CodecConfig, first: _Basis, rest: _Basis):
+    def __init__(self, cfg: PcaConfig, first: _Basis, rest: _Basis):
         self.stride = cfg.stride
         self.channels = cfg.channels
         self._cfg = cfg
         self._first, self._rest = first, rest
 
     @classmethod
-    def fit(cls, cfg: CodecConfig, clips: Iterable[Float[np.ndarray, "F Y X 3"]]) -> Self:
+    def fit(cls, cfg: PcaConfig, clips: Iterable[Float[np.ndarray, "F Y X 3"]]) -> Self:
         """Equation (1) for the patches of `clips`, which are read once, one at a time."""
         t, h, w = cfg.stride
         first, rest = _Moments(3 * h * w), _Moments(3 * t * h * w)
@@ -109,7 +110,7 @@ class PCACodec:
         )
 
     @classmethod
-    def load(cls, cfg: CodecConfig, state: dict[str, np.ndarray]) -> Self:
+    def load(cls, cfg: PcaConfig, state: dict[str, np.ndarray]) -> Self:
         """Checks `state` against `cfg`, field by field."""
         t, h, w = cfg.stride
         missing = sorted({"stride", "whiten", *_NAMES} - set(state))
@@ -181,7 +182,7 @@ class PCACodec:
     @property
     def fingerprint(self) -> str:
         """A short hash of the configuration and the basis."""
-        digest = hashlib.sha256(repr(self._cfg).encode())
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self._cfg)).encode())
         for name, array in sorted(self.state().items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
@@ -199,17 +200,17 @@ def _float32(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(a, np.float32) for a in arrays)
 
 
-def _first_patches(cfg: CodecConfig, video: np.ndarray) -> np.ndarray:
+def _first_patches(cfg: PcaConfig, video: np.ndarray) -> np.ndarray:
     _, h, w = cfg.stride
     return rearrange(video[:1], "f (y h) (x w) c -> f y x (h w c)", h=h, w=w)
 
 
-def _rest_patches(cfg: CodecConfig, video: np.ndarray) -> np.ndarray:
+def _rest_patches(cfg: PcaConfig, video: np.ndarray) -> np.ndarray:
     t, h, w = cfg.stride
     return rearrange(video[1:], "(f t) (y h) (x w) c -> f y x (t h w c)", t=t, h=h, w=w)
 
 
-def _check_size(cfg: CodecConfig, shape: tuple[int, ...]) -> None:
+def _check_size(cfg: PcaConfig, shape: tuple[int, ...]) -> None:
     for name, size, unit in zip(("rows", "columns"), shape[1:3], cfg.stride[1:]):
         if size % unit:
             low = max(unit, size // unit * unit)

@@ -17,6 +17,7 @@ from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
+from moc_jax.commands.saved import saved_values
 from moc_jax.compilation import kept_programs
 from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
@@ -31,6 +32,7 @@ from moc_jax.sharding import make_mesh
 from moc_jax.showing import printable
 from moc_jax.signals import Stop
 
+SAMPLE = "solver", "steps", "guidance", "shift", "order", "history_noise"  # settings of the checkpoint's `sample`
 FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError  # exit code 1
 
 
@@ -80,7 +82,8 @@ class Arguments(Settings):
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
-    args = parse(Arguments, argv, description=__doc__)
+    saved = saved_values(argv, SAMPLE) if {"-h", "--help"} & set(argv) else {}
+    args = parse(Arguments, argv, description=__doc__, defaults=saved)
     configure(Config(), 1, args)  # only checks: nothing is read if a setting is impossible
     routed_attention(args.attention)
     if bool(args.storyboard) == (args.training_scene is not None):
@@ -127,13 +130,12 @@ def _sample(args: Arguments, boards, videos, sheets, routings, stop: Stop | None
 
 def configure(config: Config, step: int, args: Arguments) -> Config:
     """The checkpoint's settings, as they were at its step, with those of the command line in their place."""
-    names = ("solver", "steps", "guidance", "shift", "order", "history_noise")
     moc = dataclasses.replace(config.moc_at(step - 1), **_given(args, "top_k"))
     if args.dense:
         moc = dataclasses.replace(moc, mode="dense")
     if args.chunk is not None:
         moc = dataclasses.replace(moc, chunk=dataclasses.replace(moc.chunk, size=args.chunk))
-    sample = dataclasses.replace(config.sample, **_given(args, *names))
+    sample = dataclasses.replace(config.sample, **_given(args, *SAMPLE))
     # How attention is computed is for this machine to say, not for the one that trained.
     return dataclasses.replace(config, moc=moc, sample=sample, attention=args.attention)
 

@@ -7,7 +7,17 @@ exposes each field on the command line (`--moc.top-k 3`), with the comment below
 import dataclasses
 
 from moc_jax.config.base import INT32, ConfigError, OptionalPath, OwnFolder, Settings, check
-from moc_jax.config.network import ChunkConfig, CodecConfig, MoCConfig, ModelConfig, TextConfig
+from moc_jax.config.network import (
+    ChunkConfig,
+    CodecConfig,
+    HashConfig,
+    MMDiTConfig,
+    MoCConfig,
+    ModelConfig,
+    PcaConfig,
+    TextConfig,
+)
+from moc_jax.config.reference import Reference
 from moc_jax.config.run import (
     AttentionConfig,
     BucketConfig,
@@ -30,10 +40,14 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DiffusionConfig",
+    "HashConfig",
+    "MMDiTConfig",
     "MeshConfig",
     "MoCConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PcaConfig",
+    "Reference",
     "SampleConfig",
     "TextConfig",
     "TrainConfig",
@@ -53,9 +67,9 @@ class Config(Settings):
     or JAX_COMPILATION_CACHE_DIR; empty: nowhere."""
     moc: MoCConfig = MoCConfig()
     attention: AttentionConfig = AttentionConfig()
-    model: ModelConfig = ModelConfig()
-    codec: CodecConfig = CodecConfig()
-    text: TextConfig = TextConfig()
+    model: ModelConfig = MMDiTConfig()
+    codec: CodecConfig = PcaConfig()
+    text: TextConfig = HashConfig()
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     sample: SampleConfig = SampleConfig()

@@ -12,7 +12,9 @@ import numbers
 import operator
 import os
 import pathlib
+import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from moc_jax.showing import shown
@@ -57,6 +59,36 @@ def field_kinds(kind: type) -> dict[str, Any]:
     """The type hint of each field of a dataclass, rules included."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def kinds_of(hint: Any) -> dict[str, type[Settings]]:
+    """The kinds of a tagged union of settings, by the one `name` that each may have; empty for any other type hint.
+
+    A union of one kind is that kind.
+    """
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    tags = [field_kinds(m).get("name") if dataclasses.is_dataclass(m) else None for m in members]
+    names = [typing.get_args(tag) if typing.get_origin(tag) is Literal else () for tag in tags]
+    return dict(zip([name for (name,) in names], members)) if all(len(name) == 1 for name in names) else {}
+
+
+def kind_named(kinds: Mapping[str, type[Settings]], name: Any, at: str) -> type[Settings]:
+    """The kind of that name.
+
+    Raises:
+        ConfigError: there is none; `at` is where the union hangs: `codec`.
+    """
+    return kinds[_choice(tuple(kinds), name, f"{at}.name")]
+
+
+def of_another_kind(kinds: Mapping[str, type[Settings]], kind: type[Settings], field: str) -> str:
+    """What is wrong with `field` where it belongs to other kinds than `kind`; empty where it belongs to none."""
+    owners = [name for name, other in kinds.items() if field in field_kinds(other)]
+    if not owners or field in field_kinds(kind):
+        return ""
+    (name,) = (name for name, other in kinds.items() if other is kind)
+    return f"{field} is a setting of {' and '.join(owners)}; {name} has {', '.join(field_kinds(kind))}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +186,11 @@ def checked(kind: Any, value: object, name: str) -> Any:
         return _choice(arguments, value, name)
     if origin is tuple:
         return _entries(arguments, value, name)
+    kinds = kinds_of(kind)
+    if len(kinds) > 1:
+        names = " or a ".join(member.__name__ for member in kinds.values())
+        check(type(value) in kinds.values(), f"{name} is {shown(value)}; it must be a {names}")
+        return value
     if type(None) in arguments:  # a type or None
         return None if value is None else checked(arguments[0], value, name)
     if dataclasses.is_dataclass(kind):

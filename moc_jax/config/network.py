@@ -59,9 +59,11 @@ class MoCConfig(Settings, at="moc"):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(Settings, at="model"):
+class MMDiTConfig(Settings, at="model"):
     """The multi-modal diffusion transformer: separate text and video weights, joint attention (LCT, SD3)."""
 
+    name: Literal["mmdit"] = "mmdit"
+    """`mmdit`: text and video have weights of their own and meet in attention."""
     dim: Size = 256
     """Width of a token."""
     depth: Annotated[int, Range(1, 2**12)] = 6
@@ -122,8 +124,8 @@ class ModelConfig(Settings, at="model"):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodecConfig(Settings, at="codec"):
-    """Video <-> latents."""
+class PcaConfig(Settings, at="codec"):
+    """Video <-> latents by principal components, which a run fits and its checkpoints hold."""
 
     name: Literal["pca"] = "pca"
     """`pca`: linear autoencoder of space-time patches, fitted in closed form on the training clips."""
@@ -150,8 +152,8 @@ class CodecConfig(Settings, at="codec"):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextConfig(Settings, at="text"):
-    """Caption -> embeddings."""
+class HashConfig(Settings, at="text"):
+    """Caption -> embeddings of hashed words."""
 
     name: Literal["hash"] = "hash"
     """`hash`: each word, in any language, is hashed to a fixed random vector; nothing to download."""
@@ -159,3 +161,12 @@ class TextConfig(Settings, at="text"):
     """Width of an embedding."""
     max_tokens: Annotated[int, Range(1, 2**20)] = 64
     """The longest caption, in tokens; a longer one is an error."""
+
+
+# Tagged unions: `name` says which kind it is, in Python, in JSON and on the command line. A new kind is a dataclass
+# with a `name` of its own, joined here by |; models/, codecs/ and text/ say what it builds. Other modules rely on
+# what all kinds of a union have: codecs `stride` and `channels`, encoders `dim`, models `latent_channels`, `text_dim`,
+# `patch`, `depth`, `heads`, `head_dim`, `dtype` and `remat`.
+ModelConfig = MMDiTConfig
+CodecConfig = PcaConfig
+TextConfig = HashConfig

@@ -16,6 +16,7 @@ import numpy as np
 
 from moc_jax.codecs import Codec, load_codec
 from moc_jax.config import CodecConfig, Config, DataConfig
+from moc_jax.config_json import settings_from_tree
 from moc_jax.data.sources import Split
 from moc_jax.progress import track
 from moc_jax.reading import parse_json
@@ -245,14 +246,11 @@ def codec_of(manifest: Manifest) -> Codec:
         DataError: its file is missing or damaged.
     """
     path = manifest.folder / CODEC
-    settings: dict[str, Any] = {
-        key.removeprefix("codec."): tuple(value) if isinstance(value, list) else value
-        for key, value in manifest.settings.items()
-        if key.startswith("codec.")
-    }
+    prefix = "codec."
+    settings = {k.removeprefix(prefix): value for k, value in manifest.settings.items() if k.startswith(prefix)}
     try:
         with path.open("rb") as file, np.load(file) as arrays:
-            codec = load_codec(CodecConfig(**settings), dict(arrays))
+            codec = load_codec(settings_from_tree(CodecConfig, settings, "codec", name=str(path)), dict(arrays))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} cannot be read ({error}); delete {manifest.folder} and prepare the data again"

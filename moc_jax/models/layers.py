@@ -19,7 +19,7 @@ Axes = Mapping[str, int]  # an axis of a weight: what it is, which the sharding 
 def dense(
     inputs: Axes, outputs: Axes, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, zero: bool = False
 ) -> nnx.LinearGeneral:
-    """A linear map from the last axes, `inputs`, to the axes `outputs`: dense({"embed": M}, {"heads": H, "head_dim": D}).
+    """A linear map of the last axes, `inputs`, to `outputs`: dense({"embed": M}, {"heads": H, "head_dim": D}).
 
     Starts as the matrix from all inputs to all outputs would (Glorot), or with `zero` as a map to nothing (adaLN-Zero,
     DiT, section 3.2).

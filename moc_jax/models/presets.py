@@ -1,36 +1,8 @@
-"""Model sizes by name, and what each holds and costs. `python -m moc_jax.models.presets` prints the table."""
-
-import math
-
-import jax
+"""What each preset holds and costs: `python -m moc_jax.models.presets` prints the table."""
 
 from moc_jax.attention.accounting import account, published_settings
-from moc_jax.config import ModelConfig
-from moc_jax.models.mmdit import abstract_model
-
-PRESETS = {
-    "demo": ModelConfig(dim=128, depth=4, heads=2, rope_theta=100.0, dtype="float32", remat="none"),
-    "small": ModelConfig(dim=512, depth=12, heads=8),
-    "base": ModelConfig(dim=1024, depth=20, heads=8),
-    "large": ModelConfig(dim=1280, depth=24, heads=10),
-    # The size of LCT's and MoC's backbone; its widths are not published.
-    "3b": ModelConfig(dim=1792, depth=26, heads=14, text_dim=4096),
-}
-
-
-def parameter_count(cfg: ModelConfig) -> int:
-    """Numbers that training changes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_model(cfg)[1]))
-
-
-def matrix_flops(cfg: ModelConfig, text_tokens: int, video_tokens: int) -> int:
-    """FLOPs of one forward pass outside attention: each token meets its own stream's matrices, once.
-
-    Modulation is per shot, not per token, and counts as nothing.
-    """
-    per_stream = 4 * cfg.dim**2 + 2 * cfg.dim * cfg.mlp_dim
-    ends = 2 * cfg.dim * cfg.patch_size * cfg.latent_channels * video_tokens + cfg.dim * cfg.text_dim * text_tokens
-    return 2 * (cfg.depth * per_stream * (text_tokens + video_tokens) + ends)
+from moc_jax.config.presets import PRESETS
+from moc_jax.models import matrix_flops, parameter_count
 
 
 def print_presets() -> None:

@@ -17,8 +17,8 @@ def axis_sizes(head_dim: int) -> tuple[int, int, int]:
 
 
 @typed
-def rope_angles(positions: Int[Array, "B N 3"], head_dim: int, theta: float) -> Float32[Array, "B N Q"]:
-    """The angle of each of the Q = head_dim / 2 pairs, in radians."""
+def rope_angles(positions: Int[Array, "B N 3"], head_dim: int, theta: float) -> Float32[Array, "B N half"]:
+    """The angle of each of a head's pairs, which are half its size, in radians."""
     parts = []
     for axis, size in enumerate(axis_sizes(head_dim)):
         frequency = theta ** -(np.arange(0, size, 2) / size)  # float64 until here
@@ -27,7 +27,7 @@ def rope_angles(positions: Int[Array, "B N 3"], head_dim: int, theta: float) -> 
 
 
 @typed
-def rotate(x: Float[Array, "B N H D"], angles: Float32[Array, "B N Q"]) -> Float[Array, "B N H D"]:
+def rotate(x: Float[Array, "B N H D"], angles: Float32[Array, "B N half"]) -> Float[Array, "B N H D"]:
     """Turns every pair of every head; in float32, returned in x's type."""
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from moc_jax import models
 from moc_jax.attention.api import routed_attention
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import BucketConfig, Config, ConfigError
@@ -23,7 +24,6 @@ from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
 from moc_jax.diffusion.guidance import guided_velocity
 from moc_jax.diffusion.process import VelocityFn, add_noise
 from moc_jax.errors import explain_memory
-from moc_jax.models.mmdit import abstract_model
 from moc_jax.progress import Progress
 from moc_jax.sampling.scenes import Canvas, Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
@@ -95,7 +95,7 @@ class Sampler:
         self.config, self.codec = config, codec
         self._canvas = Canvas(config.data, codec, config.model.patch)
         self._encoder = build_text_encoder(config.text) if encoder is None else encoder
-        self._graph = abstract_model(config.model)[0]
+        self._graph = models.abstract(config.model)[0]
         self._attention = routed_attention(config.attention)
         self._progress = progress
         self._stop = Signals() if stop is None else stop  # such signals never ask
@@ -211,10 +211,8 @@ class Sampler:
         levels = jnp.full(request.lengths.shot_frames.shape, t)
         z_t = add_noise(request.known.video, _noises(request)[0], levels, request.lengths)
         model = nnx.merge(self._graph, params)
-        _, routes, table = model(
-            z_t, request.text, levels, request.lengths, self.config.moc, attention=self._attention, with_routes=True
-        )
-        return _everywhere(routing_shares(routes, table, levels.shape[1]))
+        seen = model.routed(z_t, request.text, levels, request.lengths, self.config.moc, attention=self._attention)
+        return _everywhere(routing_shares(seen.routes, seen.table, levels.shape[1]))
 
 
 @typed

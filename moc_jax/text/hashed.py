@@ -11,7 +11,7 @@ import unicodedata
 
 import numpy as np
 
-from moc_jax.config import TextConfig
+from moc_jax.config import HashConfig
 from moc_jax.shapes import Float32, typed
 
 _VERSION = b"moc_jax hashed word 1:"  # goes into every vector: another one for another way of splitting or hashing
@@ -46,12 +46,12 @@ def _kind(character: str) -> str:
 class HashedWords:
     """Words hashed to vectors whose entries are uniform with mean 0 and variance 1."""
 
-    def __init__(self, cfg: TextConfig):
+    def __init__(self, cfg: HashConfig):
         self.dim = cfg.dim
         self._max_tokens = cfg.max_tokens
 
     @staticmethod
-    def fingerprint(cfg: TextConfig) -> str:
+    def fingerprint(cfg: HashConfig) -> str:
         """See `moc_jax.text.encoder_fingerprint`."""
         return hashlib.sha256(_VERSION + str(cfg.dim).encode()).hexdigest()[:16]
 
@@ -60,7 +60,7 @@ class HashedWords:
         """A begin token, then a row per word.
 
         Raises:
-            ValueError: more than `TextConfig.max_tokens` rows.
+            ValueError: more than `HashConfig.max_tokens` rows.
         """
         words = [_BEGIN, *split_words(caption)]
         if len(words) > self._max_tokens:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moc_jax.checkpoint import has_checkpoint, load_codec_state, load_for_sampling
+from moc_jax.checkpoint import has_checkpoint, load_codec_state, load_for_sampling, newest_config
 from moc_jax.codecs import Codec, CodecMismatch, load_codec
 from moc_jax.config import CodecConfig, Config, ConfigError
 from moc_jax.config_json import differences
@@ -14,16 +14,19 @@ Changes = dict[str, tuple[object, object]]  # dotted name -> (then, now)
 def initial_codec(cfg: Config) -> Codec | None:
     """The codec to prepare the data with; None: one is to be fitted. All processes call this together.
 
-    A run that has begun has the codec in its own checkpoints, and needs the other run no more.
+    A run that has begun has the codec in its own checkpoints, and needs the other run no more. Whether it can be
+    resumed is seen here, as far as its newest checkpoint says so, before any video is opened.
 
     Raises:
-        CheckpointError: nothing can be read there.
-        ConfigError: the weights there are of another model; raised before any video is opened.
+        CheckpointError: nothing can be read there, or it is of another format.
+        ConfigError: the weights there are of another model.
         CodecMismatch: the codec is of other settings.
     """
+    begun = has_checkpoint(cfg.workdir)
+    if begun and (newest := newest_config(cfg.workdir)):
+        check_resumable(newest, cfg)
     if not cfg.train.init_from:
         return None
-    begun = has_checkpoint(cfg.workdir)
     saved, state = load_codec_state(cfg.workdir if begun else cfg.train.init_from)
     if not begun:
         check_initial(saved, cfg)

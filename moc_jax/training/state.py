@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from moc_jax import models
 from moc_jax.config import ModelConfig, OptimizerConfig, TrainConfig
-from moc_jax.models.mmdit import MMDiT, abstract_model
 from moc_jax.shapes import Array, Int32
 from moc_jax.sharding import LogicalAxes, Params, logical_axes, tree_shardings
 from moc_jax.training.optimizer import make_optimizer
@@ -62,7 +62,7 @@ class Blueprint:
 
 def make_blueprint(model: ModelConfig, optimizer: OptimizerConfig, train: TrainConfig, mesh: Mesh) -> Blueprint:
     """Works out the state's shapes and shardings without making it."""
-    graph, weights = abstract_model(model)
+    graph, weights = models.abstract(model)
     logical = logical_axes(weights)
     chain = make_optimizer(optimizer, train.steps, logical)
     initial = functools.partial(_initial, model, train, chain)
@@ -84,6 +84,6 @@ def _initial(
     model: ModelConfig, train: TrainConfig, optimizer: optax.GradientTransformation, params: Params | None
 ) -> TrainState:
     if params is None:
-        params = nnx.to_pure_dict(nnx.state(MMDiT(model, rngs=nnx.Rngs(train.seed)), nnx.Param))
+        params = nnx.to_pure_dict(nnx.state(models.build(model, rngs=nnx.Rngs(train.seed)), nnx.Param))
     ema = jax.tree.map(jnp.copy, params) if train.ema_decay else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)

@@ -17,8 +17,7 @@ from moc_jax.attention.backends import resolve
 from moc_jax.config import BucketConfig, Config, MoCConfig
 from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import Manifest, SceneEntry
-from moc_jax.models.mmdit import scene_shape
-from moc_jax.models.presets import matrix_flops
+from moc_jax.models import matrix_flops, scene_shape
 from moc_jax.scene import SceneLengths, chunk_table
 from moc_jax.sharding import AXES, replicated_weights
 from moc_jax.training.optimizer import remainder

@@ -10,11 +10,11 @@ from flax import nnx
 
 from benchmarks import model
 from moc_jax.attention.api import RoutedAttention
-from moc_jax.config import ChunkConfig, MoCConfig, ModelConfig
+from moc_jax.config import ChunkConfig, MMDiTConfig, MoCConfig
+from moc_jax.models import parameter_count
 from moc_jax.models.mmdit import MMDiT
-from moc_jax.models.presets import parameter_count
 
-TINY = ModelConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32")
+TINY = MMDiTConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32")
 MOC = MoCConfig(chunk=ChunkConfig(size=8), top_k=1)
 ARGUMENTS = model.Arguments(model=TINY, moc=MOC, shots=3, frames=2, rows=8, columns=8, caption=2)
 

@@ -7,10 +7,10 @@ import pytest
 from einops import rearrange
 
 from moc_jax.codecs import CodecMismatch, crop_frames, fit_codec, load_codec, pixels_from_unit, pixels_to_unit
-from moc_jax.config import CodecConfig
+from moc_jax.config import PcaConfig
 from tests.data.clips import make_frames
 
-CFG = CodecConfig(stride=(4, 4, 4), channels=12)
+CFG = PcaConfig(stride=(4, 4, 4), channels=12)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_long_clips_are_sampled(monkeypatch):
 
 
 def test_all_channels_are_lossless(clips):
-    cfg = CodecConfig(stride=(1, 4, 4), channels=48)
+    cfg = PcaConfig(stride=(1, 4, 4), channels=48)
     codec = fit_codec(cfg, clips)
     np.testing.assert_allclose(codec.decode(codec.encode(clips[0])), clips[0], atol=2e-5)
 

@@ -14,14 +14,14 @@ from moc_jax.config import (
     BucketConfig,
     ChunkConfig,
     ChunkStage,
-    CodecConfig,
     Config,
     ConfigError,
     DataConfig,
     MeshConfig,
+    MMDiTConfig,
     MoCConfig,
-    ModelConfig,
     OptimizerConfig,
+    PcaConfig,
     SampleConfig,
     TrainConfig,
 )
@@ -64,18 +64,18 @@ class Hostile:
         (lambda: MoCConfig(mode=None), "moc.mode is None; it must be one of moc, dense"),
         (lambda: MoCConfig(causal_routing="no"), "moc.causal_routing is 'no'; it must be of type bool"),
         (lambda: MoCConfig(causal_routing=1), "moc.causal_routing is 1; it must be of type bool"),
-        (lambda: ModelConfig(dtype="fp16"), "model.dtype is 'fp16'; it must be one of bfloat16, float32"),
-        (lambda: ModelConfig(dtype=np.float32), "model.dtype is <class 'numpy.float32'>; it must be one of"),
-        (lambda: ModelConfig(patch=(1, 2)), "model.patch has 2 entries; it must have 3"),
-        (lambda: ModelConfig(patch=(1, 2, 2.0)), "model.patch[2] is 2.0; it must be of type int: write 2"),
-        (lambda: ModelConfig(patch=2), "model.patch is 2; it must be a list of 3"),
-        (lambda: ModelConfig(mlp_ratio=np.timedelta64(4, "s")), "model.mlp_ratio is np.timedelta64(4,'s'); it"),
+        (lambda: MMDiTConfig(dtype="fp16"), "model.dtype is 'fp16'; it must be one of bfloat16, float32"),
+        (lambda: MMDiTConfig(dtype=np.float32), "model.dtype is <class 'numpy.float32'>; it must be one of"),
+        (lambda: MMDiTConfig(patch=(1, 2)), "model.patch has 2 entries; it must have 3"),
+        (lambda: MMDiTConfig(patch=(1, 2, 2.0)), "model.patch[2] is 2.0; it must be of type int: write 2"),
+        (lambda: MMDiTConfig(patch=2), "model.patch is 2; it must be a list of 3"),
+        (lambda: MMDiTConfig(mlp_ratio=np.timedelta64(4, "s")), "model.mlp_ratio is np.timedelta64(4,'s'); it"),
         (lambda: TrainConfig(steps=1e300), "train.steps is 1e+300; it must be of type int"),
         (lambda: TrainConfig(steps=Hostile()), "train.steps is <"),
         (lambda: SampleConfig(shift=Hostile()), "sample.shift is <"),
         (lambda: Config(workdir=Hostile()), "workdir is <"),
-        (lambda: ModelConfig(mlp_ratio="4"), "model.mlp_ratio is '4'; it must be of type float"),
-        (lambda: ModelConfig(mlp_ratio=True), "model.mlp_ratio is True; it must be of type float"),
+        (lambda: MMDiTConfig(mlp_ratio="4"), "model.mlp_ratio is '4'; it must be of type float"),
+        (lambda: MMDiTConfig(mlp_ratio=True), "model.mlp_ratio is True; it must be of type float"),
         (lambda: Config(train=3), "train is 3; it must be a TrainConfig"),
         (lambda: Config(train={"steps": 3}), "train is {'steps': 3}; it must be a TrainConfig"),
         (lambda: Config(moc=MoCConfig), "moc is <class 'moc_jax.config.network.MoCConfig'>; it must be a MoCConfig"),
@@ -111,7 +111,7 @@ def test_a_list_is_proposed_only_where_it_would_be_right():
     with pytest.raises(ConfigError, match=r"data\.buckets is .*; it must be a list: \(BucketConfig\("):
         DataConfig(buckets=BucketConfig())
     with pytest.raises(ConfigError, match=r"codec\.stride is '4,8,8'; it must be a list of 3$"):
-        CodecConfig(stride="4,8,8")
+        PcaConfig(stride="4,8,8")
 
 
 def test_a_subclass_is_refused_since_json_would_not_bring_it_back():
@@ -124,7 +124,7 @@ def test_a_subclass_is_refused_since_json_would_not_bring_it_back():
 
 def test_whole_numbers_become_floats_and_lists_become_tuples():
     config = Config(
-        model=ModelConfig(rope_theta=10000, mlp_ratio=np.int64(4), depth=np.int32(2), patch=[1, 2, np.uint8(2)]),
+        model=MMDiTConfig(rope_theta=10000, mlp_ratio=np.int64(4), depth=np.int32(2), patch=[1, 2, np.uint8(2)]),
         sample=SampleConfig(shift=5, guidance=np.float32(5)),
         data=DataConfig(source=["a", pathlib.Path("b")], buckets=[BucketConfig()]),
         workdir=pathlib.Path("out"),

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from moc_jax.config import CodecConfig, Config, DataConfig, ModelConfig, TextConfig, TrainConfig
+from moc_jax.config import Config, DataConfig, HashConfig, MMDiTConfig, PcaConfig, TrainConfig
 from tests.data.clips import make_clip
 
 SIZE = (8, 12)
@@ -18,9 +18,9 @@ def small_config(folder: Path, *, batch_size: int = 2, patch: int = 1, **data) -
         "width": SIZE[1],
     }
     return Config(
-        model=ModelConfig(dim=24, heads=2, depth=1, patch=(patch, 1, 1), latent_channels=4, text_dim=16),
-        codec=CodecConfig(stride=(4, 4, 4), channels=4),
-        text=TextConfig(dim=16),
+        model=MMDiTConfig(dim=24, heads=2, depth=1, patch=(patch, 1, 1), latent_channels=4, text_dim=16),
+        codec=PcaConfig(stride=(4, 4, 4), channels=4),
+        text=HashConfig(dim=16),
         data=DataConfig(**defaults | data),
         train=TrainConfig(batch_size=batch_size),
     )

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moc_jax.config import TextConfig
+from moc_jax.config import HashConfig
 from moc_jax.data import DataError, make_pipeline, prepare, resolved
 from moc_jax.data import caption_store as module
 from moc_jax.data.caption_store import CaptionStore, CaptionStoreError, CaptionWriter, open_captions, store_file
@@ -20,7 +20,7 @@ from moc_jax.text import build_text_encoder, encoder_fingerprint
 from moc_jax.text.hashed import HashedWords
 from tests.data.small import make_videos, small_config, with_data
 
-CFG = TextConfig(dim=16)
+CFG = HashConfig(dim=16)
 
 
 class Encoder:
@@ -52,7 +52,7 @@ def _write(file, captions, cfg=CFG, others=()):
 
 def _wider(cfg):
     """Another encoder."""
-    return dataclasses.replace(cfg, text=TextConfig(dim=24), model=dataclasses.replace(cfg.model, text_dim=24))
+    return dataclasses.replace(cfg, text=HashConfig(dim=24), model=dataclasses.replace(cfg.model, text_dim=24))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -108,7 +108,7 @@ def test_another_encoder_has_a_store_of_its_own(tmp_path, encoder):
     assert len(encoder.calls) == calls + 3  # of one video: "", its caption, its shot's
     assert open_captions(manifest, other.text).dim == 24
     assert open_captions(manifest, cfg.text).dim == 16
-    limited = dataclasses.replace(cfg, text=TextConfig(dim=16, max_tokens=9))  # a limit changes no embedding
+    limited = dataclasses.replace(cfg, text=HashConfig(dim=16, max_tokens=9))  # a limit changes no embedding
     assert encoder_fingerprint(limited.text) == encoder_fingerprint(cfg.text) != encoder_fingerprint(other.text)
 
 
@@ -211,7 +211,7 @@ class TestDamage:
 def test_a_limit_that_came_later_is_kept(tmp_path, encoder):
     """What is copied was encoded when longer captions were allowed."""
     old = _write(tmp_path / "old", ["a long caption"])
-    limited = TextConfig(dim=16, max_tokens=9)
+    limited = HashConfig(dim=16, max_tokens=9)
     message = r"here: the caption 'a long caption' has 15 tokens, but text.max_tokens is 9; shorten it or raise"
     with pytest.raises(CaptionError, match=message), CaptionWriter(tmp_path / "new", limited, [old.file]) as writer:
         writer.add({"a long caption": "here"})

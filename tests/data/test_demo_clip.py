@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from moc_jax.cli import read_config_file
-from moc_jax.config import ConfigError, DataConfig, TextConfig
+from moc_jax.config import ConfigError, DataConfig, HashConfig
 from moc_jax.data import demo_clip
 from moc_jax.data.captions import load_captions
 from moc_jax.data.sources import find_sources
@@ -68,5 +68,5 @@ def test_the_captions_are_for_its_six_shots(tmp_path):
     (tmp_path / "bikes.yaml").write_text(demo_clip.CAPTIONS.read_text())
     captions = load_captions(tmp_path / "bikes.mp4", DataConfig())
     assert len(captions.shots) == 6
-    encoder = build_text_encoder(TextConfig())
+    encoder = build_text_encoder(HashConfig())
     assert max(len(encoder(caption)) for caption in (captions.caption, *captions.shots)) <= 64

@@ -9,12 +9,13 @@ import pytest
 from flax import nnx
 
 from moc_jax.attention.api import RoutedAttention
-from moc_jax.config import ChunkConfig, ConfigError, MoCConfig, ModelConfig
+from moc_jax.config import ChunkConfig, ConfigError, MMDiTConfig, MoCConfig
+from moc_jax.config.presets import PRESETS
+from moc_jax.models import matrix_flops, parameter_count
 from moc_jax.models.mmdit import MMDiT
-from moc_jax.models.presets import PRESETS, matrix_flops, parameter_count
 from moc_jax.scene import SceneLengths
 
-CFG = ModelConfig(dim=48, depth=2, heads=3, latent_channels=4, text_dim=8, dtype="float32", remat="none")
+CFG = MMDiTConfig(dim=48, depth=2, heads=3, latent_channels=4, text_dim=8, dtype="float32", remat="none")
 MOC = MoCConfig(top_k=2, chunk=ChunkConfig(unit="frames", size=1))
 SHOTS = 3
 
@@ -31,17 +32,15 @@ def _model(cfg=CFG):
 GRAPH, WEIGHTS = _model()
 
 
-@jax.jit(static_argnames=("moc", "with_routes", "backend"))
-def _model_of(weights, video, text, t, lengths, moc, key=None, with_routes=True, backend="auto"):
+@jax.jit(static_argnames=("moc", "backend"))
+def _model_of(weights, video, text, t, lengths, moc, key=None, backend="auto"):
     attention = RoutedAttention(backend=backend)
-    return nnx.merge(GRAPH, weights)(
-        video, text, t, lengths, moc, key=key, attention=attention, with_routes=with_routes
-    )
+    return nnx.merge(GRAPH, weights).routed(video, text, t, lengths, moc, key=key, attention=attention)
 
 
 def _run(video, text, t, lengths, moc=MOC, key=None, **options):
     """The velocity, from the program that also gives routes: compiling is what takes these tests their time."""
-    return _model_of(WEIGHTS, video, text, t, lengths, moc, key, **options)[0]
+    return _model_of(WEIGHTS, video, text, t, lengths, moc, key, **options).velocity
 
 
 def _inputs(frames=10, seed=0):
@@ -135,8 +134,10 @@ def test_the_backends_agree_through_the_whole_model(mode):
 
 def test_routes_are_those_of_video_queries_and_follow_the_rules():
     video, text, t = _inputs()
-    out, routes, table = _model_of(WEIGHTS, video, text, t, _lengths(), MOC)
-    np.testing.assert_array_equal(out, _model_of(WEIGHTS, video, text, t, _lengths(), MOC, with_routes=False))
+    seen = _model_of(WEIGHTS, video, text, t, _lengths(), MOC)
+    routes, table = seen.routes, seen.table
+    alone = jax.jit(lambda weights: nnx.merge(GRAPH, weights)(video, text, t, _lengths(), MOC))(WEIGHTS)
+    np.testing.assert_array_equal(seen.velocity, alone)
     assert routes.shape == (CFG.depth, 2, CFG.heads, 60, MOC.top_k)
     routes, chunk_of = np.asarray(routes)[:, :1], np.asarray(table.chunk_of)[0, 12:]
     assert (routes[:, :, :, :24] == -1).all()  # the first shot has nothing before it
@@ -186,7 +187,7 @@ def test_bfloat16_computes_near_float32():
 def test_a_fresh_model_predicts_zero_and_depth_does_not_grow_the_program():
     args = (*_inputs(), _lengths())
     fresh = nnx.split(MMDiT(CFG, rngs=nnx.Rngs(0)))[1]
-    assert float(jnp.abs(_model_of(fresh, *args, MOC)[0]).max()) == 0
+    assert float(jnp.abs(_model_of(fresh, *args, MOC).velocity).max()) == 0
     sizes = []
     for depth in (2, 6):
         graph, state = nnx.split(

@@ -1,4 +1,4 @@
-"""Weights are named by what they are, so that heads are split over the mesh's tensor axis and nothing is moved for it."""
+"""Weights are named by what they are, so that heads are split over the mesh's tensor axis and nothing moves for it."""
 
 import collections
 import re
@@ -11,12 +11,13 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moc_jax.config import ModelConfig
+from moc_jax.config import MMDiTConfig
 from moc_jax.models.layers import dense
-from moc_jax.models.mmdit import MMDiT, StreamBlock
+from moc_jax.models.mmdit import MMDiT
+from moc_jax.models.mmdit.block import StreamBlock
 from moc_jax.sharding import AXES, logical_axes, tree_shardings
 
-CFG = ModelConfig(dim=48, depth=2, heads=4, latent_channels=4, text_dim=8, dtype="float32")
+CFG = MMDiTConfig(dim=48, depth=2, heads=4, latent_channels=4, text_dim=8, dtype="float32")
 COLLECTIVES = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
 BATCH, HEADS = P(("data", "fsdp")), P(("data", "fsdp"), None, "tensor", None)
 TOKENS = 4096  # many: the compiler moves whatever is smaller, and it should be the weights
@@ -64,7 +65,7 @@ def test_fresh_weights_are_those_of_the_whole_matrix():
 
 @pytest.mark.parametrize("sizes", TENSOR, ids=str)
 def test_projections_move_nothing_between_the_heads_devices(sizes):
-    """Forward, q, k and v need nothing of another device but weights that fsdp split; the output is summed over heads."""
+    """q, k and v need nothing of another device but weights that fsdp split; the output is summed over heads."""
     mesh = mesh_of(**sizes)
     graph, weights, places = split(lambda: StreamBlock(CFG, rngs=nnx.Rngs(0)), mesh)
     batch, heads = NamedSharding(mesh, BATCH), NamedSharding(mesh, HEADS)

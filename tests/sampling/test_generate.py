@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from moc_jax.codecs import pixels_from_unit, pixels_to_unit
-from moc_jax.config import BucketConfig, CodecConfig, ConfigError, MeshConfig
+from moc_jax.config import BucketConfig, ConfigError, MeshConfig, PcaConfig
 from moc_jax.cuts import chunk_table_from
 from moc_jax.data.manifest import SceneEntry, ShotEntry
 from moc_jax.data.video import write_video
@@ -235,7 +235,7 @@ def test_a_picture_that_is_none(tmp_path):
 
 def test_a_codec_of_another_model():
     with pytest.raises(ConfigError, match=r"codec has stride \(4, 8, 8\) and 3 channels, but the model .* 4 channels"):
-        Sampler(CONFIG, make_codec(CodecConfig(channels=3)))
+        Sampler(CONFIG, make_codec(PcaConfig(channels=3)))
 
 
 def test_nan_is_no_video():

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moc_jax.checkpoint import CheckpointError, Checkpoints
+from moc_jax.checkpoint import CheckpointError, Checkpoints, saved_config
 from moc_jax.cli import clean_exit
 from moc_jax.commands import sample
-from moc_jax.config import AttentionConfig, CodecConfig, ConfigError
+from moc_jax.config import AttentionConfig, ConfigError, PcaConfig
 from moc_jax.data import codec_of, prepare
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.storyboard import StoryboardError
@@ -140,6 +140,27 @@ def test_every_setting_takes_its_place():
     plain = sample.Arguments(checkpoint="run", storyboard=(), out="x.mp4")
     assert CONFIG.attention.backend == "reference"  # where it was trained; here, what suits this machine
     assert sample.configure(CONFIG, 1, plain) == dataclasses.replace(CONFIG, attention=AttentionConfig())
+
+
+def test_help_shows_the_values_of_the_checkpoint_beside_it(run_folder, capsys):
+    with pytest.raises(SystemExit) as caught:
+        sample.main(["--help", "--checkpoint", str(run_folder)])
+    assert caught.value.code == 0
+    text = " ".join(re.sub(r"[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
+    config, step = saved_config(str(run_folder))
+    moc = config.moc_at(step - 1)
+    values = {name.replace("_", "-"): getattr(config.sample, name) for name in sample.SAMPLE}
+    for name, value in {**values, "top-k": moc.top_k, "chunk": moc.chunk.size, "step": step}.items():
+        assert re.search(rf"--{name} (?:(?!--).)*default: {re.escape(str(value))}\)", text), (name, value)
+    assert re.search(r"--out (?:(?!--).)*\(required\)", text)
+
+
+@pytest.mark.parametrize("words", [["--checkpoint"], ["--step", "x"], ["--checkpoint", "a", "--step"]])
+def test_help_comes_whatever_stands_beside_it(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        sample.main(["--help", *words])
+    assert caught.value.code == 0
+    assert "--checkpoint" in capsys.readouterr().out
 
 
 def test_help_explains_each_setting(capsys):
@@ -278,7 +299,7 @@ def test_a_bad_storyboard_is_named_before_the_checkpoint_is_opened(boards):
 @pytest.mark.parametrize("kind", ["codec", "model"])
 def test_checkpoint_of_another_codec_or_model(tmp_path, boards, kind):
     other = {
-        "codec": {"codec": make_codec(CodecConfig(channels=4, whiten=0.25))},
+        "codec": {"codec": make_codec(PcaConfig(channels=4, whiten=0.25))},
         "model": {"config": dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dim=48))},
     }[kind]
     folder = save_checkpoint(tmp_path / "run", **other)

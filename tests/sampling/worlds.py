@@ -7,20 +7,20 @@ import jax
 import numpy as np
 from flax import nnx
 
+from moc_jax import models
 from moc_jax.codecs import fit_codec
 from moc_jax.config import (
     AttentionConfig,
     BucketConfig,
     ChunkConfig,
-    CodecConfig,
     Config,
     DataConfig,
+    HashConfig,
+    MMDiTConfig,
     MoCConfig,
-    ModelConfig,
+    PcaConfig,
     SampleConfig,
-    TextConfig,
 )
-from moc_jax.models.mmdit import abstract_model
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.scenes import Canvas
 from moc_jax.sampling.storyboard import parse_storyboard
@@ -28,9 +28,9 @@ from moc_jax.sampling.storyboard import parse_storyboard
 CONFIG = Config(
     moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=1), top_k=1),
     attention=AttentionConfig(backend="reference"),
-    model=ModelConfig(dim=32, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none"),
-    codec=CodecConfig(channels=4),
-    text=TextConfig(dim=8, max_tokens=12),
+    model=MMDiTConfig(dim=32, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none"),
+    codec=PcaConfig(channels=4),
+    text=HashConfig(dim=8, max_tokens=12),
     data=DataConfig(height=16, width=32, fps=12.0),
     sample=SampleConfig(steps=3, guidance=2.0, seed=5),
 )
@@ -52,7 +52,7 @@ def canvas_of(config):
 @functools.cache
 def make_params(cfg=CONFIG.model):
     random = np.random.default_rng(1)
-    shapes = nnx.to_pure_dict(abstract_model(cfg)[1])
+    shapes = nnx.to_pure_dict(models.abstract(cfg)[1])
     return jax.tree.map(lambda x: (0.2 * random.normal(size=x.shape)).astype(np.float32), shapes)
 
 

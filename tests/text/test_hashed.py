@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from moc_jax.config import TextConfig
+from moc_jax.config import HashConfig
 from moc_jax.text import build_text_encoder
 from moc_jax.text.hashed import split_words
 
@@ -37,7 +37,7 @@ def test_words(text, words):
 
 def test_vectors_are_read_off_a_standard_hash():
     """Golden values: a change here would silently break every checkpoint."""
-    embedding = build_text_encoder(TextConfig(dim=8))("Bike")
+    embedding = build_text_encoder(HashConfig(dim=8))("Bike")
     assert embedding.dtype == np.float32
     assert embedding.shape == (2, 8)
     stream = hashlib.shake_256(b"moc_jax hashed word 1:bike").digest(16)
@@ -51,16 +51,16 @@ GOLDEN = [-0.882385, -0.408672, 0.905695, 0.832698]
 
 def test_same_in_another_process():
     script = (
-        "from moc_jax.config import TextConfig; from moc_jax.text import build_text_encoder; import sys;"
-        "sys.stdout.write(build_text_encoder(TextConfig(dim=16))('Ein Rad, 自転車').tobytes().hex())"
+        "from moc_jax.config import HashConfig; from moc_jax.text import build_text_encoder; import sys;"
+        "sys.stdout.write(build_text_encoder(HashConfig(dim=16))('Ein Rad, 自転車').tobytes().hex())"
     )
     env = os.environ | {"PYTHONHASHSEED": "7"}
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True).stdout
-    assert other == build_text_encoder(TextConfig(dim=16))("Ein Rad, 自転車").tobytes().hex()
+    assert other == build_text_encoder(HashConfig(dim=16))("Ein Rad, 自転車").tobytes().hex()
 
 
 def test_empty_caption_is_the_begin_token():
-    encoder = build_text_encoder(TextConfig())
+    encoder = build_text_encoder(HashConfig())
     assert encoder("").shape == (1, 256)
     np.testing.assert_array_equal(encoder("")[0], encoder("a b")[0])
     # No word can be mistaken for it.
@@ -68,7 +68,7 @@ def test_empty_caption_is_the_begin_token():
 
 
 def test_words_are_far_apart():
-    rows = build_text_encoder(TextConfig(dim=256))(" ".join(f"word{k}" for k in range(60)))
+    rows = build_text_encoder(HashConfig(dim=256))(" ".join(f"word{k}" for k in range(60)))
     gram = rows @ rows.T / 256
     np.testing.assert_allclose(np.diag(gram), 1, atol=0.25)
     assert np.abs(gram - np.diag(np.diag(gram))).max() < 0.35
@@ -76,7 +76,7 @@ def test_words_are_far_apart():
 
 
 def test_too_long_names_count_limit_and_fix():
-    encoder = build_text_encoder(TextConfig(max_tokens=5))
+    encoder = build_text_encoder(HashConfig(max_tokens=5))
     assert len(encoder("one two three four")) == 5
     with pytest.raises(ValueError, match=r"'one two .*has 6 tokens.*text.max_tokens is 5.*raise text.max_tokens"):
         encoder("one two three four five")

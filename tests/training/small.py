@@ -9,14 +9,14 @@ from jax.sharding import Mesh
 
 from moc_jax.config import (
     ChunkConfig,
-    CodecConfig,
     Config,
     DataConfig,
+    HashConfig,
     MeshConfig,
+    MMDiTConfig,
     MoCConfig,
-    ModelConfig,
     OptimizerConfig,
-    TextConfig,
+    PcaConfig,
     TrainConfig,
 )
 from moc_jax.scene import Scene, SceneLengths
@@ -24,9 +24,9 @@ from moc_jax.sharding import make_mesh
 from moc_jax.training.state import Blueprint, TrainState, make_blueprint
 
 CONFIG = Config(
-    model=ModelConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none"),
-    codec=CodecConfig(channels=4),
-    text=TextConfig(dim=8),
+    model=MMDiTConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none"),
+    codec=PcaConfig(channels=4),
+    text=HashConfig(dim=8),
     moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=1), top_k=2, drop_off_max=1.0, drop_in_rate=1.0),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, clip_norm=0.0),
     train=TrainConfig(steps=100),

@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from moc_jax.config import ConfigError, ModelConfig, OptimizerConfig
-from moc_jax.models.mmdit import abstract_model
+from moc_jax import models
+from moc_jax.config import ConfigError, MMDiTConfig, OptimizerConfig
 from moc_jax.sharding import key_path, logical_axes
 from moc_jax.training.optimizer import accumulated, learning_rate, make_optimizer, remainder
 
@@ -55,7 +55,7 @@ def test_only_matrices_decay():
 
 def test_of_the_model_kernels_decay_and_no_bias_or_scale():
     """Also where heads are an axis of their own, a bias's too."""
-    weights = abstract_model(ModelConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8))[1]
+    weights = models.abstract(MMDiTConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8))[1]
     params = jax.tree.map(lambda x: jnp.ones(x.shape), nnx.to_pure_dict(weights))
     cfg = OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5)
     optimizer = make_optimizer(cfg, 10, logical_axes(weights))

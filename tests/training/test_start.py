@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moc_jax.checkpoint import load_codec_state, load_for_sampling
+from moc_jax.checkpoint import CheckpointError, load_codec_state, load_for_sampling
 from moc_jax.codecs import CodecMismatch, load_codec
 from moc_jax.config import ConfigError
 from moc_jax.data import DataError, codec_of, prepare
@@ -81,6 +81,15 @@ def test_weights_of_another_model_are_refused_before_any_video_is_opened(first, 
         initial_codec(changed(second, model={"mlp_ratio": 2.0}))
     with pytest.raises(ConfigError, match=r"codec\.whiten is .*; text\.max_tokens is 64 there and 9 here"):
         check_initial(CONFIG, changed(CONFIG, text={"max_tokens": 9}, codec={"whiten": 0.1}))
+
+
+def test_what_can_not_be_resumed_is_refused_before_any_video_is_opened(first, monkeypatch):
+    assert initial_codec(first) is None
+    with pytest.raises(ConfigError, match=r"can't be resumed .*: model\.mlp_ratio is 4\.0 there and 2\.0"):
+        initial_codec(changed(first, model={"mlp_ratio": 2.0}))
+    monkeypatch.setattr("moc_jax.checkpoint_layout.FORMAT", 3)
+    with pytest.raises(CheckpointError, match=r"is of format 2, .* reads format 3\. Resume or sample it with"):
+        initial_codec(first)
 
 
 def test_data_of_another_codec_is_refused(first, second):

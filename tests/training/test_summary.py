@@ -8,8 +8,7 @@ import pytest
 from moc_jax.attention.accounting import account
 from moc_jax.config import ChunkStage
 from moc_jax.data import make_pipeline, prepare
-from moc_jax.models.mmdit import scene_shape
-from moc_jax.models.presets import matrix_flops, parameter_count
+from moc_jax.models import matrix_flops, parameter_count, scene_shape
 from moc_jax.scene import chunk_table
 from moc_jax.training.summary import scene_costs, si, stage_costs, summary
 from tests.training.small import blueprint_of, changed, mesh_of

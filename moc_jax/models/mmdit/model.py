@@ -1,0 +1,145 @@
+"""The video diffusion transformer: an MMDiT whose joint attention is Mixture of Contexts.
+
+Text and video have weights of their own and meet in attention (SD3, arXiv 2403.03206, section 4); every token is
+modulated by the noise level of its own shot (LCT, arXiv 2503.10589, section 3.1), the global caption by t = 0.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
+from moc_jax.config import MMDiTConfig, MoCConfig
+from moc_jax.models.family import Routed
+from moc_jax.models.layers import Modulation, TimeEmbedding, dense, layer_norm
+from moc_jax.models.mmdit.block import Attend, Slots, stacked_blocks
+from moc_jax.models.patches import scene_shape, tokens_of, video_of
+from moc_jax.models.rope import rope_angles
+from moc_jax.scene import ChunkTable, SceneLengths, chunk_table, positions
+from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
+from moc_jax.sharding import batch_sharded
+
+Streams = tuple[Float[Array, "B L M"], Float[Array, "B V M"]]  # text and video
+
+
+class MMDiT(nnx.Module):
+    """Predicts the flow's velocity, noise - z_0, for all shots of a scene at once."""
+
+    def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        dtype = jnp.dtype(cfg.dtype)
+        width = cfg.patch_size * cfg.latent_channels
+        self.time = TimeEmbedding(cfg, rngs=rngs)
+        self.text_in = dense({"text": cfg.text_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
+        self.video_in = dense({"patch": width}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
+        self.blocks = stacked_blocks(cfg, rngs)
+        self.final_modulation = Modulation(cfg, 2, rngs=rngs)
+        self.final = dense({"embed": cfg.dim}, {"patch": width}, dtype=jnp.float32, rngs=rngs, zero=True)
+
+    @staticmethod
+    def matrix_flops(cfg: MMDiTConfig, text_tokens: int, video_tokens: int) -> int:
+        """FLOPs of one forward pass outside attention: each token meets its own stream's matrices, once.
+
+        Modulation is per shot, not per token, and counts as nothing.
+        """
+        per_stream = 4 * cfg.dim**2 + 2 * cfg.dim * cfg.mlp_dim
+        ends = 2 * cfg.dim * cfg.patch_size * cfg.latent_channels * video_tokens + cfg.dim * cfg.text_dim * text_tokens
+        return 2 * (cfg.depth * per_stream * (text_tokens + video_tokens) + ends)
+
+    @typed
+    def __call__(
+        self,
+        video: Float[Array, "B F Y X Z"],
+        text: Float[Array, "B L E"],
+        t: Float[Array, "B S"],
+        lengths: SceneLengths,
+        moc: MoCConfig,
+        *,
+        key: Key[Array, ""] | None = None,
+        attention: SceneAttention = RoutedAttention(),
+    ) -> Float32[Array, "B F Y X Z"]:
+        """Velocity; see `VideoModel`."""
+        return self._forward(video, text, t, lengths, moc, key, attention, with_routes=False)[0]
+
+    @typed
+    def routed(
+        self,
+        video: Float[Array, "B F Y X Z"],
+        text: Float[Array, "B L E"],
+        t: Float[Array, "B S"],
+        lengths: SceneLengths,
+        moc: MoCConfig,
+        *,
+        key: Key[Array, ""] | None = None,
+        attention: SceneAttention = RoutedAttention(),
+    ) -> Routed:
+        """Velocity, routes and chunk table; see `VideoModel`."""
+        velocity, routes, table = self._forward(video, text, t, lengths, moc, key, attention, with_routes=True)
+        assert routes is not None
+        return Routed(velocity=velocity, routes=routes[:, :, :, text.shape[1] :], table=table)
+
+    def _forward(
+        self,
+        video: Float[Array, "B F Y X Z"],
+        text: Float[Array, "B L E"],
+        t: Float[Array, "B S"],
+        lengths: SceneLengths,
+        moc: MoCConfig,
+        key: Key[Array, ""] | None,
+        attention: SceneAttention,
+        *,
+        with_routes: bool,
+    ) -> tuple[Float32[Array, "B F Y X Z"], Int[Array, "depth B H N K"] | None, ChunkTable]:
+        cfg = self.cfg
+        shape, lengths = scene_shape(cfg, video.shape, text.shape, lengths)
+        table = chunk_table(lengths, shape, moc.chunk)
+        angles = rope_angles(positions(lengths, shape), cfg.head_dim, cfg.rope_theta)
+        slot = jax.nn.one_hot(table.token_shot + 1, shape.shots + 1)  # the global caption is slot 0
+        slots = slot[:, : shape.text_tokens], slot[:, shape.text_tokens :]
+        time = self.time(jnp.pad(t.astype(jnp.float32), ((0, 0), (1, 0))))
+
+        dtype = jnp.dtype(cfg.dtype)
+        streams = self.text_in(text.astype(dtype)), self.video_in(tokens_of(video, cfg.patch).astype(dtype))
+        attend = _over_the_scene(attention, table, moc, with_routes)
+        (_, x), routes = self._run_blocks(streams, time, slots, angles, attend, key)
+
+        shift, scale = self.final_modulation(time, slots[1])
+        return video_of(self.final(layer_norm(x) * (1 + scale) + shift), shape, cfg.patch), routes, table
+
+    def _run_blocks(
+        self,
+        streams: Streams,
+        time: Float32[Array, "B P M"],
+        slots: Slots,
+        angles: Float32[Array, "B N half"],
+        attend: Attend,
+        key: Key[Array, ""] | None,
+    ) -> tuple[Streams, Int[Array, "depth B H N K"] | None]:
+        graph, weights = nnx.split(self.blocks)
+
+        def body(streams, layer):
+            weights, index = layer
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            text, video, routes = nnx.merge(graph, weights)(*streams, time, slots, angles, attend, layer_key)
+            return (text, video), routes
+
+        if self.cfg.remat != "none":
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.cfg.remat == "dots" else None
+            body = jax.checkpoint(body, policy=keep, prevent_cse=False)  # scan already keeps the passes apart
+        return lax.scan(body, streams, (weights, jnp.arange(self.cfg.depth)))
+
+
+def _over_the_scene(attention: SceneAttention, table: ChunkTable, moc: MoCConfig, with_routes: bool) -> Attend:
+    """Attention over this scene's chunks, each device on its own share of the batch."""
+
+    def attend(q, k, v, key):
+        keys = None if key is None else scene_keys(key, q.shape[0], q.shape[2])
+
+        def local(q, k, v, table, keys):
+            out, routes = attention(q, k, v, table, moc, key=keys)
+            return (out, routes) if with_routes else (out, None)
+
+        return batch_sharded(local)(q, k, v, table, keys)
+
+    return attend
