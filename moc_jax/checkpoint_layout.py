@@ -24,7 +24,7 @@ from moc_jax.sharding import key_path
 from moc_jax.showing import shown
 
 FORMAT = 2
-"""Of what a checkpoint holds and how its weights lie. 1, which none says of itself: heads were no axis of their own."""
+"""Of what a checkpoint holds and how its weights lie. 1, which none states: heads had no axis of their own."""
 
 Tree = dict[str, Any]
 """Arrays, or what stands in their place, or trees of these, by name; or an object of JSON."""
@@ -99,7 +99,7 @@ def newest_readable[T](directory: str, step: int | None, load: Callable[[epath.P
     if (root / "meta").exists():
         root, step = root.parent, step_of(root.name)
         if step is None:
-            raise CheckpointError(f"{given} is a checkpoint, but its name is no step: give it back the name it had")
+            raise CheckpointError(f"{given} is a checkpoint, but its name is not a step: rename it to what it was")
     steps = steps_in(root)
     if not steps:
         raise CheckpointError(
@@ -186,7 +186,7 @@ def _check_format(body: object, path: epath.Path) -> None:
     fix = (
         "Update moc_jax to resume or to sample it"
         if found > FORMAT
-        else "Resume or sample it with the version that wrote it, or train anew in another --workdir"
+        else "Resume or sample it with the version that wrote it, or train again in another --workdir"
     )
     raise CheckpointError(f"{what}, {ours}. {fix}")
 

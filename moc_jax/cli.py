@@ -102,7 +102,7 @@ def parse[T](
     """`kind`, a dataclass, from the command line; fields that are not given keep `default`'s values.
 
     Args:
-        defaults: values of some fields in the place of the class's own, where no `default` is given.
+        defaults: values of some fields instead of the class's own, where no `default` is given.
         flags: Bools are flags (`--dense`), or else options like all others (`--mesh.distributed True`).
 
     Raises:

@@ -124,7 +124,10 @@ def test_a_body_that_is_no_object_is_damaged(body):
             None,
             "5 is of format 1, written by moc_jax 0.0.9, but moc_jax .* reads format 2. Resume or sample it with the",
         ),
-        (1, "5 is of format 1, written by moc_jax 0.0.9, .* version that wrote it, or train anew in another --workdir"),
+        (
+            1,
+            "5 is of format 1, written by moc_jax 0.0.9, .* version that wrote it, or train again in another --workdir",
+        ),
         (3, "5 is of format 3, written by moc_jax 0.0.9, but moc_jax .* reads format 2. Update moc_jax to resume"),
     ],
 )
