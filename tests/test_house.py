@@ -87,7 +87,7 @@ def test_only_their_own_folders_know_models_codecs_and_encoders_by_class():
     """Others have the protocol and what builds one; so a second family changes nothing elsewhere."""
     kinds = {"models", "codecs", "text"}
     for path in _sources():
-        if _room(path) in kinds:
+        if _module(path) in kinds:
             continue
         for name in _imports(path):
             package, *inner = name.split(".")

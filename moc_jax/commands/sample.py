@@ -82,12 +82,8 @@ class Arguments(Settings):
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
-    args = parse(
-        Arguments,
-        argv,
-        description=__doc__,
-        defaults=saved_values(argv, SAMPLE) if {"-h", "--help"} & set(argv) else {},
-    )
+    defaults = saved_values(argv, SAMPLE) if {"-h", "--help"} & set(argv) else {}
+    args = parse(Arguments, argv, description=__doc__, defaults=defaults)
     configure(Config(), 1, args)  # only checks: nothing is read if a setting is impossible
     routed_attention(args.attention)
     if bool(args.storyboard) == (args.training_scene is not None):
