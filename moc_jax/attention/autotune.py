@@ -7,7 +7,7 @@ for the device, are passed over.
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float
 from moc_jax.timing import Effort, time_launches
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _WORTH = 0.99  # of the best time so far: what is as fast but for chance is left alone
 
@@ -80,7 +83,7 @@ def descend(
                 break  # on from here
 
 
-def neighbours(tiling: Any) -> Iterator[tuple[str, Any]]:
+def neighbours[T: DataclassInstance](tiling: T) -> Iterator[tuple[str, T]]:
     """Tilings with one size half or twice as large, of which it can be, and which size that is."""
     for field in dataclasses.fields(tiling):
         value = getattr(tiling, field.name)

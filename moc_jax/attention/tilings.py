@@ -28,6 +28,7 @@ from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array
 
 Tiling = XlaTiling | HopperTiling | Blocks
+_Given = dict[str, Any]  # an object of JSON
 _TYPES: dict[str, type[Tiling]] = {Xla.name: XlaTiling, Hopper.name: HopperTiling, Tpu.name: Blocks}
 
 
@@ -167,7 +168,7 @@ def tilings_from_json(text: str) -> Tilings:
     return Tilings(tuple(_tuned(dict(entry), f"tilings[{i}]") for i, entry in enumerate(tree["tilings"])))
 
 
-def _tuned(entry: dict[str, Any], where: str) -> Tuned:
+def _tuned(entry: _Given, where: str) -> Tuned:
     kind = {field.name: entry.pop(field.name, None) for field in dataclasses.fields(Kind)}
     if kind["backend"] not in _TYPES:
         raise ValueError(f"{where}.backend is {kind['backend']!r}; it must be one of {', '.join(_TYPES)}")
@@ -175,14 +176,14 @@ def _tuned(entry: dict[str, Any], where: str) -> Tuned:
     return Tuned(kind=_made(Kind, kind, where), tiling=tiling, **_checked(Tuned, entry, where, but={"kind", "tiling"}))
 
 
-def _made[T](kind: type[T], tree: Any, where: str) -> T:
+def _made[T](kind: type[T], tree: object, where: str) -> T:
     """A dataclass of numbers, strings and other such dataclasses."""
     if not isinstance(tree, dict):
         raise ValueError(f"{where} is {tree!r}; it must be an object")
     return kind(**_checked(kind, tree, where))
 
 
-def _checked(kind: type, tree: dict[str, Any], where: str, but: Collection[str] = ()) -> dict[str, Any]:
+def _checked(kind: type, tree: _Given, where: str, but: Collection[str] = ()) -> _Given:
     hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name not in but}
     if wrong := sorted(hints.keys() ^ tree.keys()):
         what = "is missing" if wrong[0] in hints else "is unknown"
@@ -190,7 +191,7 @@ def _checked(kind: type, tree: dict[str, Any], where: str, but: Collection[str] 
     return {name: _value(hint, tree[name], f"{where}.{name}") for name, hint in hints.items()}
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _value(hint: type, value: object, where: str) -> object:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _made(hint, value, where)
     value = tuple(value) if isinstance(value, list) else value

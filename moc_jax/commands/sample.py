@@ -84,7 +84,6 @@ class Arguments(Settings):
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     args = parse(Arguments, argv, description=__doc__, defaults=values_for_help(argv, SAMPLE))
     configure(Config(), 1, args)  # only checks: nothing is read if a setting is impossible
-    configure(Config(), 1, args)  # only checks: nothing is read if a setting is impossible
     routed_attention(args.attention)
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
