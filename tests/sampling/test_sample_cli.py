@@ -253,8 +253,9 @@ def test_single_files_that_cannot_be_written_are_named_first_too(boards, monkeyp
 
 def test_sigterm_ends_sampling_with_a_line_and_without_a_file(run_folder, boards):
     words = ["--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", "--steps", 10**5, "--solver", "euler"]
-    process = start_python(["sample.py", "--checkpoint", run_folder, *words], environment(boards / "compiled"))
-    while "100000 [00:0" not in process.stdout.readline():  # a bar of many steps
+    script = "import moc_jax.progress; moc_jax.progress.EVERY = 0.2; from moc_jax.cli import sample; sample()"
+    process = start_python(["-c", script, "--checkpoint", run_folder, *words], environment(boards / "compiled"))
+    while not re.match(r"sampling: [1-9][\d,]* of 100,000 steps", process.stdout.readline()):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     begin = time.monotonic()

@@ -158,7 +158,7 @@ def test_two_processes_train_like_one(command, uninterrupted, tmp_path):
     processes[1].send_signal(signal.SIGTERM)
     first, second = finish_both(processes)
     assert "2 x cpu in 2 process(es)" in first
-    assert "step/s" not in second  # only the first one talks
+    assert "training: " not in second  # only the first one talks
     stopped = checkpoints(tmp_path)[-1]
     assert stopped < STEPS - 4
     assert f"stopped after step {stopped}" in first
