@@ -116,7 +116,7 @@ class Checkpoints:
     def _checkpointer(self) -> ocp.training.Checkpointer:
         """Built after `restore`, since it reads every step's metadata, and damaged ones must be out of its way."""
         policies = ocp.training.preservation_policies
-        keep: list[Any] = [policies.LatestN(self._cfg.keep_last)]
+        keep: list[policies.LatestN | policies.EveryNSteps] = [policies.LatestN(self._cfg.keep_last)]
         keep += [policies.EveryNSteps(self._cfg.keep_every)] if self._cfg.keep_every else []
         policy: Any = policies.AnyPreservationPolicy(keep)
         return ocp.training.Checkpointer(self.directory, context=_context(), preservation_policy=policy)

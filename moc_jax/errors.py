@@ -4,7 +4,6 @@ import errno
 import functools
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
 
 _NO_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED(?!.*larger than max)|out[ _]of[ _]memory|exceed(s|ed)? (hbm|vmem|smem|memory) capacity",
@@ -36,7 +35,7 @@ def out_of_memory(error: BaseException | None) -> str | None:
 
 
 def explain_memory[**P, T](
-    what: str, kind: type[Exception], remedies: Callable[[Any], str]
+    what: str, kind: type[Exception], remedies: Callable[..., str]
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorates a method that runs on devices: where their memory is too small, `kind` says so.
 

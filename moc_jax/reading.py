@@ -70,7 +70,7 @@ def check_digits(number: str, where: str = "") -> None:
         raise DocumentError(f"{where}a number has {len(number):,} digits; the limit is {MAX_DIGITS}")
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
         keys = [key for key, _ in pairs]

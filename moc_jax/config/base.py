@@ -73,7 +73,7 @@ def kinds_of(hint: Any) -> dict[str, type[Settings]]:
     return dict(zip([name for (name,) in names], members)) if all(len(name) == 1 for name in names) else {}
 
 
-def kind_named(kinds: Mapping[str, type[Settings]], name: Any, at: str) -> type[Settings]:
+def kind_named(kinds: Mapping[str, type[Settings]], name: object, at: str) -> type[Settings]:
     """The kind of that name.
 
     Raises:

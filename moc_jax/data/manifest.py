@@ -175,7 +175,7 @@ def _fields(kind: type, tree: object, where: str, left_out: tuple[str, ...] = ()
 
 
 @functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: type) -> dict[str, object]:
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 

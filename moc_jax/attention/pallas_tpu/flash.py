@@ -484,7 +484,7 @@ def _by_lane(x):
     return functools.reduce(jnp.add, [x[:, i : i + LANES] for i in range(0, width, LANES)])
 
 
-def _mask(x, key: Any, inside, value: float):
+def _mask(x, key: Array | int, inside, value: float):
     """x [rows, columns], whose first column is key `key` of the block, with `value` outside of the inside."""
     if inside is None:
         return x
