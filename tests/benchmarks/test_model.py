@@ -35,6 +35,7 @@ def test_both_steps_are_stored(tmp_path):
     assert entry["steps"]["training"]["moc"]["memory"]["arguments"] > 12 * entry["parameters"]
 
 
+@pytest.mark.long
 def test_the_baseline_is_the_same_model_dense():
     scene = model.make_scene(ARGUMENTS)
     graph, weights = nnx.split(MMDiT(TINY, rngs=nnx.Rngs(0)))

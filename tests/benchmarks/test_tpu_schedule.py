@@ -186,6 +186,7 @@ def _schedule(**changed):
     return listing.Schedule(**{**sizes, **cycles, **bytes_, **changed})
 
 
+@pytest.mark.long
 def test_cost():
     chip, blocks = compiler.CHIPS["v5p"], Blocks(1024, 1024, 512, 256, 1)
     found = cost("v5p", "anchors", "forward", blocks, _schedule(inner_cycles=(40, 2600)))

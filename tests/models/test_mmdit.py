@@ -156,6 +156,7 @@ def test_drop_off_and_drop_in_change_training_only():
     assert float(jnp.abs(plain - dropped)[0, 4:9].max()) > 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_rematerialisation_changes_no_gradient(remat):
     video, text, t = _inputs()

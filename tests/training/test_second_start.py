@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.training.processes import finish, log, start_python
 
 # Trains, then samples from what came of it, and prints how many programs were asked for, found and compiled.
@@ -18,6 +20,7 @@ print(json.dumps([counts[name] for name in ("compile_requests_use_cache", "cache
 """
 
 
+@pytest.mark.long
 def test_the_second_start_compiles_nothing(command, config_file, tmp_path):
     """In the folder of all these tests, where most lies already; but every program counts, however small it is."""
     environment = {name: value for name, value in command.environment.items() if "PERSISTENT_CACHE" not in name}

@@ -41,6 +41,7 @@ def second(first, tmp_path):
     return dataclasses.replace(config, workdir=str(tmp_path / "second"))
 
 
+@pytest.mark.long
 def test_the_next_stage_has_weights_and_codec_of_the_one_before(first, second, capsys):
     saved, state = load_codec_state(first.workdir)
     assert saved == first

@@ -106,6 +106,7 @@ def test_what_was_due_waits_for_the_resumed_run(config, batches, tmp_path, capfd
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == log
 
 
+@pytest.mark.long
 def test_a_preview_that_is_left_costs_no_step(config, batches):
     def leave(step):
         raise Interrupted

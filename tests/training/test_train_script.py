@@ -24,6 +24,7 @@ from tests.training.processes import finish, start_python
 from tests.training.small import changed
 
 
+@pytest.mark.long
 def test_a_run_with_previews(command, tmp_path):
     settings = {"train.steps": 2, "train.preview-every": 2, "train.validate-every": 0, "sample.steps": 2}
     code, out = finish(

@@ -108,6 +108,7 @@ def test_uneven_chunks_one_by_one(hopper):
     check(Case(cfg, UNEVEN, sizes=UNEVEN_SIZES, dtype=jnp.float16), hopper)
 
 
+@pytest.mark.long
 def test_groups_of_heads_and_routes_with_holes(hopper):
     """Two heads one after the other; some queries' first pick or all picks are missing."""
 
@@ -123,6 +124,7 @@ def test_groups_of_heads_and_routes_with_holes(hopper):
     assert (head_groups(2, 64, 1024), head_groups(12, 256, 1024), head_groups(5, 2048, 1024)) == (1, 3, 5)
 
 
+@pytest.mark.long
 def test_everyone_picks_one_chunk(hopper):
     """No anchors for video: who picks nothing gives 0, and chunks that nobody picks are read by their caption alone."""
 
@@ -155,6 +157,7 @@ def test_no_picks(hopper):
     check(Case(MoCConfig(top_k=0, text_anchor="own+global", visibility="past")), hopper)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*encountered in matmul:RuntimeWarning")  # the interpreter's
 def test_padding_may_hold_anything_finite(hopper):
     """The largest numbers, with which products overflow, and NaN for output gradients: every bit stays."""

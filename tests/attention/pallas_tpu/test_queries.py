@@ -91,6 +91,7 @@ def check_slices_of_outputs(case, out):
         np.testing.assert_array_equal(some.attend(), out[:, rows])
 
 
+@pytest.mark.long
 def test_slices_of_outputs(apart):
     case = Case.whole(MULTI_SHOT)
     check_slices_of_outputs(case, case.attend())
