@@ -261,6 +261,7 @@ def test_the_picture_of_the_modules_is_the_package(monkeypatch):
             assert not up, f"{path.relative_to(ROOT)} imports {up}, which are not below {module} in the picture"
 
 
+@pytest.mark.long
 def test_pictures_are_drawn_from_what_is_there(tmp_path, monkeypatch):
     """`make pictures` would change nothing."""
     monkeypatch.syspath_prepend(DOCS / "pictures")

@@ -38,7 +38,7 @@ def moved(x, order):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.long_interpreted(PAST[0], SINGLE_SHOT, WINDOW, DENSE[1], BY_CHUNK)
+@pytest.mark.long_interpreted(MULTI_SHOT, PAST[0], SINGLE_SHOT, WINDOW, DENSE[1], BY_CHUNK)
 @pytest.mark.parametrize(
     ("own", "cfg"),
     [

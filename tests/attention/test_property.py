@@ -63,7 +63,7 @@ SOME = [MULTI_SHOT, NO_ANCHORS, WINDOW, PAST[0], DENSE[0]]
 
 
 @pytest.mark.slow_interpreted(*(cfg for cfg in COVERING if cfg not in SOME))
-@pytest.mark.long_interpreted(WINDOW)
+@pytest.mark.long_interpreted(MULTI_SHOT, WINDOW)
 @pytest.mark.parametrize("backends", INTERPRETED, ids="-".join)
 @pytest.mark.parametrize("cfg", COVERING, ids=name)
 @hypothesis.settings(max_examples=1, deadline=None, derandomize=True)

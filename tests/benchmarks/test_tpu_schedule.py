@@ -209,6 +209,7 @@ def test_cost():
     assert cost("v5p", "picks", "forward", blocks, schedule).step_per_pairs == 5800  # initialised in every step
 
 
+@pytest.mark.long
 def test_transfers_that_take_longer_than_the_tile_are_not_hidden():
     blocks, loops = Blocks(1024, 1024, 512), (40, 2600)
     assert not cost("v5p", "anchors", "forward", blocks, _schedule(bytes_in=(2**22,), inner_cycles=loops)).hidden

@@ -96,6 +96,7 @@ def check(case, hopper):
 # ------------------------------------------------------------------------------------------------ what CI runs
 
 
+@pytest.mark.long
 def test_uneven_chunks(hopper):
     """Own shot and all text as anchors; the tiles of text keys in three parts."""
     check(Case(MoCConfig(top_k=2), UNEVEN, sizes=UNEVEN_SIZES, tiling=THREE_PARTS), hopper)
