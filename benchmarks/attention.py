@@ -107,7 +107,7 @@ class Bench:
 
     def __init__(self, args: Arguments) -> None:
         self._args = args
-        self._tilings = read_tilings(args.tilings) if args.tilings else Tilings()
+        self._tilings = read_tilings(args.tilings, name="tilings") if args.tilings else Tilings()
         self._dense: dict[tuple[str, int], Timing] = {}
         self._programs: dict[str, Program] = {}
 

@@ -46,7 +46,7 @@ def moc_attention(
         key: Switches context drop-off and drop-in on (training). One key, or one per scene and head. What is drawn
             depends on the row of q.
         routes: Picks made before with `route`, for each video query different chunks that are not its anchors; None
-            routes now.
+            routes now. With routes, `key` does nothing.
         query_chunk: The chunk that each query token belongs to, -1 for padding. The query tokens of a chunk are one
             run, and those of a shot's video chunks follow each other in chunk order: so it is in any slice of the
             table's own tokens; `pallas_gpu` wants all of them in the table's order. None: q's tokens are the table's.
@@ -150,8 +150,12 @@ class RoutedAttention:
     backend: str | Backend = "auto"
     tilings: Tilings = Tilings()
 
+    def backend_for(self, q: Array, k: Array, v: Array, table: ChunkTable, cfg: MoCConfig) -> Backend:
+        """What computes such an attention, with its tiling if one was measured."""
+        return self.tilings.chosen(resolve(self.backend, _within(cfg, table), q, k, v), q, table, cfg)
+
     def __call__(self, q, k, v, table, cfg, *, key=None):
-        backend = self.tilings.chosen(resolve(self.backend, cfg, q, k, v), q, table, cfg)
+        backend = self.backend_for(q, k, v, table, cfg)
         routes = route(q, k, table, cfg, key=key, backend=backend)
         return moc_attention(q, k, v, table, cfg, routes=routes, backend=backend), routes
 

@@ -2,7 +2,8 @@
 
 From the tiling that the backend would take, one size at a time is halved or doubled and the attention measured, forward
 and with its gradients; what is faster is kept, until nothing is. Sizes that the backend refuses, or that don't compile
-for the device, are passed over.
+for the device, are passed over. All that takes long, on a GPU some 20 seconds for each tiling, most of it compilation:
+so each success is given at once.
 """
 
 import dataclasses
@@ -10,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
 
 from moc_jax.attention.api import moc_attention, route
 from moc_jax.attention.backends import Backend, resolve
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _WORTH = 0.99  # of the best time so far: what is as fast but for chance is left alone
 
-Measure = Callable[[Backend], float | None]  # milliseconds; None where it can't run
+Measure = Callable[[Backend], float]  # milliseconds; raises one of `_CANNOT` where it can't run
+_CANNOT = (ValueError, NotImplementedError, jax.errors.JaxRuntimeError)
 
 
 def autotune(
@@ -39,8 +40,10 @@ def autotune(
     trials: int = 100,
     effort: Effort = Effort(samples=3),
     report: Callable[[str], None] = print,
-) -> Tuned:
-    """The fastest of at most `trials` tilings for attention over these arrays; `report` gets a line for each.
+) -> Iterator[Tuned]:
+    """Of at most `trials` tilings for attention over these arrays each that is faster than those before; the last wins.
+
+    `report` gets a line for every one that is tried.
 
     Raises:
         NotImplementedError: the backend has no tiles, or can't run here.
@@ -49,38 +52,51 @@ def autotune(
     start = tiling_of(value, q, table, cfg)
     routes = jax.jit(lambda q, k: route(q, k, table, cfg, backend=value))(q, k)
 
-    def measure(value: Backend) -> float | None:
-        return _milliseconds(value, (q, k, v, routes), table, cfg, effort)
+    def measure(value: Backend) -> float:
+        return _milliseconds(value, (q, k, v, routes, table), cfg, effort)
 
-    best, milliseconds = descend(value, start, measure, trials=trials, report=report)
     kind, tokens = Kind.of(value, q, table, cfg), table.chunk_of.shape[1]
-    return Tuned(kind=kind, tokens=tokens, milliseconds=milliseconds, tiling=best)
+    for tiling, milliseconds in descend(value, start, measure, trials=trials, report=report):
+        yield Tuned(kind=kind, tokens=tokens, milliseconds=milliseconds, tiling=tiling)
 
 
 def descend(
     backend: Backend, start: Tiling, measure: Measure, *, trials: int, report: Callable[[str], None]
-) -> tuple[Tiling, float]:
-    """The fastest tiling that is found from `start` on, and its milliseconds.
+) -> Iterator[tuple[Tiling, float]]:
+    """`start`, and each tiling found from there that is faster than those before, with its milliseconds.
 
     Raises:
         NotImplementedError: not even `start` runs.
     """
-    milliseconds = measure(with_tiling(backend, start))
-    if milliseconds is None:
-        raise NotImplementedError(f"{backend.name} can't run with its own tiling, {start}")
+    try:
+        milliseconds = measure(with_tiling(backend, start))
+    except _CANNOT as error:
+        why = _line(error)
+        raise NotImplementedError(f"{backend.name} can't run with its own tiling, {start}: {why}") from error
     report(f"{milliseconds:.3f} ms: {start}")
+    yield start, milliseconds
     best, tried = start, {start}
     while True:
         options = [(what, tiling) for what, tiling in neighbours(best) if tiling not in tried]
         if not options or len(tried) >= trials:
-            return best, milliseconds
+            return
         for what, tiling in options[: trials - len(tried)]:
             tried.add(tiling)
-            found = measure(with_tiling(backend, tiling))
-            report(f"{what}: can't run" if found is None else f"{found:.3f} ms: {what}")
-            if found is not None and found < _WORTH * milliseconds:
+            try:
+                found = measure(with_tiling(backend, tiling))
+            except _CANNOT as error:
+                report(f"{what}: can't run: {_line(error)}")
+                continue
+            report(f"{found:.3f} ms: {what}")
+            if found < _WORTH * milliseconds:
                 best, milliseconds = tiling, found
+                yield best, milliseconds
                 break  # on from here
+
+
+def _line(error: Exception) -> str:
+    """Why, in one line; compilers say much more."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def neighbours[T: DataclassInstance](tiling: T) -> Iterator[tuple[str, T]]:
@@ -101,17 +117,14 @@ def neighbours[T: DataclassInstance](tiling: T) -> Iterator[tuple[str, T]]:
 
 
 def _milliseconds(
-    backend: Backend, arrays: tuple[Array, Array, Array, Array], table: ChunkTable, cfg: MoCConfig, effort: Effort
-) -> float | None:
-    """Of attention with its gradients; None where the device can't."""
+    backend: Backend, inputs: tuple[Array, Array, Array, Array, ChunkTable], cfg: MoCConfig, effort: Effort
+) -> float:
+    """Of attention with its gradients."""
 
     @jax.jit
-    def both_ways(q, k, v, routes):
+    def both_ways(q, k, v, routes, table):  # the table too: lengths are data
         out, vjp = jax.vjp(lambda q, k, v: moc_attention(q, k, v, table, cfg, routes=routes, backend=backend), q, k, v)
-        return vjp(jnp.ones_like(out))
+        return vjp(out)
 
-    try:
-        program = both_ways.lower(*arrays).compile()
-        return time_launches(lambda: program(*arrays), effort).median_ms
-    except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError):
-        return None
+    program = both_ways.lower(*inputs).compile()
+    return time_launches(lambda: program(*inputs), effort).median_ms

@@ -144,8 +144,8 @@ class Tilings:
         return json.dumps({"tilings": entries}, indent=1) + "\n"
 
 
-def read_tilings(path: str | pathlib.Path) -> Tilings:
-    """The tilings in a file.
+def read_tilings(path: str | pathlib.Path, *, name: str = "attention.tilings") -> Tilings:
+    """The tilings in a file, which the setting `name` gives.
 
     Raises:
         ConfigError: it can't be read, or holds something else.
@@ -153,7 +153,7 @@ def read_tilings(path: str | pathlib.Path) -> Tilings:
     try:
         return tilings_from_json(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"attention.tilings = {path}: {error}; write it with moc_jax.commands.autotune") from error
+        raise ConfigError(f"{name} = {path}: {error}; write it with moc_jax.commands.autotune") from error
 
 
 def tilings_from_json(text: str) -> Tilings:

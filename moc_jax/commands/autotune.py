@@ -3,7 +3,8 @@
     python -m moc_jax.commands.autotune --out tilings.json --shots 8 --frames 25 --rows 30 --columns 30 --heads 12
 
 Afterwards --attention.tilings tilings.json makes training and sampling use them. What the file holds of other settings,
-sizes and devices stays.
+sizes and devices stays. Each faster tiling is written when it is found: Ctrl-C keeps the best so far, and the same
+command with --attention.tilings tilings.json continues from there.
 """
 
 import dataclasses
@@ -19,6 +20,8 @@ from moc_jax.config.base import Count, File, Natural, Range, Seed, Settings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(Settings):
+    """What to tune for, and where to keep it."""
+
     out: File
     """The JSON file; where it exists, what is found is added to it."""
     shots: Count = 8
@@ -52,13 +55,19 @@ def main(argv: Sequence[str]) -> None:
     import jax
     import jax.numpy as jnp
 
+    from moc_jax.attention.api import routed_attention
     from moc_jax.attention.autotune import autotune
     from moc_jax.attention.tilings import Tilings, read_tilings
-    from moc_jax.files import whole_file
+    from moc_jax.files import write_text
     from moc_jax.scene import SceneLengths, SceneShape, chunk_table
 
     out = pathlib.Path(args.out)
-    known = read_tilings(out) if out.exists() else Tilings()
+    attention = routed_attention(args.attention)
+
+    def known() -> Tilings:
+        return read_tilings(out, name="out") if out.exists() else Tilings()
+
+    known()  # a file of something else is reported before any work
     captions = args.shots + 1
     shape = SceneShape(
         shots=args.shots,
@@ -71,10 +80,10 @@ def main(argv: Sequence[str]) -> None:
     table = chunk_table(lengths, shape, args.moc.chunk)
     size = 1, shape.tokens, args.heads, args.head_dim
     q, k, v = (jax.random.normal(key, size, args.dtype) for key in jax.random.split(jax.random.key(args.seed), 3))
-    tuned = autotune(q, k, v, table, args.moc, backend=args.attention.backend, trials=args.trials)
-    with whole_file(out) as path:
-        path.write_text(known.updated(tuned).to_json(), encoding="utf-8")
-    print(f"{tuned.milliseconds:.3f} ms with {tuned.tiling}: in {out}")
+    backend = attention.backend_for(q, k, v, table, args.moc)
+    for tuned in autotune(q, k, v, table, args.moc, backend=backend, trials=args.trials):
+        write_text(out, known().updated(tuned).to_json())  # beside what others may have added meanwhile
+        print(f"{tuned.milliseconds:.3f} ms with {tuned.tiling}: in {out}", flush=True)
 
 
 if __name__ == "__main__":

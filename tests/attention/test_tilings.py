@@ -1,13 +1,15 @@
 """Tilings that were measured: kept, read strictly, and taken where they fit; and how they are found."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from moc_jax.attention import tilings
+from moc_jax.attention import autotune as search
+from moc_jax.attention import backends, tilings
 from moc_jax.attention.api import RoutedAttention, moc_attention, route, routed_attention
 from moc_jax.attention.autotune import autotune, descend, neighbours
 from moc_jax.attention.backends import Hopper, Reference, Tpu, Xla
@@ -130,26 +132,44 @@ def test_attention_of_a_model_takes_them(tmp_path):
     assert hash(attention) == hash(RoutedAttention(backend="xla", tilings=read_tilings(file)))
 
 
+def test_a_model_takes_the_kernels_if_its_chunks_are_few(monkeypatch):
+    """As `moc_attention` by itself: no query holds more picks than there are chunks."""
+    monkeypatch.setattr(backends.gpu, "is_hopper", lambda: True)
+    x = jax.ShapeDtypeStruct((2, TOKENS, HEADS, 64), jnp.bfloat16)
+    many = dataclasses.replace(MULTI_SHOT, top_k=1000)
+    assert RoutedAttention().backend_for(x, x, x, TABLE, many) == Hopper()
+
+
 def test_descent_finds_the_best_of_each_size():
-    """Sizes halved and doubled until nothing is faster; what can't run is passed over, each tiling is tried once."""
+    """Sizes halved and doubled until nothing is faster; what can't run is passed over, each tiling is tried once.
+
+    What is faster than before is given at once.
+    """
     best = XlaTiling(anchor_tile=32, anchor_block=512, routed_tile=128, routed_block=64)
     seen, lines = [], []
 
     def measure(backend):
         seen.append(backend.tiling)
         if backend.tiling.routed_tile > 128:
-            return None
+            raise ValueError("too large:\n  256")
         pairs = zip(dataclasses.astuple(backend.tiling), dataclasses.astuple(best), strict=True)
         return 1 + sum(abs(a - b) / max(a, b) for a, b in pairs)
 
-    assert descend(Xla(), XlaTiling(), measure, trials=100, report=lines.append) == (best, 1.0)
+    def run(start, trials):
+        for tiling, milliseconds in descend(Xla(), start, measure, trials=trials, report=lines.append):
+            assert tiling == seen[-1]
+            yield tiling, milliseconds
+
+    found = list(run(XlaTiling(), 100))
+    assert (found[0][0], found[-1]) == (XlaTiling(), (best, 1.0))
+    assert all(later < 0.99 * before for (_, before), (_, later) in itertools.pairwise(found))
     assert len(seen) == len(set(seen)) == len(lines)
-    assert "routed_tile 256: can't run" in lines
+    assert "routed_tile 256: can't run: too large: 256" in lines
     seen.clear()
-    descend(Xla(), XlaTiling(), measure, trials=5, report=lines.append)
+    list(run(XlaTiling(), 5))
     assert len(seen) == 5
-    with pytest.raises(NotImplementedError, match="xla can't run with its own tiling"):
-        descend(Xla(), XlaTiling(routed_tile=256), measure, trials=5, report=lines.append)
+    with pytest.raises(NotImplementedError, match=r"xla can't run with its own tiling, .*: too large: 256"):
+        list(run(XlaTiling(routed_tile=256), 5))
 
 
 def test_neighbours_are_tilings_that_can_be():
@@ -162,7 +182,7 @@ def test_neighbours_are_tilings_that_can_be():
 
 def test_autotune_measures_on_this_device():
     lines = []
-    found = autotune(
+    *_, found = autotune(
         Q, K, V, TABLE, MULTI_SHOT, backend=Xla(tiling=SMALL), trials=3, effort=Effort(samples=1), report=lines.append
     )
     assert found.kind == Kind.of(Xla(), Q, TABLE, MULTI_SHOT)
@@ -173,17 +193,48 @@ def test_autotune_measures_on_this_device():
     assert 0 < found.milliseconds <= times[0] + 1e-3
     assert found.tiling == SMALL or min(times) < times[0]
     with pytest.raises(NotImplementedError, match="reference has no tiles; choose one of xla"):
-        autotune(Q, K, V, TABLE, MULTI_SHOT, backend="reference")
+        list(autotune(Q, K, V, TABLE, MULTI_SHOT, backend="reference"))
+
+
+SCENE = {"shots": 2, "frames": 2, "rows": 2, "columns": 2, "caption": 1, "heads": 1, "head-dim": 8, "dtype": "float32"}
+SETTING = {"moc.chunk.size": 4, "moc.top-k": 1, "attention.backend": "xla"}
+
+
+def options(**more):
+    return [str(word) for name, value in (SCENE | SETTING | more).items() for word in (f"--{name}", value)]
 
 
 def test_the_command_adds_to_its_file(tmp_path, capsys):
     file = tmp_path / "tilings.json"
-    size = dict(shots=2, frames=2, rows=2, columns=2, caption=1, heads=1, dtype="float32") | {"head-dim": 8}
-    setting = {"moc.chunk.size": 4, "moc.top-k": 1, "attention.backend": "xla", "trials": 1, "out": file}
-    options = [str(word) for name, value in (size | setting).items() for word in (f"--{name}", value)]
-    command.main(options)
-    command.main([*options, "--moc.self-anchor", "chunk"])
+    command.main(options(trials=1, out=file))
+    command.main([*options(trials=1, out=file), "--moc.self-anchor", "chunk"])
     found = read_tilings(file)
     assert [tuned.kind.anchors for tuned in found.tuned] == ["shot", "chunk"]
     assert {(tuned.tokens, tuned.kind.head_dim, tuned.kind.chunk) for tuned in found.tuned} == {(19, 8, 4)}
     assert capsys.readouterr().out.count(" ms: XlaTiling") == 2
+    other = tmp_path / "other.json"
+    other.write_text("[]")
+    with pytest.raises(ConfigError, match=r"out = .*other.json: no list of tilings"):
+        command.main(options(out=other))
+
+
+def test_ctrl_c_keeps_what_was_found(tmp_path, monkeypatch):
+    """Also beside what was added meanwhile; and the search starts where the file given ends."""
+    file, measured = tmp_path / "tilings.json", []
+
+    def milliseconds(backend, *_):
+        measured.append(backend.tiling)
+        if len(measured) == 4:
+            file.write_text(read_tilings(file).updated(tuned(64, SMALL)).to_json())
+        if len(measured) == 6:
+            raise KeyboardInterrupt
+        return 10.0 - len(measured)
+
+    monkeypatch.setattr(search, "_milliseconds", milliseconds)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(options(out=file))
+    of_others, found = read_tilings(file).tuned
+    assert of_others == tuned(64, SMALL)
+    assert (found.tiling, found.milliseconds) == (measured[4], 5.0)
+    command.main(options(out=file, trials=1, **{"attention.tilings": file}))
+    assert measured[6:] == [found.tiling]
