@@ -19,6 +19,7 @@ from moc_jax.attention.pallas_tpu import attend as pallas_tpu
 from moc_jax.attention.pallas_tpu import device as tpu
 from moc_jax.attention.pallas_tpu.device import Tpu
 from moc_jax.attention.reference import Reference
+from moc_jax.attention.statistics import Part
 from moc_jax.attention.xla import Xla
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
@@ -60,38 +61,26 @@ class Implementation(Protocol):
         """Attention over anchors and picks, with its gradients."""
         ...
 
-    def anchor_part(
+    def part(
         self,
         q: Float[Array, "B Q H D"],
         k: Float[Array, "B N H D"],
         v: Float[Array, "B N H D"],
+        routes: Int[Array, "B H Q K"] | None,
         queries: Queries,
         table: ChunkTable,
         cfg: MoCConfig,
         backend,
-    ) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
-        """See parts.py."""
+    ) -> Part:
+        """Attention over the picks alone or, without routes, over the anchors alone, as parts.py says."""
         ...
 
-    def pick_part(
+    def part_gradients(
         self,
         q: Float[Array, "B Q H D"],
         k: Float[Array, "B N H D"],
         v: Float[Array, "B N H D"],
-        routes: Int[Array, "B H Q K"],
-        queries: Queries,
-        table: ChunkTable,
-        cfg: MoCConfig,
-        backend,
-    ) -> tuple[Float[Array, "B Q H D"], Float32[Array, "B H Q"]]:
-        """See parts.py."""
-        ...
-
-    def anchor_gradients(
-        self,
-        q: Float[Array, "B Q H D"],
-        k: Float[Array, "B N H D"],
-        v: Float[Array, "B N H D"],
+        routes: Int[Array, "B H Q K"] | None,
         d_out: Float[Array, "B Q H D"],
         lse: Float32[Array, "B H Q"],
         delta: Float32[Array, "B H Q"],
@@ -100,24 +89,7 @@ class Implementation(Protocol):
         cfg: MoCConfig,
         backend,
     ) -> Gradients:
-        """See parts.py."""
-        ...
-
-    def pick_gradients(
-        self,
-        q: Float[Array, "B Q H D"],
-        k: Float[Array, "B N H D"],
-        v: Float[Array, "B N H D"],
-        routes: Int[Array, "B H Q K"],
-        d_out: Float[Array, "B Q H D"],
-        lse: Float32[Array, "B H Q"],
-        delta: Float32[Array, "B H Q"],
-        queries: Queries,
-        table: ChunkTable,
-        cfg: MoCConfig,
-        backend,
-    ) -> Gradients:
-        """See parts.py."""
+        """(dq, dk, dv) of that part, as parts.py says."""
         ...
 
 

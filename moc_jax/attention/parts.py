@@ -51,7 +51,7 @@ def anchor_part(
         TypeError, ValueError, NotImplementedError: as `moc_attention`.
     """
     (q, k, v), queries, table, value = _checked(q, k, v, table, cfg, query_chunk, backend)
-    return implementation(value).anchor_part(q, k, v, queries, table, cfg, value)
+    return implementation(value).part(q, k, v, None, queries, table, cfg, value)
 
 
 def pick_part(
@@ -68,7 +68,7 @@ def pick_part(
     """Attention over the picked chunks alone; otherwise as `anchor_part`."""
     (q, k, v), queries, table, value = _checked(q, k, v, table, cfg, query_chunk, backend)
     routes = check_routes(routes, q, queries, table, cfg)
-    return implementation(value).pick_part(q, k, v, routes, queries, table, cfg, value)
+    return implementation(value).part(q, k, v, routes, queries, table, cfg, value)
 
 
 def delta_of(out: Float[Array, "B Q H D"], d_out: Float[Array, "B Q H D"]) -> Float32[Array, "B H Q"]:
@@ -101,7 +101,7 @@ def anchor_gradients(
     """
     (q, k, v), queries, table, value = _checked(q, k, v, table, cfg, query_chunk, backend)
     final = check_statistics(q, d_out, lse, delta)
-    return implementation(value).anchor_gradients(q, k, v, *final, queries, table, cfg, value)
+    return implementation(value).part_gradients(q, k, v, None, *final, queries, table, cfg, value)
 
 
 def pick_gradients(
@@ -122,7 +122,7 @@ def pick_gradients(
     (q, k, v), queries, table, value = _checked(q, k, v, table, cfg, query_chunk, backend)
     routes = check_routes(routes, q, queries, table, cfg)
     final = check_statistics(q, d_out, lse, delta)
-    return implementation(value).pick_gradients(q, k, v, routes, *final, queries, table, cfg, value)
+    return implementation(value).part_gradients(q, k, v, routes, *final, queries, table, cfg, value)
 
 
 def _checked(

@@ -71,31 +71,22 @@ def attend(
     return _part(q, k, v, mask, queries)[0]
 
 
-def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Reference):
-    """See parts.py."""
-    return _part(q, k, v, _of_heads(anchor_mask(queries, table, cfg), q), queries)
+def part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Reference):
+    """See backends.py."""
+    return _part(q, k, v, _mask_of_part(q, routes, queries, table, cfg), queries)
 
 
-def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Reference):
-    """See parts.py."""
-    return _part(q, k, v, pick_mask(routes, queries, table), queries)
-
-
-def anchor_gradients(
-    q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Reference
-):
-    """See parts.py."""
-    return _gradients(q, k, v, d_out, lse, delta, _of_heads(anchor_mask(queries, table, cfg), q), queries)
-
-
-def pick_gradients(
+def part_gradients(
     q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Reference
 ):
-    """See parts.py."""
-    return _gradients(q, k, v, d_out, lse, delta, pick_mask(routes, queries, table), queries)
+    """See backends.py."""
+    return _gradients(q, k, v, d_out, lse, delta, _mask_of_part(q, routes, queries, table, cfg), queries)
 
 
-def _of_heads(mask: Array, q: Array) -> Bool[Array, "B H Q N"]:
+def _mask_of_part(q, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B H Q N"]:
+    if routes is not None:
+        return pick_mask(routes, queries, table)
+    mask = anchor_mask(queries, table, cfg)
     return jnp.broadcast_to(mask[:, None], (mask.shape[0], q.shape[2], *mask.shape[1:]))
 
 

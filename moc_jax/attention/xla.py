@@ -141,29 +141,23 @@ def attend(
     return jnp.where(queries.valid[..., None, None], out, 0)  # and its gradient
 
 
-def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla):
-    """See parts.py."""
-    none = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
-    return _part(q, k, v, queries, table, *_scene(none, queries, table, cfg, backend))
+def part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla):
+    """See backends.py."""
+    scene, static = _scene_of_part(q, routes, queries, table, cfg, backend)
+    out, lse = _forward((*_by_head(q, k, v, queries, table), *scene), static)
+    return jnp.swapaxes(out, 1, 2), lse
 
 
-def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla):
-    """See parts.py."""
-    return _part(q, k, v, queries, table, *_scene(routes, queries, table, cfg, backend, anchors=False))
-
-
-def anchor_gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla):
-    """See parts.py."""
-    none = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
-    return _gradients(q, k, v, d_out, lse, delta, queries, table, *_scene(none, queries, table, cfg, backend))
-
-
-def pick_gradients(
+def part_gradients(
     q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla
 ):
-    """See parts.py."""
-    scene, static = _scene(routes, queries, table, cfg, backend, anchors=False)
-    return _gradients(q, k, v, d_out, lse, delta, queries, table, scene, static)
+    """See backends.py."""
+    scene, static = _scene_of_part(q, routes, queries, table, cfg, backend)
+    d_out = jnp.swapaxes(jnp.where(queries.valid[..., None, None], d_out.astype(q.dtype), 0), 1, 2)
+    lse, delta = (jnp.where(queries.valid[:, None], x, 0.0) for x in (lse, delta))
+    inputs = (*_by_head(q, k, v, queries, table), *scene)
+    d_q, d_k, d_v = _backward(inputs, d_out, lse, delta, static)
+    return jnp.swapaxes(d_q, 1, 2), jnp.swapaxes(d_k, 1, 2), jnp.swapaxes(d_v, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------- inputs of the walks
@@ -188,25 +182,18 @@ def _scene(
     return (_runs_of_queries(queries, table, cfg), routes, table.start, table.length), static
 
 
+def _scene_of_part(q, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Xla):
+    """`_scene` of the picks alone or, without routes, of the anchors alone."""
+    none = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
+    return _scene(none if routes is None else routes, queries, table, cfg, backend, anchors=routes is None)
+
+
 def _runs_of_queries(queries: Queries, table: ChunkTable, cfg: MoCConfig) -> Runs:
     """The anchors of each query; those of padding are empty."""
     far, of = table.chunk_of.shape[1], jnp.maximum(queries.chunk_of, 0)[:, None]
     runs = anchor_runs(table, cfg)
     begin, end = (jnp.take_along_axis(x, jnp.broadcast_to(of, (*x.shape[:2], of.shape[2])), axis=2) for x in runs)
     return Runs(jnp.where(queries.valid[:, None], begin, far), jnp.where(queries.valid[:, None], end, 0))
-
-
-def _part(q, k, v, queries: Queries, table: ChunkTable, scene, static: _Static):
-    out, lse = _forward((*_by_head(q, k, v, queries, table), *scene), static)
-    return jnp.swapaxes(out, 1, 2), lse
-
-
-def _gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, scene, static: _Static):
-    d_out = jnp.swapaxes(jnp.where(queries.valid[..., None, None], d_out.astype(q.dtype), 0), 1, 2)
-    lse, delta = (jnp.where(queries.valid[:, None], x, 0.0) for x in (lse, delta))
-    inputs = (*_by_head(q, k, v, queries, table), *scene)
-    d_q, d_k, d_v = _backward(inputs, d_out, lse, delta, static)
-    return jnp.swapaxes(d_q, 1, 2), jnp.swapaxes(d_k, 1, 2), jnp.swapaxes(d_v, 1, 2)
 
 
 # ------------------------------------------------------------------------------------------- forward and backward

@@ -63,42 +63,21 @@ def attend(
     return out[:, : q.shape[1]]
 
 
-def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> _PartOf:
-    """Output and natural log-sum-exp of the anchors alone."""
-    return _part(_prepared(q, k, v, None, queries, table, cfg, backend), q.shape[1], backend)
-
-
-def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> _PartOf:
-    """Output and natural log-sum-exp of the picks alone."""
-    return _part(_prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False), q.shape[1], backend)
-
-
-def anchor_gradients(
-    q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
-) -> _GradientsOf:
-    """dq, dk and dv of the anchors' part, given the final natural log-sum-exp and delta."""
-    prepared = _prepared(q, k, v, None, queries, table, cfg, backend)
-    return _part_gradients(prepared, d_out, lse, delta, k.shape[1], backend)
-
-
-def pick_gradients(
-    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
-) -> _GradientsOf:
-    """dq, dk and dv of the picks' part, given the final natural log-sum-exp and delta."""
-    prepared = _prepared(q, k, v, routes, queries, table, cfg, backend, anchors=False)
-    return _part_gradients(prepared, d_out, lse, delta, k.shape[1], backend)
-
-
-def _part(prepared, rows: int, backend: Hopper) -> _PartOf:
-    q, k, v, work = prepared
+def part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> _PartOf:
+    """Output and natural log-sum-exp of the picks alone or, without routes, of the anchors alone."""
+    rows = q.shape[1]
+    q, k, v, work = _prepared(q, k, v, routes, queries, table, cfg, backend, anchors=routes is None)
     out, lse = _forward(q, k, v, work, backend)
     return out[:, :rows], lse[:, :, :rows] / LOG2E
 
 
-def _part_gradients(prepared, d_out, lse, delta, tokens: int, backend: Hopper) -> _GradientsOf:
-    q, k, v, work = prepared
-    rows, valid = d_out.shape[1], work.query_valid
-    more = (0, q.shape[1] - rows)
+def part_gradients(
+    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper
+) -> _GradientsOf:
+    """dq, dk and dv of that part, given the final natural log-sum-exp and delta."""
+    rows, tokens = q.shape[1], k.shape[1]
+    q, k, v, work = _prepared(q, k, v, routes, queries, table, cfg, backend, anchors=routes is None)
+    valid, more = work.query_valid, (0, q.shape[1] - rows)
     d_out = jnp.where(valid[..., None, None], jnp.pad(d_out, ((0, 0), more, (0, 0), (0, 0))), 0).astype(q.dtype)
     lse, delta = (
         jnp.where(valid[:, None], jnp.pad(x, ((0, 0), (0, 0), more)), nothing)

@@ -93,38 +93,12 @@ def attend(
         return _attend(q, k, v, tiles, placement, table, static)
 
 
-def anchor_part(q, k, v, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
-    """Output and natural log-sum-exp over the anchors alone; 0 and -inf for queries without.
+def part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
+    """Output and natural log-sum-exp of the picks alone or, without routes, of the anchors alone; 0 and -inf for none.
 
     Raises:
         NotImplementedError: as `attend`.
     """
-    return _part(q, k, v, None, queries, table, cfg, backend)
-
-
-def pick_part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
-    """Output and natural log-sum-exp over the chunks in `routes` alone; otherwise as `anchor_part`."""
-    return _part(q, k, v, routes, queries, table, cfg, backend)
-
-
-def anchor_gradients(q, k, v, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
-    """(dq, dk, dv) of the anchors' part, from the final natural log-sum-exp and delta = rowsum(d_out * out).
-
-    Raises:
-        NotImplementedError: as `attend`.
-    """
-    return _part_gradients(q, k, v, None, d_out, lse, delta, queries, table, cfg, backend)
-
-
-def pick_gradients(
-    q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu
-):
-    """(dq, dk, dv) of the picks' part; otherwise as `anchor_gradients`."""
-    return _part_gradients(q, k, v, routes, d_out, lse, delta, queries, table, cfg, backend)
-
-
-def _part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu):
-    """Of the picks, or without routes of the anchors."""
     static = _Static.of(q, k, v, table, cfg, backend)
     tiles, placement = _part_layout(routes, queries, table, cfg, static, q)
     batch, tokens, heads, _ = q.shape
@@ -139,9 +113,14 @@ def _part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, 
     return out, jnp.where(queries.valid[:, None], lse / LOG2E, -jnp.inf)
 
 
-def _part_gradients(
+def part_gradients(
     q, k, v, routes, d_out, lse, delta, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu
 ):
+    """(dq, dk, dv) of that part, from the final natural log-sum-exp and delta = rowsum(d_out * out).
+
+    Raises:
+        NotImplementedError: as `attend`.
+    """
     static = _Static.of(q, k, v, table, cfg, backend)
     tiles, placement = _part_layout(routes, queries, table, cfg, static, q)
     if placement is None and not tiles.anchors:

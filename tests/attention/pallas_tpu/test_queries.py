@@ -72,15 +72,12 @@ class Case:
     def parts(self):
         """Anchors and picks: output and log-sum-exp of each."""
         vectors = self.q, self.k, self.v
-        return attend.anchor_part(*vectors, *self.rest), attend.pick_part(*vectors, self.routes, *self.rest)
+        return tuple(attend.part(*vectors, routes, *self.rest) for routes in (None, self.routes))
 
     def gradients(self, lse, delta):
         """(dq, dk, dv) of anchors and of picks."""
         vectors, final = (self.q, self.k, self.v), (self.d_out, lse, delta)
-        return (
-            attend.anchor_gradients(*vectors, *final, *self.rest),
-            attend.pick_gradients(*vectors, self.routes, *final, *self.rest),
-        )
+        return tuple(attend.part_gradients(*vectors, routes, *final, *self.rest) for routes in (None, self.routes))
 
 
 def check_slices_of_outputs(case, out):
