@@ -52,6 +52,8 @@ _ROUTES_ON_HOST = 250_000  # tokens up to which pairs are counted from the route
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """What is measured, and how."""
+
     settings: tuple[str, ...] = (*SETTINGS, "scaling")
     """Which settings: the names of benchmarks/settings.py, and `scaling`."""
     inputs: tuple[Kind, ...] = ("random", "correlated")
@@ -82,6 +84,7 @@ class Arguments:
 
     @property
     def effort(self) -> Effort:
+        """Of each figure."""
         return Effort(samples=self.repeats)
 
 

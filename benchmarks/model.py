@@ -60,6 +60,8 @@ StepName = Literal["denoising", "training"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """Which model and scene, and how they are measured."""
+
     model: ModelConfig = WAN_1_3B
     moc: MoCConfig = MoCConfig(chunk=ChunkConfig(size=1280), top_k=5)
     attention: AttentionConfig = AttentionConfig()

@@ -35,6 +35,8 @@ _MOC = "#2563c9", "#7a4fb5", "#2f8f6b"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """Where results are, and what is written of them."""
+
     results: pathlib.Path = results.FOLDER
     write: bool = False
     """Rewrite what stands between the markers of README.md and docs/performance.md, and draw the plot."""

@@ -33,6 +33,7 @@ class Setting:
 
     @property
     def shape(self) -> SceneShape:
+        """The scene's sizes, nothing padded."""
         return SceneShape(
             shots=self.shots,
             frames=self.shots * self.frames,

@@ -39,10 +39,12 @@ class SceneShape(Settings):
 
     @property
     def video_tokens(self) -> int:
+        """Of all frames."""
         return self.frames * self.rows * self.columns
 
     @property
     def tokens(self) -> int:
+        """Of text and video: N."""
         return self.text_tokens + self.video_tokens
 
 
@@ -89,14 +91,17 @@ class ChunkTable:
 
     @property
     def token_kind(self) -> Int[Array, "B N"]:
+        """The kind of each token's chunk; PAD for padding."""
         return at_tokens(self.kind, self.chunk_of, PAD)
 
     @property
     def token_shot(self) -> Int[Array, "B N"]:
+        """The shot of each token's chunk; NO_SHOT for padding."""
         return at_tokens(self.shot, self.chunk_of, NO_SHOT)
 
     @property
     def valid(self) -> Bool[Array, "B N"]:
+        """False for padding."""
         return self.chunk_of >= 0
 
 

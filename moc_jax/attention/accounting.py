@@ -51,10 +51,12 @@ class Accounting:
 
     @property
     def sparsity(self) -> float:
+        """The share of all pairs that is left out, by `pairs`."""
         return 1 - self.pairs / self.dense_pairs if self.dense_pairs else 0.0
 
     @property
     def expected_sparsity(self) -> float:
+        """The same by `expected_pairs`."""
         return 1 - self.expected_pairs / self.dense_pairs if self.dense_pairs else 0.0
 
     @property

@@ -32,6 +32,7 @@ def sums_of_rows(rows, dim):
 
 
 def forward_step(rows, block, own, sums):
+    """A block's weights into total and values."""
     q, shift = rows
     total, values = own
     p = _weights(q, block.k, shift, largest_exponent(q.dtype))
@@ -47,6 +48,7 @@ def d_q_of_rows(rows, dim):
 
 
 def backward_step(rows, block, own, sums):
+    """A block's weights into dq / scale, which a tile's queries own, and the sums dk / scale and dv."""
     q, lse, delta, d_out = rows
     d_k, d_v = sums
     p = _weights(q, block.k, lse, 0.0)  # final weights are at most 1
