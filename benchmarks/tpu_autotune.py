@@ -84,9 +84,9 @@ class _Search:
         self.errors: dict[Blocks, str] = {}
 
     def run(self) -> None:
-        for stage in (first_stage, second_stage):
-            best = min(self.tried, key=self.tried.__getitem__, default=None)
-            self._try(stage(self.kernel, self.way, best))
+        self._try(first_stage(self.kernel, self.way))
+        if self.tried:
+            self._try(second_stage(self.kernel, min(self.tried, key=self.tried.__getitem__)))
 
     def _try(self, candidates: Iterable[Blocks]) -> None:
         new = list(dict.fromkeys(b for b in candidates if b not in self.tried and b not in self.errors))
@@ -104,9 +104,8 @@ class _Search:
         return scene_cycles(self.chip, self.kernel, self.way, blocks, schedule)
 
 
-def first_stage(kernel: str, way: Pass, best: Blocks | None) -> Iterable[Blocks]:
+def first_stage(kernel: str, way: Pass) -> Iterable[Blocks]:
     """What is computed at once, in blocks of usual size."""
-    del best
     for kv in _CHUNKS if kernel == "picks" else (1024,):
         if kernel == "splash":
             yield from (Blocks(1024, kv, at) for at in _divisors(kv, (256, 512, 1024)))
@@ -121,10 +120,8 @@ def first_stage(kernel: str, way: Pass, best: Blocks | None) -> Iterable[Blocks]
             yield from (Blocks(1024, kv, at, transposed=t) for at in at_once for t in (False, True))
 
 
-def second_stage(kernel: str, way: Pass, best: Blocks | None) -> Iterable[Blocks]:
+def second_stage(kernel: str, best: Blocks) -> Iterable[Blocks]:
     """Rows of the blocks."""
-    if best is None:
-        return
     for q, kv in itertools.product(_SIZES, [best.kv] if kernel == "picks" else _SIZES):
         if q * kv >= 1024 * 1024 or kernel == "picks":
             whole = kernel == "splash" and best.compute == best.kv

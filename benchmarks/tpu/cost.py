@@ -68,7 +68,7 @@ def scene_cycles(chip: str, kernel: str, way: Pass, blocks: Blocks, schedule: Sc
         cycles = tiles * (steps * schedule.step_cycles + sum(schedule.conditional_cycles))
         return cycles * PAIRS / _TOKENS**2
     name, part = f"moc_{_NAMES[way]}_{kernel}", "forward" if way == "forward" else "gradients"
-    scene, sizes = SceneProgram(setting=_SETTING, heads=1), _sizes(kernel, way, blocks)
+    scene, sizes = SceneProgram(setting=_SETTING, heads=1), _sizes(way, blocks)
     calls = scene_calls(scene, part, chip, sizes, routed=kernel == "picks")
     (call,) = [call for call in calls if call.name == name]
     cycles = walk_cycles(schedule, walk(name, turns(call)))
@@ -82,7 +82,7 @@ def scene_pairs(kernel: str, way: Pass) -> int:
     return (_SHOTS - 1) * _SHOT * _SETTING.moc.top_k * _CHUNK  # the first shot has no candidates
 
 
-def _sizes(kernel: str, way: Pass, blocks: Blocks) -> tuning.Blocks:
+def _sizes(way: Pass, blocks: Blocks) -> tuning.Blocks:
     """Those of one kernel, others to go with them."""
     forward = blocks.forward if way == "forward" else flash.ForwardTiling(blocks.q, 1024, 256, 256)
     backward = blocks.backward if way == "backward" else flash_backward.GradientTiling(block=blocks.q, at_once=128)

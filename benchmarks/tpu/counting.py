@@ -151,7 +151,7 @@ def turns(call: Call) -> Turns:
             _block(x, mapping, step, scalars) if x is not None and scalar else None
             for x, mapping, scalar in zip(inputs, maps, in_scalar_memory)
         ]
-        _Scalars(step, call.grid, counts).run(jaxpr, [*scalars, *blocks, *others], (), ())
+        _Scalars(step, call.grid, counts).run(jaxpr, [*scalars, *blocks, *others], (), branches=True)
     found = [[*_unrolled(counts[path], length, unroll)] for path, length, unroll in loops]
     return Turns(
         grid=math.prod(call.grid),
@@ -174,7 +174,7 @@ def _unrolled(count: int, length: int | None, unroll: int) -> Iterator[tuple[int
 
 def _block(x: np.ndarray, mapping, step: tuple[int, ...], scalars) -> np.ndarray | None:
     """A step's block of an array in scalar memory."""
-    index = _Scalars(step, [], collections.Counter()).run(mapping.index_map_jaxpr.jaxpr, [*step, *scalars], (), None)
+    index = _Scalars(step, [], collections.Counter()).run(mapping.index_map_jaxpr.jaxpr, [*step, *scalars], ())
     if any(i is None for i in index[: x.ndim]):
         return None
     sizes = [getattr(size, "block_size", None) for size in mapping.block_shape]
@@ -191,11 +191,6 @@ def _loops(jaxpr, path: Path = ()) -> Iterator[tuple[Path, int | None, int]]:
             yield from _loops(inner, (*here, j))
 
 
-@functools.cache
-def _of(jaxpr) -> "_Control":
-    return _Control(jaxpr)
-
-
 def _inner(equation) -> list[Any]:
     """What an equation runs, loops' conditions left out."""
     params, name = equation.params, equation.primitive.name
@@ -205,34 +200,26 @@ def _inner(equation) -> list[Any]:
     return [getattr(x, "jaxpr", x) for x in found]
 
 
-class _Control:
-    """What of some code decides about loops and branches."""
-
-    def __init__(self, jaxpr):
-        self.jaxpr = jaxpr
-        self.holds = [i for i, e in enumerate(jaxpr.eqns) if e.primitive.name in _LOOPS or _any_loops(e)]
-        self._relevant: dict[frozenset[int] | None, tuple[list[int], set[Any]]] = {}
-
-    def relevant(self, outs: frozenset[int] | None) -> tuple[list[int], set[Any]]:
-        """Equations that loops, outer branches (`outs` is empty) or some results depend on, and their variables."""
-        if outs not in self._relevant:
-            top = outs is not None and not outs
-            eqns, needed, kept = self.jaxpr.eqns, set(), []
-            wanted = range(len(self.jaxpr.outvars)) if outs is None else outs
-            needed.update(x for i in wanted if not hasattr(x := self.jaxpr.outvars[i], "val"))
-            for i in reversed(range(len(eqns))):
-                is_control = i in self.holds or (top and eqns[i].primitive.name == "cond")
-                if is_control or any(x in needed for x in eqns[i].outvars):
-                    kept.append(i)
-                    needed.update(x for x in eqns[i].invars if not hasattr(x, "val"))
-            self._relevant[outs] = kept[::-1], needed
-        return self._relevant[outs]
+@functools.cache
+def _relevant(jaxpr, branches: bool) -> list[int]:
+    """Equations that decide about loops, and about outer branches, if asked for these alone, or else about results."""
+    needed = set() if branches else {x for x in jaxpr.outvars if not hasattr(x, "val")}
+    kept = []
+    for i, equation in reversed([*enumerate(jaxpr.eqns)]):
+        decides = _is_loop_or_has(equation) or (branches and equation.primitive.name == "cond")
+        if decides or any(x in needed for x in equation.outvars):
+            kept.append(i)
+            needed.update(x for x in equation.invars if not hasattr(x, "val"))
+    return kept[::-1]
 
 
-def _any_loops(equation) -> bool:
-    return any(
-        e.primitive.name in _LOOPS or _any_loops(e) for inner in _inner(equation) for e in inner.eqns
-    )  # fmt: skip
+@functools.cache
+def _has_loops(jaxpr) -> bool:
+    return any(map(_is_loop_or_has, jaxpr.eqns))
+
+
+def _is_loop_or_has(equation) -> bool:
+    return equation.primitive.name in _LOOPS or any(map(_has_loops, _inner(equation)))
 
 
 class _Scalars:
@@ -241,13 +228,14 @@ class _Scalars:
     def __init__(self, step: tuple[int, ...], grid: list[int], counts: collections.Counter):
         self.step, self.grid, self.counts = step, grid, counts
 
-    def run(self, jaxpr, operands, path: Path, outs) -> list[Any]:
+    def run(self, jaxpr, operands, path: Path, branches: bool = False) -> list[Any]:
+        """The results of some code; of the kernel's own only its `branches`, and loops, are run."""
         known = dict(zip([*jaxpr.constvars, *jaxpr.invars], operands))
 
         def read(x):
             return x.val if hasattr(x, "val") else known.get(x)
 
-        for i in _of(jaxpr).relevant(None if outs is None else frozenset(outs))[0]:
+        for i in _relevant(jaxpr, branches):
             equation = jaxpr.eqns[i]
             results = self._results(equation, [read(x) for x in equation.invars], (*path, i))
             known.update(zip(equation.outvars, results))
@@ -265,14 +253,14 @@ class _Scalars:
         if name == "cond":
             index = int(operands[0] or 0)
             self.counts[path] += index > 0
-            return self.run(getattr(x := params["branches"][index], "jaxpr", x), operands[1:], (*path, index), None)
+            return self.run(getattr(x := params["branches"][index], "jaxpr", x), operands[1:], (*path, index))
         if name == "scan":
             return self._scan(params, operands, path, len(unknown))
         if name == "while":
             return self._while(params, operands, path)
         if any(key in params for key in _INNER):
             (inner,) = _inner(equation)
-            return self.run(inner, operands, (*path, 0), None)
+            return self.run(inner, operands, (*path, 0))
         function = _SCALAR.get(name)
         if function is None or any(x is None or np.ndim(x) for x in operands):
             return unknown
@@ -281,25 +269,25 @@ class _Scalars:
     def _scan(self, params, operands, path: Path, carried: int) -> list[Any]:
         body, length = params["jaxpr"].jaxpr, params["length"]
         self.counts[path] += length
-        if not _of(body).holds:
+        if not _has_loops(body):
             return [None] * carried
         consts, carry = operands[: len(operands) - carried], operands[len(operands) - carried :]
         for _ in range(length):
-            carry = self.run(body, [*consts, *carry], (*path, 0), None)
+            carry = self.run(body, [*consts, *carry], (*path, 0))
         return carry
 
     def _while(self, params, operands, path: Path) -> list[Any]:
         of_cond, of_body = params["cond_nconsts"], params["body_nconsts"]
         consts, own, carry = operands[:of_cond], operands[of_cond : of_cond + of_body], operands[of_cond + of_body :]
         cond, body = params["cond_jaxpr"].jaxpr, params["body_jaxpr"].jaxpr
-        if not _of(body).holds and [e.primitive.name for e in cond.eqns] == ["lt"] and not consts:
+        if not _has_loops(body) and [e.primitive.name for e in cond.eqns] == ["lt"] and not consts:
             low, high = (carry[cond.invars.index(x)] for x in cond.eqns[0].invars)  # lax.fori_loop's
             if low is not None and high is not None:
                 self.counts[path] += max(0, int(high) - int(low))
             return [None] * len(carry)
-        while self.run(cond, [*consts, *carry], (), None)[0]:
+        while self.run(cond, [*consts, *carry], ())[0]:
             self.counts[path] += 1
-            carry = self.run(body, [*own, *carry], (*path, 0), None)
+            carry = self.run(body, [*own, *carry], (*path, 0))
         return carry
 
 

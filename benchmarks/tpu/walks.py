@@ -119,7 +119,7 @@ def walk_cycles(schedule: listing.Schedule, walk: Walk) -> float:
     others = [n for n in walk.others if n]
     if len(schedule.inner_cycles) < len(others):
         raise ValueError(f"{len(others)} inner loops are counted, but there are {schedule.inner_cycles}")
-    tile = min(schedule.tile_cycles, *schedule.alternative_cycles, schedule.tile_cycles)
+    tile = min((schedule.tile_cycles, *schedule.alternative_cycles))
     between = schedule.step_cycles - schedule.tile_cycles
     found = between * (walk.steps + walk.idle) + tile * (walk.steps - walk.other_steps)
     return (

@@ -193,13 +193,20 @@ def run_lines(runs: _Runs, owner: Int[Array, "B G"], used: Bool[Array, "B G"]) -
 # another share of the readers, so that all tiles take about equally long; the shares' gradients are added up.
 
 
-def text_shares(readers: _Runs, table: ChunkTable, shares: int, rows: int, unit: int) -> Int[Array, "B _ 4"]:
-    """The ends of lines of text's keys: share 0 has the readers among text, each its own of the video's.
+def text_tiles(
+    readers: _Runs, table: ChunkTable, tile: int, shares: int, rows: int, unit: int
+) -> tuple[Int[Array, "1 G"], Int[Array, "B 1"], Int[Array, "B G 4"]]:
+    """First keys of the tiles of all shares, where text ends, and the ends of the tiles' lines.
+
+    Share 0 has the readers among text, each its own of the video's.
 
     Args:
         readers: Of all chunks, as two runs of `rows` rows: of text and of video.
         unit: What shares are multiples of.
     """
+    tiles = -(-table.text_tokens // tile)
+    first = jnp.tile(jnp.arange(tiles) * tile, shares)[None]
+    text_end = jnp.max(jnp.where(table.kind == TEXT, table.start + table.length, 0), axis=1, keepdims=True)
     # All captions have the same readers, so the union over them is each one's own.
     begin, end = readers
     here = (table.kind == TEXT)[:, None] & (begin < end)
@@ -209,7 +216,8 @@ def text_shares(readers: _Runs, table: ChunkTable, shares: int, rows: int, unit:
     share = jnp.arange(shares)[None]
     video = jnp.maximum(begin[:, 1:], share * size), jnp.minimum(end[:, 1:], (share + 1) * size)
     text = jnp.broadcast_to(begin[:, :1], video[0].shape), jnp.where(share == 0, end[:, :1], 0)
-    return jnp.stack([*text, *video], axis=-1).astype(jnp.int32)
+    lines = jnp.stack([*text, *video], axis=-1).astype(jnp.int32)
+    return first, text_end, jnp.repeat(lines, tiles, axis=1)
 
 
 def sum_other_shares(x: Float[Array, "B H R D"], shares: int, rows: int) -> Float32[Array, "B H _ D"]:

@@ -42,15 +42,14 @@ def _take(x: Array, index: Array) -> Array:
 
 
 @typed
-def group_by_chunk(routes: Int[Array, "H Q K"], chunks: int, tile: int, most_pairs: int | None = None) -> Schedule:
+def group_by_chunk(routes: Int[Array, "H Q K"], chunks: int, tile: int) -> Schedule:
     """A stable sort of each head's pairs by chunk: within a chunk, queries stay in order.
 
-    No head has more than `most_pairs` pairs that pick something, if that is known to be fewer than Q * K.
     One flat sort serves all heads, by keys as narrow as they come: a radix sort's time goes with the bits of the key.
     """
     heads, queries, slots = routes.shape
     pairs = queries * slots
-    tiles = tile_capacity(min(pairs, most_pairs or pairs), chunks, tile)
+    tiles = tile_capacity(pairs, chunks, tile)
     groups = chunks + 1  # of one head; the last holds the pairs that pick nothing
     head = jnp.arange(heads, dtype=jnp.int32)[:, None]
     group = head * groups + jnp.where(routes < 0, chunks, routes).reshape(heads, pairs)

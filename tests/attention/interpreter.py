@@ -41,24 +41,23 @@ def interpreted(params: pltpu.InterpretParams = INTERPRETER):
         yield
 
 
-@contextlib.contextmanager
 def every_access():
     """Programs traced and compiled inside have index maps whose reads are checked like all others."""
-    token = _every_access.set(True)
-    try:
-        yield
-    finally:
-        _every_access.reset(token)
+    return _set(_every_access, True)
+
+
+def row_by_row():
+    """Kernels interpreted inside move their rows as on a TPU, one by one, which takes milliseconds for each."""
+    return _set(_row_by_row, True)
 
 
 @contextlib.contextmanager
-def row_by_row():
-    """Kernels interpreted inside move their rows as on a TPU, one by one, which takes milliseconds for each."""
-    token = _row_by_row.set(True)
+def _set(variable, value):
+    token = variable.set(value)
     try:
         yield
     finally:
-        _row_by_row.reset(token)
+        variable.reset(token)
 
 
 # --------------------------------------------------------------------------------- rows of pairs, which move at once
@@ -107,11 +106,8 @@ _prefetched: contextvars.ContextVar[tuple] = contextvars.ContextVar("prefetched"
 
 def _call(*args, grid_mapping, **options):
     first = grid_mapping.num_dynamic_grid_bounds
-    token = _prefetched.set(args[first : first + grid_mapping.num_index_operands])
-    try:
+    with _set(_prefetched, args[first : first + grid_mapping.num_index_operands]):
         return _usual_call(*args, grid_mapping=grid_mapping, **options)
-    finally:
-        _prefetched.reset(token)
 
 
 def _start_indices(block_mapping, loop_idx, *args, ctx, token):

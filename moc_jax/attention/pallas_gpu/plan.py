@@ -25,7 +25,7 @@ from moc_jax.attention.layout import (
     has_anchors,
     run_lines,
     segments,
-    text_shares,
+    text_tiles,
 )
 from moc_jax.attention.pallas_gpu.tiles import TILE
 from moc_jax.attention.runs import anchor_runs, reader_runs
@@ -88,13 +88,10 @@ def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_reade
     own, text_end = segments(table, table, cfg), jnp.zeros((table.kind.shape[0], 1), jnp.int32)
     of, copies, lines = own.of(table), 0, []
     if all_read_text(table, cfg):  # first, so that no thread block is left with a tile of text at the end
-        is_text, count = table.kind == TEXT, -(-table.text_tokens // TILE)
-        text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1, keepdims=True)
         copies = min(-(-rows // text_readers), _MOST_SHARES)
-        shares = jnp.repeat(text_shares(readers, table, copies, rows, ALIGN), count, axis=1)
-        first = jnp.tile(jnp.arange(count) * TILE, copies)[None]
+        first, text_end, shares = text_tiles(readers, table, TILE, copies, rows, ALIGN)
         lines = [_lines(first, first < text_end, shares)]
-        own = own._replace(end=jnp.where(is_text, own.begin, own.end))
+        own = own._replace(end=jnp.where(table.kind == TEXT, own.begin, own.end))
     tiles = _cut(own.begin, own.end, tokens)
     lines.append(_lines(tiles.row, tiles.used, run_lines(readers, tiles.owner, tiles.used)))
     token, before = jnp.arange(tokens)[None], sum(x.shape[1] for x in lines[:-1]) * TILE

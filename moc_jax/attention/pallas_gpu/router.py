@@ -30,7 +30,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moc_jax.attention.layout import ALIGN, Queries, candidate_rows, candidates_are_split, round_up, split_in_parts
-from moc_jax.attention.pallas_gpu.device import DTYPES, HEAD_DIMS, can_do
 from moc_jax.attention.pallas_gpu.multiprocessor import SWIZZLED
 from moc_jax.attention.pallas_gpu.tiles import Ref
 from moc_jax.attention.routing import candidate_runs, pickable_chunks, widened, width
@@ -97,18 +96,22 @@ def select(
     """As `routing.select`: the best candidates of every query, best first; -1 where there are no more.
 
     Args:
-        q: After QK-norm and rotary embedding; bfloat16 or float16.
+        q: After QK-norm and rotary embedding, as `device.check` wants it.
         phi: The chunks' descriptors, `routing.descriptors`.
         tiling: None: what suits the sizes.
         interpret: As `Hopper.interpret`.
 
     Raises:
-        NotImplementedError: q's type, D or `top_k` (and the number of chunks) is none that the kernel can do.
+        NotImplementedError: neither `top_k` nor the number of chunks is within the kernel's reach.
     """
     batch, rows, heads, head_dim = q.shape
     chunks = phi.shape[2]
     top_k = min(cfg.top_k, chunks)  # no query has more candidates than there are chunks
-    _check(q, chunks, top_k, cfg)
+    if top_k > _MOST_PICKS:
+        raise NotImplementedError(
+            f"moc.top_k is {cfg.top_k} of {chunks} chunks; the routing kernel keeps at most {_MOST_PICKS} picks in "
+            'registers: pick fewer, larger chunks, or use backend="xla"'
+        )
     q = jnp.pad(q, ((0, 0), (0, -rows % ALIGN), (0, 0), (0, 0)))
     tiling = tiling or RouterTiling.of(batch * heads * rows, chunks, head_dim)
     programs = -(-rows // (_TILE * tiling.tiles))
@@ -126,19 +129,6 @@ def select(
         interpret=interpret,
     )(q, _parts(phi, table, tiling, q.dtype), runs, used)
     return widened(jnp.swapaxes(picks, 2, 3)[:, :, :rows], width(cfg.top_k, chunks))
-
-
-def _check(q: Array, chunks: int, top_k: int, cfg: MoCConfig) -> None:
-    if not can_do(q):
-        raise NotImplementedError(
-            f"q is {q.dtype} with heads of size {q.shape[-1]}; the routing kernel takes "
-            f'{", ".join(jnp.dtype(x).name for x in DTYPES)} and sizes {HEAD_DIMS}: cast q and k, or use backend="xla"'
-        )
-    if top_k > _MOST_PICKS:
-        raise NotImplementedError(
-            f"moc.top_k is {cfg.top_k} of {chunks} chunks; the routing kernel keeps at most {_MOST_PICKS} picks in "
-            'registers: pick fewer, larger chunks, or use backend="xla"'
-        )
 
 
 def _parts(phi, table, tiling, dtype):

@@ -118,22 +118,23 @@ def gradients(
     if accumulate:
         operands.append(jnp.zeros(q.shape, d_q_type))
     d_k = jax.ShapeDtypeStruct((job.batch, job.heads, job.tiles * rows, job.dim), k.dtype)
-    specs = _specs(job)
+    table, most = _lines(tiles, tiling.block)
+    in_specs, out_specs = _specs(job)
     d_q, d_k, d_v = pl.pallas_call(
         functools.partial(_kernel, job=job),
         name=name,
         out_shape=(jax.ShapeDtypeStruct(q.shape, d_q_type), d_k, d_k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(job.batch, job.heads, job.tiles, _most_blocks(tiles, tiling.block)),
-            in_specs=specs.inputs,
-            out_specs=specs.outputs,
+            grid=(job.batch, job.heads, job.tiles, most),
+            in_specs=in_specs,
+            out_specs=out_specs,
             scratch_shapes=_scratch(job, d_q_type),
         ),
         input_output_aliases={7: 0} if accumulate else {},
         compiler_params=chip.params("ppaa", vmem=chip.info.vmem_capacity_bytes),
         cost_estimate=job.cost(pairs),
-    )(_lines(tiles, tiling.block), first_head.astype(jnp.int32), *operands)
+    )(table, first_head.astype(jnp.int32), *operands)
     return d_q, d_k, d_v
 
 
@@ -185,16 +186,10 @@ def _blocks_of(begin, end, block: int):
     return first, jnp.where(begin < end, lax.div(end + block - 1, jnp.int32(block)) - first, 0)
 
 
-def _most_blocks(tiles: Tiles, block: int) -> Int[Array, ""]:
-    """The most blocks that any tile walks, at least 1."""
-    runs = tiles.table[..., 3:].astype(jnp.int32)
-    _, count = _blocks_of(runs[..., 0::2], runs[..., 1::2], block)
-    return jnp.maximum(jnp.max(jnp.sum(count, axis=-1)), 1)
-
-
-def _lines(tiles: Tiles, block: int) -> Int32[Array, "_"]:
+def _lines(tiles: Tiles, block: int) -> tuple[Int32[Array, "_"], Int32[Array, ""]]:
     """What the kernel looks up of each tile, flat: first row, begin and end of its keys, number of steps; then of each
-    run its number of steps, what to add to a step for its block, begin and end."""
+    run its number of steps, what to add to a step for its block, begin and end. And the most steps of any tile, at
+    least 1."""
     table = tiles.table.astype(jnp.int32)
     columns, before = [], jnp.zeros_like(table[..., 0])
     for column in range(3, table.shape[-1], 2):
@@ -202,7 +197,8 @@ def _lines(tiles: Tiles, block: int) -> Int32[Array, "_"]:
         first, count = _blocks_of(begin, end, block)
         columns += [before + count, first - before, begin, end]
         before = before + count
-    return jnp.stack([table[..., 0], table[..., 1], table[..., 2], before, *columns], axis=-1).reshape(-1)
+    lines = jnp.stack([table[..., 0], table[..., 1], table[..., 2], before, *columns], axis=-1).reshape(-1)
+    return lines, jnp.maximum(jnp.max(before), 1)
 
 
 def _run(table_smem_ref, line, step, job: Job):
@@ -213,12 +209,8 @@ def _run(table_smem_ref, line, step, job: Job):
     return step + table_smem_ref[at + 1], table_smem_ref[at + 2], table_smem_ref[at + 3]
 
 
-class _Specs(NamedTuple):
-    inputs: list[pl.BlockSpec]
-    outputs: tuple[pl.BlockSpec, ...]
-
-
-def _specs(job: Job) -> _Specs:
+def _specs(job: Job) -> tuple[list[pl.BlockSpec], tuple[pl.BlockSpec, ...]]:
+    """Of inputs and of outputs."""
     block, hbm = job.tiling.block, pl.BlockSpec(memory_space=pl.ANY)
 
     def query_block(scene, head, tile, step, table_smem_ref):
@@ -242,7 +234,7 @@ def _specs(job: Job) -> _Specs:
     key_spec = pl.BlockSpec((none, none, pl.Element(job.rows), pl.Element(job.dim)), keys)
     tile_spec = pl.BlockSpec((none, none, job.rows, job.dim), lambda scene, head, tile, *_: (scene, head, tile, 0))
     inputs = [query_spec, query_spec, row_spec, key_spec, key_spec]
-    return _Specs(inputs + [hbm] * job.accumulate, (hbm, tile_spec, tile_spec))
+    return inputs + [hbm] * job.accumulate, (hbm, tile_spec, tile_spec)
 
 
 def _scratch(job: Job, d_q_type) -> list[pl.MemoryRef]:

@@ -329,7 +329,7 @@ def _each_piece(first_smem_ref, pieces_smem_ref, inputs_hbm_ref, walk: _Walk, co
     def first_of(tile):
         return first_smem_ref[scene * (walk.tiles + 1) + jnp.minimum(tile, walk.tiles)]
 
-    def lookround_up(piece):
+    def look_up(piece):
         line = (scene * walk.pieces + piece) * 2
         row, ends = pieces_smem_ref[line], pieces_smem_ref[line + 1]
         return row, ends & (2**_HIGH - 1), ends >> _HIGH
@@ -351,18 +351,18 @@ def _each_piece(first_smem_ref, pieces_smem_ref, inputs_hbm_ref, walk: _Walk, co
 
     def one_piece(piece, _):
         after, buffer = piece + 1, lax.rem(piece + 1, 2)  # piece may be -1
-        pl.when(after < last)(lambda: each_copy(buffer, lookround_up(after), lambda copy: copy.start()))
+        pl.when(after < last)(lambda: each_copy(buffer, look_up(after), lambda copy: copy.start()))
 
         @pl.when(piece >= begin)
         def _():
-            row, low, high = lookround_up(piece)
+            row, low, high = look_up(piece)
             each_copy(1 - buffer, (row, low, high), lambda copy: copy.wait())
             shift = lax.rem(row + low, jnp.int32(unit)) - lax.rem(low, jnp.int32(unit)) + unit
             put(1 - buffer, shift, low, high)
 
         return 0
 
-    _, low, high = lookround_up(begin)
+    _, low, high = look_up(begin)
     covered = (begin < end) & (high - low == walk.tile)
     pl.when((tile < walk.tiles) & ~covered)(clear)
     lax.fori_loop(jnp.where(step == 0, begin - 1, begin), end, one_piece, 0)

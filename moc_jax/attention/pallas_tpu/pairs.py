@@ -41,19 +41,18 @@ _MERGED = 16  # rows merged at once: more take more registers than there are
 def spread(
     x: Float[Array, "B _ R D"],
     placement: Placement,
-    heads: Heads | None = None,
+    heads: Heads,
     *,
     chip: Chip,
     fill_first_lane: float = 0.0,
 ) -> Float[Array, "B G T D"]:
-    """x's rows at the slots of their pairs, for a group of heads, or all; x has all heads or the group's alone.
+    """x's rows at the slots of their pairs, for a group of heads; x has all heads or the group's alone.
 
     Slots of a chunk's tiles that hold no pair are 0, but for `fill_first_lane` in the first column; slots of unused
     tiles are not written.
     """
     batch, _, _, dim = x.shape
     p, all_heads = placement, placement.places.shape[1]
-    heads = heads or Heads(0, all_heads)
     chunks, steps = p.runs.shape[4] // RUN, p.steps
     zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
     return pl.pallas_call(
@@ -280,9 +279,9 @@ def _await(source, target, rows, semaphore) -> None:
 def merge(
     pairs: Float32[Array, "B G S E"],
     placement: Placement,
-    anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
-    heads: Heads | None = None,
+    heads: Heads,
     *,
+    anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
     into: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
     dim: int,
     dtype: DTypeLike,
@@ -294,7 +293,7 @@ def merge(
         pairs: What `packing.pack` made of the pairs' outputs [B, G, slots, E], of a group of heads.
         anchors: Their outputs and base-2 log-sum-exps, -inf for rows without. Those of the group become the results,
             in the same memory; those of other heads stay.
-        heads: The group; None: all.
+        heads: The group.
         into: Without anchors, the results of other heads.
         dim, dtype: D and the type of outputs.
     """
@@ -309,7 +308,7 @@ def merge(
         "moc_merge",
         pairs,
         placement,
-        heads or Heads(0, all_heads),
+        heads,
         [] if anchors is None else [anchors[0], anchors[1][:, :, None]],
         [] if given is None else [given[0], given[1][:, :, None]],
         shapes,
@@ -324,7 +323,7 @@ def add(
     pairs: Float32[Array, "B G S D"],
     placement: Placement,
     anchors: Float[Array, "B H R D"] | None,
-    heads: Heads | None = None,
+    heads: Heads,
     *,
     into: Float[Array, "B H R D"] | None = None,
     dtype: DTypeLike,
@@ -338,7 +337,7 @@ def add(
         "moc_add",
         pairs,
         placement,
-        heads or Heads(0, all_heads),
+        heads,
         [] if anchors is None else [anchors],
         [] if into is None else [into],
         (jax.ShapeDtypeStruct((batch, all_heads, placement.rows, dim), dtype),),

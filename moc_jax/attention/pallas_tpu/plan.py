@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from moc_jax.attention.layout import (
     Cut,
     Queries,
-    Segments,
     Tiles,
     all_read_text,
     by_shot,
@@ -29,7 +28,7 @@ from moc_jax.attention.layout import (
     round_up,
     run_lines,
     segments,
-    text_shares,
+    text_tiles,
 )
 from moc_jax.attention.pallas_tpu.device import ROWS
 from moc_jax.attention.pallas_tpu.placement import Placement
@@ -82,7 +81,7 @@ class OrderedTiles:
     keys: Tiles  # keys over queries
     key_moves: Moves  # from the rows of `keys` to the tokens
     anchors: bool = dataclasses.field(metadata={"static": True})  # False: nothing has any, whatever the lengths
-    text_shares: int = dataclasses.field(metadata={"static": True})  # times that the first tile of text is repeated
+    text_shares: int = dataclasses.field(metadata={"static": True})  # times that text's tiles of `keys` are repeated
     text_tiles: int = dataclasses.field(metadata={"static": True})  # how many of `keys` text has each time
 
 
@@ -189,7 +188,7 @@ def _query_tiles(chunk_of_row: Int[Array, "B R"], runs: Runs, size: int) -> Tile
 def _key_tiles(table: ChunkTable, cfg: MoCConfig, readers: Runs, query_rows: int, blocks: Blocks):
     """(tiles, moves of their rows to tokens, times that text's tiles are repeated, number of them)."""
     rows, tokens = blocks.gradient_keys, table.chunk_of.shape[1]
-    own: Segments = segments(table, table, cfg)
+    own = segments(table, table, cfg)
     captions, shots = _most(table, cfg, table.text_tokens, tokens - table.text_tokens)
 
     def of_segments(end, owners):
@@ -199,13 +198,12 @@ def _key_tiles(table: ChunkTable, cfg: MoCConfig, readers: Runs, query_rows: int
     if not all_read_text(table, cfg):
         tiles, lines = of_segments(own.end, captions + shots)
         return Tiles(lines[:, None]), key_moves(tiles, rows), 0, 0
-    is_text, count = table.kind == TEXT, -(-table.text_tokens // rows)
-    text_end = jnp.max(jnp.where(is_text, table.start + table.length, 0), axis=1, keepdims=True)
-    repeats = -(-query_rows // (_SHARE * blocks.anchor_gradients.block))
-    shares = text_shares(readers, table, repeats, query_rows, blocks.anchor_gradients.block)
-    first = jnp.broadcast_to(jnp.tile(jnp.arange(count) * rows, repeats)[None], (text_end.shape[0], repeats * count))
-    of_text = _lines(first, first, jnp.minimum(text_end, first + rows), jnp.repeat(shares, count, axis=1))
-    tiles, of_video = of_segments(jnp.where(is_text, own.begin, own.end), shots)
+    count, block = -(-table.text_tokens // rows), blocks.anchor_gradients.block
+    repeats = -(-query_rows // (_SHARE * block))
+    first, text_end, shares = text_tiles(readers, table, rows, repeats, query_rows, block)
+    first = jnp.broadcast_to(first, shares.shape[:2])
+    of_text = _lines(first, first, jnp.minimum(text_end, first + rows), shares)
+    tiles, of_video = of_segments(jnp.where(table.kind == TEXT, own.begin, own.end), shots)
     text, video = first[:, :count], key_moves(tiles, rows)
     text_moves = Moves(text, text, jnp.clip(text_end - text, 0, rows))
     video = video._replace(source=video.source + repeats * count * rows)

@@ -69,14 +69,10 @@ def select(
     More than 16 picks would leave the kernel too few registers; they are plain XLA's, scored in blocks.
 
     Args:
-        q: After QK-norm and rotary embedding; bfloat16 or float32.
+        q: After QK-norm and rotary embedding, as `device.check` wants it.
         phi: The chunks' descriptors, `routing.descriptors`.
         tiling: None: what suits the sizes.
-
-    Raises:
-        NotImplementedError: q's type or D is none that the kernel can do.
     """
-    device.check(q, q, q)
     top_k = min(cfg.top_k, phi.shape[2])
     if top_k > _MOST_PICKS:
         return routing.select(q, phi, queries, table, cfg, block=_XLA_BLOCK)

@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from moc_jax.attention.layout import by_shot
 from moc_jax.attention.pallas_tpu import flash, flash_backward, tuned
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.config import MoCConfig
@@ -128,14 +129,13 @@ class _Lengths:
         shots = table.max_shots or chunks
         shot, chunk = _Run(-(-video // shots), known=shots == 1), _Run(table.max_chunk)
         dense = cfg.mode == "dense"
-        by_shot = dense or cfg.self_anchor in ("shot", "none")
         window = 2 * cfg.window + 1 if cfg.self_anchor == "window" else 1
         own = {"shot": shot, "none": None}.get(cfg.self_anchor, _Run(min(video, window * table.max_chunk)))
         if dense:
             own = _Run(video)
         text = _Run(table.text_tokens) if table.text_tokens else None
         return cls(
-            segment=shot if by_shot else chunk,
+            segment=shot if by_shot(cfg) else chunk,
             anchors=[_Run(run.length + ROWS - 1, run.known) for run in (own, text) if run] or [chunk],
             chunk=_Run(table.max_chunk + ROWS - 1),
             pickers=_Run(max(1, tokens * cfg.top_k // chunks), known=False),

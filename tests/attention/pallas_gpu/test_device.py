@@ -51,6 +51,10 @@ def gradients(q, k, v, table, **options):
     return vjp(out)
 
 
+def routes(q, k, v, table, **options):
+    return api.route(q, k, table, **options)
+
+
 MULTI_SHOT_SIZES = [(180_512, 153, 128), (1_440_512, 1_217, 128)]  # 8 and 64 shots of 22 500 tokens in 18 chunks
 SINGLE_SHOT_SIZES = (33_272, 22, 64)
 SHOT, CHUNK = MoCConfig(top_k=5), MoCConfig(top_k=3, self_anchor="chunk", causal_routing=False)
@@ -104,7 +108,7 @@ def test_off_hopper_it_is_refused():
             run()
 
 
-@pytest.mark.parametrize("top_k", [0, 2])
+@pytest.mark.parametrize(("function", "top_k"), [(api.moc_attention, 0), (routes, 2)])
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "message"),
     [
@@ -113,9 +117,9 @@ def test_off_hopper_it_is_refused():
         (jnp.bfloat16, 256, r"head dimensions \(64, 128\).* with 256"),
     ],
 )
-def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message, top_k):
+def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message, function, top_k):
     with pytest.raises(NotImplementedError, match=message):
-        trace(api.moc_attention, MoCConfig(top_k=top_k), 6_304, 28, head_dim, dtype)
+        trace(function, MoCConfig(top_k=top_k), 6_304, 28, head_dim, dtype)
 
 
 def test_types_must_agree():

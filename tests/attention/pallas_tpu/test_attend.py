@@ -58,6 +58,10 @@ def trace(function, cfg, dtype=jnp.bfloat16, tokens=4608, chunks=16, head_dim=12
     return jax.make_jaxpr(functools.partial(function, cfg=cfg, backend=backend))(q, q, q, table).jaxpr
 
 
+def routes(q, k, v, table, **options):
+    return api.route(q, k, table, **options)
+
+
 @pytest.fixture
 def on_a_tpu(monkeypatch):
     """What JAX says on a machine with TPUs."""
@@ -111,9 +115,10 @@ def test_off_tpus_it_is_refused():
     ("dtype", "head_dim", "message"),
     [(jnp.float16, 128, "not q float16"), (jnp.bfloat16, 272, "up to 256.*with 272")],
 )
-def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message):
+@pytest.mark.parametrize(("function", "top_k"), [(api.moc_attention, 0), (routes, 2)])
+def test_what_the_kernels_do_not_know_is_refused(dtype, head_dim, message, function, top_k):
     with pytest.raises(NotImplementedError, match=message):
-        trace(api.moc_attention, MoCConfig(top_k=0), dtype, head_dim=head_dim)
+        trace(function, MoCConfig(top_k=top_k), dtype, head_dim=head_dim)
 
 
 def test_auto_says_once_what_it_took(caplog, on_a_tpu):

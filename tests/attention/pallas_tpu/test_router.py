@@ -18,10 +18,10 @@ from tests.attention.scenes import BATCH, HEADS, PAIR, cut, qkv, table_of
 ALL = [cfg for cfg in COVERING if cfg.mode == "moc" and cfg.top_k <= 16]
 
 
-def inputs(dtype, kind="normal", scenes=PAIR, table=None, tokens=64, head_dim=16, seed=0):
+def inputs(dtype, kind="normal", scenes=PAIR, table=None, tokens=64, seed=0):
     """q and k in `dtype`, descriptors of the keys, and the table."""
     table = table_of(scenes) if table is None else table
-    q, k, _ = (jnp.asarray(x, dtype) for x in qkv(seed, scenes, kind, shape=(tokens, HEADS, head_dim)))
+    q, k, _ = (jnp.asarray(x, dtype) for x in qkv(seed, scenes, kind, shape=(tokens, HEADS, 16)))
     return q, routing.descriptors(k, table), table, k
 
 
@@ -137,16 +137,3 @@ def test_blocks_suit_the_sizes(tokens, top_k, block):
 def test_blocks_are_whole_registers(sizes):
     with pytest.raises(ValueError, match="must be a multiple of"):
         ScanTiling(**sizes)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "head_dim", "top_k", "message"),
-    [
-        (jnp.float16, 64, 2, "not q float16"),
-        (jnp.bfloat16, 272, 2, "up to 256.* with 272"),
-    ],
-)
-def test_what_the_kernel_cannot_do_is_refused(dtype, head_dim, top_k, message):
-    q, phi, table, _ = inputs(dtype, head_dim=head_dim)
-    with pytest.raises(NotImplementedError, match=message):
-        router.select(q, phi, queries_of(table), table, MoCConfig(top_k=top_k))
