@@ -101,8 +101,8 @@ class Manifest:
     def summary(self) -> str:
         """What was used, what was left out, and why."""
         of = collections.Counter(scene.split for scene in self.scenes)
-        c, of = self.counts, {"train": "training", "validation": "held-out"}
-        quality = (f"PSNR {value:.1f} dB on {of[split]} scenes" for split, value in sorted(self.codec_psnr.items()))
+        c, words = self.counts, {"train": "training", "validation": "held-out"}
+        quality = (f"PSNR {value:.1f} dB on {words[split]} scenes" for split, value in sorted(self.codec_psnr.items()))
         lines = [
             f"{of['train']} training and {of['validation']} held-out scenes from {c['files']} files: "
             f"{c['shots']} shots, {c['latent_frames']} latent frames ({self.folder})",
