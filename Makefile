@@ -48,12 +48,11 @@ demo: $(CLIP) $(VENV)/$(ACCELERATOR)
 	$(BIN)/moc-sample --checkpoint out/demo --training-scene 0 --overwrite --out out/demo/sample.mp4 \
 		--contact-sheet out/demo/contact_sheet.png --routing-picture out/demo/routing.png
 
-# Tests of a file share what they compiled. On two cores the whole takes as long as by any other plan: 875 s by the
-# durations of one run, and 881 s with interpreted kernels of several files together and the longest files first.
+# Tests of a file share what they compiled. On two cores no other plan was faster.
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-# What takes half a minute and more each; CI runs it too.
+# What takes longest; CI runs it too.
 test-long: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'long and not slow'
 

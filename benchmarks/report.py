@@ -94,7 +94,7 @@ def page_block(folder: pathlib.Path) -> str:
             lines += [
                 f"## One layer's attention on one {file['card']}",
                 "",
-                "Random routes are the worst case; in correlated ones neighbors pick alike, as in video.",
+                "Random routes: queries agree on nothing. Correlated ones: neighbors pick alike, as in video.",
                 "",
                 *tables,
                 "",

@@ -101,24 +101,18 @@ class Manifest:
     def summary(self) -> str:
         """What was used, what was left out, and why."""
         of = collections.Counter(scene.split for scene in self.scenes)
-        c = self.counts
+        c, words = self.counts, {"train": "training", "validation": "held-out"}
+        quality = (f"PSNR {value:.1f} dB on {words[split]} scenes" for split, value in sorted(self.codec_psnr.items()))
         lines = [
             f"{of['train']} training and {of['validation']} held-out scenes from {c['files']} files: "
             f"{c['shots']} shots, {c['latent_frames']} latent frames ({self.folder})",
             f"left out: {len(self.skipped)} files, {c['short_shots']} short shots, {c['cut_frames']} of "
             f"{c['frames']} frames at the ends of shots",
-            f"the codec's reconstruction, which no sample surpasses: {self.codec_quality()}",
+            f"the codec's reconstruction, which no sample surpasses: {', '.join(quality)}",
             *(f"  skipped {name}: {reason}" for name, reason in self.skipped.items()),
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(map(printable, lines))
-
-    def codec_quality(self) -> str:
-        """The PSNR of the codec's reconstruction, by split."""
-        of = {"train": "training", "validation": "held-out"}
-        return ", ".join(
-            f"PSNR {value:.1f} dB on {of[split]} scenes" for split, value in sorted(self.codec_psnr.items())
-        )
 
     def save(self) -> None:
         """Writes manifest.json into the folder, with a digest of what it says."""

@@ -4,9 +4,7 @@ import math
 
 import numpy as np
 
-from moc_jax.shapes import Shaped, UInt8, typed
-
-_EXACT = 99.0  # dB, what an exact reconstruction counts for in a mean
+from moc_jax.shapes import Shaped, typed
 
 
 @typed
@@ -24,18 +22,3 @@ def psnr(a: Shaped[np.ndarray, "*shape"], b: Shaped[np.ndarray, "*shape"]) -> fl
     peak = 255.0 if a.dtype == np.uint8 else 2.0
     error = np.mean(np.square(a.astype(np.float64) - b.astype(np.float64)))
     return math.inf if error == 0 else float(10 * np.log10(peak**2 / error))
-
-
-class MeanPSNR:
-    """Over shots that come one by one, each counting the same."""
-
-    def __init__(self):
-        self._total, self._count = 0.0, 0
-
-    def add(self, a: UInt8[np.ndarray, "F Y X 3"], b: UInt8[np.ndarray, "F Y X 3"]) -> None:
-        self._total += min(psnr(a, b), _EXACT)
-        self._count += 1
-
-    @property
-    def value(self) -> float:
-        return self._total / max(self._count, 1)

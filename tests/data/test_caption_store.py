@@ -184,10 +184,11 @@ class TestDamage:
                 raise KeyboardInterrupt
             write(self, caption, rows, layout)
 
+        stores = [store_file(manifest.folder, of.text) for of in (cfg, other)]
+        (manifest.folder / f".{stores[1].name}.9999999999.tmp").write_bytes(b"a killed process's")
         monkeypatch.setattr(CaptionWriter, "_write", dying)
         with pytest.raises(KeyboardInterrupt):
             prepare(other)
-        stores = [store_file(manifest.folder, of.text) for of in (cfg, other)]
         assert [store.exists() for store in stores] == [True, False]
         assert not list(manifest.folder.glob(".*"))
 

@@ -23,7 +23,7 @@ from moc_jax.data.manifest import DataError, codec_of, load_manifest, verify
 from moc_jax.data.prepare import prepare
 from moc_jax.data.quality import psnr
 from moc_jax.data.shards import ShardReader
-from moc_jax.data.video import VideoError, read_video
+from moc_jax.data.video import VideoError, read_video, write_video
 from tests.data.clips import make_clip
 from tests.data.odd_files import stamped
 from tests.data.small import SIZE, make_videos, small_config, with_data
@@ -467,6 +467,14 @@ def test_the_codec_is_measured_on_what_it_encodes(tmp_path):
     line = f"PSNR {means['train']:.1f} dB on training scenes, PSNR {means['validation']:.1f} dB on held-out scenes"
     assert f"the codec's reconstruction, which no sample surpasses: {line}" in manifest.summary()
     assert prepare(cfg).codec_psnr == manifest.codec_psnr == load_manifest(manifest.folder).codec_psnr
+
+
+def test_an_exact_reconstruction_has_a_finite_psnr(tmp_path):
+    """JSON knows no infinity."""
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "black.mp4", np.zeros((13, *SIZE, 3), np.uint8), 12)
+    manifest = prepare(small_config(tmp_path))
+    assert load_manifest(manifest.folder).codec_psnr == {"train": 99.0}
 
 
 def test_many_shots_are_measured_in_part(tmp_path, monkeypatch):

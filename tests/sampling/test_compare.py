@@ -75,7 +75,7 @@ def test_a_training_scene_comes_with_its_storyboard_and_its_reconstruction(tmp_p
 
 @pytest.mark.parametrize("change", ["gone", "another", "unreadable", "used as it is"])
 def test_an_original_is_shown_only_while_it_is_there(tmp_path, change):
-    videos = make_videos(tmp_path, film=(9, 14), other=(9,))
+    videos = make_videos(tmp_path, film=(9, 14), other=(9, 14))
     config = small_config(tmp_path, source=(str(videos / "film.mp4"),))
     manifest = prepare(config)
     config = with_data(config, cache=str(manifest.folder))  # needs no video
