@@ -22,8 +22,7 @@ import threading
 import traceback
 import typing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 from typing import NoReturn, TextIO
 
 import moc_jax
@@ -33,7 +32,7 @@ from moc_jax.config.file import read_config_text, run_config_file
 from moc_jax.config.presets import PRESETS, with_preset
 from moc_jax.config.shipped import shipped_names, shipped_or
 from moc_jax.config.switch import switched
-from moc_jax.config_json import config_from_json, config_to_json
+from moc_jax.config_json import config_from_json
 from moc_jax.signals import Interrupted, Signals
 
 if typing.TYPE_CHECKING:
@@ -41,8 +40,6 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "clean_exit",
-    "config_from_json",
-    "config_to_json",
     "load_config",
     "parse",
     "read_config_file",
@@ -64,12 +61,12 @@ def load_config(argv: Sequence[str]) -> Config:
     """`--config`, then overrides: a Python file that defines `config: Config`, a saved config.json, or a shipped name.
 
     Raises:
-        ConfigError: no such config, no config in it, or several files given.
+        ConfigError: no such config or preset, no config in the file, or several of either given.
         SystemExit: code 2 for an impossible option or value (tyro names it), code 0 after `--help`.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config", action="append")
-    first.add_argument("--preset")
+    first.add_argument("--preset", action="append")
     try:
         known, rest = first.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
@@ -82,11 +79,12 @@ def load_config(argv: Sequence[str]) -> Config:
         if not {"-h", "--help"} & set(rest):
             raise ConfigError("no --config given: name an experiment, such as --config demo (--help lists every field)")
         return parse(Config, rest, default=Config(), description=usage, flags=False)
-    if len(known.config) > 1:
-        raise ConfigError(f"--config is given {len(known.config)} times: {', '.join(known.config)}; give one file")
+    for option, given in vars(known).items():
+        if given and len(given) > 1:
+            raise ConfigError(f"--{option} is given {len(given)} times: {', '.join(given)}; give one")
     config, about = read_config_file(known.config[0])
     if known.preset is not None:
-        config = with_preset(config, known.preset)
+        config = with_preset(config, known.preset[0])
     return parse(Config, rest, default=config, description=f"{about}\n\n{usage}" if about else usage, flags=False)
 
 
@@ -95,14 +93,12 @@ def parse[T](
     argv: Sequence[str],
     *,
     default: T | None = None,
-    defaults: Mapping[str, object] = MappingProxyType({}),
     description: str | None = None,
     flags: bool = True,
 ) -> T:
     """`kind`, a dataclass, from the command line; fields that are not given keep `default`'s values.
 
     Args:
-        defaults: values of some fields instead of the class's own, where no `default` is given.
         flags: Bools are flags (`--dense`), or else options like all others (`--mesh.distributed True`).
 
     Raises:
@@ -113,12 +109,6 @@ def parse[T](
 
     if isinstance(default, Settings):
         default = switched(default, argv)
-    if defaults:
-        default = object.__new__(kind)  # not checked: what has to be given is missing
-        for field in dataclasses.fields(typing.cast(type, kind)):
-            own = tyro.MISSING if field.default is dataclasses.MISSING else field.default
-            object.__setattr__(default, field.name, defaults.get(field.name, own))
-
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(_records_rule)
     return tyro.cli(

@@ -11,6 +11,7 @@ from moc_jax.checkpoint_layout import (
     CheckpointError,
     foreign_in,
     free_aside,
+    own_data_state,
     parse_meta,
     step_of,
     steps_in,
@@ -151,3 +152,16 @@ def test_a_config_that_this_version_does_not_know_is_named():
         parse(saved({**BODY, "config": '{"modle": {}}'}))
     with pytest.raises(ConfigError, match=r"the config saved in /run/checkpoints/5"):
         parse(saved({**BODY, "config": "no JSON"}))
+
+
+def test_each_process_resumes_at_its_own_place_in_the_data(monkeypatch):
+    """Where all stand at the same place, another number of processes can, too."""
+    path = epath.Path("/run/checkpoints/5")
+    apart = parse(saved({**BODY, "data": ['{"step": 5}', '{"step": 6}']}))
+    same = parse(saved({**BODY, "data": ['{"step": 5}', '{"step": 5}']}))
+    assert own_data_state(same, path) == {"step": 5}
+    with pytest.raises(CheckpointError, match=r"written by 2 processes.* can't be resumed by 1; start 2 processes"):
+        own_data_state(apart, path)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    assert own_data_state(apart, path) == {"step": 6}

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from moc_jax import config as config_module
-from moc_jax.cli import clean_exit, config_from_json, config_to_json, load_config, parse, show_warning
+from moc_jax.cli import clean_exit, load_config, parse, show_warning
 from moc_jax.config import BucketConfig, ChunkStage, Config, ConfigError, DataConfig, MoCConfig, TrainConfig
-from moc_jax.config_json import differences
+from moc_jax.config_json import config_from_json, config_to_json, differences
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -56,7 +56,8 @@ def test_every_program_is_kept_however_fast_it_was_compiled(tmp_path, as_usual):
     assert list((tmp_path / "a" / "b").glob("jit__lambda*-cache"))
 
 
-def test_what_the_user_set_for_jax_stays(compilation_cache):
+def test_what_the_user_set_for_jax_stays(compilation_cache, monkeypatch):
+    monkeypatch.setattr("moc_jax.compilation.prune", lambda *_: 1 // 0)  # nothing of it is removed either
     with kept_programs("auto"):
         assert jax.config.jax_compilation_cache_dir == str(compilation_cache)
         assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.3

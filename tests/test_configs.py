@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from moc_jax.cli import config_from_json, config_to_json, load_config, read_config_file
+from moc_jax.cli import load_config, read_config_file
 from moc_jax.config.presets import PRESETS
+from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.sampling.storyboard import load_storyboard
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -67,7 +67,9 @@ def test_terminals_get_a_bar():
     out = _Terminal()
     with Progress("encoding", total=3, unit="file", file=out) as progress:
         progress.reach(3, frames="7")
+        begun = progress._bar.start_t
         progress.leave_out(1)
+        assert progress._bar.start_t == begun + 1
     assert "\rencoding: 100%" in out.getvalue()
     assert "3/3" in out.getvalue()
     assert "frames=7" in out.getvalue()

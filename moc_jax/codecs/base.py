@@ -36,7 +36,9 @@ class Codec(Protocol):
         """Latent frames of a clip; ValueError with the nearest possible counts when `frames` is not such a count."""
         ...
 
-    def encode(self, video: Float[np.ndarray, "F Y X 3"]) -> Float32[np.ndarray, "f y x Z"]: ...
+    def encode(self, video: Float[np.ndarray, "F Y X 3"]) -> Float32[np.ndarray, "f y x Z"]:
+        """Latents; ValueError when the clip's frames, rows or columns do not fit the stride."""
+        ...
 
     def decode(self, latents: Float[np.ndarray, "f y x Z"]) -> Float32[np.ndarray, "F Y X 3"]:
         """The clip, clipped to [-1, 1]."""

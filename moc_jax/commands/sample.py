@@ -17,7 +17,7 @@ from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import CheckpointError, load_for_sampling
 from moc_jax.cli import parse
 from moc_jax.codecs import CodecMismatch, load_codec
-from moc_jax.commands.saved import values_for_help
+from moc_jax.commands.saved import saved_values
 from moc_jax.compilation import kept_programs
 from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
@@ -38,6 +38,8 @@ FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingErro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(Settings):
+    """What the command line says."""
+
     checkpoint: Folder
     """A run's folder, its checkpoints folder, or one checkpoint's."""
     storyboard: tuple[File, ...] = ()
@@ -82,7 +84,8 @@ class Arguments(Settings):
 
 
 def main(argv: Sequence[str], stop: Stop | None = None) -> None:
-    args = parse(Arguments, argv, description=__doc__, defaults=values_for_help(argv, SAMPLE))
+    """Samples and writes the files; `stop` is asked in between whether to end."""
+    args: Arguments = parse(Arguments, argv, description=__doc__, default=saved_values(Arguments, argv, SAMPLE))
     configure(Config(), 1, args)  # only checks: nothing is read if a setting is impossible
     routed_attention(args.attention)
     if bool(args.storyboard) == (args.training_scene is not None):

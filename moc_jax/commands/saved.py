@@ -1,30 +1,45 @@
 """What `moc-sample --help` shows where a checkpoint is named beside it: the values that settings have there."""
 
 import argparse
+import dataclasses
+import typing
 from collections.abc import Sequence
 
+import tyro
+
 from moc_jax.checkpoint import saved_config
-from moc_jax.config.base import expanded
+from moc_jax.config.base import Settings, expanded
 
 
-def values_for_help(argv: Sequence[str], sample: Sequence[str]) -> dict[str, str | int | float]:
-    """By option: `sample` names settings of a config's `sample`. Empty unless help is asked for, of a checkpoint.
+def saved_values[S: Settings](kind: type[S], argv: Sequence[str], sample: Sequence[str]) -> S | None:
+    """Arguments with the checkpoint's values; None unless help is asked for, of a checkpoint.
+
+    Not checked, since what has to be given is missing.
+
+    Args:
+        kind: the program's arguments.
+        sample: which of them are settings of a config's `sample`.
 
     Raises:
         CheckpointError: there is none that can be read.
     """
     if not {"-h", "--help"} & set(argv):
-        return {}
+        return None
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--checkpoint")
     first.add_argument("--step", type=int)
     try:
         given, _ = first.parse_known_args(list(argv))
     except argparse.ArgumentError:  # help is what was asked for
-        return {}
+        return None
     if not given.checkpoint:
-        return {}
+        return None
     config, step = saved_config(expanded(given.checkpoint, "--checkpoint"), given.step)
     moc = config.moc_at(step - 1)
-    shown = {"checkpoint": given.checkpoint, "step": step, "top_k": moc.top_k, "chunk": moc.chunk.size}
-    return shown | {name: getattr(config.sample, name) for name in sample}
+    values = {"checkpoint": given.checkpoint, "step": step, "top_k": moc.top_k, "chunk": moc.chunk.size}
+    values |= {name: getattr(config.sample, name) for name in sample}
+    arguments = object.__new__(kind)
+    for field in dataclasses.fields(typing.cast(type, kind)):
+        own = tyro.MISSING if field.default is dataclasses.MISSING else field.default
+        object.__setattr__(arguments, field.name, values.get(field.name, own))
+    return arguments

@@ -79,7 +79,7 @@ def kind_named(kinds: Mapping[str, type[Settings]], name: object, at: str) -> ty
     Raises:
         ConfigError: there is none; `at` is where the union hangs: `codec`.
     """
-    return kinds[_choice(tuple(kinds), name, f"{at}.name")]
+    return kinds[choice(tuple(kinds), name, f"{at}.name")]
 
 
 def of_another_kind(kinds: Mapping[str, type[Settings]], kind: type[Settings], field: str) -> str:
@@ -183,7 +183,7 @@ def checked(kind: Any, value: object, name: str) -> Any:
     if origin is Annotated:
         return arguments[1](arguments[0], value, name)
     if origin is Literal:
-        return _choice(arguments, value, name)
+        return choice(arguments, value, name)
     if origin is tuple:
         return _entries(arguments, value, name)
     kinds = kinds_of(kind)
@@ -206,7 +206,12 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _choice(choices: tuple[str, ...], value: object, name: str) -> str:
+def choice(choices: tuple[str, ...], value: object, name: str) -> str:
+    """`value`, which is one of `choices`.
+
+    Raises:
+        ConfigError: it is none of them, with the nearest; it begins with `name`.
+    """
     if not isinstance(value, str) or value not in choices:
         near = nearest(value.lower(), choices) if isinstance(value, str) else ""
         raise ConfigError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}{near}")

@@ -112,14 +112,17 @@ class MMDiTConfig(Settings, at="model"):
 
     @property
     def head_dim(self) -> int:
+        """Size of an attention head."""
         return self.dim // self.heads
 
     @property
     def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
         return int(self.dim * self.mlp_ratio)
 
     @property
     def patch_size(self) -> int:
+        """Latent positions per token."""
         return math.prod(self.patch)
 
 
@@ -164,9 +167,9 @@ class HashConfig(Settings, at="text"):
 
 
 # Tagged unions: `name` says which kind it is, in Python, in JSON and on the command line. A new kind is a dataclass
-# with a `name` of its own, joined here by |; models/, codecs/ and text/ say what it builds. Other modules rely on
-# what all kinds of a union have: codecs `stride` and `channels`, encoders `dim`, models `latent_channels`, `text_dim`,
-# `patch`, `depth`, `heads`, `head_dim`, `dtype` and `remat`.
+# with a `name` of its own and a default for every field, joined here by |; models/, codecs/ and text/ say what it
+# builds. Other modules rely on what all kinds of a union have: codecs `stride` and `channels`, encoders `dim`, models
+# `latent_channels`, `text_dim`, `patch`, `dim`, `depth`, `heads`, `head_dim`, `dtype` and `remat`.
 ModelConfig = MMDiTConfig
 CodecConfig = PcaConfig
 TextConfig = HashConfig

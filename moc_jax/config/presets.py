@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
-from moc_jax.config import Config, ConfigError, MMDiTConfig
-from moc_jax.config.base import nearest, shown
+from moc_jax.config import Config, MMDiTConfig
+from moc_jax.config.base import choice
 
 PRESETS: Mapping[str, MMDiTConfig] = {
     "demo": MMDiTConfig(dim=128, depth=4, heads=2, rope_theta=100.0, dtype="float32", remat="none"),
@@ -22,7 +22,6 @@ def with_preset(config: Config, name: str) -> Config:
     Raises:
         ConfigError: no such preset.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"--preset is {shown(name)}; it must be one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+    preset = PRESETS[choice(tuple(PRESETS), name, "--preset")]
     kept = {"patch": config.model.patch, "latent_channels": config.codec.channels, "text_dim": config.text.dim}
-    return dataclasses.replace(config, model=dataclasses.replace(PRESETS[name], **kept))
+    return dataclasses.replace(config, model=dataclasses.replace(preset, **kept))

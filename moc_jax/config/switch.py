@@ -30,8 +30,9 @@ def switched[S: Settings](settings: S, argv: Sequence[str]) -> S:
 
 
 def _options(argv: Sequence[str], prefix: str) -> Iterator[tuple[str, str]]:
-    """Field and first value of each option that begins with `prefix`, as `--a.b x` or `--a.b=x`."""
+    """Field and first value of each option that begins with `prefix`, as `--a.b x`, `--a.b=x` or `--a.b.c x`."""
     for word, following in zip(argv, [*argv[1:], ""]):
         option, equals, value = word.partition("=")
         if option.startswith(prefix):
-            yield option.removeprefix(prefix).replace("-", "_"), value if equals else following
+            field, _, _ = option.removeprefix(prefix).partition(".")
+            yield field.replace("-", "_"), value if equals else following

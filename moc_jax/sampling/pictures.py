@@ -58,7 +58,6 @@ def contact_sheet(
     title: str = "",
     notes: Sequence[str] = (),
     fps: float = 0.0,
-    frames: int = _FRAMES,
 ) -> Image.Image:
     """One column per shot, one row per version of the scene, a few frames of each shot from its first to its last.
 
@@ -68,7 +67,6 @@ def contact_sheet(
         title: the global caption.
         notes: a line below each column's caption, for instance a score.
         fps: frames per second, for the durations in the columns' heads; 0 leaves them out.
-        frames: frames shown per shot.
 
     Raises:
         ValueError: rows or notes that do not have one entry per caption.
@@ -82,7 +80,7 @@ def contact_sheet(
     # In columns narrower than a caption of some words, wrap by the measured width of an average letter.
     letters = max(12, int(cell / normal.getlength("n" * 20) * 20))
     texts = [textwrap.wrap(caption, letters)[:6] or [""] for caption in captions]
-    strip = frames * shown[1] + (frames - 1) * _FRAME_GAP
+    strip = _FRAMES * shown[1] + (_FRAMES - 1) * _FRAME_GAP
     label = 30
     head = _MARGIN + (42 if title else 0) + 26
     foot = 12 + 20 * max(map(len, texts)) + (24 if notes else 0) + _MARGIN
@@ -100,7 +98,7 @@ def contact_sheet(
         seconds = f"  ·  {len(rows[0][1][c]) / fps:.1f} s" if fps else ""
         draw.text((left, head - 22), f"shot {c + 1}{seconds}", FAINT, small)
         for r, (_, shots) in enumerate(rows):
-            _paste_strip(sheet, shots[c], (left, head + r * (strip + _GAP)), shown, frames)
+            _paste_strip(sheet, shots[c], (left, head + r * (strip + _GAP)), shown)
         bottom = head + len(rows) * strip + (len(rows) - 1) * _GAP + 10
         for n, line in enumerate(texts[c]):
             draw.text((left, bottom + 20 * n), line, INK, normal)
@@ -111,9 +109,9 @@ def contact_sheet(
     return sheet
 
 
-def shown_frames(shot: UInt8[np.ndarray, "F Y X 3"], count: int = _FRAMES) -> UInt8[np.ndarray, "_ Y X 3"]:
+def shown_frames(shot: UInt8[np.ndarray, "F Y X 3"]) -> UInt8[np.ndarray, "_ Y X 3"]:
     """The frames of a shot that a contact sheet shows, from its first to its last; of these it shows all."""
-    return shot[np.linspace(0, len(shot) - 1, min(count, len(shot))).round().astype(int)]
+    return shot[np.linspace(0, len(shot) - 1, min(_FRAMES, len(shot))).round().astype(int)]
 
 
 def _check_columns(rows: Sequence[Row], columns: int, notes: Sequence[str]) -> None:
@@ -124,10 +122,8 @@ def _check_columns(rows: Sequence[Row], columns: int, notes: Sequence[str]) -> N
         raise ValueError(f"there are {len(notes)} notes for {columns} shots")
 
 
-def _paste_strip(
-    sheet: Image.Image, shot: np.ndarray, corner: tuple[int, int], shown: tuple[int, int], count: int
-) -> None:
-    for n, frame in enumerate(shown_frames(shot, count)):
+def _paste_strip(sheet: Image.Image, shot: np.ndarray, corner: tuple[int, int], shown: tuple[int, int]) -> None:
+    for n, frame in enumerate(shown_frames(shot)):
         image = Image.fromarray(frame).resize(shown, Image.Resampling.BICUBIC)
         sheet.paste(image, (corner[0], corner[1] + n * (shown[1] + _FRAME_GAP)))
 

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable, Hashable, Iterator
@@ -249,12 +248,10 @@ class _Run:
                 self._programs[key] = self._compiled(scene, moc)
         return self._programs[key]
 
-    @explain_memory("a training step", TrainingError, remedies)
     def _compiled(self, scene: Scene, moc: MoCConfig) -> jax.stages.Compiled:
         begin = time.perf_counter()
         program = f"the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit}"
-        build = functools.partial(self._built, self._step, self._blueprint.abstract, scene, moc)
-        compiled = self._stop.unless_asked(lambda: together(f"compile {program}", build))
+        compiled = self._built(program, self._step, self._blueprint.abstract, scene, moc)
         memory = compiled.memory_analysis()  # None where the backend can't tell
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
         self._metrics.say(
@@ -263,9 +260,13 @@ class _Run:
         )
         return compiled
 
-    def _built(self, function: jax.stages.Wrapped, *args: object) -> jax.stages.Compiled:
-        with jax.set_mesh(self._mesh):  # which each thread has its own of
-            return function.lower(*args).compile()
+    def _built(self, what: str, function: jax.stages.Wrapped, *args: object) -> jax.stages.Compiled:
+        def build() -> jax.stages.Compiled:
+            with jax.set_mesh(self._mesh):  # which each thread has its own of
+                return function.lower(*args).compile()
+
+        number = len(self._programs) + 1  # two buckets may have as many frames
+        return self._stop.unless_asked(lambda: together(f"compile {what} (program {number})", build))
 
     @property
     def config(self) -> Config:
@@ -356,8 +357,7 @@ class _Run:
             batch = params, shard_batch(scene, self._mesh), np.int32(number)
             key = "validation", moc, batch[1].video.shape, batch[1].text.shape, batch[1].lengths.shot_frames.shape
             if key not in self._programs:
-                build = functools.partial(self._built, self._validation_step, *batch, moc)
-                self._programs[key] = self._stop.unless_asked(build)
+                self._programs[key] = self._built("validation", self._validation_step, *batch, moc)
             results.append(jax.device_get(self._programs[key](*batch)))
         sums, shots = (np.sum(x, axis=0) for x in zip(*results))
         levels = validation_levels(self._cfg.train.validation_buckets)

@@ -166,7 +166,7 @@ def test_config_is_given_once(tmp_path):
     (tmp_path / "own.py").write_text(GOOD)
     file = str(tmp_path / "own.py")
     assert load_config([f"--config={file}"]) == Config()
-    with pytest.raises(ConfigError, match=r"--config is given 2 times: .*own\.py, .*own\.py; give one file"):
+    with pytest.raises(ConfigError, match=r"--config is given 2 times: .*own\.py, .*own\.py; give one$"):
         load_config(["--config", file, "--train.steps", "3", f"--config={file}"])
     with pytest.raises(ConfigError, match="--config: expected one argument"):
         load_config(["--config"])

@@ -126,6 +126,7 @@ def test_the_name_of_the_same_kind_changes_nothing():
         (["--codec.name"], "--codec.name is ''; it must be one of pca, mean"),
         (["--codec.name", "mean", "--codec.whiten", "1"], "--codec.whiten: whiten is a setting of pca; mean has name"),
         (["--codec.file", "x"], "--codec.file: file is a setting of mean; pca has name, stride, channels, whiten"),
+        (["--codec.weights.version", "2"], "--codec.weights: weights is a setting of mean; pca has name, stride"),
     ],
 )
 def test_wrong_names_and_settings_of_another_kind_are_named(argv, message):
@@ -170,7 +171,9 @@ def test_a_preset_keeps_the_patches():
             ["--preset", "smal"],
             "--preset is 'smal'; it must be one of demo, small, base, large, 3b; did you mean small?",
         ),
+        (["--preset", "SMALL"], "--preset is 'SMALL'; it must be one of demo, small, base, large, 3b; did you mean"),
         (["--preset"], "--preset: expected one argument"),
+        (["--preset", "small", "--preset", "base"], "--preset is given 2 times: small, base; give one"),
     ],
 )
 def test_a_preset_that_is_none_is_named(argv, message):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moc_jax.cli import config_to_json
+from moc_jax.config_json import config_to_json
 from tests.data.clips import make_clip
 from tests.training.processes import STEPS, environment, start_python
 from tests.training.small import DATA, changed

@@ -78,6 +78,14 @@ jax.stages.Lowered.compile = slow
     finish_both(two(start, tmp_path, "--train.steps", "1", "--train.validate-every", "0"))
 
 
+@pytest.mark.slow
+def test_buckets_of_as_many_frames_are_compiled_one_after_another(command, tmp_path):
+    """What the processes tell one another of each compilation has a name of its own."""
+    buckets = ["--data.buckets", "2:9:64", "3:9:64", "--train.steps", "2", "--train.validate-every", "0"]
+    first, _ = finish_both(two(command, tmp_path, *buckets))
+    assert first.count("compiled the step for 9 frames") == 2
+
+
 # ------------------------------------------------------------------------------------------------ joining
 
 
