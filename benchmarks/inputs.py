@@ -24,7 +24,7 @@ class Inputs(NamedTuple):
 
 def make_inputs(kind: Kind, tokens: int, heads: int, head_dim: int) -> Inputs:
     """All of unit variance. `random`: every token on its own, so that routes are uniformly random and neighbouring
-    queries agree on nothing, the worst case. `correlated`: queries and keys vary slowly along the tokens, as in video.
+    queries agree on nothing. `correlated`: queries and keys vary slowly along the tokens, as in video.
     """
 
     size = (1, tokens, heads, head_dim)

@@ -82,7 +82,9 @@ def sort_pairs(routes: Int[Array, "1 H N K"], table: ChunkTable) -> Schedule:
 
 def parts_of(case: Case) -> list[Part]:
     """All parts, in the order in which they run."""
-    own = _OWN.get(resolve(case.backend, case.cfg, case.inputs.q).name, lambda case: [])
+    own = _OWN.get(
+        resolve(case.backend, case.cfg, case.inputs.q, chunks=case.table.kind.shape[1]).name, lambda case: []
+    )
     return [*_routing(case), *_attention(case), *own(case)]
 
 
@@ -180,7 +182,7 @@ def _hopper(case: Case) -> list[Part]:
     batch, tokens, heads, _ = q.shape
     if tokens % ALIGN:
         raise ValueError(f"{tokens} tokens: the kernels' profile wants a multiple of {ALIGN}; change the setting")
-    backend = resolve(case.backend, case.cfg, q)
+    backend = resolve(case.backend, case.cfg, q, chunks=case.table.kind.shape[1])
     assert isinstance(backend, Hopper)
     plan = jax.jit(anchor_tiles, static_argnames=("cfg", "text_readers"))
     anchors = plan(queries_of(case.table), case.table, cfg=case.cfg, text_readers=backend.tiles.text_readers)

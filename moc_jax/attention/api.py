@@ -71,7 +71,7 @@ def moc_attention(
         routes = check_routes(routes, q, queries, table, cfg)
     if routes.shape[-1] > table.kind.shape[1]:  # no query holds more picks than there are chunks
         routes = jax.numpy.sort(routes, axis=-1, descending=True)[..., : table.kind.shape[1]]
-    cfg = _within(cfg, table)
+    cfg = dataclasses.replace(cfg, top_k=min(cfg.top_k, table.kind.shape[1]))
     value = resolve(backend, cfg, q, k, v)
     return implementation(value).attend(q, k, v, routes, queries, table, cfg, value)
 
@@ -105,7 +105,7 @@ def _route(
     q: Array, k: Array, queries: Queries, table: ChunkTable, cfg: MoCConfig, key, backend: str | Backend
 ) -> Int[Array, "B H Q K"]:
     check_key(key, q.shape[0], q.shape[2])
-    value = resolve(backend, _within(cfg, table), q, k)
+    value = resolve(backend, cfg, q, k, chunks=table.kind.shape[1])
     if cfg.mode == "dense" or cfg.top_k == 0:
         return jax.numpy.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jax.numpy.int32)
     if key is not None and key.ndim == 0:
@@ -113,11 +113,6 @@ def _route(
     q, k = jax.lax.stop_gradient((q, k))
     picks = implementation(value).select(q, k, queries, table, cfg, value)
     return picks if key is None else routing.drop(picks, queries, table, cfg, key, block=_DROP_BLOCK)
-
-
-def _within(cfg: MoCConfig, table: ChunkTable) -> MoCConfig:
-    """`cfg` with no more picks than there are chunks."""
-    return dataclasses.replace(cfg, top_k=min(cfg.top_k, table.kind.shape[1]))
 
 
 def scene_keys(key: Key[Array, ""], batch: int, heads: int) -> Key[Array, "B H"]:
@@ -152,7 +147,8 @@ class RoutedAttention:
 
     def backend_for(self, q: Array, k: Array, v: Array, table: ChunkTable, cfg: MoCConfig) -> Backend:
         """What computes such an attention, with its tiling if one was measured."""
-        return self.tilings.chosen(resolve(self.backend, _within(cfg, table), q, k, v), q, table, cfg)
+        value = resolve(self.backend, cfg, q, k, v, chunks=table.kind.shape[1])
+        return self.tilings.chosen(value, q, table, cfg)
 
     def __call__(self, q, k, v, table, cfg, *, key=None):
         backend = self.backend_for(q, k, v, table, cfg)

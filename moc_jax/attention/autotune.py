@@ -48,7 +48,7 @@ def autotune(
     Raises:
         NotImplementedError: the backend has no tiles, or can't run here.
     """
-    value = resolve(backend, cfg, q, k, v)
+    value = resolve(backend, cfg, q, k, v, chunks=table.kind.shape[1])
     start = tiling_of(value, q, table, cfg)
     routes = jax.jit(lambda q, k: route(q, k, table, cfg, backend=value))(q, k)
 

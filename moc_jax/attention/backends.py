@@ -107,12 +107,17 @@ def implementation(backend: Backend) -> Implementation:
 
 
 def resolve(
-    backend: str | Backend, cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None = None, *others: Array
+    backend: str | Backend,
+    cfg: MoCConfig,
+    q: Array | jax.ShapeDtypeStruct | None = None,
+    *others: Array,
+    chunks: int | None = None,
 ) -> Backend:
     """The value that a name stands for: a backend's defaults, or with `auto` what this machine is best at.
 
     `auto` takes the kernels where they run (if they know q's type and head dimension, and `others`, k and v, have the
-    same type), else plain XLA, and reports once for each kind of attention which.
+    same type), else plain XLA, and reports once for each kind of attention which. `chunks` is how many the table has:
+    no query picks more.
 
     Raises:
         TypeError, ValueError: `backend` is neither a backend nor a name of one.
@@ -125,13 +130,14 @@ def resolve(
         if backend not in BY_NAME:
             raise ValueError(f"backend is {backend!r}; choose one of auto, {', '.join(BY_NAME)}")
         return BY_NAME[backend]()
-    chosen, kind = _kernels_for(cfg, q) or Xla(), ""
+    picks = 0 if cfg.mode == "dense" else cfg.top_k if chunks is None else min(cfg.top_k, chunks)
+    chosen, kind = _kernels_for(picks, q) or Xla(), ""
     if q is not None:
         if any(x.dtype != q.dtype for x in others):
             chosen = Xla()
         types = "/".join(dict.fromkeys(str(x.dtype) for x in (q, *others)))
         kind = f"{types}, head dimension {q.shape[-1]}, "
-    _say_which(chosen.name, f"{kind}top_k {cfg.top_k} on {jax.devices()[0].device_kind}")
+    _say_which(chosen.name, f"{kind}{picks} picks on {jax.devices()[0].device_kind}")
     return chosen
 
 
@@ -139,10 +145,10 @@ def _values() -> str:
     return ", ".join(f"{kind.__name__}()" for kind in BY_NAME.values())
 
 
-def _kernels_for(cfg: MoCConfig, q: Array | jax.ShapeDtypeStruct | None) -> Hopper | Tpu | None:
-    """The kernels that run here, if they can do such picks and such a q."""
+def _kernels_for(picks: int, q: Array | jax.ShapeDtypeStruct | None) -> Hopper | Tpu | None:
+    """The kernels that run here, if they can do so many picks and such a q."""
     if gpu.is_hopper():
-        return Hopper() if gpu_router.can_select(cfg) and (q is None or gpu.can_do(q)) else None
+        return Hopper() if gpu_router.can_select(picks) and (q is None or gpu.can_do(q)) else None
     if tpu.is_tpu():
         return Tpu() if q is None or tpu.can_do(q) else None
     return None

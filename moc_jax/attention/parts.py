@@ -133,4 +133,4 @@ def _checked(
     table = check_table(table, k, cfg)
     queries = queries_of(table, check_query_chunk(query_chunk, q, table))
     q, k, v = jax.lax.stop_gradient((q, k, v))
-    return (q, k, v), queries, table, resolve(backend, cfg, q, k, v)
+    return (q, k, v), queries, table, resolve(backend, cfg, q, k, v, chunks=table.kind.shape[1])

@@ -22,6 +22,7 @@ PAPER, INK, FAINT = "#fcfcfa", "#1d2330", "#7d8493"
 _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _MARGIN, _GAP, _FRAME_GAP = 28, 22, 4
 _FRAMES = 3  # of each shot
+_CAPTION_LINES = 6  # of each shot; a longer one ends with an ellipsis
 _BLUES = LinearSegmentedColormap.from_list("reads", ["#f3f6fb", "#a9c8ea", "#3f83c4", "#12406f"])
 
 
@@ -79,7 +80,9 @@ def contact_sheet(
     small, normal, large = (_font(size) for size in (13, 15, 22))
     # In columns narrower than a caption of some words, wrap by the measured width of an average letter.
     letters = max(12, int(cell / normal.getlength("n" * 20) * 20))
-    texts = [textwrap.wrap(caption, letters)[:6] or [""] for caption in captions]
+    texts = [
+        textwrap.wrap(caption, letters, max_lines=_CAPTION_LINES, placeholder=" …") or [""] for caption in captions
+    ]
     strip = _FRAMES * shown[1] + (_FRAMES - 1) * _FRAME_GAP
     label = 30
     head = _MARGIN + (42 if title else 0) + 26

@@ -33,6 +33,7 @@ class SceneCost:
     tokens: float  # text and video
     flops: float  # of the model, forward and backward: three times the forward pass; recomputation is not counted
     attention_share: float  # of `flops`
+    chunks: int  # of a scene at most, padding included
     sparsity: float  # 1 - attended pairs / all pairs, if each query picks the longest chunks it may
 
 
@@ -62,6 +63,7 @@ def scene_costs(cfg: Config, moc: MoCConfig, buckets: Buckets) -> list[SceneCost
             tokens=counted.tokens / len(scenes),
             flops=3 * (matrices + attention) / len(scenes),
             attention_share=attention / (matrices + attention),
+            chunks=table.kind.shape[1],
             sparsity=counted.sparsity,
         )
 
@@ -93,10 +95,10 @@ def summary(
     ]
     q = jax.ShapeDtypeStruct((1, 1, cfg.model.heads, cfg.model.head_dim), cfg.model.dtype)
     for moc, of_buckets in costs.items():
-        backend = resolve(cfg.attention.backend, moc, q).name
         how = "dense" if moc.mode == "dense" else f"chunks of {moc.chunk.size} {moc.chunk.unit}, top {moc.top_k}"
         for shape, cost in zip(buckets[0].shapes, of_buckets):
             if cost is not None:
+                backend = resolve(cfg.attention.backend, moc, q, chunks=cost.chunks).name
                 lines.append(
                     f"attention by {backend} ({how}; bucket of {shape.frames} frames) skips "
                     f"{cost.sparsity:.1%} of all pairs; "

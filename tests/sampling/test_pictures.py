@@ -4,7 +4,7 @@ import errno
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from moc_jax.sampling.generate import SamplingError
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
@@ -61,6 +61,19 @@ def test_contact_sheet_keeps_the_shape_of_frames_and_grows_with_captions():
     left, top, right, bottom = where(sheet, (0, 0, 0))
     assert (right - left + 1) * 9 <= bottom - top + 1 <= (right - left + 1) * 9 + 10  # three frames of 1 : 3, and gaps
     assert contact_sheet(rows, ["long " * 60]).height > sheet.height
+
+
+def test_a_caption_that_is_cut_says_so(monkeypatch):
+    drawn, text = [], ImageDraw.ImageDraw.text
+
+    def noted(self, at, line, *rest, **style):
+        drawn.append(line)
+        text(self, at, line, *rest, **style)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
+    contact_sheet(make_rows()[:1], ["few words", "long " * 200, "long " * 10])
+    assert "few words" in drawn
+    assert [line for line in drawn if line.endswith("…")] == ["long long long long long …"]
 
 
 def test_contact_sheet_names_what_does_not_match():

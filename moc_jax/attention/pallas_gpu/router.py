@@ -77,9 +77,9 @@ class RouterTiling:
         return cls(tiles=tiles, blocks=-(-chunks // columns), columns=columns, buffers=2)
 
 
-def can_select(cfg: MoCConfig) -> bool:
-    """Whether `top_k` is within the kernel's reach, however many chunks there are."""
-    return cfg.top_k <= _MOST_PICKS
+def can_select(picks: int) -> bool:
+    """Whether so many picks of a query are within the kernel's reach, however many chunks there are."""
+    return picks <= _MOST_PICKS
 
 
 @typed

@@ -161,6 +161,21 @@ def test_a_tiling_that_no_kernel_can_have_is_refused(fields):
         HopperTiling(text_readers=0)
 
 
+@pytest.mark.parametrize(
+    ("cfg", "chunks", "kernels"),
+    [
+        (MoCConfig(top_k=16), None, True),
+        (MoCConfig(top_k=17), None, False),
+        (MoCConfig(top_k=100), 16, True),  # no query holds more picks than there are chunks
+        (MoCConfig(top_k=100), 17, False),
+        (MoCConfig(top_k=100, mode="dense"), None, True),  # which picks nothing
+    ],
+)
+def test_auto_takes_the_kernels_for_as_many_picks_as_they_can_hold(monkeypatch, cfg, chunks, kernels):
+    monkeypatch.setattr(backends.gpu, "is_hopper", lambda: True)
+    assert isinstance(backends.resolve("auto", cfg, chunks=chunks), backends.Hopper if kernels else backends.Xla)
+
+
 @off_gpu
 def test_auto_says_once_that_it_is_xla(caplog):
     q, k, v = (jnp.asarray(x) for x in qkv(0, PAIR))
@@ -171,5 +186,5 @@ def test_auto_says_once_that_it_is_xla(caplog):
         for _ in range(2):
             api.moc_attention(q, k, v, table_of(PAIR), cfg)
     said = [record.getMessage() for record in caplog.records if record.name == backends.__name__]
-    kind = f"float32, head dimension 16, top_k {cfg.top_k} on cpu"
+    kind = f"float32, head dimension 16, {min(cfg.top_k, table_of(PAIR).kind.shape[1])} picks on cpu"
     assert said == [f"attention by plain XLA: there are no kernels for {kind}"]
