@@ -1,0 +1,1 @@
+"""Evidence that routing remembers, by training: worlds, arms, measures."""

@@ -1,0 +1,95 @@
+"""The rendered world: the same for the same seed, told apart by looks alone, and never to be had by copying."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from evidence.measures import CANDIDATES, candidates, dynamic_degree, identify, psnr
+from evidence.world import NAMES, World, boxes, render, render_shot
+
+WORLD = World(shots=12, frames=5, characters=4, places=3)
+
+
+def test_a_story_is_a_function_of_its_seed():
+    again = World(shots=12, frames=5, characters=4, places=3)
+    again.story(1)  # whatever else was drawn before
+    assert (render(WORLD.story(7)) == render(again.story(7))).all()
+    others = [WORLD.story(8), dataclasses.replace(WORLD, split=1).story(7)]
+    assert all((render(other) != render(WORLD.story(7))).mean() > 0.5 for other in others)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_character_is_revealed_once_and_recalled_once(seed):
+    story = WORLD.story(seed)
+    who = [shot.character for shot in story.shots]
+    assert sorted(who[:4]) == [0, 1, 2, 3] == sorted(w for w in who[4:] if w is not None)
+    assert [(who[recall], who[reveal], reveal < 4 <= recall) for recall, reveal in story.recalls] == [
+        (w, w, True) for w in who[4:] if w is not None
+    ]
+    assert len({gap for s in range(40) for gap in (a - b for a, b in WORLD.story(s).recalls)}) == 11  # 1..11
+
+
+def test_names_say_nothing_about_looks():
+    """Over many stories, the first name's color has no mean of its own."""
+    by_name = {name: [] for name in NAMES}
+    for seed in range(300):
+        story = WORLD.story(seed)
+        for shot in story.shots[:4]:
+            by_name[shot.caption.split()[0]].append(story.looks[shot.character].colors[0])
+    for colors in map(np.array, by_name.values()):
+        assert len(colors) > 100
+        assert (np.abs(colors.mean(0) - 0.5) < 4 * colors.std(0) / np.sqrt(len(colors))).all()
+
+
+def test_captions_say_who_is_where_and_not_how_anybody_looks():
+    story = WORLD.story(3)
+    other = dataclasses.replace(story, looks=WORLD.story(4).looks)
+    assert [shot.caption for shot in story.shots] == [shot.caption for shot in other.shots]
+    empty = [shot for shot in story.shots if shot.character is None]
+    assert empty
+    assert all(shot.caption.startswith("Nobody is in the ") for shot in empty)
+
+
+def test_only_the_box_changes_with_the_look():
+    story = WORLD.story(0)
+    other = WORLD.story(1).looks[0]
+    for index, shot in enumerate(story.shots):
+        changed = (render_shot(story, index) != render_shot(story, index, other)).any(-1)
+        assert not (changed & ~boxes(shot)).any()
+        assert changed[boxes(shot)].mean() > (0.2 if shot.character is not None else -1)
+
+
+def test_a_recall_is_no_copy_of_its_reveal():
+    for seed in range(10):
+        story = WORLD.story(seed)
+        for recall, reveal in story.recalls:
+            frames, before = render_shot(story, recall), render_shot(story, reveal)
+            everywhere = np.ones(frames.shape[:3], bool)
+            assert max(psnr(frames, before[[f] * len(frames)], everywhere) for f in range(len(before))) < 26
+
+
+def test_frames_move():
+    assert all(dynamic_degree(render_shot(WORLD.story(s), 0)) > 0.002 for s in range(20))
+    assert dynamic_degree(render_shot(WORLD.story(0), 0)[[0, 0, 0]]) == 0
+
+
+def test_the_truth_is_identified_and_others_are_not():
+    for seed in range(5):
+        story = WORLD.story(seed)
+        looks = candidates(story, seed)
+        assert len(looks) == CANDIDATES
+        assert looks[: len(story.looks)] == story.looks
+        noise = np.random.default_rng(seed)
+        for recall, _ in story.recalls:
+            for truth in (story.shots[recall].character, 9):
+                frames = render_shot(story, recall, looks[truth]).astype(np.float32)
+                noisy = np.clip(frames + noise.normal(0, 40, frames.shape), 0, 255).astype(np.uint8)
+                assert identify(noisy, story, recall, looks) == truth
+
+
+def test_what_no_world_can_be_is_refused():
+    with pytest.raises(ValueError, match=r"7 characters in 12 shots: each needs a reveal and a recall.*try 6"):
+        World(shots=12, characters=7)
+    with pytest.raises(ValueError, match=r"9 places; choose 1\.\.8"):
+        World(places=9)
