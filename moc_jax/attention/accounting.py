@@ -106,7 +106,7 @@ def account(
         worst, expected = worst + scene_worst, expected + scene_expected
         scene_tokens = int(length[b].sum())
         tokens, dense = tokens + scene_tokens, dense + int(of_queries[b].sum()) * scene_tokens
-        if routed:
+        if routed and cfg.routing == "keys":
             pool += int(length[b][is_video].sum()) * head_dim
             route += 2 * int(of_queries[b][is_video].sum()) * int(is_video.sum()) * head_dim
     return Accounting(

@@ -44,7 +44,7 @@ def moc_attention(
         table: Which of k's and v's tokens form which chunk.
         cfg: What to attend to. `mode="dense"` sees every visible token with the same weights.
         key: Switches context drop-off and drop-in on (training). One key, or one per scene and head. What is drawn
-            depends on the row of q.
+            depends on the row of q. Random routing draws with it too, and without one always the same.
         routes: Picks made before with `route`, for each video query different chunks that are not its anchors; None
             routes now. With routes, `key` does nothing.
         query_chunk: The chunk that each query token belongs to, -1 for padding. The query tokens of a chunk are one
@@ -111,7 +111,13 @@ def _route(
     if key is not None and key.ndim == 0:
         key = scene_keys(key, q.shape[0], q.shape[2])
     q, k = jax.lax.stop_gradient((q, k))
-    picks = implementation(value).select(q, k, queries, table, cfg, value)
+    if cfg.routing == "random":
+        drawn = scene_keys(jax.random.key(0), q.shape[0], q.shape[2]) if key is None else key
+        picks = routing.random_picks(queries, table, cfg, drawn, block=_DROP_BLOCK)
+    elif cfg.routing == "recent":
+        picks = routing.recent_picks(queries, table, cfg, q.shape[2])
+    else:
+        picks = implementation(value).select(q, k, queries, table, cfg, value)
     return picks if key is None else routing.drop(picks, queries, table, cfg, key, block=_DROP_BLOCK)
 
 

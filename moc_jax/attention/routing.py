@@ -25,6 +25,7 @@ FEW = 8  # keys whose mean is near the others
 _WIDTH = 32  # of what the width of routes past the chunks is a multiple
 _MOST_COMPARED = 16  # for more, sorting beats comparing all
 _NOTHING = -1  # no pick
+_RANDOM = 4  # folded into the key that random picks are drawn with; `drop` takes 0 to 3
 
 
 @typed
@@ -190,6 +191,44 @@ def select(
 
 
 @typed
+def random_picks(
+    queries: Queries, table: ChunkTable, cfg: MoCConfig, keys: Key[Array, "B H"], *, block: int | None = None
+) -> Int[Array, "B H Q K"]:
+    """`top_k` candidates of every query, each as likely as any other, in `width` of `top_k`: what luck is worth.
+
+    The bits depend on the scene's and head's key and on the query's row only.
+    """
+
+    def one(mask, key):  # [C], key of one query
+        score = jnp.where(mask, jax.random.uniform(jax.random.fold_in(key, _RANDOM), mask.shape), -1.0)
+        picks = _largest(score, min(cfg.top_k, mask.shape[0]))
+        return jnp.where(mask[picks], picks, _NOTHING)
+
+    def one_block(_, candidates, token):
+        def one_head(mask, key):
+            return jax.vmap(one)(mask, jax.vmap(lambda n: jax.random.fold_in(key, n))(token))
+
+        picks = jax.vmap(jax.vmap(one_head, in_axes=(None, 0)))(candidates, keys)
+        return widened(picks, width(cfg.top_k, table.kind.shape[1]))
+
+    return _by_block(one_block, queries.chunk_of, 1, queries, table, cfg, block)
+
+
+@typed
+def recent_picks(queries: Queries, table: ChunkTable, cfg: MoCConfig, heads: int) -> Int[Array, "B H Q K"]:
+    """The last `top_k` candidates before every query's own chunk, the nearest first, in `width` of `top_k`.
+
+    All heads' are the same: what sliding windows over the past read.
+    """
+    chunk = jnp.arange(table.kind.shape[1])
+    before = candidate_chunks(table, cfg) & (chunk[None, :] < chunk[:, None])[None]
+    of_chunk = _top(jnp.broadcast_to(chunk.astype(jnp.float32), before.shape), before, cfg.top_k)  # [B, C, K]
+    picks = jnp.take_along_axis(of_chunk, jnp.maximum(queries.chunk_of, 0)[:, :, None], axis=1)
+    picks = jnp.where((queries.chunk_of >= 0)[:, :, None], picks, _NOTHING)
+    return jnp.broadcast_to(picks[:, None], (picks.shape[0], heads, *picks.shape[1:]))
+
+
+@typed
 def drop(
     picks: Int[Array, "B H Q K"],
     queries: Queries,
@@ -234,7 +273,7 @@ def _by_block(function, x: Array, axis: int, queries: Queries, table: ChunkTable
     return jnp.moveaxis(picks, 0, 2).reshape(*picks.shape[1:3], tokens + padding, picks.shape[-1])[:, :, :tokens]
 
 
-def _top(scores: Array, mask: Array, top_k: int) -> Int[Array, "B H N K"]:
+def _top(scores: Array, mask: Array, top_k: int) -> Int[Array, "... K"]:
     chunks = scores.shape[-1]
     mask = mask & (scores > -jnp.inf)  # neither NaN nor what is as bad as no candidate
     # lax.top_k puts the lowest index first among equals, for which it doesn't take 0 and -0.
@@ -252,9 +291,9 @@ def width(most: int, chunks: int) -> int:
     return min(most, -(-chunks // _WIDTH) * _WIDTH)
 
 
-def widened(picks: Int[Array, "B H Q _"], count: int) -> Int[Array, "B H Q _"]:
+def widened(picks: Int[Array, "... _"], count: int) -> Int[Array, "... _"]:
     """`picks` with -1 behind, `count` in all."""
-    return jnp.pad(picks, ((0, 0),) * 3 + ((0, count - picks.shape[-1]),), constant_values=_NOTHING)
+    return jnp.pad(picks, ((0, 0),) * (picks.ndim - 1) + ((0, count - picks.shape[-1]),), constant_values=_NOTHING)
 
 
 def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) -> Int[Array, "B H N K"]:

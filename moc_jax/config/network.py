@@ -32,6 +32,9 @@ class MoCConfig(Settings, at="moc"):
     chunk: ChunkConfig = ChunkConfig()
     top_k: Annotated[int, Range(0, 2**20, "chunks")] = 5
     """Chunks each query of each head picks; 0 leaves the anchors alone."""
+    routing: Literal["keys", "random", "recent"] = "keys"
+    """`keys`: the candidates whose keys match the query best. For comparison, as many of the same candidates: `random`
+    ones, or the most `recent` before the query's own chunk."""
     self_anchor: Literal["shot", "chunk", "window", "none"] = "shot"
     """Video always attended: the own shot, the own chunk, the own chunk and its neighbours, or nothing."""
     window: Annotated[int, Range(0, 2**20, "chunks")] = 1
