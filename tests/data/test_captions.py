@@ -124,7 +124,7 @@ def test_an_empty_file_gives_the_defaults(tmp_path, name):
     assert load_captions(tmp_path / "clip.mp4", CFG).caption == "a clip"
 
 
-NESTED = "[" * 5000
+NESTED = "[" * 5000 + "]" * 5000
 ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" for k in range(40))
 
 
@@ -156,7 +156,7 @@ ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{k + 1}: &a{k + 1} [*a{k}, *a{k}]\n" f
         (".yaml", "caption: &a [*a]", r"\*a is inside itself"),
         (".yaml", ALIASES, r"with its aliases it has more than 2,000,000 values"),
         (".yaml", f"caption: {NESTED}", r"nests deeper than 20 levels"),
-        (".json", f'{{"caption": {NESTED}', r"nests deeper than 20 levels"),
+        (".json", f'{{"caption": {NESTED}}}', r"nests deeper than 20 levels"),
         (".yaml", f"cuts: [{'9' * 400}]", r"a number has 400 digits; the limit is 64"),
         (".yaml", f"cuts: [0x{'f' * 20_000}]", r"a number has 20,002 digits; the limit is 64"),
         (".json", f'{{"cuts": [{"9" * 5000}]}}', r"a number has 5,000 digits; the limit is 64"),

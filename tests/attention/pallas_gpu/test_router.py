@@ -18,11 +18,11 @@ from moc_jax.attention.pallas_gpu.router import RouterTiling
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from tests.attention.configs import COVERING, MULTI_SHOT, NO_ANCHORS, SINGLE_SHOT, name
+from tests.attention.pallas_gpu.conftest import CAN_INTERPRET
 from tests.attention.scenes import BATCH, HEADS, PAIR, cut, qkv, table_of
 
 interpreted = pytest.mark.skipif(
-    not (device.is_hopper() or hasattr(plgpu, "InterpretGPUParams")),
-    reason="jax before 0.12 can't interpret Mosaic GPU kernels",
+    not (device.is_hopper() or CAN_INTERPRET), reason="jax before 0.12 can't interpret Mosaic GPU kernels"
 )
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 
