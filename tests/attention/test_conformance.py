@@ -42,6 +42,7 @@ def tokens_of(scene, chunks):
 # ------------------------------------------------------------------------------------------------ who sees whom
 
 
+@pytest.mark.long_interpreted(MULTI_SHOT)
 @pytest.mark.slow_interpreted(PAST[0])
 @pytest.mark.parametrize("cfg", [MULTI_SHOT, PAST[0], DENSE[0]], ids=name)
 def test_weights_lie_on_anchors_and_picks_and_nowhere_else(backend, cfg):
@@ -75,6 +76,7 @@ def test_no_picks_is_anchors_alone(backend):
     )
 
 
+@pytest.mark.long_interpreted
 def test_routes_can_be_given(backend):
     """The routes of other content, and ones with holes and in any order, are attended to as they stand."""
     cfg = SINGLE_SHOT
@@ -88,6 +90,7 @@ def test_routes_can_be_given(backend):
 # ------------------------------------------------------------------------------------------------ locality
 
 
+@pytest.mark.long_interpreted
 def test_gradient_to_an_unselected_chunk_is_exactly_zero(backend):
     cfg = PAST[0]
     q, k, v = qkv(0, TWO_SHOTS, backend=backend)

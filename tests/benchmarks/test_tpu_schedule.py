@@ -230,6 +230,7 @@ def _files():
     return [{"chip": "TPU v5p", "entries": entries}]
 
 
+@pytest.mark.long
 def test_tables():
     (_, _, *rows) = schedule_table(_files())
     cycles = "| v5p | anchors forward | 1024 x 1024 | 4,500 | 5,000 | 0.90 | 4,900 | 5,400 | 0.91 |"
@@ -243,6 +244,7 @@ def test_tables():
     assert head.count("|") == forward.count("|")
 
 
+@pytest.mark.long
 def test_both_kernels_count_by_their_pairs():
     (file,) = _files()
     picks = file["entries"]["anchors 1024"] | {"kernel": "picks", "step_per_pairs": 6000.0}
