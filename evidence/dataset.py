@@ -50,7 +50,7 @@ def fit(world: World, cfg: CodecConfig, stories: int = 64) -> Codec:
 
 
 def make(world: World, codec_cfg: CodecConfig, codec: Codec, text: HashConfig, seeds: range, processes: int) -> Dataset:
-    """The stories of these seeds; so many processes share the work."""
+    """The stories of these seeds; so many processes share the work, or with 1 this one does it."""
     encoder = build_text_encoder(text)
     rows: dict[bytes, int] = {bytes(text.dim * 4): 0}  # a word's embedding -> its row
     tokens, lengths = [], []
@@ -66,8 +66,11 @@ def make(world: World, codec_cfg: CodecConfig, codec: Codec, text: HashConfig, s
     encode = functools.partial(_encode, world, codec_cfg, codec.state())
     size = max(1, min(64, len(seeds) // processes))
     parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
-    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        latents = np.concatenate(list(pool.map(encode, parts)))
+    if processes == 1:
+        latents = np.concatenate(list(map(encode, parts)))
+    else:
+        with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            latents = np.concatenate(list(pool.map(encode, parts)))
     embeddings = np.stack([np.frombuffer(word, np.float32) for word in rows])
     return Dataset(*map(jnp.asarray, (latents, np.array(tokens), np.array(lengths), embeddings)), shots=world.shots)
 
