@@ -19,13 +19,13 @@ from moc_jax.scene import GLOBAL, TEXT, VIDEO, SceneShape, chunk_table
 from moc_jax.text import build_text_encoder
 
 WORLD = World(shots=4, frames=5, characters=2, places=2)
-CODEC, TEXT = PcaConfig(channels=8), HashConfig(dim=16)
+CODEC, WORDS = PcaConfig(channels=8), HashConfig(dim=16)
 
 
 @pytest.fixture(scope="module")
 def encoded():
     codec = dataset.fit(WORLD, CODEC, 4)
-    return codec, dataset.make(WORLD, CODEC, codec, TEXT, range(5, 8), 1)
+    return codec, dataset.make(WORLD, CODEC, codec, WORDS, range(5, 8), 1)
 
 
 def test_scenes_are_the_encoded_stories_with_their_captions(encoded):
@@ -36,7 +36,7 @@ def test_scenes_are_the_encoded_stories_with_their_captions(encoded):
         latents = np.concatenate([codec.encode(pixels_to_unit(render_shot(story, shot))) for shot in range(4)])
         np.testing.assert_allclose(scene.video[row], latents, atol=2e-3, rtol=1e-3)  # float16
         words = np.concatenate(
-            [build_text_encoder(TEXT)(c) for c in (story.caption, *(s.caption for s in story.shots))]
+            [build_text_encoder(WORDS)(c) for c in (story.caption, *(s.caption for s in story.shots))]
         )
         assert scene.lengths.text_lengths[row].sum() == len(words)
         np.testing.assert_array_equal(scene.text[row, : len(words)], words)
