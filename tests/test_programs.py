@@ -94,7 +94,7 @@ def main(argv, signals):
         ("def main(argv, signals): raise SystemExit('as it is')", 1, "as it is\n"),
         ("def main(argv, signals): raise KeyboardInterrupt", 130, "interrupted; what was completed before is kept\n"),
         ("raise KeyboardInterrupt", 130, "interrupted; what was completed before is kept\n"),
-        ("FAILURES = (OSError,)\ndef main(argv, signals): raise OSError('disk')", 1, "error: disk\n"),
+        ("from moc_jax.errors import Failure\ndef main(argv, signals): raise Failure('disk')", 1, "error: disk\n"),
         (
             "from moc_jax.config import Config\ndef main(argv, signals): Config(workdir='')",
             2,

@@ -50,6 +50,7 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
         {
             "scene": ("shots and chunks", TEXT),
             "files": ("all or nothing", MUTED),
+            "checkpoint_names": ("which are steps", MUTED),
             "config_json": ("configs as JSON", MUTED),
             "sharding": ("mesh and rules", MUTED),
         },

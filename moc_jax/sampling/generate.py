@@ -23,7 +23,7 @@ from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
 from moc_jax.diffusion.guidance import guided_velocity
 from moc_jax.diffusion.process import VelocityFn, add_noise
-from moc_jax.errors import explain_memory
+from moc_jax.errors import Failure, explain_memory
 from moc_jax.progress import Progress
 from moc_jax.sampling.scenes import Canvas, Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
@@ -34,7 +34,7 @@ from moc_jax.signals import Signals, Stop
 from moc_jax.text import TextEncoder, build_text_encoder
 
 
-class SamplingError(RuntimeError):
+class SamplingError(Failure):
     """Sampling gave something that is not a video: says what, of which storyboard, and what to try."""
 
 

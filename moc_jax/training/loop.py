@@ -18,7 +18,7 @@ from moc_jax.config import Config, ConfigError, MoCConfig
 from moc_jax.config_json import config_to_json
 from moc_jax.data.manifest import Manifest, codec_of
 from moc_jax.data.pipeline import make_pipeline
-from moc_jax.errors import disk_full, explain_memory
+from moc_jax.errors import Failure, disk_full, explain_memory
 from moc_jax.files import write_text
 from moc_jax.processes import gather, together
 from moc_jax.scene import Scene
@@ -54,7 +54,7 @@ def lag(mesh: Mesh) -> int:
     return 0 if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else _LAG
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Failure):
     """A run that can't continue: says at which step, why, and what is intact."""
 
 
