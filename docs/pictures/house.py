@@ -73,6 +73,7 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
             "watcher": ("lost processes", MUTED),
             "progress": ("while one waits", MUTED),
             "timing": ("runs of a program", MUTED),
+            "phases": ("seconds until a result", MUTED),
         },
     ),
 )

@@ -110,7 +110,7 @@ def resolve(
     backend: str | Backend,
     cfg: MoCConfig,
     q: Array | jax.ShapeDtypeStruct | None = None,
-    *others: Array,
+    *others: Array | jax.ShapeDtypeStruct,
     chunks: int | None = None,
 ) -> Backend:
     """The value that a name stands for: a backend's defaults, or with `auto` what this machine is best at.

@@ -17,6 +17,7 @@ from moc_jax.cli import parse
 from moc_jax.commands.saved import saved_values
 from moc_jax.config import AttentionConfig, Config, ConfigError
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
+from moc_jax.phases import Phases
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
 from moc_jax.showing import printable
@@ -74,6 +75,7 @@ class Arguments(Settings):
 
 def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     """Samples and writes the files; `signals` are asked in between whether to end."""
+    phases = Phases()
     args: Arguments = parse(Arguments, argv, description=__doc__, default=saved_values(Arguments, argv, SAMPLE))
     configure(Config(), 1, args)  # only checks: nothing is read if a setting is impossible
     if bool(args.storyboard) == (args.training_scene is not None):
@@ -87,10 +89,12 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     sheets = target_files(args.contact_sheet, names, **png, setting="--contact-sheet")
     routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
     find_steps(args.checkpoint, args.step)
+    phases.done("settings")
     with contextlib.nullcontext() if signals is None else signals.deferred(line=""):  # see `moc_jax.cli.run`
         # Only now: what is wrong so far is reported before jax is loaded.
         from moc_jax.commands.videos import Files, make_videos
-    make_videos(args, boards, Files(videos=videos, sheets=sheets, routings=routings), signals)
+    phases.done("imports")
+    make_videos(args, boards, Files(videos=videos, sheets=sheets, routings=routings), signals, phases)
 
 
 def configure(config: Config, step: int, args: Arguments) -> Config:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Sequence
 
 from moc_jax.cli import clean_exit, load_config
+from moc_jax.phases import Phases
 from moc_jax.signals import Signals
 
 
@@ -18,13 +19,15 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
 
     A signal before there is anything to save exits with 130 (SIGINT) or 143 (SIGTERM).
     """
+    phases = Phases()
     with clean_exit():
         config = load_config(argv)
+    phases.done("config")
 
     with contextlib.nullcontext(signals) if signals else Signals(whole_process=True) as signals, clean_exit():
         with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
             # Only now: a wrong setting is reported before any device is touched.
-            from moc_jax.attention.api import routed_attention
+            from moc_jax.attention.api import given_tilings
             from moc_jax.compilation import kept_programs
             from moc_jax.data import prepare, resolved
             from moc_jax.processes import join, losses_reported, main_process_first
@@ -39,8 +42,10 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
             else:
                 make_preview = None
         signals.check()
-        routed_attention(config.attention)  # a file of tilings that can't be read is reported before any work
+        phases.done("imports")
+        given_tilings(config.attention)  # a file of tilings that can't be read is reported before any work
         join(config.mesh)
+        phases.done("devices")
         with (
             claimed(config.workdir) as lock,
             losses_reported(config.mesh.heartbeat),
@@ -51,4 +56,5 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
             manifest = main_process_first("prepare the data", lambda: prepare(config, codec))
             config = resolved(config, manifest)
             preview = make_preview(config, manifest, stop) if make_preview else None
-            train(config, manifest, mesh, preview=preview, stop=stop, lock=lock)
+            phases.done("data")
+            train(config, manifest, mesh, preview=preview, stop=stop, lock=lock, phases=phases)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import jax
 
-from moc_jax.attention.api import routed_attention
+from moc_jax.attention.api import given_tilings
 from moc_jax.checkpoint import load_for_sampling
 from moc_jax.codecs import load_codec
 from moc_jax.commands.sample import Arguments, configure, overridden
 from moc_jax.compilation import kept_programs
 from moc_jax.config import ConfigError, MeshConfig
 from moc_jax.data import write_video
+from moc_jax.phases import Phases
 from moc_jax.processes import join
 from moc_jax.sampling.compare import mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler
@@ -32,15 +33,16 @@ class Files:
     routings: Sequence[Path]
 
 
-def make_videos(args: Arguments, boards: Sequence[Storyboard], files: Files, stop: Stop | None) -> None:
+def make_videos(args: Arguments, boards: Sequence[Storyboard], files: Files, stop: Stop | None, phases: Phases) -> None:
     """Samples all storyboards, or the training scene that is asked for, and writes the files."""
-    routed_attention(args.attention)  # a file of tilings that can't be read is reported before any work
+    given_tilings(args.attention)  # a file of tilings that can't be read is reported before any work
     join(MeshConfig())
+    phases.done("devices")
     with kept_programs(args.compilation_cache):
-        _make(args, boards, files, stop)
+        _make(args, boards, files, stop, phases)
 
 
-def _make(args: Arguments, boards: Sequence[Storyboard], files: Files, stop: Stop | None) -> None:
+def _make(args: Arguments, boards: Sequence[Storyboard], files: Files, stop: Stop | None, phases: Phases) -> None:
     checkpoint = load_for_sampling(args.checkpoint, args.step)
     config = configure(checkpoint.config, checkpoint.step, args)
     if files.routings and config.moc.mode == "dense":
@@ -49,7 +51,8 @@ def _make(args: Arguments, boards: Sequence[Storyboard], files: Files, stop: Sto
     if args.training_scene is not None:
         scene = training_scene(config, codec, args.training_scene)
         boards = [overridden(scene.board, args)]
-    sampler, fps = Sampler(config, codec, None, stop, progress=True), config.data.fps
+    phases.done("checkpoint")
+    sampler, fps = Sampler(config, codec, None, stop, progress=True, phases=phases), config.data.fps
     with jax.set_mesh(make_mesh(MeshConfig())):
         samples = sampler(params := sampler.placed(checkpoint.params), boards)
         shares = [sampler.routing(params, sample) for sample, _ in zip(samples, files.routings)]

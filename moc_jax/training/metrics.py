@@ -18,7 +18,7 @@ from moc_jax.progress import Progress
 from moc_jax.training.closing import closing_all
 from moc_jax.training.history import Row, clear_the_way, keep_until, read_metrics
 
-__all__ = ["PEAK_FLOPS", "Clock", "Metrics", "draw_loss_curve", "read_metrics", "utilisation"]
+__all__ = ["PEAK_FLOPS", "Clock", "Metrics", "draw_loss_curve", "read_metrics", "speeds", "utilisation"]
 
 PEAK_FLOPS = {  # bfloat16 matrix products per second and device, dense, by `device_kind`
     "TPU v4": 275e12,
@@ -131,6 +131,13 @@ def utilisation(flops_per_second: float, device_kind: str, devices: int) -> floa
     """Model FLOPs per second over the devices' peak (MFU); None for a device whose peak is not known."""
     peak = PEAK_FLOPS.get(device_kind)
     return None if peak is None else flops_per_second / (peak * devices)
+
+
+def speeds(rates: Mapping[str, float], device_kind: str, devices: int) -> Values:
+    """`Clock.rates` as they are shown, with the utilisation where it is known."""
+    shown = {f"speed/{name}_per_second": rate for name, rate in rates.items()}
+    used = utilisation(rates["flops"], device_kind, devices)
+    return shown if used is None else {**shown, "speed/model_flops_utilisation": used}
 
 
 def _finite(values: Values) -> Row:
