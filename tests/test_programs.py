@@ -110,6 +110,31 @@ def test_what_was_foreseen_ends_as_before(tmp_path, source, code, line):
     assert not reports(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "code"),
+    [
+        ("train", ["--no-such"], 2),
+        ("train", ["--config", "nope"], 2),
+        ("train", ["--config", "demo", "--no-such"], 2),
+        ("train", ["--config", "demo", "--model.dim", "x"], 2),
+        ("sample", ["--no-such"], 2),
+        ("sample", ["--checkpoint", "nowhere", "--training-scene", "0", "--out", "out/x.mp4"], 1),
+        ("sample", ["--checkpoint", "nowhere", "--storyboard", "no.yaml", "--out", "out/x.mp4"], 2),
+    ],
+)
+def test_mistakes_are_reported_before_jax_is_loaded(program, words, code):
+    source = f"""
+import sys
+sys.argv[1:] = {words}
+from moc_jax.cli import {program}
+try:
+    {program}()
+except SystemExit as end:
+    print(end.code, sorted({{"jax", "flax", "orbax", "grain", "av", "matplotlib"}} & set(sys.modules)))
+"""
+    assert python("-c", source).stdout.endswith(f"{code} []\n")
+
+
 def test_without_a_place_for_the_traceback_the_line_still_comes(tmp_path):
     source = "import tempfile\ntempfile.tempdir = '/not/there'\ndef main(argv, signals): raise KeyError('odd')"
     done = run_module(tmp_path, source)
