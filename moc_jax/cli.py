@@ -53,7 +53,7 @@ _Code = int | str | None  # as sys.exit takes it
 UNEXPECTED = 70  # exit code: EX_SOFTWARE of sysexits.h
 # What is imported of the packages that pyproject.toml asks for: always, and by the extra that programs need.
 CORE = "jax flax numpy einops jaxtyping beartype"
-TRAIN = "optax orbax grain array_record tyro yaml etils av scenedetect PIL matplotlib tensorboardX tqdm"
+TRAIN = "optax orbax grain array_record tyro yaml etils av scenedetect PIL matplotlib tqdm"
 _CLONE = pathlib.Path(__file__).parents[1]
 _CORE_ALONE = ("moc_jax.attention.", "moc_jax.models.")  # modules, run as programs, that need no more
 
