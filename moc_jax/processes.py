@@ -56,6 +56,17 @@ def join(cfg: MeshConfig) -> None:
         ) from error
 
 
+def wake_devices(cfg: MeshConfig) -> None:
+    """Starts this machine's devices in a thread, so that `join` need not wait for all of that; with others it does."""
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # which `join` meets again, and reports
+            jax.devices()
+
+    if not cfg.distributed:
+        threading.Thread(target=wake, name="devices", daemon=True).start()
+
+
 def _join_cluster(cfg: MeshConfig) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # until training, SIGTERM ends a process as usual
     try:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from moc_jax.checkpoint_names import find_steps
 from moc_jax.cli import parse
 from moc_jax.commands.saved import saved_values
-from moc_jax.config import AttentionConfig, Config, ConfigError
+from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
 from moc_jax.phases import Phases
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
@@ -92,6 +92,9 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     phases.done("settings")
     with contextlib.nullcontext() if signals is None else signals.deferred(line=""):  # see `moc_jax.cli.run`
         # Only now: what is wrong so far is reported before jax is loaded.
+        from moc_jax.processes import wake_devices
+
+        wake_devices(MeshConfig())  # while the rest is imported
         from moc_jax.commands.videos import Files, make_videos
     phases.done("imports")
     make_videos(args, boards, Files(videos=videos, sheets=sheets, routings=routings), signals, phases)

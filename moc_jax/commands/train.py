@@ -27,6 +27,9 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     with contextlib.nullcontext(signals) if signals else Signals(whole_process=True) as signals, clean_exit():
         with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
             # Only now: a wrong setting is reported before any device is touched.
+            from moc_jax.processes import wake_devices
+
+            wake_devices(config.mesh)  # while the rest is imported
             from moc_jax.attention.api import given_tilings
             from moc_jax.compilation import kept_programs
             from moc_jax.data import prepare, resolved
