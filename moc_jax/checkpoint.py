@@ -5,7 +5,7 @@
 Orbax (imported nowhere else) writes in the background and commits a step by one rename. Beside the arrays lie digests
 of their bits, computed on the devices and independent of the mesh, so that any damage is seen on restore: the
 newest checkpoint that is whole is used, and every other is named in a warning. Restore targets are built from the
-current mesh, never from the saved one. checkpoint_layout.py says which folders are checkpoints at all.
+current mesh, never from the saved one. checkpoint_names.py says which folders are checkpoints at all.
 """
 
 import contextlib
@@ -30,18 +30,20 @@ from moc_jax import models
 from moc_jax.checkpoint_layout import (
     FATAL,
     FORMAT,
-    CheckpointError,
     Meta,
     Tree,
-    absolute,
     check_shapes,
-    damaged_in,
-    foreign_in,
-    free_aside,
     newest_readable,
     own_data_state,
     parse_meta,
     shapes_of,
+)
+from moc_jax.checkpoint_names import (
+    CheckpointError,
+    absolute,
+    damaged_in,
+    foreign_in,
+    free_aside,
     steps_in,
     unfinished_in,
 )

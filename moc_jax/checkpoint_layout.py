@@ -1,12 +1,9 @@
-"""What lies in a run's checkpoints folder: which names are steps, and what a checkpoint says about itself.
+"""What a checkpoint says about itself, and which of a run's is read.
 
-Neither is trusted: a name is a step only as this program writes it, and a checkpoint's `meta` must have every field, of
-the right type, and the step of its folder.
+None of it is trusted: `meta` must have every field, of the right type, and the step of its folder.
 """
 
 import dataclasses
-import os
-import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +12,7 @@ import jax
 from etils import epath
 
 import moc_jax
+from moc_jax.checkpoint_names import CheckpointError, find_steps
 from moc_jax.config import Config, ConfigError
 from moc_jax.config_json import config_from_json
 from moc_jax.digest import text_digest
@@ -29,63 +27,7 @@ FORMAT = 2
 Tree = dict[str, Any]
 """Arrays, or what stands in their place, or trees of these, by name; or an object of JSON."""
 
-_STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
-_UNFINISHED = re.compile(r"[0-9]+\.orbax-checkpoint-tmp(-[0-9]+)?", re.ASCII)
-_DAMAGED = "damaged-"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read: the message names it, the cause and what is intact."""
-
-
 FATAL = CheckpointError, ConfigError  # an older checkpoint would not be better
-
-
-# ------------------------------------------------------------------------------------------------ names
-
-
-def absolute(directory: str) -> epath.Path:
-    """Orbax takes no relative paths; a bucket's address is none."""
-    return epath.Path(directory if "://" in directory else os.path.abspath(directory))
-
-
-def step_of(name: str) -> int | None:
-    """The step of a checkpoint's folder; None for a name that no checkpoint is given: 007, ², -1, 1e3."""
-    return int(name) if _STEP.fullmatch(name) else None
-
-
-def steps_in(root: epath.Path) -> list[int]:
-    """Steps by name, oldest first, whatever lies behind the names: reading shows which are whole."""
-    return sorted(step for path in _entries(root) if (step := step_of(path.name)) is not None)
-
-
-def unfinished_in(root: epath.Path) -> list[epath.Path]:
-    """What an interrupted save left."""
-    return [path for path in _entries(root) if _UNFINISHED.fullmatch(path.name) and path.is_dir()]
-
-
-def damaged_in(root: epath.Path) -> list[str]:
-    """Names of what was set aside."""
-    return [path.name for path in _entries(root) if path.name.startswith(_DAMAGED)]
-
-
-def foreign_in(root: epath.Path) -> list[str]:
-    """Names of what is neither a checkpoint nor was one."""
-    known = {*map(str, steps_in(root)), *damaged_in(root), *(path.name for path in unfinished_in(root))}
-    return [path.name for path in _entries(root) if path.name not in known and not path.name.startswith(".")]
-
-
-def free_aside(root: epath.Path, step: int) -> epath.Path:
-    """Where to move a damaged step: `damaged-<step>`, with a number behind it where that is taken."""
-    taken, name, number = {path.name for path in _entries(root)}, f"{_DAMAGED}{step}", 1
-    while name in taken:
-        number += 1
-        name = f"{_DAMAGED}{step}-{number}"
-    return root / name
-
-
-def _entries(root: epath.Path) -> list[epath.Path]:
-    return sorted(root.iterdir(), key=lambda path: path.name) if root.is_dir() else []
 
 
 def newest_readable[T](directory: str, step: int | None, load: Callable[[epath.Path], T]) -> T:
@@ -94,19 +36,7 @@ def newest_readable[T](directory: str, step: int | None, load: Callable[[epath.P
     Raises:
         CheckpointError: no such checkpoint, or one that is damaged.
     """
-    given = absolute(directory)
-    root = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-    if (root / "meta").exists():
-        root, step = root.parent, step_of(root.name)
-        if step is None:
-            raise CheckpointError(f"{given} is a checkpoint, but its name is not a step: rename it to what it was")
-    steps = steps_in(root)
-    if not steps:
-        raise CheckpointError(
-            f"no checkpoint in {directory}; give a run's workdir, its checkpoints folder, or one step's folder"
-        )
-    if step is not None and step not in steps:
-        raise CheckpointError(f"no checkpoint of step {step} in {root}; there are steps {steps}")
+    root, steps, step = find_steps(directory, step)
     for candidate in [step] if step is not None else reversed(steps):
         loaded, problem = attempt(lambda: load(root / str(candidate)), FATAL)  # noqa: B023
         if loaded is not None:

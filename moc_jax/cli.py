@@ -33,6 +33,7 @@ from moc_jax.config.presets import PRESETS, with_preset
 from moc_jax.config.shipped import shipped_names, shipped_or
 from moc_jax.config.switch import switched
 from moc_jax.config_json import config_from_json
+from moc_jax.errors import Failure
 from moc_jax.signals import Interrupted, Signals
 
 if typing.TYPE_CHECKING:
@@ -52,7 +53,7 @@ _Code = int | str | None  # as sys.exit takes it
 UNEXPECTED = 70  # exit code: EX_SOFTWARE of sysexits.h
 # What is imported of the packages that pyproject.toml asks for: always, and by the extra that programs need.
 CORE = "jax flax numpy einops jaxtyping beartype"
-TRAIN = "optax orbax grain array_record tyro yaml etils av scenedetect PIL matplotlib tensorboardX tqdm"
+TRAIN = "optax orbax grain array_record tyro yaml etils av scenedetect PIL matplotlib tqdm"
 _CLONE = pathlib.Path(__file__).parents[1]
 _CORE_ALONE = ("moc_jax.attention.", "moc_jax.models.")  # modules, run as programs, that need no more
 
@@ -166,7 +167,7 @@ def _records_rule(info: "tyro.constructors.PrimitiveTypeInfo") -> "tyro.construc
 
 @contextlib.contextmanager
 def clean_exit(*failures: type[Exception]) -> Iterator[None]:
-    """Prints an expected error as one message, no traceback; a wrong setting exits with code 2, `failures` with 1.
+    """Prints an expected error as one message: a Failure or one of `failures` exits with 1, a wrong setting with 2.
 
     Ctrl-C, where nothing else is done about it, exits with 130, SIGTERM with 143.
     """
@@ -175,7 +176,7 @@ def clean_exit(*failures: type[Exception]) -> Iterator[None]:
     except ConfigError as error:
         _say(_message(error))
         sys.exit(2)
-    except failures as error:
+    except (Failure, *failures) as error:
         _say(_message(error))
         sys.exit(1)
     except KeyboardInterrupt as error:
@@ -197,8 +198,8 @@ def sample() -> NoReturn:
 def run(module: str) -> NoReturn:
     """The program in `module`: imports it, calls its `main(argv, signals)`, and exits, never with a traceback.
 
-    Codes: 0; those of `clean_exit`, with the module's `FAILURES`; 2 without the packages that it needs; 141 when what
-    read the output is gone, as shells have it; and `UNEXPECTED` with the place of a file that holds the traceback.
+    Codes: 0; those of `clean_exit`; 2 without the packages that it needs; 141 when what read the output is gone, as
+    shells have it; and `UNEXPECTED` with the place of a file that holds the traceback.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
@@ -214,8 +215,7 @@ def run(module: str) -> NoReturn:
                 with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
                     program = importlib.import_module(module)
                 signals.check()
-                with clean_exit(*getattr(program, "FAILURES", ())):
-                    program.main(sys.argv[1:], signals)
+                program.main(sys.argv[1:], signals)
             sys.stdout.flush()
         except SystemExit as end:
             code = end.code

@@ -3,24 +3,47 @@
 A program's key is made of its code, the compiler's version and flags, and the devices with all their features, so
 different machines may share a folder. Of several processes the first one writes. Two things would keep a program from
 being found again: a callback into Python inside it, which is never stored, and a shape that differs between starts.
+
+To ask jax, a program has to be traced and lowered, which for a training step takes longer than to load it. So on
+accelerators those of a run are kept a second time, under what they are made of: settings, shapes, the package's source
+and all versions.
 """
 
 import contextlib
+import functools
+import hashlib
+import importlib.metadata
 import os
 import pathlib
+import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from etils import epath
+from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from moc_jax.files import is_address
+from moc_jax.config.base import user_cache
+from moc_jax.files import is_address, remove_leftovers, whole_file
 
 LIMIT = 8 << 30
 """Bytes that a folder may hold when a run starts; the demo's programs take 5 MB, those of a large model some 100 MB."""
 
+_TRACED = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "einops",
+    "numpy",
+    "jaxtyping",
+    "beartype",
+)  # whose code programs are made of
+_FLAGS = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
+_UNFIT = {"cpu"}  # platforms: there jax serializes what it found in its own cache without the machine code
+_folder: epath.Path | None = None  # of `kept_programs`, while it runs
 _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
 _KEEP_ALL = {
     "jax_persistent_cache_min_compile_time_secs": (1.0, 0.0),
@@ -40,14 +63,18 @@ def kept_programs(setting: str) -> Iterator[None]:
     given = before["jax_compilation_cache_dir"]
     folder = _made(given or user_folder) if setting == "auto" else _made(setting) if setting else None
     if folder is not None and str(folder) != given and not is_address(folder):
+        remove_leftovers(pathlib.Path(folder))
         prune(pathlib.Path(folder), LIMIT)
     values = {name: keep for name, (usual, keep) in _KEEP_ALL.items() if before[name] == usual}  # else the user's own
     show = warnings.showwarning
+    global _folder
     try:
+        _folder = folder
         _configure({"jax_compilation_cache_dir": None if folder is None else str(folder), **values})
         warnings.showwarning = show if folder is None else _reported_once(folder, show)
         yield
     finally:
+        _folder = None
         warnings.showwarning = show
         _configure(before)
 
@@ -59,14 +86,78 @@ def _configure(values: dict[str, str | float | None]) -> None:
         jax.config.update(name, value)
 
 
-def user_folder() -> pathlib.Path:
-    """Where a user's programs lie by the XDG rules: `$XDG_CACHE_HOME/moc_jax/programs`, or under `~/.cache`.
+# ------------------------------------------------------------------------------------------------ found without tracing
 
-    Raises:
-        RuntimeError: nothing says where the home folder is.
+
+def find_program(made_of: object, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
+    """What `keep_program` was given with an equal `made_of`, by an equal version of everything, for equal devices.
+
+    None where it was not, or can't be read. With several processes always: compilers may work together, and those of
+    all processes then have to be asked.
+
+    Args:
+        made_of: what the program is made of, code apart; its repr says all of it.
+        devices: those that it runs on, in the order of its mesh.
     """
-    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else pathlib.Path.home() / ".cache") / "moc_jax" / "programs"
+    file = _program_file(made_of, devices)
+    if file is None or not file.exists():
+        return None
+    try:
+        program = pickle.loads(file.read_bytes())
+        return serialize_executable.deserialize_and_load(*program, execution_devices=devices)
+    except Exception as error:  # cut off, or of another kind of machine under the same name
+        warnings.warn(f"{file} can't be used, and is replaced: {error}", stacklevel=2)
+        return None
+
+
+def keep_program(made_of: object, devices: Sequence[jax.Device], program: jax.stages.Compiled) -> None:
+    """Keeps it where `find_program` looks; where that fails, the next start traces it again."""
+    file = _program_file(made_of, devices)
+    if file is None or is_address(file):
+        return
+    with contextlib.suppress(Exception):  # some can't be serialized, and jax reports a folder that can't be written
+        data = pickle.dumps(serialize_executable.serialize(program))
+        with whole_file(file) as partial:
+            partial.write_bytes(data)
+
+
+def kept_program(
+    made_of: object, devices: Sequence[jax.Device], build: Callable[[], jax.stages.Compiled]
+) -> jax.stages.Compiled:
+    """What was kept, or else `build()`, which is kept then; arguments of `find_program`."""
+    program = find_program(made_of, devices)
+    if program is None:
+        keep_program(made_of, devices, program := build())
+    return program
+
+
+def _program_file(made_of: object, devices: Sequence[jax.Device]) -> epath.Path | None:
+    if _folder is None or jax.process_count() > 1 or devices[0].platform in _UNFIT:
+        return None
+    there = [(device.id, device.device_kind, device.client.platform_version) for device in devices]
+    options = {name: value for name, value in jax.config.values.items() if "cache" not in name}
+    flags = [os.environ.get(name) for name in _FLAGS]
+    key = repr((made_of, _source_digest(), there, sorted(options.items(), key=str), flags))
+    return _folder / f"moc_jax-{hashlib.sha256(key.encode()).hexdigest()}-cache"
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Of this package's source, and the versions of what it is built on."""
+    found = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        found.update(path.read_bytes())
+    for name in _TRACED:
+        found.update(importlib.metadata.version(name).encode())
+    return found.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+def user_folder() -> pathlib.Path:
+    """Where a user's programs lie; RuntimeError as `user_cache`."""
+    return user_cache() / "programs"
 
 
 def prune(folder: pathlib.Path, limit: int) -> None:

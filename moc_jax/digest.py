@@ -13,11 +13,16 @@ from moc_jax.sharding import key_path
 
 def tree_digests(tree: object) -> dict[str, int]:
     """A 32-bit digest of every array, by its path; computed on the devices, and the same however they share it."""
-    # One at a time: programs that sum over devices must not overtake each other (see training/loop.py).
-    return {"/".join(key_path(path)): int(_digest(x)) for path, x in jax.tree.leaves_with_path(tree)}
+    leaves = jax.tree.leaves_with_path(tree)
+    digests = jax.device_get(_digests([x for _, x in leaves]))
+    return {"/".join(key_path(path)): int(digest) for (path, _), digest in zip(leaves, digests)}
 
 
-@jax.jit  # by array: weights, moments and averages have few shapes between them, so little is compiled
+@jax.jit  # one program for all arrays: its kernels are compiled side by side, and a later start loads it at once
+def _digests(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [_digest(x) for x in arrays]
+
+
 def _digest(x: jax.Array) -> jax.Array:
     """Sum over the elements, modulo 2^32, of a mix of each one's bits and its place (murmur3's finaliser)."""
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)

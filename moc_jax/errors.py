@@ -1,9 +1,14 @@
-"""What lies behind an error that was wrapped on its way here: a full disk, too little memory, what came first."""
+"""What may go wrong, and what lies behind an error that was wrapped on its way here: a full disk, too little memory."""
 
 import errno
 import functools
 import re
 from collections.abc import Callable, Iterator
+
+
+class Failure(Exception):
+    """What no setting is to blame for and was foreseen: programs report it in a line, and exit with 1."""
+
 
 _NO_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED(?!.*larger than max)|out[ _]of[ _]memory|exceed(s|ed)? (hbm|vmem|smem|memory) capacity",

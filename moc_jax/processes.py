@@ -23,14 +23,14 @@ from jax._src import distributed  # the one private part of jax here; tests/test
 from jax.experimental import multihost_utils
 
 from moc_jax.config import ConfigError, MeshConfig
-from moc_jax.errors import root_cause
+from moc_jax.errors import Failure, root_cause
 
 _PATIENCE = 1000  # ms per request: between two, a signal is heard
 _VERDICT = 10  # s after the heartbeat, at most, until the watchers say who is lost
 _JOINING = 60_000  # ms for what process 0 does at once
 
 
-class ProcessError(RuntimeError):
+class ProcessError(Failure):
     """Another process failed: says which one, at what, and why."""
 
 
@@ -54,6 +54,17 @@ def join(cfg: MeshConfig) -> None:
             f"JAX_PLATFORMS is {asked!r}, which can't be used here: {error}. Set it to what this machine has (cpu, "
             "cuda, tpu), or unset it"
         ) from error
+
+
+def wake_devices(cfg: MeshConfig) -> None:
+    """Starts this machine's devices in a thread, so that `join` need not wait for all of that; with others it does."""
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):  # which `join` meets again, and reports
+            jax.devices()
+
+    if not cfg.distributed:
+        threading.Thread(target=wake, name="devices", daemon=True).start()
 
 
 def _join_cluster(cfg: MeshConfig) -> None:

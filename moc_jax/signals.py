@@ -117,6 +117,10 @@ class Signals:
         if self.asked():
             raise Interrupted(self._heard or signal.SIGINT)
 
+    def leave(self, thread: threading.Thread) -> None:
+        """A thread that the process does not wait for when it ends with this block, as `whole_process` says."""
+        self._left_behind.append(thread)
+
     def unless_asked[T](self, action: Callable[[], T]) -> T:
         """`action()` in a thread of its own, which is left behind when a stop is requested.
 
@@ -141,7 +145,7 @@ class Signals:
                 self.check()
                 thread.join(0.1)
         except Interrupted:
-            self._left_behind.append(thread)
+            self.leave(thread)
             raise
         for error in errors:
             raise error

@@ -6,17 +6,8 @@ import pathlib
 import pytest
 from etils import epath
 
-from moc_jax.checkpoint_layout import (
-    FORMAT,
-    CheckpointError,
-    foreign_in,
-    free_aside,
-    own_data_state,
-    parse_meta,
-    step_of,
-    steps_in,
-    unfinished_in,
-)
+from moc_jax.checkpoint_layout import FORMAT, own_data_state, parse_meta
+from moc_jax.checkpoint_names import CheckpointError, foreign_in, free_aside, step_of, steps_in, unfinished_in
 from moc_jax.config import Config, ConfigError
 from moc_jax.config_json import config_to_json
 from moc_jax.digest import text_digest

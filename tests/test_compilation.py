@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from moc_jax.compilation import kept_programs, prune, user_folder
+from moc_jax.compilation import find_program, kept_program, kept_programs, prune, user_folder
 
 # ------------------------------------------------------------------------------------------------ which folder
 
@@ -76,6 +76,67 @@ def test_the_folder_stays_bounded(tmp_path):
     os.utime(tmp_path / "old-cache", (2000, 999))  # used since
     prune(tmp_path, 150)
     assert sorted(os.listdir(tmp_path)) == ["else", "old-cache"]
+
+
+# ------------------------------------------------------------------------------------------------ without tracing
+
+
+@pytest.fixture
+def traced(tmp_path, as_usual, monkeypatch):
+    """traced(made_of): a program from the folder, or traced, and how often it was traced in all."""
+    times = []
+    monkeypatch.setattr("moc_jax.compilation._UNFIT", set())
+    jax.config.update("jax_enable_compilation_cache", False)
+
+    def run(made_of="a program"):
+        def f(x):
+            times.append(1)
+            return x + 1
+
+        found = kept_program(made_of, jax.devices()[:1], lambda: jax.jit(f).lower(jnp.float32(1)).compile())
+        assert found(jnp.float32(2)) == 3
+        return len(times)
+
+    with kept_programs(str(tmp_path)):
+        yield run
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def test_a_program_that_was_kept_is_not_traced_again(traced, monkeypatch):
+    assert [traced(), traced(), traced("another"), traced()] == [1, 1, 2, 2]
+    monkeypatch.setattr("moc_jax.compilation._source_digest", lambda: "of another version")
+    assert [traced(), traced()] == [3, 3]
+    monkeypatch.setenv("XLA_FLAGS", "others")
+    assert [traced(), traced()] == [4, 4]
+    with jax.numpy_rank_promotion("allow"):  # any of jax's settings
+        assert [traced(), traced()] == [5, 5]
+
+
+def test_programs_for_a_processor_are_left_to_jax(traced, monkeypatch):
+    monkeypatch.undo()
+    assert [traced(), traced()] == [1, 2]
+
+
+def test_with_several_processes_each_one_traces(traced, monkeypatch):
+    traced()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert [traced(), traced()] == [2, 3]
+
+
+def test_a_program_that_was_cut_off_is_replaced(traced, tmp_path):
+    traced()
+    (file,) = tmp_path.glob("moc_jax-*-cache")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"moc_jax-\w+-cache can't be used, and is replaced"):
+        assert traced() == 2
+    assert traced() == 2
+
+
+def test_nothing_is_kept_elsewhere(monkeypatch):
+    monkeypatch.setattr("moc_jax.compilation._UNFIT", set())
+    kept_program("a", jax.devices()[:1], jax.jit(lambda x: x).lower(jnp.float32(1)).compile)
+    assert find_program("a", jax.devices()[:1]) is None
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong

@@ -94,7 +94,7 @@ def main(argv, signals):
         ("def main(argv, signals): raise SystemExit('as it is')", 1, "as it is\n"),
         ("def main(argv, signals): raise KeyboardInterrupt", 130, "interrupted; what was completed before is kept\n"),
         ("raise KeyboardInterrupt", 130, "interrupted; what was completed before is kept\n"),
-        ("FAILURES = (OSError,)\ndef main(argv, signals): raise OSError('disk')", 1, "error: disk\n"),
+        ("from moc_jax.errors import Failure\ndef main(argv, signals): raise Failure('disk')", 1, "error: disk\n"),
         (
             "from moc_jax.config import Config\ndef main(argv, signals): Config(workdir='')",
             2,
@@ -108,6 +108,31 @@ def test_what_was_foreseen_ends_as_before(tmp_path, source, code, line):
     assert done.stderr.startswith(line)
     assert bool(done.stderr) == bool(line)
     assert not reports(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "code"),
+    [
+        ("train", ["--no-such"], 2),
+        ("train", ["--config", "nope"], 2),
+        ("train", ["--config", "demo", "--no-such"], 2),
+        ("train", ["--config", "demo", "--model.dim", "x"], 2),
+        ("sample", ["--no-such"], 2),
+        ("sample", ["--checkpoint", "nowhere", "--training-scene", "0", "--out", "out/x.mp4"], 1),
+        ("sample", ["--checkpoint", "nowhere", "--storyboard", "no.yaml", "--out", "out/x.mp4"], 2),
+    ],
+)
+def test_mistakes_are_reported_before_jax_is_loaded(program, words, code):
+    source = f"""
+import sys
+sys.argv[1:] = {words}
+from moc_jax.cli import {program}
+try:
+    {program}()
+except SystemExit as end:
+    print(end.code, sorted({{"jax", "flax", "orbax", "grain", "av", "matplotlib"}} & set(sys.modules)))
+"""
+    assert python("-c", source).stdout.endswith(f"{code} []\n")
 
 
 def test_without_a_place_for_the_traceback_the_line_still_comes(tmp_path):

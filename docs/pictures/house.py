@@ -50,6 +50,7 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
         {
             "scene": ("shots and chunks", TEXT),
             "files": ("all or nothing", MUTED),
+            "checkpoint_names": ("which are steps", MUTED),
             "config_json": ("configs as JSON", MUTED),
             "sharding": ("mesh and rules", MUTED),
         },
@@ -72,6 +73,7 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
             "watcher": ("lost processes", MUTED),
             "progress": ("while one waits", MUTED),
             "timing": ("runs of a program", MUTED),
+            "phases": ("seconds until a result", MUTED),
         },
     ),
 )

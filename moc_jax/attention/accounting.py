@@ -16,16 +16,17 @@ picks the longest chunks it may, and the mean over uniformly random picks. All w
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moc_jax.attention.layout import queries_of
+from moc_jax.attention.layout import Queries, queries_of
 from moc_jax.attention.routing import anchor_chunks, candidate_chunks
 from moc_jax.config import ChunkConfig, MoCConfig
 from moc_jax.scene import VIDEO, ChunkTable, SceneLengths, SceneShape, chunk_table
-from moc_jax.shapes import Array, Int, typed
+from moc_jax.shapes import Array, Bool, Int, typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,8 @@ def account(
         ValueError: `routes` are not for the scenes of `table` and its queries.
     """
     kind, length = np.asarray(table.kind), np.asarray(table.length, np.int64)
-    queries = queries_of(table, query_chunk)
-    of_queries = np.asarray(queries.length, np.int64)
-    anchors, candidates = np.asarray(anchor_chunks(table, cfg)), np.asarray(candidate_chunks(table, cfg))
+    queries, *sets = _chunk_sets(table, query_chunk, cfg)
+    of_queries, (anchors, candidates) = np.asarray(queries.length, np.int64), map(np.asarray, sets)
     routed = cfg.mode == "moc" and cfg.top_k > 0
     if routes is not None and (routes.shape[0], routes.shape[2]) != queries.chunk_of.shape:
         raise ValueError(
@@ -121,6 +121,13 @@ def account(
         kv_bytes=2 * tokens * head_dim * element_bytes,
         kv_bytes_read=2 * worst * head_dim * element_bytes,
     )
+
+
+@functools.partial(jax.jit, static_argnums=2)  # one program instead of some thirty
+def _chunk_sets(
+    table: ChunkTable, query_chunk: Int[Array, "B Q"] | None, cfg: MoCConfig
+) -> tuple[Queries, Bool[Array, "B C C"], Bool[Array, "B C C"]]:
+    return queries_of(table, query_chunk), anchor_chunks(table, cfg), candidate_chunks(table, cfg)
 
 
 def _scene_pairs(queries, length, anchors, candidates, top_k: int) -> tuple[float, float]:

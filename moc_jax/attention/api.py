@@ -16,11 +16,12 @@ from moc_jax.attention.checks import (
     check_vectors,
 )
 from moc_jax.attention.layout import Queries, queries_of
-from moc_jax.attention.tilings import Tilings, read_tilings
+from moc_jax.attention.tilings import Tilings, kept_tilings, read_tilings
 from moc_jax.config import AttentionConfig, MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, Key
 
+_Vectors = Array | jax.ShapeDtypeStruct
 _DROP_BLOCK = 4096  # queries whose picks are dropped at a time
 
 
@@ -151,7 +152,7 @@ class RoutedAttention:
     backend: str | Backend = "auto"
     tilings: Tilings = Tilings()
 
-    def backend_for(self, q: Array, k: Array, v: Array, table: ChunkTable, cfg: MoCConfig) -> Backend:
+    def backend_for(self, q: _Vectors, k: _Vectors, v: _Vectors, table: ChunkTable, cfg: MoCConfig) -> Backend:
         """What computes such an attention, with its tiling if one was measured."""
         value = resolve(self.backend, cfg, q, k, v, chunks=table.kind.shape[1])
         return self.tilings.chosen(value, q, table, cfg)
@@ -168,4 +169,13 @@ def routed_attention(cfg: AttentionConfig) -> RoutedAttention:
     Raises:
         ConfigError: `cfg.tilings` is not a file of tilings.
     """
-    return RoutedAttention(backend=cfg.backend, tilings=read_tilings(cfg.tilings) if cfg.tilings else Tilings())
+    if cfg.tilings == "auto":  # every process of a run has to compile the same, and machines may hold different files
+        tilings = kept_tilings() if jax.process_count() == 1 else Tilings()
+    else:
+        tilings = given_tilings(cfg)
+    return RoutedAttention(backend=cfg.backend, tilings=tilings)
+
+
+def given_tilings(cfg: AttentionConfig) -> Tilings:
+    """Those in a file that the settings name, which needs no device; ConfigError as `routed_attention`."""
+    return read_tilings(cfg.tilings) if cfg.tilings not in ("", "auto") else Tilings()

@@ -4,18 +4,15 @@ Each backend's module offers the functions of `Implementation`; `resolve` picks 
 """
 
 import functools
+import importlib
 import logging
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 
-from moc_jax.attention import reference, xla
 from moc_jax.attention.layout import Queries
-from moc_jax.attention.pallas_gpu import attend as pallas_gpu
 from moc_jax.attention.pallas_gpu import device as gpu
-from moc_jax.attention.pallas_gpu import router as gpu_router
 from moc_jax.attention.pallas_gpu.device import Hopper
-from moc_jax.attention.pallas_tpu import attend as pallas_tpu
 from moc_jax.attention.pallas_tpu import device as tpu
 from moc_jax.attention.pallas_tpu.device import Tpu
 from moc_jax.attention.reference import Reference
@@ -93,24 +90,25 @@ class Implementation(Protocol):
         ...
 
 
-_IMPLEMENTATIONS: dict[type[Backend], Implementation] = {
-    Reference: reference,
-    Xla: xla,
-    Hopper: pallas_gpu,
-    Tpu: pallas_tpu,
+_IMPLEMENTATIONS: dict[type[Backend], str] = {  # loaded when they are used: a GPU's kernels alone take half a second
+    Reference: "reference",
+    Xla: "xla",
+    Hopper: "pallas_gpu.attend",
+    Tpu: "pallas_tpu.attend",
 }
 
 
 def implementation(backend: Backend) -> Implementation:
     """The module that computes for such a value."""
-    return _IMPLEMENTATIONS[type(backend)]
+    module = importlib.import_module(f"moc_jax.attention.{_IMPLEMENTATIONS[type(backend)]}")
+    return cast(Implementation, module)
 
 
 def resolve(
     backend: str | Backend,
     cfg: MoCConfig,
     q: Array | jax.ShapeDtypeStruct | None = None,
-    *others: Array,
+    *others: Array | jax.ShapeDtypeStruct,
     chunks: int | None = None,
 ) -> Backend:
     """The value that a name stands for: a backend's defaults, or with `auto` what this machine is best at.
@@ -148,6 +146,8 @@ def _values() -> str:
 def _kernels_for(picks: int, q: Array | jax.ShapeDtypeStruct | None) -> Hopper | Tpu | None:
     """The kernels that run here, if they can do so many picks and such a q."""
     if gpu.is_hopper():
+        from moc_jax.attention.pallas_gpu import router as gpu_router
+
         return Hopper() if gpu_router.can_select(picks) and (q is None or gpu.can_do(q)) else None
     if tpu.is_tpu():
         return Tpu() if q is None or tpu.can_do(q) else None

@@ -3,7 +3,8 @@
     {"tilings": [{"backend": "xla", "device": "cpu", "head_dim": 64, "dtype": "bfloat16", "anchors": "shot", "picks": 5,
                   "chunk": 1280, "tokens": 180504, "milliseconds": 812.5, "tiling": {"anchor_tile": 2048, ...}}, ...]}
 
-All but the number of tokens must be as they were measured; of several numbers the nearest counts.
+All but the number of tokens must be as they were measured; of several numbers the nearest counts. What autotuning finds
+is kept in the user's cache folder, where later runs of one process find it by themselves.
 """
 
 import dataclasses
@@ -11,11 +12,13 @@ import json
 import math
 import pathlib
 import typing
+import warnings
 from collections.abc import Collection
 from typing import Any
 
 import jax
 
+import moc_jax
 from moc_jax.attention.backends import Backend, Hopper, Tpu, Xla
 from moc_jax.attention.pallas_gpu.device import HopperTiling
 from moc_jax.attention.pallas_tpu import tuning
@@ -23,6 +26,7 @@ from moc_jax.attention.pallas_tpu.device import target
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.attention.xla import XlaTiling, default_tiling
 from moc_jax.config import ConfigError, MoCConfig
+from moc_jax.config.base import user_cache
 from moc_jax.reading import parse_json
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array
@@ -154,6 +158,25 @@ def read_tilings(path: str | pathlib.Path, *, name: str = "attention.tilings") -
         return tilings_from_json(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{name} = {path}: {error}; write it with moc_jax.commands.autotune") from error
+
+
+def kept_file() -> pathlib.Path:
+    """Where `moc_jax.commands.autotune` keeps what it finds, and `kept_tilings` looks: one file per version of kernels.
+
+    Raises:
+        RuntimeError: nothing says where the home folder is.
+    """
+    return user_cache() / f"tilings-{moc_jax.__version__}-jax-{jax.__version__}.json"
+
+
+def kept_tilings() -> Tilings:
+    """What was measured on this machine, if anything; a file that can't be read is named in a warning."""
+    try:
+        file = kept_file()
+        return read_tilings(file) if file.exists() else Tilings()
+    except (OSError, RuntimeError, ConfigError) as error:
+        warnings.warn(f"no measured tilings are used: {error}", stacklevel=2)
+        return Tilings()
 
 
 def tilings_from_json(text: str) -> Tilings:

@@ -5,10 +5,11 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
+from moc_jax.errors import Failure
 from moc_jax.shapes import Float, Float32, UInt8, typed
 
 
-class CodecMismatch(ValueError):
+class CodecMismatch(Failure, ValueError):
     """A codec's saved state does not belong to the configuration it is loaded for."""
 
 

@@ -1,10 +1,11 @@
-"""Finds the fastest tilings of attention on this machine's device, and keeps them in a file.
+"""Finds the fastest tilings of attention on this machine's device, and keeps them for later runs.
 
-    python -m moc_jax.commands.autotune --out tilings.json --shots 8 --frames 25 --rows 30 --columns 30 --heads 12
+    python -m moc_jax.commands.autotune --shots 8 --frames 25 --rows 30 --columns 30 --heads 12
 
-Afterwards --attention.tilings tilings.json makes training and sampling use them. What the file holds of other settings,
-sizes and devices stays. Each faster tiling is written when it is found: Ctrl-C keeps the best so far, and the same
-command with --attention.tilings tilings.json continues from there.
+Afterwards training and sampling use them by themselves, on such a device, with this version. --out tilings.json writes
+a file instead, for --attention.tilings tilings.json. What the file holds of other settings, sizes and devices stays.
+Each faster tiling is written when it is found: Ctrl-C keeps the best so far, and the same command (with --out: and
+--attention.tilings) continues from there.
 """
 
 import dataclasses
@@ -15,15 +16,15 @@ from typing import Annotated, Literal
 
 from moc_jax.cli import clean_exit, parse
 from moc_jax.config import AttentionConfig, MoCConfig
-from moc_jax.config.base import Count, File, Natural, Range, Seed, Settings
+from moc_jax.config.base import Count, Natural, OptionalPath, Range, Seed, Settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(Settings):
     """What to tune for, and where to keep it."""
 
-    out: File
-    """The JSON file; where it exists, what is found is added to it."""
+    out: OptionalPath = ""
+    """The JSON file; where it exists, what is found is added to it; empty: in the user's cache, where runs look."""
     shots: Count = 8
     """Shots of the scene, all as long."""
     frames: Count = 25
@@ -57,11 +58,11 @@ def main(argv: Sequence[str]) -> None:
 
     from moc_jax.attention.api import routed_attention
     from moc_jax.attention.autotune import autotune
-    from moc_jax.attention.tilings import Tilings, read_tilings
+    from moc_jax.attention.tilings import Tilings, kept_file, read_tilings
     from moc_jax.files import write_text
     from moc_jax.scene import SceneLengths, SceneShape, chunk_table
 
-    out = pathlib.Path(args.out)
+    out = pathlib.Path(args.out) if args.out else kept_file()
     attention = routed_attention(args.attention)
 
     def known() -> Tilings:

@@ -7,33 +7,23 @@ are sampled as one batch; --out and the pictures are then folders, with one file
 the same bytes. Settings that are not given here are those of the checkpoint.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
-
-from moc_jax.attention.api import routed_attention
-from moc_jax.checkpoint import CheckpointError, load_for_sampling
+from moc_jax.checkpoint_names import find_steps
 from moc_jax.cli import parse
-from moc_jax.codecs import CodecMismatch, load_codec
 from moc_jax.commands.saved import saved_values
-from moc_jax.compilation import kept_programs
 from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
-from moc_jax.data import CaptionError, DataError, VideoError, write_video
-from moc_jax.processes import join
-from moc_jax.sampling.compare import mean_psnr, training_scene
-from moc_jax.sampling.generate import Sampler, SamplingError
-from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
+from moc_jax.phases import Phases
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
-from moc_jax.sharding import make_mesh
 from moc_jax.showing import printable
-from moc_jax.signals import Stop
+from moc_jax.signals import Signals
 
 SAMPLE = "solver", "steps", "guidance", "shift", "order", "history_noise"  # settings of the checkpoint's `sample`
-FAILURES = CaptionError, CheckpointError, CodecMismatch, DataError, SamplingError, VideoError  # exit code 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,14 +73,14 @@ class Arguments(Settings):
     """Where compiled programs are kept, as in training."""
 
 
-def main(argv: Sequence[str], stop: Stop | None = None) -> None:
-    """Samples and writes the files; `stop` is asked in between whether to end."""
+def main(argv: Sequence[str], signals: Signals | None = None) -> None:
+    """Samples and writes the files; `signals` are asked in between whether to end."""
+    phases = Phases()
     args: Arguments = parse(Arguments, argv, description=__doc__, default=saved_values(Arguments, argv, SAMPLE))
     configure(Config(), 1, args)  # only checks: nothing is read if a setting is impossible
-    routed_attention(args.attention)
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
-    boards = [_overridden(load_storyboard(path), args) for path in args.storyboard]
+    boards = [overridden(load_storyboard(path), args) for path in args.storyboard]
     for board in boards:  # a long one takes a while before the first step is shown
         print(f"{printable(board.name)}: {len(board.shots):,} shots", flush=True)
     names = [path.stem for path in args.storyboard] or [f"scene-{args.training_scene}"]
@@ -98,36 +88,16 @@ def main(argv: Sequence[str], stop: Stop | None = None) -> None:
     png = {"suffix": ".png", "overwrite": args.overwrite}
     sheets = target_files(args.contact_sheet, names, **png, setting="--contact-sheet")
     routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
-    join(MeshConfig())
-    with kept_programs(args.compilation_cache):
-        _sample(args, boards, videos, sheets, routings, stop)
+    find_steps(args.checkpoint, args.step)
+    phases.done("settings")
+    with contextlib.nullcontext() if signals is None else signals.deferred(line=""):  # see `moc_jax.cli.run`
+        # Only now: what is wrong so far is reported before jax is loaded.
+        from moc_jax.processes import wake_devices
 
-
-def _sample(args: Arguments, boards, videos, sheets, routings, stop: Stop | None) -> None:
-    checkpoint = load_for_sampling(args.checkpoint, args.step)
-    config = configure(checkpoint.config, checkpoint.step, args)
-    if routings and config.moc.mode == "dense":
-        raise ConfigError("--routing-picture: dense attention routes nothing; drop it or --dense")
-    codec, scene = load_codec(config.codec, checkpoint.codec_state), None
-    if args.training_scene is not None:
-        scene = training_scene(config, codec, args.training_scene)
-        boards = [_overridden(scene.board, args)]
-    sampler, fps = Sampler(config, codec, None, stop, progress=True), config.data.fps
-    with jax.set_mesh(make_mesh(MeshConfig())):
-        samples = sampler(params := sampler.placed(checkpoint.params), boards)
-        shares = [sampler.routing(params, sample) for sample, _ in zip(samples, routings)]
-    for sample, path in zip(samples, videos):
-        write_video(path, sample.video, fps)
-        print(f"{printable(str(path))}: {len(sample.shots)} shots, {len(sample.video)} frames at {fps:g} fps")
-    for sample, path in zip(samples, sheets):
-        rows = [*(scene.rows() if scene else []), ("sample", sample.shots)]
-        captions = [shot.caption for shot in sample.storyboard.shots]
-        notes = [f"PSNR {score:.1f} dB" for score in mean_psnr(sample.shots, scene.codec)[1]] if scene else []
-        save_picture(contact_sheet(rows, captions, title=sample.storyboard.caption, notes=notes, fps=fps), path)
-    for share, path in zip(shares, routings):
-        save_picture(routing_picture(share), path)
-    if scene:
-        print(scene.comparison(samples[0].shots))
+        wake_devices(MeshConfig())  # while the rest is imported
+        from moc_jax.commands.videos import Files, make_videos
+    phases.done("imports")
+    make_videos(args, boards, Files(videos=videos, sheets=sheets, routings=routings), signals, phases)
 
 
 def configure(config: Config, step: int, args: Arguments) -> Config:
@@ -142,7 +112,8 @@ def configure(config: Config, step: int, args: Arguments) -> Config:
     return dataclasses.replace(config, moc=moc, sample=sample, attention=args.attention)
 
 
-def _overridden(board: Storyboard, args: Arguments) -> Storyboard:
+def overridden(board: Storyboard, args: Arguments) -> Storyboard:
+    """The storyboard, with what the command line says in place of its own."""
     return dataclasses.replace(board, **_given(args, "seed", "negative_prompt"))
 
 

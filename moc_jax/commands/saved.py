@@ -5,9 +5,6 @@ import dataclasses
 import typing
 from collections.abc import Sequence
 
-import tyro
-
-from moc_jax.checkpoint import saved_config
 from moc_jax.config.base import Settings, expanded
 
 
@@ -34,6 +31,10 @@ def saved_values[S: Settings](kind: type[S], argv: Sequence[str], sample: Sequen
         return None
     if not given.checkpoint:
         return None
+    import tyro
+
+    from moc_jax.checkpoint import saved_config
+
     config, step = saved_config(expanded(given.checkpoint, "--checkpoint"), given.step)
     moc = config.moc_at(step - 1)
     values = {"checkpoint": given.checkpoint, "step": step, "top_k": moc.top_k, "chunk": moc.chunk.size}

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Sequence
 
 from moc_jax.cli import clean_exit, load_config
+from moc_jax.phases import Phases
 from moc_jax.signals import Signals
 
 
@@ -18,22 +19,23 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
 
     A signal before there is anything to save exits with 130 (SIGINT) or 143 (SIGTERM).
     """
+    phases = Phases()
     with clean_exit():
         config = load_config(argv)
+    phases.done("config")
 
     with contextlib.nullcontext(signals) if signals else Signals(whole_process=True) as signals, clean_exit():
         with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
             # Only now: a wrong setting is reported before any device is touched.
-            from moc_jax.attention.api import routed_attention
-            from moc_jax.checkpoint import CheckpointError
-            from moc_jax.codecs import CodecMismatch
+            from moc_jax.processes import wake_devices
+
+            wake_devices(config.mesh)  # while the rest is imported
+            from moc_jax.attention.api import given_tilings
             from moc_jax.compilation import kept_programs
-            from moc_jax.data import CaptionError, DataError, VideoError, prepare, resolved
-            from moc_jax.processes import ProcessError, join, losses_reported, main_process_first
-            from moc_jax.sampling.generate import SamplingError
+            from moc_jax.data import prepare, resolved
+            from moc_jax.processes import join, losses_reported, main_process_first
             from moc_jax.sharding import make_mesh
-            from moc_jax.training.lock import LockError
-            from moc_jax.training.loop import TrainingError, train
+            from moc_jax.training.loop import train
             from moc_jax.training.start import initial_codec
             from moc_jax.training.stop import RunStop
             from moc_jax.training.workdir import claimed
@@ -43,18 +45,19 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
             else:
                 make_preview = None
         signals.check()
-        data = CaptionError, DataError, VideoError
-        with clean_exit(*data, CheckpointError, CodecMismatch, LockError, ProcessError, SamplingError, TrainingError):
-            routed_attention(config.attention)  # a file of tilings that can't be read is reported before any work
-            join(config.mesh)
-            with (
-                claimed(config.workdir) as lock,
-                losses_reported(config.mesh.heartbeat),
-                kept_programs(config.compilation_cache),
-            ):
-                mesh, stop = make_mesh(config.mesh), RunStop(signals)
-                codec = initial_codec(config)
-                manifest = main_process_first("prepare the data", lambda: prepare(config, codec))
-                config = resolved(config, manifest)
-                preview = make_preview(config, manifest, stop) if make_preview else None
-                train(config, manifest, mesh, preview=preview, stop=stop, lock=lock)
+        phases.done("imports")
+        given_tilings(config.attention)  # a file of tilings that can't be read is reported before any work
+        join(config.mesh)
+        phases.done("devices")
+        with (
+            claimed(config.workdir) as lock,
+            losses_reported(config.mesh.heartbeat),
+            kept_programs(config.compilation_cache),
+        ):
+            mesh, stop = make_mesh(config.mesh), RunStop(signals)
+            codec = initial_codec(config)
+            manifest = main_process_first("prepare the data", lambda: prepare(config, codec))
+            config = resolved(config, manifest)
+            preview = make_preview(config, manifest, stop) if make_preview else None
+            phases.done("data")
+            train(config, manifest, mesh, preview=preview, stop=stop, lock=lock, phases=phases)

@@ -49,9 +49,20 @@ __all__ = [
     "PcaConfig",
     "Reference",
     "SampleConfig",
+    "Stage",
     "TextConfig",
     "TrainConfig",
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Batches [begin, end) of a run, all with one chunk size."""
+
+    begin: int
+    end: int
+    moc: MoCConfig
+
 
 _LARGEST_BATCH = 2**36  # numbers, over all devices
 
@@ -129,6 +140,12 @@ class Config(Settings):
     def latent_size(self) -> tuple[int, int]:
         """Rows and columns of a latent frame."""
         return self.data.height // self.codec.stride[1], self.data.width // self.codec.stride[2]
+
+    def stages(self, begin: int) -> list[Stage]:
+        """The stages of the schedule from batch `begin` on; at least one, however late that is."""
+        later = sorted({stage.step for stage in self.train.chunk_schedule if begin < stage.step < self.train.steps})
+        ends = [*later, max(self.train.steps, begin + 1)]
+        return [Stage(first, end, self.moc_at(first)) for first, end in zip([begin, *later], ends)]
 
     def moc_at(self, step: int) -> MoCConfig:
         """The attention of batch `step` (from 0): `moc`, with the chunk size of the schedule's stage."""

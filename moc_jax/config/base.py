@@ -159,6 +159,16 @@ def expanded(path: str, name: str = "the path") -> str:
     return home
 
 
+def user_cache() -> pathlib.Path:
+    """This package's folder in the user's cache by the XDG rules: `$XDG_CACHE_HOME/moc_jax`, or `~/.cache/moc_jax`.
+
+    Raises:
+        RuntimeError: nothing says where the home folder is.
+    """
+    base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else pathlib.Path.home() / ".cache") / "moc_jax"
+
+
 Count = Annotated[int, Range(1, INT32)]
 Natural = Annotated[int, Range(0, INT32)]
 Every = Annotated[int, Range(0, INT32, "0: never")]

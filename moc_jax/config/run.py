@@ -92,8 +92,9 @@ class AttentionConfig(Settings, at="attention"):
     backend: Literal["auto", "reference", "xla", "pallas_gpu", "pallas_tpu"] = "auto"
     """`reference` is the dense-mask float32 oracle; `xla` runs on any device with memory linear in tokens;
     `pallas_gpu` has kernels for Hopper GPUs, `pallas_tpu` for TPUs, and `auto` takes them there."""
-    tilings: OptionalPath = ""
-    """File of tilings that `moc_jax.commands.autotune` measured on such a device; empty: chosen from the shapes."""
+    tilings: OptionalPath = "auto"
+    """File of tilings that `moc_jax.commands.autotune` measured on such a device; `auto`: the one that it keeps in the
+    user's cache folder (with several processes: none); empty: chosen from the shapes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

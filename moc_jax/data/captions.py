@@ -24,12 +24,13 @@ from pathlib import Path
 
 from moc_jax.config import DataConfig
 from moc_jax.documents import DocumentError, checked_text, read_document, read_text
+from moc_jax.errors import Failure
 from moc_jax.showing import shown
 
 SUFFIXES = (".yaml", ".yml", ".json", ".txt")
 
 
-class CaptionError(ValueError):
+class CaptionError(Failure, ValueError):
     """A caption file that cannot be used; the message names the file, the key and the fix."""
 
 

@@ -18,6 +18,7 @@ from moc_jax.codecs import Codec, load_codec
 from moc_jax.config import CodecConfig, Config, DataConfig
 from moc_jax.config_json import settings_from_tree
 from moc_jax.data.sources import Split
+from moc_jax.errors import Failure
 from moc_jax.progress import track
 from moc_jax.reading import parse_json
 from moc_jax.showing import printable, shown
@@ -27,7 +28,7 @@ MANIFEST, CODEC = "manifest.json", "codec.npz"
 COUNTS = {"files", "shots", "short_shots", "frames", "cut_frames", "latent_frames"}
 
 
-class DataError(Exception):
+class DataError(Failure):
     """Prepared data that cannot be made, or is damaged or does not belong to the configuration."""
 
 

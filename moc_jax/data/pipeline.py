@@ -1,13 +1,15 @@
 """Encoded scenes -> batches, by Grain: read, augment, pack, stack; ahead of the step, in a thread or in processes."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import grain
 import jax
 import numpy as np
 from absl import flags
 
-from moc_jax.config import Config, ConfigError, DataConfig, TrainConfig
+from moc_jax.config import BucketConfig, Config, ConfigError, DataConfig, TrainConfig
 from moc_jax.data.buckets import Buckets, assign_buckets
 from moc_jax.data.caption_store import CaptionStore, open_captions
 from moc_jax.data.manifest import DataError, Manifest, SceneEntry, verify
@@ -21,7 +23,13 @@ _AHEAD = 2  # batches read ahead, per worker
 
 
 def make_pipeline(
-    cfg: Config, manifest: Manifest, *, split: Split, process_index: int = 0, process_count: int = 1
+    cfg: Config,
+    manifest: Manifest,
+    *,
+    split: Split,
+    process_index: int = 0,
+    process_count: int = 1,
+    verified: bool = True,
 ) -> "SceneIterator":
     """This process's share of every batch, as scenes with numpy leaves.
 
@@ -30,6 +38,9 @@ def make_pipeline(
 
     Training never ends, and applies caption dropout and image conditioning. Validation shows each held-out scene once,
     as it is; rows left over in a bucket's last batch are blank: no shots, no captions.
+
+    Args:
+        verified: False leaves it to the caller to call `SceneIterator.verify` before the first batch.
 
     Raises:
         ConfigError: the batch does not divide by the processes, or a bucket or caption does not fit.
@@ -44,7 +55,7 @@ def make_pipeline(
     captions = open_captions(manifest, cfg.text)
     buckets = assign_buckets(cfg.data.buckets, manifest, captions.tokens, split, patch=cfg.model.patch[0])
     used = sorted({scene.shard for scenes in buckets.scenes for scene in scenes})
-    verify(manifest, used[process_index::process_count])  # each process a part, since together they read all
+    check = functools.partial(verify, manifest, used[process_index::process_count])  # together they read all
     sizes = tuple(map(len, buckets.scenes))
     mine = slice(process_index * rows, (process_index + 1) * rows)
     if split == "train":
@@ -54,7 +65,10 @@ def make_pipeline(
         plan = ValidationPlan(sizes, cfg.train.batch_size)
         load = _Load(manifest, captions, buckets, mine)
     identity = _identity(cfg.train, buckets, manifest.fingerprint)
-    return SceneIterator(grain.MapDataset.source(plan).map(load), buckets, cfg.data.workers, identity)
+    scenes = SceneIterator(plan, load, buckets, cfg.data.workers, identity, check)
+    if verified:
+        scenes.verify()
+    return scenes
 
 
 class SceneIterator(grain.DatasetIterator):
@@ -62,10 +76,20 @@ class SceneIterator(grain.DatasetIterator):
 
     _reading: grain.DatasetIterator | None = None  # on the class: Grain closes iterators that were never built, too
 
-    def __init__(self, batches: grain.MapDataset, buckets: Buckets, workers: int, identity: dict[str, object]):
+    def __init__(
+        self,
+        plan: TrainPlan | ValidationPlan,
+        load: Callable[[Batch], Scene],
+        buckets: Buckets,
+        workers: int,
+        identity: dict[str, object],
+        verify: Callable[[], None],
+    ):
+        """`verify` raises DataError where this process's part of the data is damaged."""
         super().__init__()
-        self.buckets = buckets
-        self._batches, self._workers, self._identity = batches, workers, identity
+        self.buckets, self.verify = buckets, verify
+        self._plan, self._batches = plan, grain.MapDataset.source(plan).map(load)
+        self._workers, self._identity = workers, identity
         self._step = 0
 
     def __next__(self) -> Scene:
@@ -83,6 +107,15 @@ class SceneIterator(grain.DatasetIterator):
         self._step += 1
         # Workers hand over shared memory, which the process would still hold, and complain about, when it ends.
         return jax.tree.map(np.array, scene) if self._workers else scene
+
+    def buckets_between(self, begin: int, end: int) -> list[BucketConfig]:
+        """The buckets that batches [begin, end) are of, in the order of their first use."""
+        there, found = sum(map(bool, self.buckets.scenes)), dict[int, None]()
+        for number in range(begin, min(end, len(self._plan))):
+            found[self._plan[number].bucket] = None
+            if len(found) == there:
+                break
+        return [self.buckets.shapes[bucket] for bucket in found]
 
     def get_state(self) -> dict[str, object]:
         """The next batch's number, and what it is a number of."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from scenedetect import ContentDetector, FrameTimecode
 
 from moc_jax.data.video import resample
 from moc_jax.shapes import UInt8
@@ -16,8 +15,11 @@ class CutDetector:
     """PySceneDetect's ContentDetector, frame by frame: a cut is where hue, saturation and brightness jump."""
 
     def __init__(self, threshold: float):
+        from scenedetect import ContentDetector, FrameTimecode  # with OpenCV, which prepared data doesn't need
+
         # Its own filter of short shots counts frames; ours counts seconds, which hold at any frame rate.
         self._detector = ContentDetector(threshold=threshold, min_scene_len=0)
+        self._timecode = FrameTimecode
         self._number = 0
         self._last_cut = 0.0
 
@@ -25,7 +27,7 @@ class CutDetector:
         """Whether this frame, shown at `seconds`, is the first of a new shot."""
         step = max(1, frame.shape[1] // _DETECTOR_COLUMNS)
         bgr = np.ascontiguousarray(frame[::step, ::step, ::-1])
-        jump = bool(self._detector.process_frame(FrameTimecode(self._number, 25.0), bgr))
+        jump = bool(self._detector.process_frame(self._timecode(self._number, 25.0), bgr))
         self._number += 1
         if not jump or seconds - self._last_cut < _LEAST_SECONDS:
             return False

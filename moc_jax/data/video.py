@@ -15,6 +15,7 @@ from av.video.codeccontext import VideoCodecContext
 from moc_jax.data.frames import deinterlaced, fit, remarks
 from moc_jax.data.streams import best_stream, can_be_torn, decoder_of, display_matrix, end_of, packets, usual_step
 from moc_jax.data.timestamps import Stamp, show_times
+from moc_jax.errors import Failure
 from moc_jax.files import whole_file
 from moc_jax.shapes import UInt8, typed
 
@@ -26,7 +27,7 @@ _BT601 = (6, 6, 6, 1)
 _SAME_TIME = 1e-6  # seconds; time stamps are rounded to the container's clock
 
 
-class VideoError(Exception):
+class VideoError(Failure):
     """A video file that cannot be used: `path` says which, `reason` why."""
 
     def __init__(self, path: str | os.PathLike, reason: str):

@@ -19,11 +19,13 @@ from jax.sharding import AbstractMesh, Mesh
 from moc_jax import models
 from moc_jax.attention.api import routed_attention
 from moc_jax.codecs import Codec, pixels_from_unit
+from moc_jax.compilation import kept_program
 from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
 from moc_jax.diffusion.guidance import guided_velocity
 from moc_jax.diffusion.process import VelocityFn, add_noise
-from moc_jax.errors import explain_memory
+from moc_jax.errors import Failure, explain_memory
+from moc_jax.phases import Phases
 from moc_jax.progress import Progress
 from moc_jax.sampling.scenes import Canvas, Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
@@ -34,7 +36,7 @@ from moc_jax.signals import Signals, Stop
 from moc_jax.text import TextEncoder, build_text_encoder
 
 
-class SamplingError(RuntimeError):
+class SamplingError(Failure):
     """Sampling gave something that is not a video: says what, of which storyboard, and what to try."""
 
 
@@ -76,12 +78,14 @@ class Sampler:
         stop: Stop | None = None,
         *,
         progress: bool = False,
+        phases: Phases | None = None,
     ) -> None:
         """`config` says model, attention and sampling settings; `codec` is the one the model was trained with.
 
         Args:
             stop: checked between two calls of the model; what it raises ends the sampling.
             progress: shows how many calls of the model are done.
+            phases: what was done before; after the first call it is shown how long that took.
 
         Raises:
             ConfigError: the codec's latents are not the model's.
@@ -97,7 +101,7 @@ class Sampler:
         self._encoder = build_text_encoder(config.text) if encoder is None else encoder
         self._graph = models.abstract(config.model)[0]
         self._attention = routed_attention(config.attention)
-        self._progress = progress
+        self._progress, self._phases = progress, phases
         self._stop = Signals() if stop is None else stop  # such signals never ask
         self._programs: dict[Hashable, jax.stages.Compiled] = {}
         self._jitted = {
@@ -167,6 +171,9 @@ class Sampler:
                     carried = self._program("call", params, placed, noises, now, z_0, carried, at)
                     jax.block_until_ready(carried)
                     progress.reach(done := done + 1)
+                    if self._phases is not None:
+                        progress.say(f"the first step was done after {self._phases.total('step')}")
+                        self._phases = None
                 z_0, carried = self._program("end", placed, noises, now, z_0, carried)
         return np.asarray(z_0)
 
@@ -175,9 +182,18 @@ class Sampler:
         leaves, tree = jax.tree.flatten(args)
         key = name, tree, tuple((np.shape(x), x.dtype, getattr(x, "sharding", None)) for x in leaves)
         if key not in self._programs:
-            build = functools.partial(_built, self._jitted[name], jax.sharding.get_mesh(), *args)
-            self._programs[key] = self._stop.unless_asked(build)
+            cfg, mesh = self.config, jax.sharding.get_mesh()
+            self._done("weights and captions")
+            made_of = f"sample_{name}", cfg.model, cfg.moc, cfg.sample, self._attention, *key[1:]
+            devices = jax.devices()[:1] if mesh.empty else list(mesh.devices.flat)
+            build = functools.partial(_built, self._jitted[name], mesh, *args)
+            self._programs[key] = self._stop.unless_asked(functools.partial(kept_program, made_of, devices, build))
+            self._done("compiling")
         return self._programs[key](*args)
+
+    def _done(self, what: str) -> None:
+        if self._phases is not None:
+            self._phases.done(what)
 
     def _velocity(self, params: Params, request: Request) -> VelocityFn:
         def model(video, text, t, lengths):

@@ -2,28 +2,26 @@
 
 import os
 import textwrap
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from moc_jax.files import whole_file
 from moc_jax.sampling.generate import SamplingError
 from moc_jax.shapes import Float, UInt8, typed
 
+if typing.TYPE_CHECKING:  # half a second, which only a run that draws spends
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+
 PAPER, INK, FAINT = "#fcfcfa", "#1d2330", "#7d8493"
-_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _MARGIN, _GAP, _FRAME_GAP = 28, 22, 4
 _FRAMES = 3  # of each shot
 _CAPTION_LINES = 6  # of each shot; a longer one ends with an ellipsis
-_BLUES = LinearSegmentedColormap.from_list("reads", ["#f3f6fb", "#a9c8ea", "#3f83c4", "#12406f"])
+_BLUES = "#f3f6fb", "#a9c8ea", "#3f83c4", "#12406f"
 
 
 Row = tuple[str, Sequence[UInt8[np.ndarray, "_ Y X 3"]]]
@@ -148,7 +146,9 @@ def _shortened(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_FONTS / "DejaVuSans.ttf", size)
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 # ------------------------------------------------------------------------------------------------ routing
@@ -157,6 +157,11 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 @typed
 def routing_picture(shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5) -> Image.Image:
     """One heat map per layer: row s shows how the picks of shot s divide among the shots; see `Sampler.routing`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+
     depth, shots, _ = shares.shape
     columns = min(range(1, depth + 1), key=lambda c: (-depth % c > c // 4, abs(c / -(-depth // c) - 1.6)))
     rows = -(-depth // columns)
@@ -169,6 +174,7 @@ def routing_picture(shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5) -
     height = top + rows * side + (rows - 1) * gap_y + bottom
     figure = Figure((width, height), dpi=130, facecolor=PAPER)
     canvas = FigureCanvasAgg(figure)
+    colours = LinearSegmentedColormap.from_list("reads", _BLUES)
 
     def place(x: float, y: float, w: float, h: float):
         """Axes of w x h inches whose upper left corner lies x, y inches from the figure's."""
@@ -180,13 +186,13 @@ def routing_picture(shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5) -
     for layer in range(depth):
         row, column = divmod(layer, columns)
         axes = place(left + column * (side + gap_x), top + row * (side + gap_y), side, side)
-        _heat_map(axes, shares[layer], f"layer {layer + 1}", most)
+        _heat_map(axes, shares[layer], f"layer {layer + 1}", most, colours)
     write(left, 0.38, "Which shots each shot reads from", 14, weight="bold")
     write(left, 0.68, f"share of the picks in %, at t = {t:g} over all heads; captions are always read", 9, FAINT)
     write(left + (columns * (side + gap_x) - gap_x) / 2, height - 0.32, "shot that is read", 10, ha="center")
     write(0.32, top + (height - top - bottom) / 2, "shot that reads", 10, rotation=90, ha="center")
     bar_at = left + columns * (side + gap_x) - gap_x + 0.3
-    scale = ScalarMappable(Normalize(0, most), _BLUES)
+    scale = ScalarMappable(Normalize(0, most), colours)
     bar = figure.colorbar(scale, cax=place(bar_at, top, 0.14, min(side, 2.5)), ticks=[0, most])
     bar.ax.set_yticklabels(["0 %", f"{100 * most:.0f} %"], size=8, color=INK)
     bar.outline.set_visible(False)
@@ -195,13 +201,13 @@ def routing_picture(shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5) -
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def _heat_map(axes: Axes, shares: np.ndarray, title: str, most: float) -> None:
+def _heat_map(axes: "Axes", shares: np.ndarray, title: str, most: float, colours: "Colormap") -> None:
     shots = len(shares)
     shown = np.where(shares.sum(axis=1, keepdims=True) > 0, shares, np.nan)
     own = np.diag(shares) == 0
     shown[own, own] = np.nan
     axes.set_facecolor("#e6e6e3")  # the own shot, which is an anchor and no pick; and shots that pick nothing
-    axes.imshow(shown, cmap=_BLUES, vmin=0, vmax=most, aspect="equal")
+    axes.imshow(shown, cmap=colours, vmin=0, vmax=most, aspect="equal")
     axes.set_title(title, size=10, color=INK, loc="left", pad=4)
     ticks = range(0, shots, 1 if shots <= 12 else -(-shots // 8))
     axes.set_xticks(ticks, [str(s + 1) for s in ticks], size=8, color=FAINT)

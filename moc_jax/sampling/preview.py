@@ -1,7 +1,8 @@
 """Previews: what a run samples now and then while it trains, to be looked at."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 
 import jax
 from etils import epath
@@ -28,20 +29,24 @@ def make_preview(config: Config, manifest: Manifest, stop: Stop | None = None) -
     if given:
         return Preview(config, load_storyboard(given), codec, stop)
     entry = manifest.split("train")[0]
-    if jax.process_index():  # the main process alone draws
-        board = scene_storyboard(entry, stride=codec.stride[0], fps=config.data.fps)
-        return Preview(config, board, codec, stop)
-    scene = prepared_scene(config.data, manifest, codec, entry)
-    rows = [(name, [shown_frames(shot) for shot in shots]) for name, shots in scene.rows()]
-    return Preview(config, scene.board, codec, stop, rows)
+    board = scene_storyboard(entry, stride=codec.stride[0], fps=config.data.fps)
+
+    def rows() -> list[Row]:
+        scene = prepared_scene(config.data, manifest, codec, entry)
+        return [(name, [shown_frames(shot) for shot in shots]) for name, shots in scene.rows()]
+
+    return Preview(config, board, codec, stop, rows)
 
 
 class Preview:
     """(weights, step) -> previews/<step>.mp4 and a contact sheet in the workdir."""
 
-    def __init__(self, config: Config, board: Storyboard, codec: Codec, stop: Stop | None, rows: Sequence[Row] = ()):
-        """`rows`: what to show above the sample."""
-        self._config, self._board, self._codec, self._stop, self._rows = config, board, codec, stop, rows
+    def __init__(
+        self, config: Config, board: Storyboard, codec: Codec, stop: Stop | None, rows: Callable[[], list[Row]] = list
+    ):
+        """`rows`: what to show above the sample; the main process asks at its first preview."""
+        self._config, self._board, self._codec, self._stop = config, board, codec, stop
+        self._rows = functools.cache(rows)
         self._samplers: dict[MoCConfig, Sampler] = {}  # one per chunk size of the schedule
 
     def __call__(self, params: Params, step: int) -> None:
@@ -54,7 +59,7 @@ class Preview:
             video, picture = self._files(step)
             captions = [shot.caption for shot in board.shots]
             write_video(video, sample.video, config.data.fps)
-            rows = [*self._rows, (f"step {step}", sample.shots)]
+            rows = [*self._rows(), (f"step {step}", sample.shots)]
             save_picture(contact_sheet(rows, captions, title=board.caption), picture)
 
     def missing(self, step: int) -> bool:

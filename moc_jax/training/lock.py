@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moc_jax.config import ConfigError
+from moc_jax.errors import Failure
 from moc_jax.reading import parse_json
 
 NAME = "run.lock"
@@ -37,7 +38,7 @@ LEASE = 60.0  # seconds without one, after which a holder that cannot be looked 
 _LONGEST = 1 << 16  # bytes; beyond it the file is not a lock
 
 
-class LockError(RuntimeError):
+class LockError(Failure):
     """The folder is another run's: says whose, and what to do."""
 
 

@@ -3,37 +3,41 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import Checkpoints
-from moc_jax.config import Config, ConfigError, MoCConfig
+from moc_jax.config import BucketConfig, Config, ConfigError, MoCConfig
 from moc_jax.config_json import config_to_json
 from moc_jax.data.manifest import Manifest, codec_of
+from moc_jax.data.pack import blank_scene
 from moc_jax.data.pipeline import make_pipeline
-from moc_jax.errors import disk_full, explain_memory
+from moc_jax.errors import Failure, disk_full, explain_memory
 from moc_jax.files import write_text
-from moc_jax.processes import gather, together
+from moc_jax.phases import Phases
+from moc_jax.processes import gather
 from moc_jax.scene import Scene
-from moc_jax.sharding import Params, check_batch, shard_batch
+from moc_jax.sharding import Params, batch_sharding, check_batch, shard_batch
 from moc_jax.signals import Interrupted, Signals
 from moc_jax.training.closing import closing_all
 from moc_jax.training.diagnosis import batch_entries, diagnosis, is_finite
 from moc_jax.training.lock import Lock
 from moc_jax.training.memory import preview_remedies, remedies
-from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, read_metrics, utilisation
+from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, read_metrics, speeds
+from moc_jax.training.programs import Programs, StagePrograms, Wanted
 from moc_jax.training.start import Changes, check_codec, check_resumable, initial_params
 from moc_jax.training.state import TrainState, create_state, make_blueprint
-from moc_jax.training.step import StepMetrics, make_train_step, make_validation_step, validation_levels
+from moc_jax.training.step import StepMetrics, make_train_step, make_validation_step
 from moc_jax.training.stop import RunStop
-from moc_jax.training.summary import SceneCost, si, stage_costs, summary
+from moc_jax.training.summary import SceneCost, stage_costs, summary
+from moc_jax.training.validation import Validation
 
 __all__ = ["Preview", "TrainingError", "batch_entries", "check_resumable", "lag", "train"]
 
@@ -54,7 +58,7 @@ def lag(mesh: Mesh) -> int:
     return 0 if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else _LAG
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Failure):
     """A run that can't continue: says at which step, why, and what is intact."""
 
 
@@ -66,6 +70,7 @@ def train(
     preview: Preview | None = None,
     stop: RunStop | None = None,
     lock: Lock | None = None,
+    phases: Phases | None = None,
 ) -> None:
     """Trains to `train.steps`, from the newest checkpoint in the workdir if there is one.
 
@@ -74,6 +79,7 @@ def train(
     Args:
         stop: listens for signals; None: this function listens while it runs.
         lock: the workdir's, where this process holds it: asked now and then whether it still does.
+        phases: what was done before; None: the first step's time is counted from here.
 
     Raises:
         ConfigError: settings that do not fit the mesh, the data, or the run that is to be resumed.
@@ -96,7 +102,7 @@ def train(
             stop = RunStop(stack.enter_context(Signals()))
         try:
             with closing_all() as closes:
-                run = _Run(cfg, manifest, mesh, preview, stop, lock, closes)
+                run = _Run(cfg, manifest, mesh, preview, stop, lock, phases or Phases(), closes)
                 with stop.deferred():
                     run.to_the_end()
         except OSError as error:
@@ -127,35 +133,46 @@ class _Run:
         preview: Preview | None,
         stop: RunStop,
         lock: Lock | None,
+        phases: Phases,
         closes: Callable[[Callable[[], None]], None],
     ):
         """`closes` takes the close of each part as soon as there is one."""
         self._cfg, self._mesh, self._preview, self._stop, self._lock = cfg, mesh, preview, stop, lock
-        self._main = jax.process_index() == 0
+        self._phases, self._main = phases, jax.process_index() == 0
         part = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        self._data = make_pipeline(cfg, manifest, split="train", **part)
+        self._data = make_pipeline(cfg, manifest, split="train", verified=False, **part)
         closes(self._data.close)
-        self._held_out = make_pipeline(cfg, manifest, split="validation", **part) if cfg.train.validate_every else None
-        if self._held_out is not None:
-            closes(self._held_out.close)
-        self._codec = codec_of(manifest)
+        self._checkpoints = Checkpoints(str(epath.Path(cfg.workdir) / "checkpoints"), cfg.train)
+        closes(self._checkpoints.close)
         self._blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
-        where = self._blueprint, mesh, routed_attention(cfg.attention)
+        self._attention = routed_attention(cfg.attention)
+        where = self._blueprint, mesh, self._attention
         self._step = make_train_step(cfg.train, cfg.optimizer, cfg.diffusion, *where)
-        self._validation_step = make_validation_step(cfg.train, cfg.diffusion, *where)
-        self._programs: dict[Hashable, jax.stages.Compiled] = {}
+        self._codec, self._latent_shape = codec_of(manifest), manifest.latent_shape
+        self._programs = StagePrograms(Programs(stop), cfg.stages, self._data.buckets_between, self._program)
+        closes(self._programs.close)
+        if (newest := max(self._checkpoints.steps, default=0)) < cfg.train.steps:
+            self._programs.begin(newest)  # compiled while all that follows is done
+        phases.done("model")
+
+        self._data.verify()
+        self._validation, buckets = None, [self._data.buckets]
+        if cfg.train.validate_every:
+            held_out = make_pipeline(cfg, manifest, split="validation", **part)
+            closes(held_out.close)
+            step, levels = make_validation_step(cfg.train, cfg.diffusion, *where), cfg.train.validation_buckets
+            self._validation = Validation(held_out, step, self._build, mesh, levels, stop)
+            buckets.append(held_out.buckets)
         self._costs = stage_costs(cfg, self._data.buckets)
         self._pending: collections.deque[_Pending] = collections.deque()
         self._lag = lag(mesh)
         self._idle = 0.0  # seconds that were not spent in steps
         self._saved: int | None = None
-
-        buckets = [self._data.buckets, *([self._held_out.buckets] if self._held_out else [])]
         if self._main:
             print(summary(cfg, manifest, buckets, self._costs, mesh, self._blueprint), flush=True)
-        self._checkpoints = Checkpoints(str(epath.Path(cfg.workdir) / "checkpoints"), cfg.train)
-        closes(self._checkpoints.close)
+        phases.done("checks and summary")
         self._state, report = self._start()
+        phases.done("weights")
         self._start_step = self._done = int(self._state.step)
         self._place = self._data.get_state()  # where the data stands after step `_done`
         if self._main:
@@ -163,6 +180,7 @@ class _Run:
             write_text(epath.Path(cfg.workdir) / "config.json", config_to_json(cfg))
         self._metrics = Metrics(cfg.workdir, start=self._start_step, steps=cfg.train.steps, enabled=self._main)
         closes(self._metrics.close)
+        phases.done("logs")
         self._clock = Clock()
 
     @explain_memory("the weights, the optimizer's state and the moving average", TrainingError, remedies)
@@ -219,6 +237,11 @@ class _Run:
             self._dispatch(step)
         if len(self._pending) > self._lag:
             self._report()
+        for line in self._programs.news():
+            self._metrics.say(line)
+        if step == self._start_step + 1:
+            self._report_all()
+            self._metrics.say(f"the first step was done after {self._phases.total('step')}")
 
     def _choose_lag(self, step: int) -> None:
         """Times a step alone; all processes find the same, since one that ran ahead would be waited for in vain."""
@@ -232,41 +255,35 @@ class _Run:
 
     @explain_memory("a training step", TrainingError, remedies)
     def _dispatch(self, step: int) -> None:
-        moc = self._cfg.moc_at(step - 1)
         mine = next(self._data)
         scene = shard_batch(mine, self._mesh)
-        program = self._program(scene, moc)
+        self._phases.done("first batch")
+        bucket, moc = self._bucket(mine), self._cfg.moc_at(step - 1)
+        with contextlib.nullcontext() if self._programs.ready(step - 1, bucket) else self._paused():
+            program = self._programs.get(step - 1, bucket)
+        self._phases.done("compiling")
         self._state, metrics = program(self._state, scene)
         self._done, self._place = step, self._data.get_state()
         self._pending.append(_Pending(step, metrics, mine, moc))
 
-    def _program(self, scene: Scene, moc: MoCConfig) -> Callable[[TrainState, Scene], tuple[TrainState, StepMetrics]]:
-        """The step, compiled for this bucket and stage."""
-        key = (moc, scene.video.shape, scene.text.shape, scene.lengths.shot_frames.shape)
-        if key not in self._programs:
-            with self._paused():
-                self._programs[key] = self._compiled(scene, moc)
-        return self._programs[key]
+    def _program(self, moc: MoCConfig, bucket: BucketConfig) -> Wanted:
+        """The step for this attention and scenes of this shape."""
+        cfg, mesh, sharding = self._cfg, self._mesh, batch_sharding(self._mesh)
 
-    def _compiled(self, scene: Scene, moc: MoCConfig) -> jax.stages.Compiled:
-        begin = time.perf_counter()
-        program = f"the step for {scene.video.shape[1]} frames and chunks of {moc.chunk.size} {moc.chunk.unit}"
-        compiled = self._built(program, self._step, self._blueprint.abstract, scene, moc)
-        memory = compiled.memory_analysis()  # None where the backend can't tell
-        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else 0
-        self._metrics.say(
-            f"compiled {program} in {time.perf_counter() - begin:.0f} s"
-            + (f"; each device needs {si(held)}B" if memory else "")
+        def of_batch(x):
+            return jax.ShapeDtypeStruct((cfg.train.batch_size, *x.shape), x.dtype, sharding=sharding)
+
+        scene = jax.tree.map(of_batch, blank_scene(bucket, self._latent_shape, cfg.text.dim))
+        return Wanted(
+            what=f"the step for {bucket.frames} frames and chunks of {moc.chunk.size} {moc.chunk.unit}",
+            made_of=("train_step", cfg.model, cfg.train, cfg.optimizer, cfg.diffusion, self._attention, moc, scene),
+            devices=list(mesh.devices.flat),
+            build=functools.partial(self._build, self._step, self._blueprint.abstract, scene, moc),
         )
-        return compiled
 
-    def _built(self, what: str, function: jax.stages.Wrapped, *args: object) -> jax.stages.Compiled:
-        def build() -> jax.stages.Compiled:
-            with jax.set_mesh(self._mesh):  # which each thread has its own of
-                return function.lower(*args).compile()
-
-        number = len(self._programs) + 1  # two buckets may have as many frames
-        return self._stop.unless_asked(lambda: together(f"compile {what} (program {number})", build))
+    def _build(self, function: jax.stages.Wrapped, *args: object) -> jax.stages.Compiled:
+        with jax.set_mesh(self._mesh):  # which each thread has its own of
+            return function.lower(*args).compile()
 
     @property
     def config(self) -> Config:
@@ -290,22 +307,21 @@ class _Run:
         self._clock.add(steps=1, tokens=scenes * cost.tokens, flops=scenes * cost.flops)
         self._metrics.progress(oldest.step, loss=f"{row['loss']:.4f}")
         if log:
-            rates = self._clock.rates()
-            speed = {f"speed/{name}_per_second": rate for name, rate in rates.items()}
-            used = utilisation(rates["flops"], self._mesh.devices.flat[0].device_kind, self._mesh.size)
-            self._metrics.board(oldest.step, speed | ({} if used is None else {"speed/model_flops_utilisation": used}))
+            device = self._mesh.devices.flat[0].device_kind
+            self._metrics.board(oldest.step, speeds(self._clock.rates(), device, self._mesh.size))
 
     def _report_all(self) -> None:
         while self._pending:
             self._report()
 
     def _cost(self, step: _Pending) -> SceneCost:
-        scene = step.scene
-        shape = scene.lengths.shot_frames.shape[1], scene.video.shape[1], scene.text.shape[1]
-        shapes = [(s.shots, s.frames, s.text_tokens) for s in self._data.buckets.shapes]
-        cost = self._costs[step.moc][shapes.index(shape)]
+        cost = self._costs[step.moc][self._data.buckets.shapes.index(self._bucket(step.scene))]
         assert cost is not None  # the bucket has scenes
         return cost
+
+    def _bucket(self, scene: Scene) -> BucketConfig:
+        shots, frames, text_tokens = scene.lengths.shot_frames.shape[1], scene.video.shape[1], scene.text.shape[1]
+        return BucketConfig(shots=shots, frames=frames, text_tokens=text_tokens)
 
     # -------------------------------------------------------------------------------------------- between steps
 
@@ -348,23 +364,10 @@ class _Run:
 
     @explain_memory("validation", TrainingError, remedies)
     def _validate(self, step: int) -> None:
-        assert self._held_out is not None
-        self._held_out.set_state({**self._held_out.get_state(), "step": 0})
-        moc, params = self._cfg.moc_at(step - 1), self._state.sampling_params
-        results = []
-        for number, scene in enumerate(self._held_out):
-            self._stop.check()
-            batch = params, shard_batch(scene, self._mesh), np.int32(number)
-            key = "validation", moc, batch[1].video.shape, batch[1].text.shape, batch[1].lengths.shot_frames.shape
-            if key not in self._programs:
-                self._programs[key] = self._built("validation", self._validation_step, *batch, moc)
-            results.append(jax.device_get(self._programs[key](*batch)))
-        sums, shots = (np.sum(x, axis=0) for x in zip(*results))
-        levels = validation_levels(self._cfg.train.validation_buckets)
-        losses = sums.astype(np.float64) / max(shots, 1)
-        values = {f"t_{t:.3f}": float(loss) for t, loss in zip(np.asarray(levels), losses)}
-        self._metrics.write(step, {"validation": {"mean": float(losses.mean()), **values}})
-        self._metrics.say(f"step {step}: validation loss {losses.mean():.4f}")
+        assert self._validation is not None
+        losses = self._validation(self._state.sampling_params, self._cfg.moc_at(step - 1))
+        self._metrics.write(step, {"validation": losses})
+        self._metrics.say(f"step {step}: validation loss {losses['mean']:.4f}")
 
     @explain_memory("a preview", TrainingError, preview_remedies)
     def _show_preview(self, step: int) -> None:

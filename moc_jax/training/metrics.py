@@ -3,12 +3,13 @@
 metrics.jsonl holds no times, so that an interrupted run's file ends up equal, byte for byte, to an uninterrupted one's.
 """
 
+import contextlib
 import io
 import json
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from etils import epath
@@ -17,8 +18,9 @@ from moc_jax.files import whole_file
 from moc_jax.progress import Progress
 from moc_jax.training.closing import closing_all
 from moc_jax.training.history import Row, clear_the_way, keep_until, read_metrics
+from moc_jax.training.tensorboard import EventFile
 
-__all__ = ["PEAK_FLOPS", "Clock", "Metrics", "draw_loss_curve", "read_metrics", "utilisation"]
+__all__ = ["PEAK_FLOPS", "Clock", "Metrics", "draw_loss_curve", "read_metrics", "speeds", "utilisation"]
 
 PEAK_FLOPS = {  # bfloat16 matrix products per second and device, dense, by `device_kind`
     "TPU v4": 275e12,
@@ -49,19 +51,15 @@ class Metrics:
         self._progress = Progress("training", total=steps, unit="step", done=start, enabled=enabled)
         if not enabled:
             return
-        from tensorboardX import SummaryWriter  # half a second that --help and other processes need not spend
-
         folder = epath.Path(workdir)
         path = folder / "metrics.jsonl"
         clear_the_way(folder)
         keep_until(path, start)
         self._file = path.open("a")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of its protobuf code
-            try:
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
-            except OSError as error:
-                warnings.warn(f"nothing is written to TensorBoard: {error}", UserWarning, stacklevel=2)
+        try:
+            self._board = EventFile(folder / "tensorboard", purge_step=start + 1 if start else None)
+        except OSError as error:
+            warnings.warn(f"nothing is written to TensorBoard: {error}", UserWarning, stacklevel=2)
 
     def write(self, step: int, values: Values, *, board: bool = True) -> None:
         """One line of metrics.jsonl (null where a number is not finite), and one point per number in TensorBoard."""
@@ -76,11 +74,15 @@ class Metrics:
         """TensorBoard only: for what differs between two runs of the same command, such as times."""
         if self._board is None:
             return
-        for name, value in values.items():
-            if isinstance(value, Mapping):
-                self.board(step, {f"{name}/{key}": inner for key, inner in value.items()})
-            else:
-                self._board.add_scalar(name, value, step)
+        try:
+            for name, value in _flat(values):
+                self._board.add(name, value, step)
+            self._board.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._board.close()
+            self._board = None
+            warnings.warn(f"nothing more is written to TensorBoard: {error}", UserWarning, stacklevel=2)
 
     def progress(self, step: int, **shown: str) -> None:
         """Shows that `step` is done, and how it went."""
@@ -131,6 +133,21 @@ def utilisation(flops_per_second: float, device_kind: str, devices: int) -> floa
     """Model FLOPs per second over the devices' peak (MFU); None for a device whose peak is not known."""
     peak = PEAK_FLOPS.get(device_kind)
     return None if peak is None else flops_per_second / (peak * devices)
+
+
+def speeds(rates: Mapping[str, float], device_kind: str, devices: int) -> Values:
+    """`Clock.rates` as they are shown, with the utilisation where it is known."""
+    shown = {f"speed/{name}_per_second": rate for name, rate in rates.items()}
+    used = utilisation(rates["flops"], device_kind, devices)
+    return shown if used is None else {**shown, "speed/model_flops_utilisation": used}
+
+
+def _flat(values: Values) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{key}", inner) for key, inner in value.items())
+        else:
+            yield name, value
 
 
 def _finite(values: Values) -> Row:

@@ -1,6 +1,7 @@
 """When a run stops: a signal asks one process, and all of them stop at the same point."""
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 
 import jax
@@ -45,3 +46,9 @@ class RunStop:
     def unless_asked[T](self, action: Callable[[], T]) -> T:
         """`action()`, which may take minutes; of several processes none can leave it alone, so there it ends first."""
         return self._signals.unless_asked(action) if jax.process_count() == 1 else action()
+
+    def leave(self, thread: threading.Thread) -> None:
+        """The end of the process waits for this thread, which may be in native code, only if there are several."""
+        thread.join(None if jax.process_count() > 1 else 0.5)
+        if thread.is_alive():
+            self._signals.leave(thread)

@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 import moc_jax
 from moc_jax.attention.accounting import account
-from moc_jax.attention.backends import resolve
+from moc_jax.attention.api import routed_attention
+from moc_jax.attention.backends import Backend
+from moc_jax.attention.tilings import given_tiling
 from moc_jax.config import BucketConfig, Config, MoCConfig
 from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import Manifest, SceneEntry
@@ -33,12 +35,14 @@ class SceneCost:
     tokens: float  # text and video
     flops: float  # of the model, forward and backward: three times the forward pass; recomputation is not counted
     attention_share: float  # of `flops`
-    chunks: int  # of a scene at most, padding included
+    backend: Backend  # attention's
     sparsity: float  # 1 - attended pairs / all pairs, if each query picks the longest chunks it may
 
 
 def scene_costs(cfg: Config, moc: MoCConfig, buckets: Buckets) -> list[SceneCost | None]:
     """What a scene of each bucket costs; None for a bucket without scenes."""
+    attention = routed_attention(cfg.attention)
+    q = jax.ShapeDtypeStruct((1, 1, cfg.model.heads, cfg.model.head_dim), cfg.model.dtype)
 
     def cost(shape: BucketConfig, scenes: tuple[SceneEntry, ...]) -> SceneCost | None:
         scenes = scenes[:: math.ceil(len(scenes) / _SCENES)] if scenes else ()
@@ -57,13 +61,13 @@ def scene_costs(cfg: Config, moc: MoCConfig, buckets: Buckets) -> list[SceneCost
         table = jax.jit(chunk_table, static_argnums=(1, 2))(lengths, tokens_shape, moc.chunk)
         counted = account(table, moc, cfg.model.head_dim)
         text_tokens = int(text_lengths.sum())
-        attention = cfg.model.depth * cfg.model.heads * counted.flops
+        attended = cfg.model.depth * cfg.model.heads * counted.flops
         matrices = matrix_flops(cfg.model, text_tokens, counted.tokens - text_tokens)
         return SceneCost(
             tokens=counted.tokens / len(scenes),
-            flops=3 * (matrices + attention) / len(scenes),
-            attention_share=attention / (matrices + attention),
-            chunks=table.kind.shape[1],
+            flops=3 * (matrices + attended) / len(scenes),
+            attention_share=attended / (matrices + attended),
+            backend=attention.backend_for(q, q, q, table, moc),
             sparsity=counted.sparsity,
         )
 
@@ -93,14 +97,13 @@ def summary(
         manifest.summary(),
         *(split.summary() for split in buckets),
     ]
-    q = jax.ShapeDtypeStruct((1, 1, cfg.model.heads, cfg.model.head_dim), cfg.model.dtype)
     for moc, of_buckets in costs.items():
         how = "dense" if moc.mode == "dense" else f"chunks of {moc.chunk.size} {moc.chunk.unit}, top {moc.top_k}"
         for shape, cost in zip(buckets[0].shapes, of_buckets):
             if cost is not None:
-                backend = resolve(cfg.attention.backend, moc, q, chunks=cost.chunks).name
+                tiles = "" if given_tiling(cost.backend) is None else ", measured tiles"
                 lines.append(
-                    f"attention by {backend} ({how}; bucket of {shape.frames} frames) skips "
+                    f"attention by {cost.backend.name} ({how}; bucket of {shape.frames} frames{tiles}) skips "
                     f"{cost.sparsity:.1%} of all pairs; "
                     f"{cost.tokens:,.0f} tokens and {si(cost.flops)}FLOP per scene, "
                     f"{si(cost.flops * cfg.train.batch_size)}FLOP per step, {cost.attention_share:.0%} in attention"

@@ -13,7 +13,16 @@ from moc_jax.attention import backends, tilings
 from moc_jax.attention.api import RoutedAttention, moc_attention, route, routed_attention
 from moc_jax.attention.autotune import autotune, descend, neighbours
 from moc_jax.attention.backends import Hopper, Reference, Tpu, Xla
-from moc_jax.attention.tilings import Kind, Tilings, Tuned, read_tilings, tiling_of, tilings_from_json, with_tiling
+from moc_jax.attention.tilings import (
+    Kind,
+    Tilings,
+    Tuned,
+    kept_file,
+    read_tilings,
+    tiling_of,
+    tilings_from_json,
+    with_tiling,
+)
 from moc_jax.attention.xla import XlaTiling
 from moc_jax.commands import autotune as command
 from moc_jax.commands import sample, train
@@ -109,8 +118,48 @@ def test_a_file_that_is_not_there_is_reported_first(tmp_path, capsys):
     assert exited.value.code == 2
     assert "no.json" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"attention.tilings = .*no.json"):
-        sample.main(["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "x.mp4"), *missing])
+        sample.main(
+            ["--checkpoint", str(tmp_path), "--training-scene", "0", "--out", str(tmp_path / "x.mp4"), *missing]
+        )
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_what_was_measured_here_is_found_by_itself(tmp_path, monkeypatch):
+    """Unless a file is given, or nothing; and by one process only, since all have to compile the same."""
+    assert routed_attention(AttentionConfig()).tilings == Tilings()
+    kept, given = (Tilings((tuned(tokens, SMALL),)) for tokens in (8, 9))
+    kept_file().parent.mkdir()
+    kept_file().write_text(kept.to_json())
+    (tmp_path / "given.json").write_text(given.to_json())
+    assert routed_attention(AttentionConfig()).tilings == kept
+    assert routed_attention(AttentionConfig(tilings=str(tmp_path / "given.json"))).tilings == given
+    assert routed_attention(AttentionConfig(tilings="")).tilings == Tilings()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert routed_attention(AttentionConfig()).tilings == Tilings()
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_tilings_of_another_version_are_not_found(monkeypatch):
+    here = kept_file()
+    for module in ("moc_jax", "jax"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{module}.__version__", "0.0.1")
+            assert kept_file() != here
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_kept_tilings_that_cannot_be_read_stop_nothing():
+    kept_file().parent.mkdir()
+    kept_file().write_text("{")
+    with pytest.warns(UserWarning, match=r"no measured tilings are used: .*tilings-.*json"):
+        assert routed_attention(AttentionConfig()).tilings == Tilings()
 
 
 def test_attention_of_a_model_takes_them(tmp_path):
@@ -216,6 +265,13 @@ def test_the_command_adds_to_its_file(tmp_path, capsys):
     other.write_text("[]")
     with pytest.raises(ConfigError, match=r"out = .*other.json: no list of tilings"):
         command.main(options(out=other))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_without_a_file_the_command_keeps_what_it_finds_where_runs_look(monkeypatch):
+    monkeypatch.setattr(search, "_milliseconds", lambda *_: 3.0)
+    command.main(options(trials=1))
+    assert [tuned.milliseconds for tuned in routed_attention(AttentionConfig()).tilings.tuned] == [3.0]
 
 
 def test_ctrl_c_keeps_what_was_found(tmp_path, monkeypatch):

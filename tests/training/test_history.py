@@ -180,9 +180,23 @@ def test_without_a_place_for_tensorboard_the_run_goes_on(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("tensorboardX.SummaryWriter", refuse)
+    monkeypatch.setattr("moc_jax.training.metrics.EventFile", refuse)
     (told,) = resume(tmp_path)
     assert told == "nothing is written to TensorBoard: [Errno 30] Read-only file system"
+
+
+def test_a_folder_of_tensorboard_that_goes_away_stops_nothing(tmp_path, monkeypatch):
+    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
+
+    def refuse():
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(metrics._board, "flush", refuse)
+    with pytest.warns(UserWarning, match="nothing more is written to TensorBoard: .*Stale file handle"):
+        metrics.write(1, {"loss": 1.0})
+    metrics.write(2, {"loss": 0.5})
+    metrics.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 @pytest.mark.parametrize("broken", ["metrics.jsonl", "loss.png"])

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
 from moc_jax.training.metrics import PEAK_FLOPS, Clock, Metrics, draw_loss_curve, read_metrics, utilisation
 
@@ -45,16 +46,25 @@ def test_only_the_main_process_writes(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def _points(folder):
-    """name -> [(step, value)] of a TensorBoard file: records of length, checksum, event, checksum."""
+def _events(folder):
+    """What a TensorBoard file holds: records of length, checksum, event, checksum."""
     (file,) = folder.iterdir()
-    data, found = file.read_bytes(), {}
+    data = file.read_bytes()
     while data:
         size = int.from_bytes(data[:8], "little")
+        for part, checksum in ((data[:8], data[8:12]), (data[12 : 12 + size], data[12 + size : 16 + size])):
+            assert masked_crc32c(part) == int.from_bytes(checksum, "little")
         event = Event.FromString(data[12 : 12 + size])
+        yield event
+        data = data[16 + size :]
+
+
+def _points(folder):
+    """name -> [(step, value)]."""
+    found = {}
+    for event in _events(folder):
         for value in event.summary.value:
             found.setdefault(value.tag, []).append((event.step, value.simple_value))
-        data = data[16 + size :]
     return found
 
 
@@ -70,6 +80,15 @@ def test_tensorboard_gets_every_number_by_name(tmp_path):
         "validation/t_0.500": [(2, 0.25)],
         "speed/steps_per_second": [(2, 4.0)],
     }
+
+
+def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
+    """A file says its version first; points of earlier files count up to the step that it starts with."""
+    Metrics(str(tmp_path), start=300, steps=999, enabled=True).close()
+    version, session = _events(tmp_path / "tensorboard")
+    assert (version.file_version, version.step) == ("brain.Event:2", 0)
+    assert (session.session_log.status, session.step) == (SessionLog.START, 301)
+    assert abs(session.wall_time - time.time()) < 100
 
 
 def test_rates_leave_pauses_out(monkeypatch):

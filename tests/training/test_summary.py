@@ -6,6 +6,8 @@ import shutil
 import pytest
 
 from moc_jax.attention.accounting import account
+from moc_jax.attention.api import RoutedAttention
+from moc_jax.attention.xla import Xla, XlaTiling
 from moc_jax.config import ChunkStage
 from moc_jax.data import make_pipeline, prepare
 from moc_jax.models import matrix_flops, parameter_count, scene_shape
@@ -45,6 +47,20 @@ def test_every_stage_of_the_schedule_is_counted(made):
     costs = stage_costs(config, data.buckets)
     assert [moc.chunk.size for moc in costs] == [1, 2]
     assert len({of_buckets[0].flops for of_buckets in costs.values()}) == 2
+
+
+def test_the_summary_says_where_tiles_were_measured(made, monkeypatch):
+    config, manifest, data = made
+    mesh = mesh_of(1)
+
+    def shown():
+        costs = stage_costs(config, data.buckets)
+        return summary(config, manifest, [data.buckets], costs, mesh, blueprint_of(config, mesh))
+
+    assert "frames) skips" in shown()
+    measured = RoutedAttention(backend=Xla(tiling=XlaTiling()))
+    monkeypatch.setattr("moc_jax.training.summary.routed_attention", lambda cfg: measured)
+    assert shown().count("frames, measured tiles) skips") == 2  # stages
 
 
 def test_the_summary_names_what_a_user_looks_for(made, monkeypatch, tmp_path):

@@ -73,7 +73,14 @@ def test_previews_show_the_original_and_what_the_codec_makes_of_it(prepared_conf
     monkeypatch.setattr(preview, "Sampler", lambda *_: lambda params, boards: [sample for _ in boards])
     sheets, drawn = [], preview.contact_sheet
     monkeypatch.setattr(preview, "contact_sheet", lambda rows, *a, **k: sheets.append(rows) or drawn(rows, *a, **k))
-    preview.make_preview(config, manifest)({}, 7)
+    read = []
+    monkeypatch.setattr(preview, "prepared_scene", lambda *args: read.append(1) or prepared_scene(*args))
+    show = preview.make_preview(config, manifest)
+    assert read == []  # a start needs none of it
+    show({}, 6)
+    show({}, 7)
+    assert read == [1]
+    sheets.pop(0)
     scene = prepared_scene(config.data, manifest, codec_of(manifest), manifest.split("train")[0])
     assert [name for name, _ in sheets[0]] == ["original", "codec", "step 7"]
     for (_, frames), whole in zip(sheets[0], (scene.original, scene.codec)):

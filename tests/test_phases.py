@@ -1,0 +1,16 @@
+"""What a start's seconds were for."""
+
+import time
+
+from moc_jax.phases import Phases
+
+
+def test_seconds_are_shown_by_what_they_were_for(monkeypatch):
+    now = iter([0.0, 1.0, 3.5, 3.55, 6.0, 100.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    phases = Phases()
+    for what in ("imports", "data", "nothing"):
+        phases.done(what)
+    assert phases.total("data") == "6.0 s (imports 1.0, data 5.0)"
+    phases.done("later")
+    assert phases._seconds.keys() == {"imports", "data", "nothing"}
