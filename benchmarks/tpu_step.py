@@ -42,7 +42,7 @@ KINDS = (
     ("MLP", r"Mlp|gelu"),
     ("loop", r"_run_blocks"),
 )  # by file:function; the first that fits
-_LOOPS = {"forward": r"/jvp\(\)/while|/while$", "backward": r"transpose\(jvp\(\)\)/while"}
+_LOOPS = {"forward": r"\)/jvp\(\)/while$", "backward": r"\)/transpose\(jvp\(\)\)/while$"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,14 +111,11 @@ def of_a_layer(text: str, chip: str) -> dict[str, Any]:
 
 def bodies(program: Program) -> dict[str, str]:
     """The computation of a turn of the loop over layers, by pass."""
-    found = {}
-    for name, body in program.loops().items():
-        loop = "backward" if re.search(_LOOPS["backward"], name) else "forward"
-        if "searchsorted" not in name:
-            found.setdefault(loop, []).append(body)
-    if sorted(map(len, found.values())) != [1, 1]:
-        raise ValueError(f"expected one loop over layers for each pass, found {program.loops()}")
-    return {way: found[way][0] for way in ("forward", "backward")}
+    loops = program.loops()
+    found = {way: [body for name, body in loops.items() if re.search(loop, name)] for way, loop in _LOOPS.items()}
+    if any(len(all_of_them) != 1 for all_of_them in found.values()):
+        raise ValueError(f"expected one loop over layers for each pass, found {', '.join(loops)}")
+    return {way: body for way, (body,) in found.items()}
 
 
 def milliseconds(moved: Traffic, chip: compiler.Chip) -> float:
