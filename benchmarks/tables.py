@@ -259,6 +259,23 @@ def estimate_parts_table(file: Entry) -> list[str]:
     return markdown([f"{file['chip']}: part", "pass", "calls", "million cycles", "time"], rows)
 
 
+def traffic_table(files: Iterable[Entry]) -> list[str]:
+    """Lines of markdown: what a layer's operations move, by what they are for; files of benchmarks.tpu_step."""
+    head = ["program", "for", "forward", "time", "backward", "time"]
+    rows = []
+    for file in files:
+        for name, e in file["entries"].items():
+            ways = e["forward"], e["backward"]
+            counted = [kind for kind in {**ways[0], **ways[1]} if kind not in ("kernels", "matrix products")]
+            sums = {kind: [way.get(kind, {"gb": 0.0, "ms": 0.0}) for way in ways] for kind in counted}
+            total = [{what: sum(found[i][what] for found in sums.values()) for what in ("gb", "ms")} for i in (0, 1)]
+            by_bytes = sorted(sums.items(), key=lambda x: -sum(found["gb"] for found in x[1]))
+            for kind, found in [("all but kernels and products", total), *by_bytes]:
+                cells = [cell for way in found for cell in (f"{way['gb']:.1f} GB", f"{way['ms']:.1f} ms")]
+                rows.append([name, kind, *cells])
+    return markdown(head, rows)
+
+
 def _compiled(entries: Iterable[Entry], kernel: str, way: str) -> list[Entry]:
     return [e for e in entries if (e["kernel"], e["pass"]) == (kernel, way) and "error" not in e]
 

@@ -1,7 +1,12 @@
 """Latents <-> tokens: a token is a patch of latents, of as many frames, rows and columns as `patch` says."""
 
 import dataclasses
+import functools
+import itertools
+import math
 
+import jax
+import jax.numpy as jnp
 from einops import rearrange
 
 from moc_jax.config import ConfigError, ModelConfig
@@ -35,9 +40,13 @@ def scene_shape(
 
 @typed
 def tokens_of(video: Float[Array, "B F Y X Z"], patch: tuple[int, int, int]) -> Float[Array, "B V W"]:
-    """Patches in raster order (t, h, w), each as W numbers."""
-    pt, ph, pw = patch
-    return rearrange(video, "b (f pt) (y ph) (x pw) z -> b (f y x) (pt ph pw z)", pt=pt, ph=ph, pw=pw)
+    """Patches in raster order (t, h, w), each as W numbers, their places in raster order too.
+
+    By strides, a place of all patches at a time: the TPU compiler takes minutes over a transpose of so many axes.
+    """
+    strides = [[slice(first, None, size) for first in range(size)] for size in patch]
+    places = [video[:, t, y, x] for t, y, x in itertools.product(*strides)]
+    return rearrange(jnp.concatenate(places, axis=-1), "b f y x w -> b (f y x) w")
 
 
 @typed
@@ -45,9 +54,8 @@ def video_of(
     tokens: Float[Array, "B V W"], shape: SceneShape, patch: tuple[int, int, int]
 ) -> Float[Array, "B F Y X Z"]:
     """What `tokens_of` cut; `shape` is the scene's, in tokens."""
-    pt, ph, pw = patch
-    return rearrange(
-        tokens,
-        "b (f y x) (pt ph pw z) -> b (f pt) (y ph) (x pw) z",
-        **{"f": shape.frames, "y": shape.rows, "pt": pt, "ph": ph, "pw": pw},
-    )
+    sizes = [n * size for n, size in zip((shape.frames, shape.rows, shape.columns), patch, strict=True)]
+    channels = tokens.shape[2] // math.prod(patch)
+    like = jax.ShapeDtypeStruct((tokens.shape[0], *sizes, channels), tokens.dtype)
+    (video,) = jax.linear_transpose(functools.partial(tokens_of, patch=patch), like)(tokens)  # a permutation's inverse
+    return video
