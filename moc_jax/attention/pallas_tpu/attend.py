@@ -167,8 +167,7 @@ def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int, d
     step = blocks.span_step or step_rows(order.rows, span)
     lines = jnp.swapaxes(routes.astype(jnp.int32), 2, 3).reshape(batch, heads * picks, tokens)
     lines = moves.move_lanes(lines, *order.moves, order.rows, -1, chip=static.chip)
-    ordered = jnp.swapaxes(lines.reshape(batch, heads, picks, order.rows), 2, 3)
-    most = tokens * picks
+    ordered, most = lines.reshape(batch, heads, picks, order.rows), tokens * picks
     return place(ordered, table.length, blocks.picks.queries, most, span=span, buffers=buffers, step=step)
 
 

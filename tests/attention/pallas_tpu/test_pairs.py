@@ -31,7 +31,8 @@ def draw_routes(seed, rows=ROWS):
 
 def place(routes, span=64, step=32, buffers=2):
     lengths = jnp.where(jnp.arange(CHUNKS) == EMPTY, 0, 1)[None].repeat(BATCH, 0)
-    return place_pairs(routes, lengths, TILE, routes.shape[2] * PICKS, span=span, step=step, buffers=buffers)
+    most = routes.shape[2] * PICKS
+    return place_pairs(jnp.swapaxes(routes, 2, 3), lengths, TILE, most, span=span, step=step, buffers=buffers)
 
 
 def slots_of(placement, routes):
