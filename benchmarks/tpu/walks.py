@@ -6,7 +6,6 @@ what matters is computed here as the kernel would.
 
 import dataclasses
 import functools
-import itertools
 import re
 
 import jax
@@ -71,24 +70,23 @@ def _moved(call: Call) -> list[jax.Array | None]:
     """Columns in their new places, if anybody knows them; -1 elsewhere."""
     if any(x is None for x in call.inputs):
         return [None]
-    first, pieces = (np.asarray(x) for x in call.scalars)
     (shape,) = (x.shape for x in call.params["out_avals"])
-    x = np.concatenate([np.asarray(x) for x in call.inputs], axis=2)
-    out, tile = np.full(shape, -1, x.dtype), call.mapping.block_mappings[-1].block_shape[2].block_size
-    for g, (begin, end) in enumerate(itertools.pairwise(first)):  # of one scene
-        for column, ends in pieces.reshape(-1, 2)[begin:end]:
-            low, high = ends & 0xFFFF, min(ends >> 16, shape[2] - g * tile)
-            out[:, :, g * tile + low : g * tile + high] = x[:, :, column + low : column + high]
+    (pieces,), (x,) = call.scalars, (np.asarray(x) for x in call.inputs)
+    out, tile = np.full(shape, -1, x.dtype), call.mapping.block_mappings[-1].block_shape[3].block_size
+    for g, window, ahead, low, high in np.asarray(pieces).reshape(-1, 5):  # of one scene
+        begin, end, shift = g * tile + low, min(g * tile + high, shape[3]), window + ahead - g * tile
+        if begin < end:
+            out[..., begin:end] = x[..., begin + shift : end + shift]
     return [jnp.asarray(out)]
 
 
 def _counted(call: Call) -> list[np.ndarray | None]:
-    """No ranks, but how many picks each chunk has, the same in every lane."""
-    (routes,), counts = call.inputs, call.params["out_avals"][1]
-    if routes is None:
+    """No ranks, but how many picks each chunk has, the same in every lane, where ranks begin at 0."""
+    (begin, routes), ends = call.inputs, call.params["out_avals"][1]
+    if routes is None or np.any(begin):
         return [None, None]
-    found = [np.bincount(x[x >= 0], minlength=counts.shape[1]) for x in np.asarray(routes).reshape(counts.shape[0], -1)]
-    return [None, jnp.asarray(np.broadcast_to(np.stack(found)[..., None], counts.shape).astype(np.int32))]
+    found = [np.bincount(x[x >= 0], minlength=ends.shape[1]) for x in np.asarray(routes).reshape(ends.shape[0], -1)]
+    return [None, jnp.asarray(np.broadcast_to(np.stack(found)[..., None], ends.shape).astype(np.int32))]
 
 
 def walk(name: str, turns: Turns) -> Walk:

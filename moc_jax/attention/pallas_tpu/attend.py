@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moc_jax.attention.layout import LOG2E, Heads, Queries, by_group, head_groups, sum_other_shares
+from moc_jax.attention.layout import LOG2E, Queries, by_group, head_groups, sum_other_shares
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, moves, packing, pairs, pool, router, tuning
 from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip, Tpu
@@ -41,7 +41,7 @@ from moc_jax.attention.pallas_tpu.plan import (
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Float, Float32, Int
+from moc_jax.shapes import Array, Float, Int
 
 _BUFFER = 5 * 2**29  # bytes of a buffer of pairs' outputs, and not more than
 _SHARE = 24  # this part of the chip's memory
@@ -72,7 +72,7 @@ def select(q, k, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: T
     """
     chip = device.target(backend.chip)
     device.check(q, k, k)
-    return router.select(q, pool.descriptors(k, table, chip=chip), queries, table, cfg)
+    return router.select(q, pool.descriptors(k, table, chip=chip), queries, table, cfg, chip=chip)
 
 
 def attend(
@@ -105,7 +105,7 @@ def part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, b
 
     def run(q, k, v, tiles, placement, table):
         out, _, lse = _outputs(q, k, v, tiles, placement, table, static)
-        return out, _statistics_to_tokens(lse, tiles.order, tokens, static)
+        return out, moves.move_lanes(lse, *tiles.order.back, tokens, 0, chip=static.chip)
 
     out, lse = more_scenes(run)(q, k, v, tiles, placement, table)
     return out, jnp.where(queries.valid[:, None], lse / LOG2E, -jnp.inf)
@@ -125,9 +125,10 @@ def part_gradients(
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
 
     def run(q, k, v, tiles, placement, table, d_out, statistics):
-        lse, delta = _statistics_to_order(statistics, tiles.order, static)
-        lse = jnp.where((tiles.order.chunk_of_row < 0)[:, None], -jnp.inf, lse)
-        return _gradients(q, k, v, tiles, placement, table, d_out, lse, lambda _: delta, static)
+        order = tiles.order
+        lse, delta = (moves.move_lanes(x, *order.moves, order.rows, 0, chip=static.chip) for x in statistics)
+        lse = jnp.where((order.chunk_of_row < 0)[:, None], -jnp.inf, lse)
+        return _gradients(q, k, v, tiles, placement, table, d_out, lse, lambda _, heads: heads.of(delta), static)
 
     statistics = lse * LOG2E, jnp.where(jnp.isneginf(lse), 0.0, delta)
     return more_scenes(run)(q, k, v, tiles, placement, table, d_out, statistics)
@@ -150,10 +151,12 @@ def _layout(routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, static:
     return more_scenes(of_scenes)(routes, queries, table)
 
 
-def _groups(heads: int, placement: Placement, dim: int, dtype, chip: Chip) -> int:
+def _groups(q, placement: Placement | None, chip: Chip) -> int:
     """Groups of heads whose pairs' outputs fit the buffer."""
-    per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(dim, dtype) * 4
-    return head_groups(heads, per_head, min(_BUFFER, chip.memory // _SHARE))
+    if placement is None:
+        return 1
+    per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(q.shape[3], q.dtype) * 4
+    return head_groups(q.shape[2], per_head, min(_BUFFER, chip.memory // _SHARE))
 
 
 def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int, dtype) -> Placement:
@@ -167,8 +170,7 @@ def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int, d
     step = blocks.span_step or step_rows(order.rows, span)
     lines = jnp.swapaxes(routes.astype(jnp.int32), 2, 3).reshape(batch, heads * picks, tokens)
     lines = moves.move_lanes(lines, *order.moves, order.rows, -1, chip=static.chip)
-    ordered = jnp.swapaxes(lines.reshape(batch, heads, picks, order.rows), 2, 3)
-    most = tokens * picks
+    ordered, most = lines.reshape(batch, heads, picks, order.rows), tokens * picks
     return place(ordered, table.length, blocks.picks.queries, most, span=span, buffers=buffers, step=step)
 
 
@@ -183,47 +185,52 @@ def _forward(q, k, v, tiles, placement, table, static):
 
 def _outputs(q, k, v, tiles: OrderedTiles, placement, table, static: _Static):
     """Arrays [B, Q, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
-    queries = _to_order(q, tiles.order, static)
+    batch, tokens, heads, dim = q.shape
+    rows = tiles.order.rows
+
+    def one_group(heads, whole):
+        found = _ordered_outputs(heads.of((q, k, v), axis=2), tiles, heads.of(placement), table, static)
+        return tuple(heads.put(x, part, axis=1) for x, part in zip(whole, found, strict=True))
+
+    start = jnp.empty((batch, heads, rows, dim), v.dtype), jnp.empty((batch, heads, rows), jnp.float32)
+    out, lse = by_group(one_group, start, heads, _groups(q, placement, static.chip))
+    return _to_tokens(out, tiles.order.back, tokens, static), out, lse
+
+
+def _ordered_outputs(of_tokens, tiles: OrderedTiles, placement, table, static: _Static):
+    """q, k, v -> output and log-sum-exp of queries in their order: [B, H, R, D] and [B, H, R]."""
+    q, k, v = of_tokens
+    queries, chip = _to_order(q, tiles.order, static), static.chip
     keys, values = (_head_major(x, table, static) for x in (k, v))
     anchors: Any = _anchors(queries, keys, values, tiles, static) if tiles.anchors else None
-    heads, tokens, dim, chip = q.shape[2], q.shape[1], q.shape[3], static.chip
     if placement is None:
         out, lse = anchors
-        out = jnp.where(tiles.anchored[:, None, :, None], out, jnp.zeros((), out.dtype))
-        return _to_tokens(out, tiles.order.back, tokens, static), out, lse
-
-    def one_group(heads, merged):
-        outputs = flash.forward(
-            pairs.spread(queries, placement, heads, chip=chip),
-            keys,
-            values,
-            pick_tiles(heads.of(placement), table),
-            heads.operand,
-            longest_run=table.max_chunk,
-            packed=True,
-            tiling=static.blocks.picks,
-            chip=chip,
-            name="moc_forward_picks",
-        )
-        known = dict(into=merged) if anchors is None else dict(anchors=merged)
-        return pairs.merge(outputs, placement, heads, dim=dim, dtype=v.dtype, chip=chip, **known)
-
-    start = anchors or (jnp.empty(queries.shape, v.dtype), jnp.empty(queries.shape[:3], jnp.float32))
-    out, lse = by_group(one_group, start, heads, _groups(heads, placement, dim, v.dtype, chip))
-    return _to_tokens(out, tiles.order.back, tokens, static), out, lse
+        return jnp.where(tiles.anchored[:, None, :, None], out, jnp.zeros((), out.dtype)), lse
+    (outputs,) = flash.forward(
+        pairs.spread(queries, placement, chip=chip),
+        keys,
+        values,
+        pick_tiles(placement, table),
+        longest_run=table.max_chunk,
+        packed=True,
+        tiling=static.blocks.picks,
+        chip=chip,
+        name="moc_forward_picks",
+    )
+    return pairs.merge(outputs, placement, anchors, dim=q.shape[3], dtype=v.dtype, chip=chip)
 
 
 def _anchors(queries, keys, values, tiles: OrderedTiles, static: _Static):
     """Output and log-sum-exp of the anchors [B, H, R, D] and [B, H, R]; anything and -inf for rows without."""
-    blocks, order, first_head = static.blocks, tiles.order, jnp.zeros(1, jnp.int32)
+    blocks, order = static.blocks, tiles.order
     run = functools.partial(flash.forward, queries, keys, values, mean_keys=static.anchor_keys, chip=static.chip)
     found: Any = None
     if order.rows > order.text_rows:
         first_tile = order.text_rows // blocks.anchors.queries
         tiling = blocks.anchors
-        found = run(tiles.video, first_head, first_tile=first_tile, tiling=tiling, name="moc_forward_anchors")
+        found = run(tiles.video, first_tile=first_tile, tiling=tiling, name="moc_forward_anchors")
     if order.text_rows:
-        found = run(tiles.text, first_head, tiling=blocks.text, name="moc_forward_text", into=found)
+        found = run(tiles.text, tiling=blocks.text, name="moc_forward_text", into=found)
     out, lse = found
     return out, jnp.where(tiles.anchored[:, None], lse, -jnp.inf)
 
@@ -235,10 +242,10 @@ def _attend_forward(q, k, v, tiles, placement, table, static):
 
 def _attend_backward(static, residuals, d_result):
     def run(q, k, v, tiles, placement, table, out, lse, d_out):
-        def delta(d_out):
+        def delta(d_out, heads):
             # Not `statistics.row_dot`: the compiler writes its halves to memory one by one, at 180 504 tokens 3.4 GiB
             # and, on a v5p, 31 ms more. By its listings, its own sum treats each row the same, however many there are.
-            return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+            return jnp.sum(d_out.astype(jnp.float32) * heads.of(out).astype(jnp.float32), axis=-1)
 
         return _gradients(q, k, v, tiles, placement, table, d_out, lse, delta, static)
 
@@ -246,45 +253,40 @@ def _attend_backward(static, residuals, d_result):
 
 
 def _gradients(q, k, v, tiles: OrderedTiles, placement, table, d_out, lse, delta_of, static: _Static):
-    """Of tokens; `lse` [B, H, R] is the queries' in their order, and delta_of(d_out in their order) too."""
-    queries, d_out = (_to_order(x, tiles.order, static) for x in (q, d_out.astype(q.dtype)))
-    keys, values = (_head_major(x, table, static) for x in (k, v))
+    """Of tokens; `lse` [B, H, R] is the queries' in their order, and delta_of(d_out in their order, heads) too."""
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # rows with nothing to attend to, and without a token
-    inputs = _Inputs(queries, keys, values, d_out, lse, delta_of(d_out))
-    d_q: Any = None
-    parts_of_k, parts_of_v = [], []
-    if tiles.anchors:
-        d_q, *of_tiles = _anchor_gradients(inputs, tiles, static)
-        for parts, rows in zip((parts_of_k, parts_of_v), of_tiles, strict=True):
-            parts.append(_to_tokens(rows, tiles.key_moves, k.shape[1], static))
-            parts += _other_shares(rows, tiles, table, static.blocks)
-    if placement is not None:
-        d_q, of_k, of_v = _all_pick_gradients(inputs, d_q, placement, table, q.dtype, static)
-        parts_of_k.append(of_k)
-        parts_of_v.append(of_v)
-    d_k, d_v = (
-        functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts]).astype(q.dtype)
-        for parts in (parts_of_k, parts_of_v)
-    )
-    return _to_tokens(d_q.astype(q.dtype), tiles.order.back, q.shape[1], static), d_k, d_v
-
-
-def _all_pick_gradients(inputs: "_Inputs", of_anchors, placement: Placement, table, dtype, static: _Static):
-    """Of queries in their order, `of_anchors` added, and of keys and values as tokens [B, N, H, D]."""
-    cut = cut_chunks(table, static.blocks)
-    to_tokens = key_moves(cut, static.blocks.pick_gradient_keys)
-    batch, heads, _, dim = inputs.queries.shape
-    tokens, chip = table.chunk_of.shape[1], static.chip
 
     def one_group(heads, whole):
-        of_queries, *of_tokens = whole
-        of_pairs, *of_tiles = _pick_gradients(inputs, placement, cut, heads, table.max_chunk, static)
-        of_queries = pairs.add(of_pairs, placement, of_anchors, heads, into=of_queries, dtype=dtype, chip=chip)
-        parts = [_to_tokens(rows, to_tokens, tokens, static) for rows in of_tiles]
-        return of_queries, *(heads.put(x, part, axis=2) for x, part in zip(of_tokens, parts, strict=True))
+        *of_tokens, d = heads.of((q, k, v, d_out.astype(q.dtype)), axis=2)
+        queries, d = (_to_order(x, tiles.order, static) for x in (of_tokens[0], d))
+        keys, values = (_head_major(x, table, static) for x in of_tokens[1:])
+        inputs = _Inputs(queries, keys, values, d, heads.of(lse), delta_of(d, heads))
+        found = _token_gradients(inputs, q.shape[1], tiles, heads.of(placement), table, static)
+        return tuple(heads.put(x, part, axis=2) for x, part in zip(whole, found, strict=True))
 
-    start = jnp.empty(inputs.queries.shape, dtype), *(jnp.empty((batch, tokens, heads, dim), dtype) for _ in range(2))
-    return by_group(one_group, start, heads, _groups(heads, placement, dim, dtype, chip))
+    start = tuple(jnp.empty(x.shape, q.dtype) for x in (q, k, v))
+    return by_group(one_group, start, q.shape[2], _groups(q, placement, static.chip))
+
+
+def _token_gradients(inputs: "_Inputs", tokens: int, tiles: OrderedTiles, placement, table, static: _Static):
+    """dq of so many tokens, dk and dv [B, N, H, D]."""
+    blocks, dtype = static.blocks, inputs.queries.dtype
+    d_q: Any = None
+    parts: tuple[list[Array], list[Array]] = [], []  # of keys, of values
+    if tiles.anchors:
+        d_q, *of_tiles = _anchor_gradients(inputs, tiles, static)
+        for part, rows in zip(parts, of_tiles, strict=True):
+            part.append(_to_tokens(rows, tiles.key_moves, table.chunk_of.shape[1], static))
+            part += _other_shares(rows, tiles, table, blocks)
+    if placement is not None:
+        cut = cut_chunks(table, blocks)
+        of_pairs, *of_tiles = _pick_gradients(inputs, placement, cut, table.max_chunk, static)
+        d_q = pairs.add(of_pairs, placement, d_q, dtype=dtype, chip=static.chip)
+        to_tokens = key_moves(cut, blocks.pick_gradient_keys)
+        for part, rows in zip(parts, of_tiles, strict=True):
+            part.append(_to_tokens(rows, to_tokens, table.chunk_of.shape[1], static))
+    d_k, d_v = (functools.reduce(jnp.add, [x.astype(jnp.float32) for x in part]).astype(dtype) for part in parts)
+    return _to_tokens(d_q.astype(dtype), tiles.order.back, tokens, static), d_k, d_v
 
 
 class _Inputs(NamedTuple):
@@ -303,7 +305,6 @@ def _anchor_gradients(inputs: _Inputs, tiles: OrderedTiles, static: _Static):
     return flash_backward.gradients(
         *inputs,
         tiles.keys,
-        jnp.zeros(1, jnp.int32),
         rows=blocks.gradient_keys,
         tiling=blocks.anchor_gradients,
         chip=static.chip,
@@ -313,11 +314,11 @@ def _anchor_gradients(inputs: _Inputs, tiles: OrderedTiles, static: _Static):
     )
 
 
-def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, longest_chunk: int, static: _Static):
-    """Of pairs [B, G, S, D] and of the keys of all chunks' tiles, for a group of heads."""
+def _pick_gradients(inputs: _Inputs, placement: Placement, cut, longest_chunk: int, static: _Static):
+    """Of pairs [B, H, J, D] and of the keys of all chunks' tiles."""
     blocks = static.blocks
-    spread = functools.partial(pairs.spread, placement=placement, heads=heads, chip=static.chip)
-    statistics = jnp.stack([heads.of(inputs.lse), heads.of(inputs.delta)], axis=-1)
+    spread = functools.partial(pairs.spread, placement=placement, chip=static.chip)
+    statistics = jnp.stack([inputs.lse, inputs.delta], axis=-1)
     statistics = jnp.pad(statistics, ((0, 0),) * 3 + ((0, LANES - 2),))  # what a row of memory has at least
     lse, delta = packing.columns(spread(statistics, fill_first_lane=math.inf), 2)
     return flash_backward.gradients(
@@ -327,8 +328,7 @@ def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, lo
         spread(inputs.d_out),
         lse,
         delta,
-        reader_tiles(heads.of(placement), cut),
-        heads.operand,
+        reader_tiles(placement, cut),
         rows=blocks.pick_gradient_keys,
         tiling=blocks.pick_gradients,
         chip=static.chip,
@@ -353,19 +353,6 @@ def _to_order(x: Float[Array, "B Q H D"], order: Order, static: _Static) -> Floa
 def _to_tokens(x: Float[Array, "B H R D"], where: Moves, tokens: int, static: _Static) -> Float[Array, "B N H D"]:
     """Rows back to tokens; 0 for those that have none."""
     return jnp.swapaxes(moves.move(x, *where, tokens, chip=static.chip), 1, 2)
-
-
-def _statistics_to_order(statistics: tuple[Array, ...], order: Order, static: _Static) -> tuple[Array, ...]:
-    """Numbers [B, H, Q] as [B, H, R]; 0 in rows without a token."""
-    heads = statistics[0].shape[1]
-    rows = jnp.swapaxes(jnp.concatenate(statistics, axis=1), 1, 2)[:, None]
-    rows = jnp.swapaxes(moves.move(rows, *order.moves, order.rows, chip=static.chip)[:, 0], 1, 2)
-    return tuple(rows[:, i * heads : (i + 1) * heads] for i in range(len(statistics)))
-
-
-def _statistics_to_tokens(x: Float32[Array, "B H R"], order: Order, tokens: int, static: _Static):
-    """Back to [B, H, Q]."""
-    return jnp.swapaxes(moves.move(jnp.swapaxes(x, 1, 2)[:, None], *order.back, tokens, chip=static.chip)[:, 0], 1, 2)
 
 
 def _head_major(x: Array, table: ChunkTable, static: _Static) -> Float[Array, "B H N D"]:

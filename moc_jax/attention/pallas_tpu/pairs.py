@@ -13,8 +13,8 @@ log-sum-exp travel as one row (packing.py). Bytes per pair: 2 D read and written
 No FLOPs.
 """
 
-import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -24,10 +24,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from moc_jax.attention.layout import Heads, round_up
+from moc_jax.attention.layout import round_up
 from moc_jax.attention.pallas_tpu import packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
-from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement
+from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement, Spans
 from moc_jax.shapes import Array, Float, Float32, typed
 
 _GROUP = 16  # rows of the unrolled loops: a register of bfloat16
@@ -39,107 +39,80 @@ _MERGED = 16  # rows merged at once: more take more registers than there are
 
 @typed
 def spread(
-    x: Float[Array, "B _ R D"],
+    x: Float[Array, "B H R D"],
     placement: Placement,
-    heads: Heads,
     *,
     chip: Chip,
     fill_first_lane: float = 0.0,
-) -> Float[Array, "B G T D"]:
-    """x's rows at the slots of their pairs, for a group of heads; x has all heads or the group's alone.
+) -> Float[Array, "B H J D"]:
+    """x's rows at the slots of their pairs.
 
     Slots of a chunk's tiles that hold no pair are 0, but for `fill_first_lane` in the first column; slots of unused
     tiles are not written.
     """
-    batch, _, _, dim = x.shape
-    p, all_heads = placement, placement.places.shape[1]
-    chunks, steps = p.runs.shape[4] // RUN, p.steps
-    zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
+    batch, heads, _, dim = x.shape
+    p = placement.spans
+    zeros = jnp.zeros((placement.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
     return pl.pallas_call(
-        functools.partial(_spread_kernel, p=_Sizes.of(p), fill=fill_first_lane),
+        functools.partial(_spread_kernel, p=p, fill=fill_first_lane),
         name="moc_spread",
-        out_shape=jax.ShapeDtypeStruct((batch, heads.count, p.slots, dim), x.dtype),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(batch, heads.count, p.runs.shape[2], steps),
-            in_specs=[
-                _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
-                _in_smem(RUN * chunks, lambda w, s: w),
-                _in_smem(2 * chunks, lambda w, s: 0),
-                _queries(p, dim, x.shape[1] == all_heads),
-                pl.BlockSpec(zeros.shape, lambda *_: (0, 0)),
-            ],
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=[
-                pltpu.VMEM((p.room, dim), jnp.float32),
-                pltpu.VMEM((p.room if p.buffers == 2 else round_up(p.room, PARTS * LANES) // PARTS, dim), x.dtype),
-                pltpu.SMEM((1,), jnp.int32),
-                pltpu.SemaphoreType.DMA((2,)),
-            ],
-        ),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, placement.slots, dim), x.dtype),
+        grid=(batch, heads, p.count, p.steps),
+        in_specs=[
+            _in_smem(p.picks * p.step, lambda w, s: w * p.steps + s),
+            _in_smem(RUN * p.chunks, lambda w, s: w),
+            _in_smem(2 * p.chunks, lambda w, s: 0),
+            _queries(p, x.shape),
+            pl.BlockSpec(zeros.shape, lambda *_: (0, 0)),
+        ],
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        scratch_shapes=[
+            pltpu.VMEM((p.room, dim), jnp.float32),
+            pltpu.VMEM((p.room if p.buffers == 2 else round_up(p.room, PARTS * LANES) // PARTS, dim), x.dtype),
+            pltpu.SMEM((1,), jnp.int32),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
         compiler_params=chip.params("ppaa"),
-        cost_estimate=_cost(p, heads.count, dim, x.dtype.itemsize),
-    )(heads.operand, p.places, p.runs, p.tails, x, zeros)
+        cost_estimate=_cost(p, x.shape, x.dtype.itemsize),
+    )(placement.places, placement.runs, placement.tails, x, zeros)
 
 
 def _in_smem(columns: int, row):
-    """A line of integers of the group's head, for a span and a step."""
+    """A line of integers of a head, for a span and a step."""
     one = (pl.squeezed,) * 3
-    return pl.BlockSpec(
-        (*one, 1, columns), lambda b, h, w, s, first: (b, first[0] + h, row(w, s), 0, 0), memory_space=pltpu.SMEM
-    )
+    return pl.BlockSpec((*one, 1, columns), lambda b, h, w, s: (b, h, row(w, s), 0, 0), memory_space=pltpu.SMEM)
 
 
-def _queries(p: Placement, dim: int | None, all_heads: bool = True):
-    """A step's rows of arrays [B, H, R, D], or of [B, H, 1, R], which have no D; or of the group's heads alone."""
+def _queries(p: Spans, shape: tuple[int, ...]):
+    """A step's rows of arrays [B, H, R, D] or [B, H, 1, R]."""
     one = (pl.squeezed, pl.squeezed)
-    if not all_heads:
-        return pl.BlockSpec((*one, p.step, dim), lambda b, h, w, s, first: (b, h, p.block(w, s), 0))
-    if dim is None:
-        return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s, first: (b, first[0] + h, 0, p.block(w, s)))
-    return pl.BlockSpec((*one, p.step, dim), lambda b, h, w, s, first: (b, first[0] + h, p.block(w, s), 0))
+    if shape[2] == 1:
+        return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s: (b, h, 0, p.block(w, s)))
+    return pl.BlockSpec((*one, p.step, shape[3]), lambda b, h, w, s: (b, h, p.block(w, s), 0))
 
 
-def _cost(p: Placement, heads: int, dim: int, pair_bytes: int) -> pl.CostEstimate:
-    rows = p.places.shape[0] * heads * p.rows
-    return pl.CostEstimate(
-        flops=0, transcendentals=0, bytes_accessed=rows * (2 * dim + p.picks * (4 + dim * pair_bytes))
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """What kernels know of a placement when they are compiled."""
-
-    picks: int
-    step: int
-    room: int
-    chunks: int
-    blocks: int  # of queries
-
-    @classmethod
-    def of(cls, p: Placement):
-        return cls(p.picks, p.step, p.room, p.runs.shape[4] // RUN, p.rows // p.step)
+def _cost(p: Spans, queries: tuple[int, ...], pair_bytes: int) -> pl.CostEstimate:
+    *rows, dim = queries
+    moved = math.prod(rows) * (2 * dim + p.picks * (4 + dim * pair_bytes))
+    return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved)
 
 
 def _spread_kernel(
-    first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
     runs_smem_ref,  # [1, 3 * chunks], of the span
     tails_smem_ref,  # [1, 2 * chunks], of the head
     x_vmem_ref,  # [step, D]
     fill_vmem_ref,  # [tile, D]
-    out_hbm_ref,  # [B, H, slots, D]
+    out_hbm_ref,  # [B, H, J, D]
     rows_vmem_ref,  # [room, D]: the span's pairs
     ready_vmem_ref,  # [room or a part of it, D]: those of the span before, or the last of them, on their way out
     leaving_smem_ref,  # [1]: rows of that
     semaphores,  # of those, and of tails
     *,
-    p: _Sizes,
+    p: Spans,
     fill: float,
 ):
     assert x_vmem_ref.shape == (p.step, rows_vmem_ref.shape[1])
-    del first_head_smem_ref
     b, h, w, s = (pl.program_id(i) for i in range(4))
     out_hbm_ref = out_hbm_ref.at[b, h]
     last_step = s == pl.num_programs(3) - 1
@@ -190,7 +163,7 @@ def _spread_kernel(
         _each_run(tails_smem_ref, 2, p, lambda first, rows: _await(fill_vmem_ref, out_hbm_ref, rows, tails_left))
 
 
-def _store(places_smem_ref, x_vmem_ref, rows_vmem_ref, p: _Sizes) -> None:
+def _store(places_smem_ref, x_vmem_ref, rows_vmem_ref, p: Spans) -> None:
     """Each of a step's rows at its pairs' places."""
 
     def some_rows(i, _):
@@ -205,13 +178,13 @@ def _store(places_smem_ref, x_vmem_ref, rows_vmem_ref, p: _Sizes) -> None:
     lax.fori_loop(0, p.step // _GROUP, some_rows, 0)
 
 
-def _places_of(places_smem_ref, row, p: _Sizes):
+def _places_of(places_smem_ref, row, p: Spans):
     """A row's places, at multiples of `step`: addresses then differ from row to row by one, which takes one addition
     per row; addresses of each place by itself would take as long as loading it."""
     return places_smem_ref.at[0, pl.ds(row, (p.picks - 1) * p.step + 1)]
 
 
-def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
+def _each_run(runs_smem_ref, columns: int, p: Spans, body) -> None:
     """body(columns of the run) for each chunk's run with rows; all are multiples of 8."""
 
     def one(chunk, _):
@@ -223,7 +196,7 @@ def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
     lax.fori_loop(0, p.chunks, one, 0)
 
 
-def _in_parts(runs_smem_ref, p: _Sizes, total, part: int, before, body) -> None:
+def _in_parts(runs_smem_ref, p: Spans, total, part: int, before, body) -> None:
     """before(first row) and body(rows, place, slot) of each run, part by part of a span's rows."""
 
     def one_part(i, chunk):
@@ -245,7 +218,7 @@ def _in_parts(runs_smem_ref, p: _Sizes, total, part: int, before, body) -> None:
     lax.fori_loop(0, lax.div(total + part - 1, jnp.int32(part)), one_part, jnp.int32(0))
 
 
-def _end_of_runs(runs_smem_ref, p: _Sizes):
+def _end_of_runs(runs_smem_ref, p: Spans):
     last = (p.chunks - 1) * RUN
     return runs_smem_ref[0, last] + runs_smem_ref[0, last + 1]
 
@@ -277,12 +250,10 @@ def _await(source, target, rows, semaphore) -> None:
 
 @typed
 def merge(
-    pairs: Float32[Array, "B G S E"],
+    pairs: Float32[Array, "B H J _"],
     placement: Placement,
-    heads: Heads,
+    anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None,
     *,
-    anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
-    into: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
     dim: int,
     dtype: DTypeLike,
     chip: Chip,
@@ -290,28 +261,23 @@ def merge(
     """One softmax over each query's pairs and anchors: output and base-2 log-sum-exp; 0 and -inf for neither.
 
     Args:
-        pairs: What `packing.pack` made of the pairs' outputs [B, G, slots, E], of a group of heads.
-        anchors: Their outputs and base-2 log-sum-exps, -inf for rows without. Those of the group become the results,
-            in the same memory; those of other heads stay.
-        heads: The group.
-        into: Without anchors, the results of other heads.
+        pairs: What `packing.pack` made of the pairs' outputs [B, H, J, E].
+        anchors: Their outputs and base-2 log-sum-exps, -inf for rows without; the results take their memory.
         dim, dtype: D and the type of outputs.
     """
-    batch, all_heads = placement.places.shape[:2]
+    batch, heads = placement.places.shape[:2]
     shapes = (
-        jax.ShapeDtypeStruct((batch, all_heads, placement.rows, dim), dtype),
-        jax.ShapeDtypeStruct((batch, all_heads, 1, placement.rows), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, placement.spans.rows, dim), dtype),
+        jax.ShapeDtypeStruct((batch, heads, 1, placement.spans.rows), jnp.float32),
     )
-    given = anchors or into
     out, lse = _collect(
         functools.partial(_merge_rows, dim=dim, dtype=dtype),
         "moc_merge",
         pairs,
         placement,
-        heads,
         [] if anchors is None else [anchors[0], anchors[1][:, :, None]],
-        [] if given is None else [given[0], given[1][:, :, None]],
         shapes,
+        in_place=True,
         nothing=-jnp.inf,
         chip=chip,
     )
@@ -320,95 +286,70 @@ def merge(
 
 @typed
 def add(
-    pairs: Float32[Array, "B G S D"],
+    pairs: Float32[Array, "B H J D"],
     placement: Placement,
     anchors: Float[Array, "B H R D"] | None,
-    heads: Heads,
     *,
-    into: Float[Array, "B H R D"] | None = None,
     dtype: DTypeLike,
     chip: Chip,
 ) -> Float[Array, "B H R D"]:
-    """The sum of each query's pairs and its anchors' row, for a group of heads; other heads are `into`'s."""
-    batch, all_heads = placement.places.shape[:2]
-    dim = pairs.shape[3]
+    """The sum of each query's pairs and its anchors' row."""
+    batch, heads, _, dim = pairs.shape
     return _collect(
         functools.partial(_add_rows, dim=dim, dtype=dtype),
         "moc_add",
         pairs,
         placement,
-        heads,
         [] if anchors is None else [anchors],
-        [] if into is None else [into],
-        (jax.ShapeDtypeStruct((batch, all_heads, placement.rows, dim), dtype),),
+        (jax.ShapeDtypeStruct((batch, heads, placement.spans.rows, dim), dtype),),
+        in_place=False,
         nothing=0.0,
         chip=chip,
     )[0]
 
 
-def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, shapes, *, nothing: float, chip: Chip):
-    """body(rows of pairs, inputs, outputs) for each block of queries of the group's heads."""
-    width = pairs.shape[3]
-    chunks, spans, steps = p.runs.shape[4] // RUN, p.runs.shape[2], p.steps
+def _collect(body, name: str, pairs, placement, inputs, shapes, *, in_place: bool, nothing: float, chip: Chip):
+    """body(rows of pairs, inputs, outputs) for each block of queries; outputs may take the memory of inputs."""
+    batch, heads, _, width = pairs.shape
+    p, operands = placement.spans, (placement.places, placement.runs, placement.runs, pairs)
     some = min(LANES, p.step)
-    same = bool(into) and inputs and into[0] is inputs[0]  # results go where inputs come from
-    into = inputs if same else into
-
-    def block(x):
-        return _queries(p, None if x.shape[2] == 1 else x.shape[3])
-
-    first = 5 + (0 if same else len(inputs))  # of `into` among all operands
     return pl.pallas_call(
-        functools.partial(
-            _collect_kernel,
-            p=_Sizes.of(p),
-            body=body,
-            inputs=len(inputs),
-            unread=0 if same else len(into),
-            nothing=nothing,
-        ),
+        functools.partial(_collect_kernel, p=p, body=body, inputs=len(inputs), nothing=nothing),
         name=name,
         out_shape=shapes,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(pairs.shape[0], heads.count, spans, steps),
-            in_specs=[
-                _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
-                _in_smem(RUN * chunks, lambda w, s: w),
-                _in_smem(RUN * chunks, lambda w, s: jnp.minimum(w + 1, spans - 1)),
-                pl.BlockSpec(memory_space=pl.ANY),
-                *map(block, inputs),
-                *([] if same else [pl.BlockSpec(memory_space=pl.ANY)] * len(into)),
-            ],
-            out_specs=tuple(map(block, shapes)),
-            scratch_shapes=[
-                pltpu.VMEM((p.buffers, p.room, width), jnp.float32),
-                pltpu.VMEM((p.picks * some, width), jnp.float32),
-                pltpu.SemaphoreType.DMA((p.buffers,)),
-            ],
-        ),
-        input_output_aliases={first + i: i for i in range(len(into))},
+        grid=(batch, heads, p.count, p.steps),
+        in_specs=[
+            _in_smem(p.picks * p.step, lambda w, s: w * p.steps + s),
+            _in_smem(RUN * p.chunks, lambda w, s: w),
+            _in_smem(RUN * p.chunks, lambda w, s: jnp.minimum(w + 1, p.count - 1)),
+            pl.BlockSpec(memory_space=pl.ANY),
+            *(_queries(p, x.shape) for x in inputs),
+        ],
+        out_specs=tuple(_queries(p, x.shape) for x in shapes),
+        scratch_shapes=[
+            pltpu.VMEM((p.buffers, p.room, width), jnp.float32),
+            pltpu.VMEM((p.picks * some, width), jnp.float32),
+            pltpu.SemaphoreType.DMA((p.buffers,)),
+        ],
+        input_output_aliases={len(operands) + i: i for i in range(len(inputs))} if in_place else {},
         compiler_params=chip.params("ppaa"),
-        cost_estimate=_cost(p, heads.count, shapes[0].shape[3], 4),
-    )(heads.operand, p.places, p.runs, p.runs, pairs, *inputs, *([] if same else into))
+        cost_estimate=_cost(p, shapes[0].shape, 4),
+    )(*operands, *inputs)
 
 
 def _collect_kernel(
-    first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
     runs_smem_ref,  # [1, 3 * chunks], of the span
     next_smem_ref,  # the same, of the next span
-    pairs_hbm_ref,  # [B, H, slots, E]
-    *refs,  # of the queries' blocks: inputs, where outputs go, outputs; then scratch
-    p: _Sizes,
+    pairs_hbm_ref,  # [B, H, J, E]
+    *refs,  # of the queries' blocks: inputs, outputs; then scratch
+    p: Spans,
     body,
     inputs: int,
-    unread: int,
     nothing: float,
 ):
-    del first_head_smem_ref
     *blocks, span_vmem_ref, some_vmem_ref, semaphores = refs
-    sources, results = blocks[:inputs], blocks[inputs + unread :]
+    sources, results = blocks[:inputs], blocks[inputs:]
     b, h, w, s = (pl.program_id(i) for i in range(4))
     pairs_hbm_ref = pairs_hbm_ref.at[b, h]
     buffers = span_vmem_ref.shape[0]
@@ -460,7 +401,7 @@ def _collect_kernel(
     pl.when(there & ~picked)(lambda: run(no_rows))
 
 
-def _load(places_smem_ref, span_vmem_ref, some_vmem_ref, first, p: _Sizes) -> None:
+def _load(places_smem_ref, span_vmem_ref, some_vmem_ref, first, p: Spans) -> None:
     """The pairs' rows of some of a step's rows, from `first` on, pick after pick."""
     size = some_vmem_ref.shape[0] // p.picks
 

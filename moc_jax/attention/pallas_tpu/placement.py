@@ -3,21 +3,18 @@
 Each head's pairs lie in *slots*, chunk after chunk, each chunk's from a whole tile on, so that a tile of slots reads
 one chunk. Queries come in *spans*; a chunk's pairs of one span are a *run* of slots, rounded up to 8 rows. Prefix
 counts (ranks.py) say which slot of its run a pair takes; sums over spans and chunks say where runs begin. Integer
-work on [spans, chunks], and on the pairs' chunks.
+work on [spans, chunks].
 
 A span has two buffers, so that transfers are behind the work. Where that would leave most runs short of pairs, as
 with many chunks and little vector memory, it has one and is larger: fewer slots are worth a wait per span.
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention.layout import round_up
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
@@ -29,6 +26,30 @@ RUN = 3  # columns of a run: rows, place in the span, slot
 PARTS = 8  # in which a single buffer's pairs leave
 _MOST_SPAN = 8192
 _LONG_RUN = 2 * ROWS  # pairs: runs whose padding is a fifth or less
+_NOWHERE = -(2**22)  # further from 0 than any place is
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spans:
+    """What kernels know of a placement when they are compiled."""
+
+    count: int
+    chunks: int
+    picks: int  # K
+    rows: int  # R, of queries
+    steps: int  # of a span; the last span's may reach beyond the queries
+    step: int  # rows of one
+    room: int  # rows of a span's buffer; the last 8 are nobody's
+    buffers: int  # 1 or 2
+
+    @property
+    def blocks(self) -> int:
+        """Steps with queries."""
+        return self.rows // self.step
+
+    def block(self, span, step):
+        """The block of queries of a step; beyond the last, the last again."""
+        return jnp.minimum(span * self.steps + step, self.blocks - 1)
 
 
 @jax.tree_util.register_dataclass
@@ -36,36 +57,23 @@ _LONG_RUN = 2 * ROWS  # pairs: runs whose padding is a fifth or less
 class Placement:
     """Where each pair lies."""
 
-    places: Int[Array, "B H S 1 E"]  # of the pairs of each step of rows, slot i's after slot i - 1's, in their span
-    runs: Int[Array, "B H W 1 R"]  # of each span and chunk: rows, place, slot
-    tails: Int[Array, "B H 1 1 T"]  # of each chunk: slots behind its last run, first and count, to the end of a tile
+    places: Int[Array, "B H steps 1 _"]  # of the pairs of each step of rows, slot i's after slot i - 1's, in their span
+    runs: Int[Array, "B H spans 1 _"]  # of each span and chunk: rows, place, slot
+    tails: Int[Array, "B H 1 1 _"]  # of each chunk: slots behind its last run, first and count, to the end of a tile
     tile_chunk: Int[Array, "B H G"]  # the chunk of each tile; -1: unused
     chunk_begin: Int[Array, "B H C"]  # slots of each chunk's pairs
     chunk_end: Int[Array, "B H C"]
-    picks: int = dataclasses.field(metadata={"static": True})  # K
-    step: int = dataclasses.field(metadata={"static": True})
-    tile: int = dataclasses.field(metadata={"static": True})
-    room: int = dataclasses.field(metadata={"static": True})  # rows of a span's buffer; the last 8 are nobody's
-    buffers: int = dataclasses.field(metadata={"static": True})  # 1 or 2
-    rows: int = dataclasses.field(metadata={"static": True})  # R, of queries
+    tile: int = dataclasses.field(metadata={"static": True})  # slots of a tile
+    spans: Spans = dataclasses.field(metadata={"static": True})
 
     @property
     def slots(self) -> int:
         return self.tile_chunk.shape[2] * self.tile
 
-    @property
-    def steps(self) -> int:
-        """Of a span; the last span's may reach beyond the queries."""
-        return self.places.shape[2] // self.runs.shape[2]
-
-    def block(self, span, step):
-        """The block of queries of a step; beyond the last, the last again."""
-        return jnp.minimum(span * self.steps + step, self.rows // self.step - 1)
-
 
 @typed
 def place(
-    routes: Int[Array, "B H R K"],
+    routes: Int[Array, "B H K R"],
     lengths: Int[Array, "B C"],
     tile: int,
     most_pairs: int,
@@ -78,14 +86,14 @@ def place(
 
     No head has more than `most_pairs` pairs. `step` divides R and `span`, both in rows.
     """
-    batch, heads, rows, picks = routes.shape
+    batch, heads, picks, rows = routes.shape
     chunks = lengths.shape[1]
-    routes = jnp.pad(routes, ((0, 0), (0, 0), (0, -rows % span), (0, 0)), constant_values=-1)
-    spans = routes.shape[2] // span
-    by_span = routes.reshape(batch, heads * spans, span, picks)
-    rank, counts = ranks(by_span, chunks)
+    routes = jnp.pad(routes, ((0, 0), (0, 0), (0, 0), (0, -rows % span)), constant_values=-1)
+    spans = routes.shape[3] // span
+    by_span = jnp.swapaxes(routes.reshape(batch, heads, picks, spans, span), 2, 3).reshape(-1, picks, span)
     room = _room(span, picks, chunks)
     some = (lengths > 0)[:, None, None]
+    _, counts = ranks(by_span, jnp.zeros((len(by_span), chunks), jnp.int32))
     run_rows = jnp.where(some, round_up(counts, ROWS).reshape(batch, heads, spans, chunks), 0)
     run_place = jnp.cumsum(run_rows, axis=3) - run_rows
     in_chunk = jnp.cumsum(run_rows, axis=2) - run_rows
@@ -95,9 +103,10 @@ def place(
     begin = (until - tiles) * tile
     run_slot = begin[:, :, None] + in_chunk
 
-    first = jnp.where(some, run_place, -1).reshape(batch * heads * spans, chunks)
-    places = _lookup(by_span, rank, first, room - ROWS)  # [B * H * spans, K, span]
-    places = jnp.swapaxes(places.reshape(batch, heads * spans, picks, span // step, step), 2, 3)
+    # Counted again from where runs begin, ranks are places. It takes about as long as looking up what to add.
+    places, _ = ranks(by_span, jnp.where(some, run_place, _NOWHERE).reshape(-1, chunks))
+    places = jnp.where(places < 0, room - ROWS, places).reshape(batch, heads, spans, picks, span // step, step)
+    places = jnp.swapaxes(places, 3, 4)
 
     capacity = -(-(most_pairs + spans * chunks * (ROWS - 1)) // tile) + chunks
     index = jnp.arange(capacity)
@@ -116,62 +125,18 @@ def place(
         tile_chunk=jnp.where(tile_chunk < chunks, tile_chunk, -1).astype(jnp.int32),
         chunk_begin=begin,
         chunk_end=begin + total,
-        picks=picks,
-        step=step,
         tile=tile,
-        room=room,
-        buffers=buffers,
-        rows=rows,
-    )
-
-
-def _lookup(routes: Int[Array, "B H W K"], rank, first: Int[Array, "X C"], nobody: int) -> Int[Array, "X K W"]:
-    """first[chunk] + rank for each pair that picks a chunk with first >= 0, else `nobody`; spans are B * H = X."""
-    batch, spans, rows, picks = routes.shape
-    lanes = min(LANES, rows)
-
-    def tokens_last(x):
-        return jnp.swapaxes(x.astype(jnp.int32), 2, 3).reshape(batch * spans, picks, rows // lanes, lanes)
-
-    block = next(n for n in (32, 16, 8, rows // lanes) if rows // lanes % n == 0)
-    spec = pl.BlockSpec((pl.squeezed, picks, block, lanes), lambda x, i: (x, 0, i, 0))
-    chunks = first.shape[1]
-    table = pl.BlockSpec((pl.squeezed, 1, chunks), lambda x, i: (x, 0, 0), memory_space=pltpu.SMEM)
-    found = pl.pallas_call(
-        functools.partial(_look_up_kernel, nobody=nobody),
-        name="moc_look_up",
-        out_shape=jax.ShapeDtypeStruct((batch * spans, picks, rows // lanes, lanes), jnp.int32),
-        grid=(batch * spans, rows // lanes // block),
-        in_specs=[table, spec, spec],
-        out_specs=spec,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * routes.size * chunks, transcendentals=0, bytes_accessed=3 * 4 * routes.size
+        spans=Spans(
+            count=spans,
+            chunks=chunks,
+            picks=picks,
+            rows=rows,
+            steps=span // step,
+            step=step,
+            room=room,
+            buffers=buffers,
         ),
-    )(first.astype(jnp.int32)[:, None], tokens_last(routes), tokens_last(rank))
-    return found.reshape(batch * spans, picks, rows)
-
-
-def _look_up_kernel(first_smem_ref, routes_vmem_ref, rank_vmem_ref, out_vmem_ref, *, nobody: int):
-    """Goes through the chunks, for some thousand pairs at a time: 2 instructions for 1024 pairs and a chunk."""
-    picks, rows, _ = routes_vmem_ref.shape
-    at_once = math.gcd(ROWS, rows)
-
-    def some(i, _):
-        here = pl.ds(pl.multiple_of(i * at_once, at_once), at_once)
-        routes = [routes_vmem_ref[pick, here] for pick in range(picks)]
-
-        def one_chunk(chunk, found):
-            value = first_smem_ref[0, chunk]
-            return tuple(jnp.where(route == chunk, value, x) for route, x in zip(routes, found, strict=True))
-
-        found = tuple(jnp.full(route.shape, -1, jnp.int32) for route in routes)
-        found = lax.fori_loop(0, first_smem_ref.shape[1], one_chunk, found, unroll=8)
-        for pick, x in enumerate(found):
-            out_vmem_ref[pick, here] = jnp.where(x < 0, nobody, x + rank_vmem_ref[pick, here])
-        return 0
-
-    lax.fori_loop(0, rows // at_once, some, 0)
+    )
 
 
 def step_rows(rows: int, span: int) -> int:

@@ -1,4 +1,4 @@
-"""How many earlier tokens of the same head picked the same chunk: a counting sort's ranks, without a sort.
+"""How many earlier tokens of a span picked the same chunk: a counting sort's ranks, without a sort.
 
 Chunks lie on sublanes and tokens on lanes.
 
@@ -6,12 +6,13 @@ Chunks lie on sublanes and tokens on lanes.
 (b) Prefix. m times a triangle of ones counts, for each token and chunk, the tokens of the same 128 that picked the
     chunk, up to the token itself. 0 and 1 are exact in bfloat16, and so are the sums in float32.
 (c) Running counts [C, 128], the same in every lane, stay in VMEM from one block of tokens to the next; (b) plus those,
-    less one, is the rank of whoever picked the chunk, and the last token's prefix adds to them.
+    less one, is the rank of whoever picked the chunk, and the last token's prefix adds to them. They begin where the
+    ranks of a chunk shall begin.
 (d) rank_i = the sum over chunks of (c) where the chunk is pick i: K selections and sums of 8 x 128. Read with a stride,
     the sums of 8 x 128 tokens fill a register, so that the last sum, over sublanes, is elementwise too.
 
 Tiles of chunks past the last pick of a block of tokens are skipped: with causal routing that is half of them. FLOPs:
-2 * B * H * N * 128 * C, halved by that. Bytes: 8 * B * H * N * K, the picks and their ranks. The vector work, 4 K + 6
+2 * spans * R * 128 * C, halved by that. Bytes: 8 * spans * R * K, the picks and their ranks. The vector work, 4 K + 6
 instructions for 8 x 128 pairs of chunk and token, hides the products.
 """
 
@@ -30,7 +31,6 @@ from moc_jax.shapes import Array, Int, Int32, typed
 
 _NOTHING = -1
 _SUBLANES, _LANES = device.ROWS, device.LANES
-_MOST_TOKENS = 2**24  # what float32 counts exactly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,58 +60,52 @@ def tiling_of(tokens: int, picks: int) -> ScanTiling:
 
 @typed
 def ranks(
-    routes: Int[Array, "B H N K"],
-    chunks: int,
+    routes: Int[Array, "spans K R"],
+    begin: Int[Array, "spans C"],
     *,
     tiling: ScanTiling | None = None,
-) -> tuple[Int32[Array, "B H N K"], Int32[Array, "B H C"]]:
-    """The rank of each pick among its head's picks of the same chunk, in the order of tokens, and the picks per chunk.
-
-    Ranks are -1 where routes are.
+) -> tuple[Int32[Array, "spans K R"], Int32[Array, "spans C"]]:
+    """The rank of each pick among its span's picks of the same chunk, in the order of tokens, and where ranks end.
 
     Args:
-        routes: Picked chunks; a token picks none twice, and -1 is not a chunk.
-        chunks: C.
+        routes: Picked chunks; a token picks none twice, and -1 is not a chunk: its rank is -1.
+        begin: The rank of each chunk's first pick; ranks are exact up to 2^24.
         tiling: None: what suits the sizes.
-
-    Raises:
-        NotImplementedError: More tokens than float32 counts exactly.
     """
-    batch, heads, tokens, picks = routes.shape
-    if tokens > _MOST_TOKENS:
-        raise NotImplementedError(f"{tokens} tokens; ranks are exact up to {_MOST_TOKENS} tokens of a scene")
+    spans, picks, tokens = routes.shape
     if picks == 0 or tokens == 0:
-        return jnp.zeros(routes.shape, jnp.int32), jnp.zeros((batch, heads, chunks), jnp.int32)
+        return jnp.zeros(routes.shape, jnp.int32), begin.astype(jnp.int32)
     tiling = tiling or tiling_of(tokens, picks)
-    padding = -tokens % tiling.block
-    routes = jnp.swapaxes(routes.astype(jnp.int32), 2, 3)
-    routes = jnp.pad(routes, ((0, 0), (0, 0), (0, 0), (0, padding)), constant_values=_NOTHING)
-    routes = routes.reshape(batch * heads, picks, -1, _LANES)
-    rank, counts = _call(routes, chunks, tiling)
-    rank = jnp.swapaxes(rank.reshape(batch, heads, picks, -1), 2, 3)[:, :, :tokens]
-    return rank, counts[:, :chunks, 0].reshape(batch, heads, chunks)
+    routes = jnp.pad(routes.astype(jnp.int32), ((0, 0), (0, 0), (0, -tokens % tiling.block)), constant_values=_NOTHING)
+    routes = routes.reshape(spans, picks, -1, _LANES)
+    rank, end = _call(routes, begin.astype(jnp.int32), tiling)
+    return rank.reshape(spans, picks, -1)[:, :, :tokens], end[:, : begin.shape[1], 0]
 
 
-def _call(routes, chunks, tiling):
-    """The ranks of routes [B * H, K, N / 128, 128], and counts [B * H, padded C, 128], the same in every lane."""
-    heads, picks, groups, _ = routes.shape
+def _call(routes, begin, tiling):
+    """The ranks of routes [spans, K, R / 128, 128], and their ends [spans, padded C, 128], the same in every lane."""
+    spans, picks, groups, _ = routes.shape
+    chunks = begin.shape[1]
     rows, padded = tiling.block // _LANES, pl.cdiv(chunks, tiling.chunks) * tiling.chunks
     blocks = groups // rows
-    last = jnp.max(routes.reshape(heads, picks, blocks, tiling.block), axis=(1, 3))
+    last = jnp.max(routes.reshape(spans, picks, blocks, tiling.block), axis=(1, 3))
     used = (last + tiling.chunks) // tiling.chunks
-    block = pl.BlockSpec((None, picks, rows, _LANES), lambda h, n, _: (h, 0, n, 0))
+    block = pl.BlockSpec((None, picks, rows, _LANES), lambda x, n, _: (x, 0, n, 0))
     return pl.pallas_call(
         functools.partial(_kernel, tiling=tiling),
         name="moc_ranks",
         out_shape=(
             jax.ShapeDtypeStruct(routes.shape, jnp.int32),
-            jax.ShapeDtypeStruct((heads, padded, _LANES), jnp.int32),
+            jax.ShapeDtypeStruct((spans, padded, _LANES), jnp.int32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(heads, blocks),
-            in_specs=[block],
-            out_specs=(block, pl.BlockSpec((None, padded, _LANES), lambda h, n, _: (h, 0, 0))),
+            grid=(spans, blocks),
+            in_specs=[
+                pl.BlockSpec((None, 1, chunks), lambda x, n, _: (x, 0, 0), memory_space=pltpu.SMEM),
+                block,
+            ],
+            out_specs=(block, pl.BlockSpec((None, padded, _LANES), lambda x, n, _: (x, 0, 0))),
             scratch_shapes=[
                 pltpu.VMEM((padded, _LANES), jnp.float32),
                 pltpu.VMEM((picks, rows * _SUBLANES, _LANES), jnp.float32),
@@ -119,29 +113,35 @@ def _call(routes, chunks, tiling):
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=2 * heads * groups * _LANES**2 * padded, bytes_accessed=2 * routes.nbytes, transcendentals=0
+            flops=2 * spans * groups * _LANES**2 * padded, bytes_accessed=2 * routes.nbytes, transcendentals=0
         ),
-    )(used.astype(jnp.int32).reshape(-1), routes)
+    )(used.astype(jnp.int32).reshape(-1), begin[:, None], routes)
 
 
 def _kernel(
-    used_smem_ref,  # [B * H * blocks]: tiles of chunks that hold picks of the block's tokens
+    used_smem_ref,  # [spans * blocks]: tiles of chunks that hold picks of the block's tokens
+    begin_smem_ref,  # [1, C]
     routes_vmem_ref,  # [K, block / 128, 128]
     rank_vmem_ref,  # the same
-    counts_vmem_ref,  # [padded C, 128]
-    seen_vmem_ref,  # [padded C, 128]: tokens so far that picked the chunk, the same in every lane
+    end_vmem_ref,  # [padded C, 128]
+    seen_vmem_ref,  # [padded C, 128]: where ranks go on, the same in every lane
     sums_vmem_ref,  # [K, block / 16, 128]: rows 8 g to 8 g + 7 add up to the rank of the g-th 128 tokens
     *,
     tiling,
 ):
     assert routes_vmem_ref.shape == rank_vmem_ref.shape
-    assert counts_vmem_ref.shape == seen_vmem_ref.shape
+    assert end_vmem_ref.shape == seen_vmem_ref.shape
     rows = routes_vmem_ref.shape[1]
     assert rows * _LANES == tiling.block
 
     @pl.when(pl.program_id(1) == 0)
     def _start():
         seen_vmem_ref[...] = jnp.zeros(seen_vmem_ref.shape, jnp.float32)
+
+        @pl.loop(0, begin_smem_ref.shape[1])
+        def _begin(chunk):
+            first = begin_smem_ref[0, chunk].astype(jnp.float32)
+            seen_vmem_ref[pl.ds(chunk, 1)] = jnp.full((1, _LANES), first)
 
     used = used_smem_ref[pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)]
 
@@ -161,7 +161,7 @@ def _kernel(
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _finish():
-        counts_vmem_ref[...] = seen_vmem_ref[...].astype(jnp.int32)
+        end_vmem_ref[...] = seen_vmem_ref[...].astype(jnp.int32)
 
 
 def _one_tile(routes_vmem_ref, seen_vmem_ref, sums_vmem_ref, tiling, tile, *, first=False):

@@ -8,11 +8,11 @@ divide one another as kernels want them, and all of it within the chip's vector 
 import dataclasses
 import itertools
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
-from moc_jax.attention.layout import by_shot
+from moc_jax.attention.layout import by_shot, round_up
 from moc_jax.attention.pallas_tpu import flash, flash_backward, tuned
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.config import MoCConfig
@@ -144,44 +144,32 @@ class _Lengths:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Size:
+class _Size(NamedTuple):
     """What a row takes."""
 
-    dim: int
+    dim: int  # of heads
     itemsize: int
-
-    @property
-    def row(self) -> int:
-        """Bytes in vector memory."""
-        return self.itemsize * self.wide
-
-    @property
-    def wide(self) -> int:
-        """Elements, up to the end of the last register."""
-        return -(-self.dim // LANES) * LANES
 
     def forward(self, t: flash.ForwardTiling) -> int:
         """Bytes of vector memory of the forward kernel: q, out, k and v twice, the state, and parts under way."""
-        state = 4 * t.queries * (3 * LANES + 2 * self.wide)
+        wide = round_up(self.dim, LANES)
+        state = 4 * t.queries * (3 * LANES + 2 * wide)
         parts = 4 * t.compute_queries * t.compute_keys * (t.ahead + 2)
-        return 4 * self.row * (t.queries + t.keys) + state + parts
+        return 4 * self.itemsize * wide * (t.queries + t.keys) + state + parts
 
     def backward(self, t: flash_backward.GradientTiling, rows: int) -> int:
         """The same of the backward kernel: q and d_out twice, k, v, dk and dv twice and as they are summed, dq."""
-        queries = t.block * (4 * self.row + 12 * self.wide)
-        return queries + rows * (10 * self.row + 8 * self.wide) + 4 * t.block * t.at_once * self.itemsize // 2
+        wide, size = round_up(self.dim, LANES), self.itemsize
+        queries = t.block * wide * (4 * size + 12)
+        return queries + rows * wide * (10 * size + 8) + 4 * t.block * t.at_once * size // 2
 
 
 def _forward(
     chip: Chip, kernel: Kernel, size: _Size, queries: _Run, keys: list[_Run], most_queries: int = _MOST
 ) -> flash.ForwardTiling:
     """The tiling of the least cost that fits: queries in tiles, over blocks of keys."""
-    most, most_keys, *_ = _FORWARD[kernel][chip.name]
-    most = max(most, _whole(queries))
-    options = itertools.product(
-        _candidates([queries], min(most, most_queries)), _candidates(keys, max(most_keys, *map(_whole, keys)))
-    )
+    most = min(_FORWARD[kernel][chip.name][0], most_queries)
+    options = itertools.product(_candidates([queries], most), _candidates(keys, _MOST))
 
     def cost(t: flash.ForwardTiling) -> float:
         small = _SMALL_PARTS if max(t.compute_queries, t.compute_keys) <= LANES else 1.0

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.tpu_compiler
 
 ROUTING = ["moc_pool", "moc_router"]
 ANCHORS = ["moc_forward_anchors", "moc_forward_text", "moc_move"]
-PICKS = ["moc_forward_picks", "moc_look_up", "moc_merge", "moc_move_lanes", "moc_ranks", "moc_spread"]
+PICKS = ["moc_forward_picks", "moc_merge", "moc_move_lanes", "moc_ranks", "moc_spread"]
 FORWARD = {*ROUTING, *ANCHORS, *PICKS}
 KERNELS = {
     "forward": FORWARD,

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.attention.layout import Heads
 from moc_jax.attention.pallas_tpu import device, pairs
 from moc_jax.attention.pallas_tpu.device import Chip
 from moc_jax.attention.pallas_tpu.placement import STEP, span_size, step_rows
@@ -16,7 +15,6 @@ from tests.attention.interpreter import interpreted, row_by_row
 
 BATCH, HEADS, ROWS, PICKS, CHUNKS, DIM, TILE = 2, 2, 96, 3, 7, 16, 16
 CHIP = Chip("v5e")
-ALL_HEADS = Heads(0, HEADS)
 EMPTY = 4  # a chunk of no length, which some pick
 
 
@@ -31,21 +29,22 @@ def draw_routes(seed, rows=ROWS):
 
 def place(routes, span=64, step=32, buffers=2):
     lengths = jnp.where(jnp.arange(CHUNKS) == EMPTY, 0, 1)[None].repeat(BATCH, 0)
-    return place_pairs(routes, lengths, TILE, routes.shape[2] * PICKS, span=span, step=step, buffers=buffers)
+    most = routes.shape[2] * PICKS
+    return place_pairs(jnp.swapaxes(routes, 2, 3), lengths, TILE, most, span=span, step=step, buffers=buffers)
 
 
 def slots_of(placement, routes):
     """Slot of each pair [B, H, R, K], -1 for none, from runs and places as kernels read them."""
     p = placement
     slot = np.full(routes.shape, -1)
-    places = np.asarray(p.places).reshape(BATCH, HEADS, -1, p.picks, p.step)
+    places = np.asarray(p.places).reshape(BATCH, HEADS, -1, p.spans.picks, p.spans.step)
     runs = np.asarray(p.runs).reshape(BATCH, HEADS, -1, CHUNKS, 3)
-    span = p.steps * p.step
+    span = p.spans.steps * p.spans.step
     for b, h, n, k in np.ndindex(routes.shape):
         chunk = routes[b, h, n, k]
-        at = places[b, h, n // p.step, k, n % p.step]
+        at = places[b, h, n // p.spans.step, k, n % p.spans.step]
         if chunk < 0 or chunk == EMPTY:
-            assert at == p.room - 8
+            assert at == p.spans.room - 8
             continue
         rows, first, to = runs[b, h, n // span, chunk]
         assert first <= at < first + rows
@@ -91,7 +90,7 @@ def test_spread(interpreter, dtype, one_by_one, buffers):
     @jax.jit
     def run(routes, x):
         p = place(routes, span=spans[rows], buffers=buffers)
-        return p, pairs.spread(x, p, ALL_HEADS, chip=CHIP, fill_first_lane=np.inf)
+        return p, pairs.spread(x, p, chip=CHIP, fill_first_lane=np.inf)
 
     with moved(one_by_one):
         p, got = run(routes, x)
@@ -137,9 +136,9 @@ def test_merge_and_add(interpreter, dtype, one_by_one, buffers, anchored):
     @jax.jit
     def run(rows_, plain, own, own_lse, p):
         anchors = (own, own_lse) if anchored else None
-        merged = pairs.merge(rows_, p, ALL_HEADS, anchors=anchors, dim=DIM, dtype=dtype, chip=CHIP)
+        merged = pairs.merge(rows_, p, anchors, dim=DIM, dtype=dtype, chip=CHIP)
         numbers = jnp.nan_to_num(own)
-        return *merged, pairs.add(plain, p, numbers if anchored else None, ALL_HEADS, dtype=jnp.float32, chip=CHIP)
+        return *merged, pairs.add(plain, p, numbers if anchored else None, dtype=jnp.float32, chip=CHIP)
 
     with moved(one_by_one):
         got, got_lse, total = run((wide if dtype == jnp.float32 else packed)(out, lse), out, own, own_lse, p)
