@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
+from moc_jax.attention.residuals import RESIDUALS
 from moc_jax.config import MMDiTConfig, MoCConfig
 from moc_jax.models.family import Routed
 from moc_jax.models.layers import Modulation, TimeEmbedding, dense, layer_norm
@@ -19,6 +20,14 @@ from moc_jax.models.rope import rope_angles
 from moc_jax.scene import ChunkTable, SceneLengths, chunk_table, positions
 from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
 from moc_jax.sharding import batch_sharded
+
+_OF_ATTENTION = jax.checkpoint_policies.save_only_these_names(*RESIDUALS)
+_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_KEPT = {  # by `remat`, for the backward pass beside a block's inputs
+    "dots": jax.checkpoint_policies.save_from_both_policies(_PRODUCTS, _OF_ATTENTION),
+    "attention": _OF_ATTENTION,
+    "full": None,
+}
 
 Streams = tuple[Float[Array, "B L M"], Float[Array, "B V M"]]  # text and video
 
@@ -125,8 +134,7 @@ class MMDiT(nnx.Module):
             return (text, video), routes
 
         if self.cfg.remat != "none":
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.cfg.remat == "dots" else None
-            body = jax.checkpoint(body, policy=keep, prevent_cse=False)  # scan already keeps the passes apart
+            body = jax.checkpoint(body, policy=_KEPT[self.cfg.remat], prevent_cse=False)  # scan keeps passes apart
         return lax.scan(body, streams, (weights, jnp.arange(self.cfg.depth)))
 
 
