@@ -82,7 +82,7 @@ class MMDiTConfig(Settings, at="model"):
     """Base of the rotary frequencies; smaller tells near positions apart sooner."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type of matrix products; parameters, norms' statistics and modulation stay float32."""
-    remat: Literal["none", "dots", "attention", "full"] = "full"
+    remat: Literal["none", "dots", "attention+mlp", "attention", "full"] = "full"
     """What the backward pass recomputes of a block: nothing, all but matrix products and attention, all but attention
     with its routing, or all."""
 

@@ -13,7 +13,7 @@ from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
 from moc_jax.attention.residuals import RESIDUALS
 from moc_jax.config import MMDiTConfig, MoCConfig
 from moc_jax.models.family import Routed
-from moc_jax.models.layers import Modulation, TimeEmbedding, dense, layer_norm
+from moc_jax.models.layers import MLP_OUTPUT, Modulation, TimeEmbedding, dense, layer_norm
 from moc_jax.models.mmdit.block import Attend, Slots, stacked_blocks
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
 from moc_jax.models.rope import rope_angles
@@ -21,11 +21,12 @@ from moc_jax.scene import ChunkTable, SceneLengths, chunk_table, positions
 from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
 from moc_jax.sharding import batch_sharded
 
-_OF_ATTENTION = jax.checkpoint_policies.save_only_these_names(*RESIDUALS)
-_PRODUCTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+_policies = jax.checkpoint_policies
+_of_attention = _policies.save_only_these_names(*RESIDUALS)
 _KEPT = {  # by `remat`, for the backward pass beside a block's inputs
-    "dots": jax.checkpoint_policies.save_from_both_policies(_PRODUCTS, _OF_ATTENTION),
-    "attention": _OF_ATTENTION,
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _of_attention),
+    "attention+mlp": _policies.save_only_these_names(*RESIDUALS, MLP_OUTPUT),
+    "attention": _of_attention,
     "full": None,
 }
 
