@@ -15,6 +15,7 @@ import typing
 if typing.TYPE_CHECKING:
     from moc_jax.attention.api import moc_attention, route
     from moc_jax.attention.backends import Hopper, Reference, Tpu, Xla
+    from moc_jax.attention.residuals import RESIDUALS
     from moc_jax.config import ChunkConfig, ConfigError, MoCConfig
     from moc_jax.cuts import chunk_table_from
     from moc_jax.scene import (
@@ -36,6 +37,7 @@ __all__ = [
     "GLOBAL",
     "NO_SHOT",
     "PAD",
+    "RESIDUALS",
     "TEXT",
     "VIDEO",
     "ChunkConfig",
@@ -59,6 +61,7 @@ __all__ = [
 _MODULES = {
     "attention.api": ("moc_attention", "route"),
     "attention.backends": ("Hopper", "Reference", "Tpu", "Xla"),
+    "attention.residuals": ("RESIDUALS",),
     "cuts": ("chunk_table_from",),
     "config": ("ChunkConfig", "ConfigError", "MoCConfig"),
 }

@@ -16,6 +16,7 @@ from moc_jax.attention.checks import (
     check_vectors,
 )
 from moc_jax.attention.layout import Queries, queries_of
+from moc_jax.attention.residuals import named_routes
 from moc_jax.attention.tilings import Tilings, kept_tilings, read_tilings
 from moc_jax.config import AttentionConfig, MoCConfig
 from moc_jax.scene import ChunkTable
@@ -119,7 +120,9 @@ def _route(
         picks = routing.recent_picks(queries, table, cfg, q.shape[2])
     else:
         picks = implementation(value).select(q, k, queries, table, cfg, value)
-    return picks if key is None else routing.drop(picks, queries, table, cfg, key, block=_DROP_BLOCK)
+    if key is not None:
+        picks = routing.drop(picks, queries, table, cfg, key, block=_DROP_BLOCK)
+    return named_routes(picks)
 
 
 def scene_keys(key: Key[Array, ""], batch: int, heads: int) -> Key[Array, "B H"]:

@@ -36,6 +36,7 @@ from jax import lax
 
 from moc_jax.attention import routing
 from moc_jax.attention.layout import Queries
+from moc_jax.attention.residuals import named_outputs
 from moc_jax.attention.runs import Runs, anchor_runs
 from moc_jax.attention.statistics import row_dot
 from moc_jax.attention.xla_walk import (
@@ -222,7 +223,7 @@ def _forward(inputs, static):
 
 
 def _attend_forward(inputs, static):
-    out, lse = _forward(inputs, static)
+    out, lse = named_outputs(*_forward(inputs, static))
     return out, (inputs, out, lse)
 
 

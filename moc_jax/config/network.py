@@ -85,8 +85,9 @@ class MMDiTConfig(Settings, at="model"):
     """Base of the rotary frequencies; smaller tells near positions apart sooner."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type of matrix products; parameters, norms' statistics and modulation stay float32."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    remat: Literal["none", "dots", "attention+mlp", "attention", "full"] = "full"
+    """What the backward pass recomputes of a block: nothing, all but matrix products and attention, all but attention
+    with its routing, or all."""
 
     def check_together(self):
         check(self.mlp_dim >= 1, f"model.mlp_ratio is {self.mlp_ratio}; mlp_ratio x dim must be at least 1")

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from moc_jax.config import ModelConfig
 from moc_jax.shapes import Array, Float, Float32, typed
 
 TIME_FREQUENCIES = 128
+MLP_OUTPUT = "mlp_output"  # its name for policies of `jax.checkpoint`
 _init = nnx.initializers.xavier_uniform()
 
 Axes = Mapping[str, int]  # an axis of a weight: what it is, which the sharding rules go by -> its size
@@ -65,7 +67,7 @@ class Mlp(nnx.Module):
         self.down = dense({"mlp": cfg.mlp_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
-        return self.down(nnx.gelu(self.up(x), approximate=True))
+        return checkpoint_name(self.down(nnx.gelu(self.up(x), approximate=True)), MLP_OUTPUT)
 
 
 class TimeEmbedding(nnx.Module):

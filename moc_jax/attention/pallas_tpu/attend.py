@@ -39,6 +39,7 @@ from moc_jax.attention.pallas_tpu.plan import (
     reader_tiles,
 )
 from moc_jax.attention.pallas_tpu.tuning import Blocks
+from moc_jax.attention.residuals import named_outputs
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int
@@ -104,8 +105,9 @@ def part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, b
         return jnp.zeros(q.shape, v.dtype), jnp.full((batch, heads, tokens), -jnp.inf)
 
     def run(q, k, v, tiles, placement, table):
-        out, _, lse = _outputs(q, k, v, tiles, placement, table, static)
-        return out, moves.move_lanes(lse, *tiles.order.back, tokens, 0, chip=static.chip)
+        out, lse = _outputs(q, k, v, tiles, placement, table, static)
+        back = tiles.order.back
+        return _to_tokens(out, back, tokens, static), moves.move_lanes(lse, *back, tokens, 0, chip=static.chip)
 
     out, lse = more_scenes(run)(q, k, v, tiles, placement, table)
     return out, jnp.where(queries.valid[:, None], lse / LOG2E, -jnp.inf)
@@ -176,16 +178,19 @@ def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int, d
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(q, k, v, tiles: OrderedTiles, placement: Placement | None, table, static):
-    return _forward(q, k, v, tiles, placement, table, static)[0]
+    return _attend_forward(q, k, v, tiles, placement, table, static)[0]
 
 
-def _forward(q, k, v, tiles, placement, table, static):
-    return more_scenes(functools.partial(_outputs, static=static))(q, k, v, tiles, placement, table)
+def _attend_forward(q, k, v, tiles, placement, table, static):
+    outputs = more_scenes(functools.partial(_outputs, static=static))(q, k, v, tiles, placement, table)
+    out, lse = named_outputs(*outputs)
+    result = more_scenes(functools.partial(_to_tokens, tokens=q.shape[1], static=static))(out, tiles.order.back)
+    return result, (q, k, v, tiles, placement, table, out, lse)
 
 
 def _outputs(q, k, v, tiles: OrderedTiles, placement, table, static: _Static):
-    """Arrays [B, Q, H, D] -> output, and what the gradients need of it in the queries' order: output, log-sum-exp."""
-    batch, tokens, heads, dim = q.shape
+    """Arrays [B, Q, H, D] -> output and log-sum-exp in the queries' order."""
+    batch, _, heads, dim = q.shape
     rows = tiles.order.rows
 
     def one_group(heads, whole):
@@ -193,8 +198,7 @@ def _outputs(q, k, v, tiles: OrderedTiles, placement, table, static: _Static):
         return tuple(heads.put(x, part, axis=1) for x, part in zip(whole, found, strict=True))
 
     start = jnp.empty((batch, heads, rows, dim), v.dtype), jnp.empty((batch, heads, rows), jnp.float32)
-    out, lse = by_group(one_group, start, heads, _groups(q, placement, static.chip))
-    return _to_tokens(out, tiles.order.back, tokens, static), out, lse
+    return by_group(one_group, start, heads, _groups(q, placement, static.chip))
 
 
 def _ordered_outputs(of_tokens, tiles: OrderedTiles, placement, table, static: _Static):
@@ -233,11 +237,6 @@ def _anchors(queries, keys, values, tiles: OrderedTiles, static: _Static):
         found = run(tiles.text, tiling=blocks.text, name="moc_forward_text", into=found)
     out, lse = found
     return out, jnp.where(tiles.anchored[:, None], lse, -jnp.inf)
-
-
-def _attend_forward(q, k, v, tiles, placement, table, static):
-    result, out, lse = _forward(q, k, v, tiles, placement, table, static)
-    return result, (q, k, v, tiles, placement, table, out, lse)
 
 
 def _attend_backward(static, residuals, d_result):

@@ -10,15 +10,25 @@ from flax import nnx
 from jax import lax
 
 from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
+from moc_jax.attention.residuals import RESIDUALS
 from moc_jax.config import MMDiTConfig, MoCConfig
 from moc_jax.models.family import Routed
-from moc_jax.models.layers import Modulation, TimeEmbedding, dense, layer_norm
+from moc_jax.models.layers import MLP_OUTPUT, Modulation, TimeEmbedding, dense, layer_norm
 from moc_jax.models.mmdit.block import Attend, Slots, stacked_blocks
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
 from moc_jax.models.rope import rope_angles
 from moc_jax.scene import ChunkTable, SceneLengths, chunk_table, positions
 from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
 from moc_jax.sharding import batch_sharded
+
+_policies = jax.checkpoint_policies
+_of_attention = _policies.save_only_these_names(*RESIDUALS)
+_KEPT = {  # by `remat`, for the backward pass beside a block's inputs
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _of_attention),
+    "attention+mlp": _policies.save_only_these_names(*RESIDUALS, MLP_OUTPUT),
+    "attention": _of_attention,
+    "full": None,
+}
 
 Streams = tuple[Float[Array, "B L M"], Float[Array, "B V M"]]  # text and video
 
@@ -125,8 +135,7 @@ class MMDiT(nnx.Module):
             return (text, video), routes
 
         if self.cfg.remat != "none":
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.cfg.remat == "dots" else None
-            body = jax.checkpoint(body, policy=keep, prevent_cse=False)  # scan already keeps the passes apart
+            body = jax.checkpoint(body, policy=_KEPT[self.cfg.remat], prevent_cse=False)  # scan keeps passes apart
         return lax.scan(body, streams, (weights, jnp.arange(self.cfg.depth)))
 
 
