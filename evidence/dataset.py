@@ -51,35 +51,44 @@ def fit(world: World, cfg: CodecConfig, stories: int = 64) -> Codec:
 
 def make(world: World, codec_cfg: CodecConfig, codec: Codec, text: HashConfig, seeds: range, processes: int) -> Dataset:
     """The stories of these seeds; so many processes share the work, or with 1 this one does it."""
-    encoder = build_text_encoder(text)
-    rows: dict[bytes, int] = {bytes(text.dim * 4): 0}  # a word's embedding -> its row
-    tokens, lengths = [], []
-    for seed in seeds:
-        story = world.story(seed)
-        captions = [encoder(caption) for caption in (story.caption, *(shot.caption for shot in story.shots))]
-        joined = [rows.setdefault(word.tobytes(), len(rows)) for word in np.concatenate(captions)]
-        limit = TEXT_TOKENS_PER_CAPTION * len(captions)
-        if len(joined) > limit:
-            raise ValueError(f"story {seed} has {len(joined)} words; the limit is {limit}")
-        tokens.append(joined + [0] * (limit - len(joined)))
-        lengths.append([len(caption) for caption in captions])
     encode = functools.partial(_encode, world, codec_cfg, codec.state())
     size = max(1, min(64, len(seeds) // processes))
     parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
     if processes == 1:
-        latents = np.concatenate(list(map(encode, parts)))
+        encoded = list(map(encode, parts))
     else:
         with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            latents = np.concatenate(list(pool.map(encode, parts)))
-    embeddings = np.stack([np.frombuffer(word, np.float32) for word in rows])
-    return Dataset(*map(jnp.asarray, (latents, np.array(tokens), np.array(lengths), embeddings)), shots=world.shots)
+            encoded = list(pool.map(encode, parts))
+    captions = [of_story for _, of_part in encoded for of_story in of_part]
+    latents = np.concatenate([of_part for of_part, _ in encoded])
+    return Dataset(*map(jnp.asarray, (latents, *_text(captions, text))), shots=world.shots)
 
 
-def _encode(world: World, cfg: CodecConfig, state: dict[str, np.ndarray], seeds: Sequence[int]) -> np.ndarray:
+def _text(captions: Sequence[Sequence[str]], cfg: HashConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each story's captions as rows of a table, their lengths, and the table: every word once, after padding's zeros."""
+    encoder = functools.lru_cache(maxsize=None)(build_text_encoder(cfg))
+    rows: dict[bytes, int] = {bytes(4 * cfg.dim): 0}
+    tokens, lengths = [], []
+    for story in captions:
+        embedded = [encoder(caption) for caption in story]
+        words = [rows.setdefault(word.tobytes(), len(rows)) for word in np.concatenate(embedded)]
+        limit = TEXT_TOKENS_PER_CAPTION * len(story)
+        if len(words) > limit:
+            raise ValueError(f"the story {story[0]!r} has {len(words)} words; the limit is {limit}")
+        tokens.append(words + [0] * (limit - len(words)))
+        lengths.append([len(caption) for caption in embedded])
+    return np.array(tokens), np.array(lengths), np.stack([np.frombuffer(word, np.float32) for word in rows])
+
+
+def _encode(
+    world: World, cfg: CodecConfig, state: dict[str, np.ndarray], seeds: Sequence[int]
+) -> tuple[np.ndarray, list[list[str]]]:
+    """Latents and captions of some stories."""
     codec = load_codec(cfg, state)
-    return np.stack(
-        [np.concatenate([codec.encode(clip) for clip in _clips(world, world.story(s))]) for s in seeds]
-    ).astype(np.float16)
+    stories = [world.story(seed) for seed in seeds]
+    latents = [np.concatenate([codec.encode(clip) for clip in _clips(world, story)]) for story in stories]
+    captions = [[story.caption, *(shot.caption for shot in story.shots)] for story in stories]
+    return np.stack(latents).astype(np.float16), captions
 
 
 def _clips(world: World, story: Story) -> list[np.ndarray]:
