@@ -65,7 +65,7 @@ def make(world: World, codec_cfg: CodecConfig, codec: Codec, text: HashConfig, s
 
 
 def _text(captions: Sequence[Sequence[str]], cfg: HashConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each story's captions as rows of a table, their lengths, and the table: every word once, after padding's zeros."""
+    """Each story's captions as rows of a table, their lengths, and the table: padding's zeros, then every word once."""
     encoder = functools.lru_cache(maxsize=None)(build_text_encoder(cfg))
     rows: dict[bytes, int] = {bytes(4 * cfg.dim): 0}
     tokens, lengths = [], []
