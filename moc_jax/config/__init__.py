@@ -60,7 +60,9 @@ class Stage:
     """Batches [begin, end) of a run, all with one chunk size."""
 
     begin: int
+    """The first batch, from 0."""
     end: int
+    """Where the next stage begins, or the run ends."""
     moc: MoCConfig
 
 
