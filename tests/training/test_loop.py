@@ -10,9 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from moc_jax.checkpoint import load_for_sampling
+from moc_jax.checkpoint import load_for_sampling, newest_config
 from moc_jax.cli import config_from_json
-from moc_jax.checkpoint import newest_config
 from moc_jax.config import ChunkStage, ConfigError
 from moc_jax.data import prepare
 from moc_jax.training import loop
