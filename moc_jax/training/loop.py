@@ -144,9 +144,9 @@ class _Run:
         closes(self._data.close)
         self._checkpoints = Checkpoints(str(epath.Path(cfg.workdir) / "checkpoints"), cfg.train)
         closes(self._checkpoints.close)
-        self._cfg, remat = with_remat(cfg, self._data.buckets.shapes, mesh)
-        cfg = self._cfg
-        self._blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
+        blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
+        cfg, self._blueprint, remat = with_remat(cfg, blueprint, self._data.buckets.shapes, mesh)
+        self._cfg = cfg
         self._attention = routed_attention(cfg.attention)
         where = self._blueprint, mesh, self._attention
         self._step = make_train_step(cfg.train, cfg.optimizer, cfg.diffusion, *where)

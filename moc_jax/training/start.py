@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 from jax.sharding import Mesh
 
+from moc_jax import models
 from moc_jax.checkpoint import has_checkpoint, load_codec_state, load_for_sampling, newest_config
 from moc_jax.codecs import Codec, CodecMismatch, load_codec
 from moc_jax.config import BucketConfig, CodecConfig, Config, ConfigError, Remat
@@ -15,7 +16,7 @@ from moc_jax.config_json import differences
 from moc_jax.processes import gather
 from moc_jax.sharding import Params, batch_shards
 from moc_jax.training.remat import choose, device_memory
-from moc_jax.training.state import make_blueprint
+from moc_jax.training.state import Blueprint
 
 Changes = dict[str, tuple[object, object]]  # dotted name -> (then, now)
 
@@ -55,13 +56,16 @@ def initial_params(cfg: Config, codec: Codec, shardings: Params) -> Params:
     return load_for_sampling(cfg.train.init_from, shardings=shardings).params
 
 
-def with_remat(cfg: Config, shapes: Sequence[BucketConfig], mesh: Mesh) -> tuple[Config, str]:
-    """`cfg` with a policy in place of `model.remat auto`, and which that is and why. All processes call this together.
+def with_remat(
+    cfg: Config, blueprint: Blueprint, shapes: Sequence[BucketConfig], mesh: Mesh
+) -> tuple[Config, Blueprint, str]:
+    """Both with a policy in place of `model.remat auto`; which that is, and why. All processes call this together.
 
     Policies differ in rounding, since the compiler fuses what it has at hand: a run keeps the one that it began with.
 
     Args:
         cfg: a run's settings.
+        blueprint: the run's.
         shapes: the buckets of its batches.
         mesh: the devices.
 
@@ -69,18 +73,18 @@ def with_remat(cfg: Config, shapes: Sequence[BucketConfig], mesh: Mesh) -> tuple
         CheckpointError, ConfigError: see `newest_config`.
     """
     if cfg.model.remat != "auto":
-        return cfg, f"model.remat {cfg.model.remat}, as configured"
+        return cfg, blueprint, f"model.remat {cfg.model.remat}, as configured"
     begun = newest_config(cfg.workdir) if has_checkpoint(cfg.workdir) else None
     found = [text.split() for text in gather(f"{begun.model.remat if begun else 'auto'} {device_memory()}")]
     policy, why = cast(Remat, found[0][0]), "the run began with it"
     if policy == "auto":
-        state = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh).abstract
         per_frame = math.prod(cfg.latent_size) / math.prod(cfg.model.patch)
         per_scene = max(shape.text_tokens + shape.frames * per_frame for shape in shapes)
         tokens = math.ceil(per_scene * cfg.train.batch_size / batch_shards(mesh))
-        policy, why = choose(cfg.model, cfg.moc, state, tokens, min(int(memory) for _, memory in found))
+        policy, why = choose(cfg.model, cfg.moc, blueprint.abstract, tokens, min(int(memory) for _, memory in found))
     model = dataclasses.replace(cfg.model, remat=policy)
-    return dataclasses.replace(cfg, model=model), f"model.remat {policy}, by auto: {why}"
+    blueprint = dataclasses.replace(blueprint, graph=models.abstract(model)[0])
+    return dataclasses.replace(cfg, model=model), blueprint, f"model.remat {policy}, by auto: {why}"
 
 
 def check_codec(settings: CodecConfig, state: dict[str, np.ndarray], codec: Codec, *, trained: str, cache: str) -> None:

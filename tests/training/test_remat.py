@@ -16,6 +16,7 @@ from moc_jax.training.state import device_bytes
 from tests.training.small import CONFIG, blueprint_of, changed, make_scene, mesh_of
 
 AUTO = changed(CONFIG, model={"remat": "auto"}, data={"height": 32, "width": 32})
+BLUEPRINT = blueprint_of(AUTO, mesh_of(1))
 SHAPES = BucketConfig(shots=2, frames=4, text_tokens=8), BucketConfig(shots=3, frames=7, text_tokens=9)
 TOKENS = 9 + 7 * 4  # of a scene in the larger one, which those of small.py are in too
 
@@ -63,7 +64,7 @@ def test_what_is_needed_is_a_devices_share(monkeypatch):
     monkeypatch.setattr(start, "choose", lambda *args: asked.append(args[2:]) or ("full", ""))
     config = changed(AUTO, train={"batch_size": 8})
     for mesh in (mesh_of(1), mesh_of(4, data=2, fsdp=2)):
-        start.with_remat(config, SHAPES, mesh)
+        start.with_remat(config, blueprint_of(config, mesh), SHAPES, mesh)
     (whole, tokens, memory), (share, fewer, same) = asked
     assert (tokens, fewer) == (8 * TOKENS, 2 * TOKENS)  # of the largest bucket
     assert 0.5 < device_bytes(share) / device_bytes(whole) < 0.7
@@ -73,14 +74,16 @@ def test_what_is_needed_is_a_devices_share(monkeypatch):
 def test_a_run_keeps_the_policy_that_it_began_with(monkeypatch):
     monkeypatch.setattr(start, "has_checkpoint", lambda workdir: True)
     monkeypatch.setattr(start, "newest_config", lambda workdir: changed(AUTO, model={"remat": "attention"}))
-    config, why = start.with_remat(AUTO, SHAPES, mesh_of(1))
+    config, blueprint, why = start.with_remat(AUTO, BLUEPRINT, SHAPES, mesh_of(1))
+    assert nnx.merge(blueprint.graph, models.abstract(config.model)[1]).cfg.remat == "attention"
     assert (config.model.remat, why) == ("attention", "model.remat attention, by auto: the run began with it")
-    assert start.with_remat(changed(AUTO, model={"remat": "full"}), SHAPES, mesh_of(1))[0].model.remat == "full"
+    full = changed(AUTO, model={"remat": "full"})
+    assert start.with_remat(full, BLUEPRINT, SHAPES, mesh_of(1))[:2] == (full, BLUEPRINT)
 
 
 def test_all_processes_go_by_the_least_memory_and_by_what_the_first_one_read(monkeypatch):
     monkeypatch.setattr(start, "gather", lambda text: [text, "attention 1"])
-    config, why = start.with_remat(AUTO, SHAPES, mesh_of(1))
+    config, _, why = start.with_remat(AUTO, BLUEPRINT, SHAPES, mesh_of(1))
     assert config.model.remat == "full"
     assert "none surely fits" in why
 
