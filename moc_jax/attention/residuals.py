@@ -2,13 +2,15 @@
 
     jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*RESIDUALS))
 
-With all of them kept, neither attention nor its routing is computed a second time: of N tokens in H heads of D, the
-output (N H D numbers), the log-sum-exp (N H in float32) and the routes (N H K in int32).
+With all of them kept, neither attention nor its routing nor the sorting of pairs is done a second time: of N tokens in
+H heads of D, the output (N H D numbers), the log-sum-exp (N H in float32) and the routes with where their pairs lie
+(about 2 N H K in int32).
 """
 
+import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from moc_jax.shapes import Array, Float, Float32, Int
+from moc_jax.shapes import Array, Float, Float32
 
 OUTPUT, LOG_SUM_EXP, ROUTES = RESIDUALS = "moc_output", "moc_log_sum_exp", "moc_routes"
 
@@ -18,6 +20,6 @@ def named_outputs(out: Float[Array, "*D"], lse: Float32[Array, "*N"]) -> tuple[A
     return checkpoint_name(out, OUTPUT), checkpoint_name(lse, LOG_SUM_EXP)
 
 
-def named_routes(routes: Int[Array, "B H Q K"]) -> Int[Array, "B H Q K"]:
-    """Routes by their name."""
-    return checkpoint_name(routes, ROUTES)
+def named_routes[T](routes: T) -> T:
+    """Routes, or what was worked out from them, by their name; a tree of arrays. Policies keep what is used later."""
+    return jax.tree.map(lambda x: checkpoint_name(x, ROUTES), routes)

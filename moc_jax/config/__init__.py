@@ -15,6 +15,7 @@ from moc_jax.config.network import (
     MoCConfig,
     ModelConfig,
     PcaConfig,
+    Remat,
     TextConfig,
 )
 from moc_jax.config.reference import Reference
@@ -48,6 +49,7 @@ __all__ = [
     "OptimizerConfig",
     "PcaConfig",
     "Reference",
+    "Remat",
     "SampleConfig",
     "Stage",
     "TextConfig",

@@ -10,6 +10,8 @@ _WIDEST = 2**20  # numbers that one token is made of
 _MOST_WEIGHTS = 10**13
 _LARGEST_PATCH = 2**14  # its covariance takes 2 GiB
 
+Remat = Literal["auto", "none", "dots", "attention+mlp", "attention", "full"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkConfig(Settings, at="moc.chunk"):
@@ -85,9 +87,10 @@ class MMDiTConfig(Settings, at="model"):
     """Base of the rotary frequencies; smaller tells near positions apart sooner."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type of matrix products; parameters, norms' statistics and modulation stay float32."""
-    remat: Literal["none", "dots", "attention+mlp", "attention", "full"] = "full"
-    """What the backward pass recomputes of a block: nothing, all but matrix products and attention, all but attention
-    with its routing, or all."""
+    remat: Remat = "auto"
+    """What of a block the backward pass finds kept and does not recompute: all (`none`); attention with its routing and
+    beside it matrix products (`dots`), the MLP's output (`attention+mlp`) or no more (`attention`); nothing (`full`).
+    `auto`: the fastest that fits the device when a run begins; outside of runs, `full`."""
 
     def check_together(self):
         check(self.mlp_dim >= 1, f"model.mlp_ratio is {self.mlp_ratio}; mlp_ratio x dim must be at least 1")

@@ -8,13 +8,23 @@ import math
 import jax
 from flax import nnx
 
-from moc_jax.config import MMDiTConfig, ModelConfig
+from moc_jax.config import MMDiTConfig, MoCConfig, ModelConfig, Remat
 from moc_jax.config.base import Settings
 from moc_jax.models.family import Routed, VideoModel
 from moc_jax.models.mmdit import MMDiT
 from moc_jax.models.patches import scene_shape
 
-__all__ = ["MODELS", "Routed", "VideoModel", "abstract", "build", "matrix_flops", "parameter_count", "scene_shape"]
+__all__ = [
+    "MODELS",
+    "Routed",
+    "VideoModel",
+    "abstract",
+    "build",
+    "kept_bytes",
+    "matrix_flops",
+    "parameter_count",
+    "scene_shape",
+]
 
 MODELS: dict[type[Settings], type[VideoModel]] = {MMDiTConfig: MMDiT}
 
@@ -37,3 +47,8 @@ def parameter_count(cfg: ModelConfig) -> int:
 def matrix_flops(cfg: ModelConfig, text_tokens: int, video_tokens: int) -> int:
     """FLOPs of one forward pass outside attention; nothing that is recomputed."""
     return MODELS[type(cfg)].matrix_flops(cfg, text_tokens, video_tokens)
+
+
+def kept_bytes(cfg: ModelConfig, remat: Remat, moc: MoCConfig) -> int:
+    """Bytes of a token that all blocks together keep for the backward pass with this `remat`, but for `none`."""
+    return MODELS[type(cfg)].kept_bytes(cfg, remat, moc)

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from moc_jax.attention.api import RoutedAttention, SceneAttention
-from moc_jax.config import MoCConfig
+from moc_jax.config import MoCConfig, ModelConfig, Remat
 from moc_jax.scene import ChunkTable, SceneLengths
 from moc_jax.shapes import Array, Float, Float32, Int, Key
 
@@ -72,6 +72,11 @@ class VideoModel(Protocol):
         ...
 
     @staticmethod
-    def matrix_flops(cfg: Any, text_tokens: int, video_tokens: int) -> int:
+    def matrix_flops(cfg: ModelConfig, text_tokens: int, video_tokens: int) -> int:
         """FLOPs of one forward pass outside attention."""
+        ...
+
+    @staticmethod
+    def kept_bytes(cfg: ModelConfig, remat: Remat, moc: MoCConfig) -> int:
+        """Bytes of a token that all blocks together keep for the backward pass with this `remat`, but for `none`."""
         ...

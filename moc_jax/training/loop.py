@@ -32,7 +32,7 @@ from moc_jax.training.lock import Lock
 from moc_jax.training.memory import preview_remedies, remedies
 from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, read_metrics, speeds
 from moc_jax.training.programs import Programs, StagePrograms, Wanted
-from moc_jax.training.start import Changes, check_codec, check_resumable, initial_params
+from moc_jax.training.start import Changes, check_codec, check_resumable, initial_params, with_remat
 from moc_jax.training.state import TrainState, create_state, make_blueprint
 from moc_jax.training.step import StepMetrics, make_train_step, make_validation_step
 from moc_jax.training.stop import RunStop
@@ -144,7 +144,9 @@ class _Run:
         closes(self._data.close)
         self._checkpoints = Checkpoints(str(epath.Path(cfg.workdir) / "checkpoints"), cfg.train)
         closes(self._checkpoints.close)
-        self._blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
+        blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
+        cfg, self._blueprint, remat = with_remat(cfg, blueprint, self._data.buckets.shapes, mesh)
+        self._cfg = cfg
         self._attention = routed_attention(cfg.attention)
         where = self._blueprint, mesh, self._attention
         self._step = make_train_step(cfg.train, cfg.optimizer, cfg.diffusion, *where)
@@ -169,7 +171,7 @@ class _Run:
         self._idle = 0.0  # seconds that were not spent in steps
         self._saved: int | None = None
         if self._main:
-            print(summary(cfg, manifest, buckets, self._costs, mesh, self._blueprint), flush=True)
+            print(summary(cfg, manifest, buckets, self._costs, mesh, self._blueprint), remat, sep="\n", flush=True)
         phases.done("checks and summary")
         self._state, report = self._start()
         phases.done("weights")

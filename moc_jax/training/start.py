@@ -1,12 +1,22 @@
 """What a run starts from: its own newest checkpoint, another run's weights (`train.init_from`), or nothing."""
 
-import numpy as np
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import cast
 
+import numpy as np
+from jax.sharding import Mesh
+
+from moc_jax import models
 from moc_jax.checkpoint import has_checkpoint, load_codec_state, load_for_sampling, newest_config
 from moc_jax.codecs import Codec, CodecMismatch, load_codec
-from moc_jax.config import CodecConfig, Config, ConfigError
+from moc_jax.config import BucketConfig, CodecConfig, Config, ConfigError, Remat
 from moc_jax.config_json import differences
-from moc_jax.sharding import Params
+from moc_jax.processes import gather
+from moc_jax.sharding import Params, batch_shards
+from moc_jax.training.remat import choose, device_memory
+from moc_jax.training.state import Blueprint
 
 Changes = dict[str, tuple[object, object]]  # dotted name -> (then, now)
 
@@ -44,6 +54,37 @@ def initial_params(cfg: Config, codec: Codec, shardings: Params) -> Params:
     check_initial(saved, cfg)
     check_codec(cfg.codec, state, codec, trained=cfg.train.init_from, cache=cfg.data.cache)
     return load_for_sampling(cfg.train.init_from, shardings=shardings).params
+
+
+def with_remat(
+    cfg: Config, blueprint: Blueprint, shapes: Sequence[BucketConfig], mesh: Mesh
+) -> tuple[Config, Blueprint, str]:
+    """Both with a policy in place of `model.remat auto`; which that is, and why. All processes call this together.
+
+    Policies differ in rounding, since the compiler fuses what it has at hand: a run keeps the one that it began with.
+
+    Args:
+        cfg: a run's settings.
+        blueprint: the run's.
+        shapes: the buckets of its batches.
+        mesh: the devices.
+
+    Raises:
+        CheckpointError, ConfigError: see `newest_config`.
+    """
+    if cfg.model.remat != "auto":
+        return cfg, blueprint, f"model.remat {cfg.model.remat}, as configured"
+    begun = newest_config(cfg.workdir) if has_checkpoint(cfg.workdir) else None
+    found = [text.split() for text in gather(f"{begun.model.remat if begun else 'auto'} {device_memory()}")]
+    policy, why = cast(Remat, found[0][0]), "the run began with it"
+    if policy == "auto":
+        per_frame = math.prod(cfg.latent_size) / math.prod(cfg.model.patch)
+        per_scene = max(shape.text_tokens + shape.frames * per_frame for shape in shapes)
+        tokens = math.ceil(per_scene * cfg.train.batch_size / batch_shards(mesh))
+        policy, why = choose(cfg.model, cfg.moc, blueprint.abstract, tokens, min(int(memory) for _, memory in found))
+    model = dataclasses.replace(cfg.model, remat=policy)
+    blueprint = dataclasses.replace(blueprint, graph=models.abstract(model)[0])
+    return dataclasses.replace(cfg, model=model), blueprint, f"model.remat {policy}, by auto: {why}"
 
 
 def check_codec(settings: CodecConfig, state: dict[str, np.ndarray], codec: Codec, *, trained: str, cache: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,11 @@ def make_blueprint(model: ModelConfig, optimizer: OptimizerConfig, train: TrainC
     shardings = tree_shardings(shapes, logical, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return Blueprint(graph, chain, logical, shardings, abstract, initial)
+
+
+def device_bytes(tree: object) -> int:
+    """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs, by their shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def create_state(blueprint: Blueprint, params: Params | None = None) -> TrainState:

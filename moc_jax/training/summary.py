@@ -23,7 +23,7 @@ from moc_jax.models import matrix_flops, scene_shape
 from moc_jax.scene import SceneLengths, chunk_table
 from moc_jax.sharding import AXES, replicated_weights
 from moc_jax.training.optimizer import remainder
-from moc_jax.training.state import Blueprint
+from moc_jax.training.state import Blueprint, device_bytes
 
 _SCENES = 16  # per bucket, to take the means over
 
@@ -114,16 +114,12 @@ def summary(
 
 def _memory(blueprint: Blueprint, mesh: Mesh) -> list[str]:
     """Bytes of the state that one device holds; what activations need is printed when a step is compiled."""
-
-    def per_device(tree) -> int:
-        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
     state = blueprint.abstract
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-    weights = per_device(state.params)
+    weights = device_bytes(state.params)
     lines = [
-        f"model: {parameters:,} parameters; each device holds {si(per_device(state))}B of state (weights "
-        f"{si(weights)}B, optimizer {si(per_device(state.optimizer))}B, average {si(per_device(state.ema))}B) "
+        f"model: {parameters:,} parameters; each device holds {si(device_bytes(state))}B of state (weights "
+        f"{si(weights)}B, optimizer {si(device_bytes(state.optimizer))}B, average {si(device_bytes(state.ema))}B) "
         f"and {si(weights)}B of gradients"
     ]
     if mesh.size > 1 and mesh.shape["fsdp"] == 1:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from moc_jax.checkpoint import load_for_sampling
+from moc_jax.checkpoint import load_for_sampling, newest_config
 from moc_jax.cli import config_from_json
 from moc_jax.config import ChunkStage, ConfigError
 from moc_jax.data import prepare
@@ -188,6 +188,18 @@ def test_another_model_is_refused_by_name_and_other_changes_are_told(start, tmp_
 def test_what_must_stay(parts, field):
     with pytest.raises(ConfigError, match=field):
         check_resumable(CONFIG, changed(CONFIG, **parts))
+
+
+@pytest.mark.long
+def test_what_auto_chose_is_told_saved_and_kept(start, tmp_path, capsys, monkeypatch):
+    start(model={"remat": "auto"}, train={"steps": 1})
+    assert "model.remat dots, by auto: the fastest that fits" in capsys.readouterr().out
+    assert newest_config(str(tmp_path / "run")).model.remat == "dots"
+    monkeypatch.setattr("moc_jax.training.start.device_memory", lambda: 1)
+    start(model={"remat": "auto"}, train={"steps": 2})
+    out = capsys.readouterr().out
+    assert "model.remat dots, by auto: the run began with it" in out
+    assert "model.remat was" not in out
 
 
 @pytest.mark.parametrize(

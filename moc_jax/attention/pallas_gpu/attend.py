@@ -34,7 +34,7 @@ from moc_jax.attention.pallas_gpu import device, flash, flash_backward, router
 from moc_jax.attention.pallas_gpu.device import Hopper
 from moc_jax.attention.pallas_gpu.plan import AnchorTiles, PickTiles, anchor_tiles, pick_tiles
 from moc_jax.attention.pallas_gpu.tiles import TILE
-from moc_jax.attention.residuals import named_outputs
+from moc_jax.attention.residuals import named_outputs, named_routes
 from moc_jax.attention.schedule import Schedule
 from moc_jax.attention.statistics import row_dot
 from moc_jax.config import MoCConfig
@@ -135,7 +135,7 @@ def _attend(q, k, v, work: _Work, backend: Hopper):
 
 def _attend_forward(q, k, v, work: _Work, backend: Hopper):
     out, lse = named_outputs(*_forward(q, k, v, work, backend))
-    return out, (q, k, v, work, out, _without_weights(lse))
+    return out, (q, k, v, named_routes(work), out, _without_weights(lse))
 
 
 def _without_weights(lse: Array) -> Array:

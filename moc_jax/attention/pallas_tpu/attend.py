@@ -39,7 +39,7 @@ from moc_jax.attention.pallas_tpu.plan import (
     reader_tiles,
 )
 from moc_jax.attention.pallas_tpu.tuning import Blocks
-from moc_jax.attention.residuals import named_outputs
+from moc_jax.attention.residuals import named_outputs, named_routes
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int
@@ -182,6 +182,7 @@ def _attend(q, k, v, tiles: OrderedTiles, placement: Placement | None, table, st
 
 
 def _attend_forward(q, k, v, tiles, placement, table, static):
+    tiles, placement = named_routes((tiles, placement))
     outputs = more_scenes(functools.partial(_outputs, static=static))(q, k, v, tiles, placement, table)
     out, lse = named_outputs(*outputs)
     result = more_scenes(functools.partial(_to_tokens, tokens=q.shape[1], static=static))(out, tiles.order.back)

@@ -11,7 +11,7 @@ from jax import lax
 
 from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
 from moc_jax.attention.residuals import RESIDUALS
-from moc_jax.config import MMDiTConfig, MoCConfig
+from moc_jax.config import MMDiTConfig, MoCConfig, Remat
 from moc_jax.models.family import Routed
 from moc_jax.models.layers import MLP_OUTPUT, Modulation, TimeEmbedding, dense, layer_norm
 from moc_jax.models.mmdit.block import Attend, Slots, stacked_blocks
@@ -28,6 +28,7 @@ _KEPT = {  # by `remat`, for the backward pass beside a block's inputs
     "attention+mlp": _policies.save_only_these_names(*RESIDUALS, MLP_OUTPUT),
     "attention": _of_attention,
     "full": None,
+    "auto": None,
 }
 
 Streams = tuple[Float[Array, "B L M"], Float[Array, "B V M"]]  # text and video
@@ -56,6 +57,20 @@ class MMDiT(nnx.Module):
         per_stream = 4 * cfg.dim**2 + 2 * cfg.dim * cfg.mlp_dim
         ends = 2 * cfg.dim * cfg.patch_size * cfg.latent_channels * video_tokens + cfg.dim * cfg.text_dim * text_tokens
         return 2 * (cfg.depth * per_stream * (text_tokens + video_tokens) + ends)
+
+    @staticmethod
+    def kept_bytes(cfg: MMDiTConfig, remat: Remat, moc: MoCConfig) -> int:
+        """Bytes of a token that all blocks together keep for the backward pass with this `remat`, but for `none`."""
+        width, hidden = (size * jnp.dtype(cfg.dtype).itemsize for size in (cfg.dim, cfg.mlp_dim))
+        picks = 0 if moc.mode == "dense" or moc.top_k == 0 else moc.top_k + moc.max_drop_in
+        attention = width + 4 * cfg.heads * (1 + 2 * picks)  # output, log-sum-exp, routes and where their pairs lie
+        beside_input = {
+            "full": 0,
+            "attention": attention,
+            "attention+mlp": attention + width,
+            "dots": attention + 5 * width + hidden,  # of q, k and v, attention's output, and the MLP's two
+        }
+        return cfg.depth * (width + beside_input[remat])
 
     @typed
     def __call__(
