@@ -89,6 +89,11 @@ class Chip:
         )
 
 
+def heads_of_block(heads: int, bytes_per_head: int, most: int) -> int:
+    """As many heads as have `most` bytes; half of them at most, so that two cores share them."""
+    return max(n for n in range(1, max(1, heads // 2) + 1) if heads % n == 0 and (n == 1 or n * bytes_per_head <= most))
+
+
 def is_tpu() -> bool:
     """Whether programs run on a TPU."""
     return jax.default_backend() == "tpu"

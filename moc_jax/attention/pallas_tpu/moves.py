@@ -1,13 +1,13 @@
 """Runs of consecutive rows, or of columns, copied to other places: what a gather does whose indices come in runs.
 
 The output is cut into tiles, and at every begin of a run once more: what lies between two cuts is a *piece*. A grid
-goes through the pieces. Each reads a *window*: the part of x that its tile would hold if all of it were the piece's.
-Windows begin at whole tiles of memory (8 rows, or 128 columns), so that rows shift in the kernel:
+goes through the pieces. Each reads a *stretch*: the part of x that its tile would hold if all of it were the piece's.
+Stretches begin at whole tiles of memory (8 rows, or 128 columns), so that rows shift in the kernel:
 
 (a) Rows go as float32 to a buffer that can be loaded from any row on; columns rotate by lanes.
 (b) A tile's first piece fills what isn't its own; the others leave the rest as it is.
 
-Bytes: a window of x for each piece, of which there are as many as tiles and runs; the output once. No FLOPs.
+Bytes: a stretch of x for each piece, of which there are as many as tiles and runs; the output once. No FLOPs.
 """
 
 import math
@@ -19,11 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention.layout import round_up
-from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
-from moc_jax.shapes import Array, Float, Int, Int32, typed
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip, heads_of_block
+from moc_jax.shapes import Array, Float, Int, Shaped, typed
 
-_ROWS_OF_TILE = 256, 1024  # no fewer and no more
-_COLUMNS, _MOST_COLUMNS = 1024, 8192  # of a tile: a multiple of the first
+_LEAST, _MOST = 256, 1024  # rows or columns of a tile
 _BUFFER = 2**21  # bytes; four of them fit all chips
 _ROWS_AT_ONCE = 256  # that the unrolled code shifts
 _REGISTERS = 32  # that the unrolled code of columns shifts
@@ -32,10 +31,10 @@ _FIELDS = 5  # of a piece: see `_pieces`
 
 @typed
 def move(
-    x: Float[Array, "B H N D"],
-    source: Int[Array, "B S"],
-    target: Int[Array, "B S"],
-    size: Int[Array, "B S"],
+    x: Float[Array, "B H _ D"],
+    source: Int[Array, "B runs"],
+    target: Int[Array, "B runs"],
+    size: Int[Array, "B runs"],
     rows: int,
     *,
     chip: Chip,
@@ -48,16 +47,12 @@ def move(
 
     Args:
         chip: That the program is for.
-        tile: Rows of a tile, a multiple of 16; None: about as many as a run has.
+        tile: Rows of a tile, a multiple of 16; None: what suits the runs.
     """
     batch, heads, _, dim = x.shape
-    fewest, most = _ROWS_OF_TILE
-    tile = tile or max(fewest, min(1 << max(1, rows // source.shape[1]).bit_length() - 1, most))
-    tile = min(tile, round_up(rows, 2 * ROWS))
+    tile = tile or _tile(rows, source.shape[1], 2 * ROWS)
     assert tile % (2 * ROWS) == 0, tile
-    # Half of the heads at most, so that two cores share them.
-    fit = max(1, _BUFFER // (tile * round_up(dim, LANES) * x.dtype.itemsize))
-    group = max(n for n in range(1, max(1, heads // 2) + 1) if heads % n == 0 and n <= fit)
+    group = heads_of_block(heads, tile * round_up(dim, LANES) * x.dtype.itemsize, _BUFFER)
     at_once = math.gcd(_ROWS_AT_ONCE, tile)
 
     def put(x_vmem_ref, out_vmem_ref, here, start, ahead, choose, rows_vmem_ref):
@@ -87,26 +82,24 @@ def move(
 
 @typed
 def move_lanes(
-    x: Int32[Array, "B M N"],
-    source: Int[Array, "B S"],
-    target: Int[Array, "B S"],
-    size: Int[Array, "B S"],
+    x: Shaped[Array, "B lines _"],
+    source: Int[Array, "B runs"],
+    target: Int[Array, "B runs"],
+    size: Int[Array, "B runs"],
     columns: int,
     fill: int,
     *,
     chip: Chip,
     tile: int | None = None,
-) -> Int32[Array, "B M R"]:
-    """`move` along the last axis: column target[s] + i of the output [B, M, columns] is x's column source[s] + i.
+) -> Shaped[Array, "B lines R"]:
+    """`move` along the last axis: column target[s] + i of the output [B, lines, columns] is x's column source[s] + i.
 
-    Columns of no run are `fill`.
+    Columns of no run are `fill`. For numbers of 32 bits.
 
     Args:
         tile: Columns of a tile, a multiple of 128.
     """
-    lines = x.shape[1]
-    fit = max(1, _BUFFER // (4 * round_up(lines, ROWS)) // _COLUMNS)
-    tile = min(tile or fit * _COLUMNS, _MOST_COLUMNS, round_up(columns, LANES))
+    lines, tile = x.shape[1], tile or _tile(columns, source.shape[1], LANES)
     assert tile % LANES == 0, tile
     at_once = LANES * math.gcd(tile // LANES, max(1, _REGISTERS // -(-lines // ROWS)))
     width = at_once + LANES
@@ -132,22 +125,27 @@ def move_lanes(
 # ----------------------------------------------------------------------------------------------------- what both do
 
 
+def _tile(length: int, runs: int, unit: int) -> int:
+    """About as many rows as a run has: what a stretch holds beyond its run is read in vain."""
+    return min(max(_LEAST, min(1 << max(1, length // runs).bit_length() - 1, _MOST)), round_up(length, unit))
+
+
 def _call(put, name: str, x, runs, shape, block, *, fill: int, at_once: int, units, chip: Chip, scratch=()):
     """The kernel over scenes, groups of heads, pieces: x [B, H, rows, columns] to `shape`, block by block.
 
     put(x, output, place, start, ahead, choose, *scratch) sets `at_once` rows, or columns, of the output. They are the
-    window's from `start`, a multiple of the second unit, and `ahead` on, which may be less than 0; choose(these, those
+    stretch's from `start`, a multiple of the second unit, and `ahead` on, which may be less than 0; choose(these, those
     there before) has what they become.
 
     Args:
-        units: What places in memory and in a window are multiples of.
+        units: What places in memory and in a stretch are multiples of.
     """
     axis = 3 if units[0] == LANES else 2
     group, tile, length = block[0], block[axis - 1], shape[axis]
-    window, tiles = tile + units[1], -(-length // tile)
-    more = max(round_up(x.shape[axis], units[0]), window) - x.shape[axis]
+    stretch, tiles = tile + units[1], -(-length // tile)
+    more = max(round_up(x.shape[axis], units[0]), stretch) - x.shape[axis]
     x = jnp.pad(x, [(0, more * (i == axis)) for i in range(4)]) if more else x
-    pieces, most = _pieces(*runs, tile, tiles, x.shape[axis] - window, units[0])
+    pieces, most = _pieces(runs, tile, tiles, x.shape[axis] - stretch, units[0])
     count = pieces.shape[1]
 
     def field(pieces_smem_ref, scene, piece, i: int):
@@ -175,14 +173,14 @@ def _call(put, name: str, x, runs, shape, block, *, fill: int, at_once: int, uni
     def at(scene, head, place):
         return (scene, head, 0, place) if axis == 3 else (scene, head, place, 0)
 
-    def window_at(scene, i, piece, pieces_smem_ref):
+    def stretch_at(scene, i, piece, pieces_smem_ref):
         return at(scene, i * group, pl.multiple_of(field(pieces_smem_ref, scene, piece, 1), units[0]))
 
     def tile_at(scene, i, piece, pieces_smem_ref):
         return at(scene, i, field(pieces_smem_ref, scene, piece, 0))
 
-    sizes = [pl.Element(window if i == axis else n) for i, n in enumerate(block, 1)]
-    moved = math.prod(shape) // length * (length + count * window)
+    sizes = [pl.Element(stretch if i == axis else n) for i, n in enumerate(block, 1)]
+    moved = math.prod(shape) // length * (length + tiles * stretch)  # if few pieces are less than tiles
     return pl.pallas_call(
         kernel,
         name=name,
@@ -190,7 +188,7 @@ def _call(put, name: str, x, runs, shape, block, *, fill: int, at_once: int, uni
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(shape[0], shape[1] // group, most),
-            in_specs=[pl.BlockSpec((pl.squeezed, *sizes), window_at)],
+            in_specs=[pl.BlockSpec((pl.squeezed, *sizes), stretch_at)],
             out_specs=pl.BlockSpec((pl.squeezed, *block), tile_at),
             scratch_shapes=scratch,
         ),
@@ -199,28 +197,29 @@ def _call(put, name: str, x, runs, shape, block, *, fill: int, at_once: int, uni
     )(pieces.reshape(-1), x)
 
 
-def _pieces(source, target, size, tile: int, tiles: int, last: int, unit: int):
-    """(pieces [B, P, 5], the most that a scene has): tile, window, its row that would be the tile's first, low, high.
+def _pieces(runs, tile: int, tiles: int, last: int, unit: int):
+    """(pieces [B, pieces, 5], the most that a scene has).
 
-    The tile's rows [low, high) are the piece's. `last` is the last row where a window may begin. Sums over [pieces,
-    runs], no gathers.
+    A piece is its tile, where its stretch begins, which of the stretch's rows would be the tile's first, and low and
+    high: the tile's rows [low, high) are the piece's. `last` is the last row where a stretch may begin. Sums over
+    [pieces, runs], no gathers.
     """
-    source, target, size = (x.astype(jnp.int32) for x in (source, target, size))
+    source, target, size = (x.astype(jnp.int32) for x in runs)
     end = tile * tiles
     cuts = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32) * tile, (len(size), tiles))
     begin = jnp.sort(jnp.concatenate([cuts, jnp.where(size > 0, target, end)], axis=1), axis=1)
     until = jnp.append(begin[:, 1:], jnp.full((len(size), 1), end), axis=1)
-    before = (size > 0)[:, None] & (target[:, None] <= begin[..., None])  # [B, P, S]
+    before = (size > 0)[:, None] & (target[:, None] <= begin[..., None])  # [B, pieces, runs]
     start = jnp.max(jnp.where(before, target[:, None], -1), axis=2)  # of the last of these runs, whose piece it is
     stop = jnp.max(jnp.where(before, (target + size)[:, None], 0), axis=2)
     own = before & (target[:, None] == start[..., None])
     first = jnp.minimum(begin // tile, tiles - 1) * tile
     row = first + jnp.sum(jnp.where(own, (source - target)[:, None], 0), axis=2)  # of x: the tile's first
-    window = jnp.clip(row // unit * unit, 0, last)
+    stretch = jnp.clip(row // unit * unit, 0, last)
     # Where a run begins with its tile, the cut before has nothing, and must not count as the tile's first piece.
     low, high = jnp.where(begin == until, tile, begin - first), jnp.minimum(until, stop) - first
     most = tiles + jnp.max(jnp.sum(size > 0, axis=1))
-    return jnp.stack([first // tile, window, row - window, low, high], axis=-1), most
+    return jnp.stack([first // tile, stretch, row - stretch, low, high], axis=-1), most
 
 
 def _down(x, unit: int):

@@ -48,11 +48,6 @@ class Moves(NamedTuple):
     target: Int[Array, "B _"]
     size: Int[Array, "B _"]
 
-    def by_target(self) -> "Moves":
-        """With targets that ascend."""
-        order = jnp.argsort(jnp.where(self.size > 0, self.target, jnp.iinfo(jnp.int32).max), axis=1)
-        return Moves(*(jnp.take_along_axis(x, order, axis=1) for x in self))
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +131,7 @@ def cut_chunks(table: ChunkTable, blocks: Blocks) -> Cut:
 def key_moves(cut: Cut, rows: int) -> Moves:
     """From the rows of all tiles, `rows` each, to the tokens."""
     first = rows * jnp.arange(cut.row.shape[1])[None]
-    return Moves(first + cut.begin - cut.row, cut.begin, cut.end - cut.begin).by_target()
+    return Moves(first + cut.begin - cut.row, cut.begin, cut.end - cut.begin)
 
 
 def _cut(table: ChunkTable, begin, end, rows: int, owners: int, blocks: Blocks) -> Cut:
@@ -173,10 +168,8 @@ def _order(queries: Queries, table: ChunkTable, cfg: MoCConfig, blocks: Blocks) 
     there = jnp.repeat(jnp.any(here, axis=1), step, axis=1)
     first_of, size_of = (jnp.repeat(jnp.take_along_axis(x, segment, axis=1), step, axis=1) for x in (first, size))
     there &= jnp.arange(rows)[None] - first_of < size_of
-    parts = [(begin, first, jnp.where(table.kind == kind, size, 0)) for kind in (TEXT, VIDEO)]
-    moves = Moves(*(jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True)))
     of_row = jnp.where(there, jnp.repeat(segment, step, axis=1), -1).astype(jnp.int32)
-    return Order(moves, Moves(moves.target, moves.source, moves.size).by_target(), of_row, text_rows), chunk_row
+    return Order(Moves(begin, first, size), Moves(first, begin, size), of_row, text_rows), chunk_row
 
 
 def _query_tiles(chunk_of_row: Int[Array, "B R"], runs: Runs, size: int) -> Tiles:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from moc_jax.attention.layout import round_up
 from moc_jax.attention.pallas_tpu.batching import more_scenes
-from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
+from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip, heads_of_block
 from moc_jax.attention.routing import FEW
 from moc_jax.scene import VIDEO, ChunkTable
 from moc_jax.shapes import Array, Float, Float32, typed
@@ -45,7 +45,7 @@ def _means(k, table: ChunkTable, chip: Chip):
     more = max(-tokens % ROWS, rows - tokens)
     k = jnp.pad(k, ((0, 0), (0, 0), (0, more), (0, 0))) if more else k
     last = k.shape[2] - rows
-    group = _heads_of_group(heads, rows * max(dim, LANES) * k.dtype.itemsize, chip)
+    group = heads_of_block(heads, rows * max(dim, LANES) * k.dtype.itemsize, chip.vmem_limit // 8)
     length = jnp.where(table.kind == VIDEO, table.length, 0)
     lines = jnp.stack([jnp.where(length > 0, table.start, 0), length], axis=-1).astype(jnp.int32)
     steps = -(-(table.max_chunk + ROWS - 1) // rows)
@@ -71,12 +71,6 @@ def _means(k, table: ChunkTable, chip: Chip):
         cost_estimate=pl.CostEstimate(flops=k.size, transcendentals=0, bytes_accessed=k.size * k.dtype.itemsize),
     )(lines.reshape(-1), k)
     return jnp.swapaxes(means[:, :, :, 0], 1, 2)
-
-
-def _heads_of_group(heads: int, bytes_per_head: int, chip: Chip) -> int:
-    """Half of the heads at most, so that two cores share them, whose blocks fit twice into a quarter of VMEM."""
-    fit = max(1, chip.vmem_limit // 8 // bytes_per_head)
-    return max(n for n in range(1, max(1, heads // 2) + 1) if heads % n == 0 and n <= fit)
 
 
 def heads_at_once(heads: int, dim: int) -> int:

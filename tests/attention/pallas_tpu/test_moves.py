@@ -156,7 +156,12 @@ def test_columns_behind_the_last_128(interpreter, width, columns, runs):
     check_columns(LINES, width, columns, runs)
 
 
-def check_columns(lines, width, columns, scenes):
-    x = jax.random.randint(jax.random.key(1), (BATCH, lines, width), -(2**31), 2**31 - 1, jnp.int32)
-    runs = arrays(scenes)
-    np.testing.assert_array_equal(columns_program(columns)(x, *runs), moved(np.asarray(x), runs, columns, -1, 2))
+def test_columns_of_floats(interpreter):
+    check_columns(LINES, WIDTH, COLUMNS, COLUMN_RUNS["any offsets"], jnp.float32)
+
+
+def check_columns(lines, width, columns, scenes, dtype=jnp.int32):
+    x = jax.random.randint(jax.random.key(1), (BATCH, lines, width), -(2**30), 2**30, jnp.int32)
+    x, runs = x if dtype == jnp.int32 else jax.lax.bitcast_convert_type(x, dtype), arrays(scenes)
+    got = columns_program(columns)(x, *runs)
+    np.testing.assert_array_equal(bits(got), bits(moved(np.asarray(x), runs, columns, -1, 2)))
