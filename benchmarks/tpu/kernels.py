@@ -149,21 +149,19 @@ def _ours(way: Pass, blocks: Blocks, head_dim: int, chip: str, *, runs: int, pic
     tiles = rows // (blocks.q if way == "forward" else blocks.kv)
     columns = 2 * runs if way == "forward" else 3 + 2 * runs
     table = jax.ShapeDtypeStruct((1, _HEADS if picks else 1, tiles, columns), jnp.int32)
-    first_head = jax.ShapeDtypeStruct((1,), jnp.int32)
 
-    def forward(q, k, v, table, first_head):
-        longest = blocks.kv - ROWS + 1 if picks else None
-        operands = q, k, v, Tiles(table), first_head
-        return flash.forward(*operands, longest_run=longest, packed=picks, tiling=blocks.forward, chip=Chip(chip))
+    def forward(q, k, v, table):
+        how = dict(longest_run=blocks.kv - ROWS + 1 if picks else None, tiling=blocks.forward, chip=Chip(chip))
+        return flash.forward(q, k, v, Tiles(table), packed=picks, **how)
 
-    def backward(q, k, v, d_out, lse, delta, table, first_head):
-        operands = q, k, v, d_out, lse, delta, Tiles(table), first_head
+    def backward(q, k, v, d_out, lse, delta, table):
+        operands = q, k, v, d_out, lse, delta, Tiles(table)
         how = dict(accumulate=not picks, d_q_type=jnp.float32, chip=Chip(chip))
         return flash_backward.gradients(*operands, rows=blocks.kv, tiling=blocks.backward, **how)
 
     if way == "forward":
-        return Program(function=forward, arguments=(q, k, k, table, first_head), kernel="moc_forward")
-    return Program(function=backward, arguments=(q, k, k, q, row, row, table, first_head), kernel="moc_gradients")
+        return Program(function=forward, arguments=(q, k, k, table), kernel="moc_forward")
+    return Program(function=backward, arguments=(q, k, k, q, row, row, table), kernel="moc_gradients")
 
 
 KERNELS: dict[str, Callable[[Pass, Blocks, int, str], Program]] = {"splash": splash, "anchors": anchors, "picks": picks}

@@ -41,7 +41,7 @@ from moc_jax.attention.pallas_tpu.plan import (
 from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Float, Float32, Int
+from moc_jax.shapes import Array, Float, Int
 
 _BUFFER = 5 * 2**29  # bytes of a buffer of pairs' outputs, and not more than
 _SHARE = 24  # this part of the chip's memory
@@ -72,7 +72,7 @@ def select(q, k, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: T
     """
     chip = device.target(backend.chip)
     device.check(q, k, k)
-    return router.select(q, pool.descriptors(k, table, chip=chip), queries, table, cfg)
+    return router.select(q, pool.descriptors(k, table, chip=chip), queries, table, cfg, chip=chip)
 
 
 def attend(
@@ -105,7 +105,7 @@ def part(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, b
 
     def run(q, k, v, tiles, placement, table):
         out, _, lse = _outputs(q, k, v, tiles, placement, table, static)
-        return out, _statistics_to_tokens(lse, tiles.order, tokens, static)
+        return out, moves.move_lanes(lse, *tiles.order.back, tokens, 0, chip=static.chip)
 
     out, lse = more_scenes(run)(q, k, v, tiles, placement, table)
     return out, jnp.where(queries.valid[:, None], lse / LOG2E, -jnp.inf)
@@ -125,8 +125,9 @@ def part_gradients(
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
 
     def run(q, k, v, tiles, placement, table, d_out, statistics):
-        lse, delta = _statistics_to_order(statistics, tiles.order, static)
-        lse = jnp.where((tiles.order.chunk_of_row < 0)[:, None], -jnp.inf, lse)
+        order = tiles.order
+        lse, delta = (moves.move_lanes(x, *order.moves, order.rows, 0, chip=static.chip) for x in statistics)
+        lse = jnp.where((order.chunk_of_row < 0)[:, None], -jnp.inf, lse)
         return _gradients(q, k, v, tiles, placement, table, d_out, lse, lambda _: delta, static)
 
     statistics = lse * LOG2E, jnp.where(jnp.isneginf(lse), 0.0, delta)
@@ -150,10 +151,10 @@ def _layout(routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, static:
     return more_scenes(of_scenes)(routes, queries, table)
 
 
-def _groups(heads: int, placement: Placement, dim: int, dtype, chip: Chip) -> int:
+def _groups(q, placement: Placement, chip: Chip) -> int:
     """Groups of heads whose pairs' outputs fit the buffer."""
-    per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(dim, dtype) * 4
-    return head_groups(heads, per_head, min(_BUFFER, chip.memory // _SHARE))
+    per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(q.shape[3], q.dtype) * 4
+    return head_groups(q.shape[2], per_head, min(_BUFFER, chip.memory // _SHARE))
 
 
 def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int, dtype) -> Placement:
@@ -192,12 +193,12 @@ def _outputs(q, k, v, tiles: OrderedTiles, placement, table, static: _Static):
         return _to_tokens(out, tiles.order.back, tokens, static), out, lse
 
     def one_group(heads, merged):
-        outputs = flash.forward(
+        (outputs,) = flash.forward(
             pairs.spread(queries, placement, heads, chip=chip),
             keys,
             values,
             pick_tiles(heads.of(placement), table),
-            heads.operand,
+            first_head=heads.first,
             longest_run=table.max_chunk,
             packed=True,
             tiling=static.blocks.picks,
@@ -208,21 +209,21 @@ def _outputs(q, k, v, tiles: OrderedTiles, placement, table, static: _Static):
         return pairs.merge(outputs, placement, heads, dim=dim, dtype=v.dtype, chip=chip, **known)
 
     start = anchors or (jnp.empty(queries.shape, v.dtype), jnp.empty(queries.shape[:3], jnp.float32))
-    out, lse = by_group(one_group, start, heads, _groups(heads, placement, dim, v.dtype, chip))
+    out, lse = by_group(one_group, start, heads, _groups(q, placement, chip))
     return _to_tokens(out, tiles.order.back, tokens, static), out, lse
 
 
 def _anchors(queries, keys, values, tiles: OrderedTiles, static: _Static):
     """Output and log-sum-exp of the anchors [B, H, R, D] and [B, H, R]; anything and -inf for rows without."""
-    blocks, order, first_head = static.blocks, tiles.order, jnp.zeros(1, jnp.int32)
+    blocks, order = static.blocks, tiles.order
     run = functools.partial(flash.forward, queries, keys, values, mean_keys=static.anchor_keys, chip=static.chip)
     found: Any = None
     if order.rows > order.text_rows:
         first_tile = order.text_rows // blocks.anchors.queries
         tiling = blocks.anchors
-        found = run(tiles.video, first_head, first_tile=first_tile, tiling=tiling, name="moc_forward_anchors")
+        found = run(tiles.video, first_tile=first_tile, tiling=tiling, name="moc_forward_anchors")
     if order.text_rows:
-        found = run(tiles.text, first_head, tiling=blocks.text, name="moc_forward_text", into=found)
+        found = run(tiles.text, tiling=blocks.text, name="moc_forward_text", into=found)
     out, lse = found
     return out, jnp.where(tiles.anchored[:, None], lse, -jnp.inf)
 
@@ -251,39 +252,37 @@ def _gradients(q, k, v, tiles: OrderedTiles, placement, table, d_out, lse, delta
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # rows with nothing to attend to, and without a token
     inputs = _Inputs(queries, keys, values, d_out, lse, delta_of(d_out))
     d_q: Any = None
-    parts_of_k, parts_of_v = [], []
+    parts: tuple[list[Array], list[Array]] = [], []  # of keys, of values
     if tiles.anchors:
         d_q, *of_tiles = _anchor_gradients(inputs, tiles, static)
-        for parts, rows in zip((parts_of_k, parts_of_v), of_tiles, strict=True):
-            parts.append(_to_tokens(rows, tiles.key_moves, k.shape[1], static))
-            parts += _other_shares(rows, tiles, table, static.blocks)
+        for found, rows in zip(parts, of_tiles, strict=True):
+            found.append(_to_tokens(rows, tiles.key_moves, k.shape[1], static))
+            found += _other_shares(rows, tiles, table, static.blocks)
     if placement is not None:
-        d_q, of_k, of_v = _all_pick_gradients(inputs, d_q, placement, table, q.dtype, static)
-        parts_of_k.append(of_k)
-        parts_of_v.append(of_v)
-    d_k, d_v = (
-        functools.reduce(jnp.add, [x.astype(jnp.float32) for x in parts]).astype(q.dtype)
-        for parts in (parts_of_k, parts_of_v)
-    )
+        d_q, *of_tokens = _all_pick_gradients(inputs, d_q, placement, table, q, static)
+        for found, x in zip(parts, of_tokens, strict=True):
+            found.append(x)
+    d_k, d_v = (functools.reduce(jnp.add, [x.astype(jnp.float32) for x in found]).astype(q.dtype) for found in parts)
     return _to_tokens(d_q.astype(q.dtype), tiles.order.back, q.shape[1], static), d_k, d_v
 
 
-def _all_pick_gradients(inputs: "_Inputs", of_anchors, placement: Placement, table, dtype, static: _Static):
+def _all_pick_gradients(inputs: "_Inputs", of_anchors, placement: Placement, table, q, static: _Static):
     """Of queries in their order, `of_anchors` added, and of keys and values as tokens [B, N, H, D]."""
     cut = cut_chunks(table, static.blocks)
     to_tokens = key_moves(cut, static.blocks.pick_gradient_keys)
-    batch, heads, _, dim = inputs.queries.shape
+    batch, _, heads, dim = q.shape
     tokens, chip = table.chunk_of.shape[1], static.chip
 
     def one_group(heads, whole):
         of_queries, *of_tokens = whole
         of_pairs, *of_tiles = _pick_gradients(inputs, placement, cut, heads, table.max_chunk, static)
-        of_queries = pairs.add(of_pairs, placement, of_anchors, heads, into=of_queries, dtype=dtype, chip=chip)
+        known = dict(anchors=of_anchors, into=of_queries)
+        of_queries = pairs.add(of_pairs, placement, heads, dtype=q.dtype, chip=chip, **known)
         parts = [_to_tokens(rows, to_tokens, tokens, static) for rows in of_tiles]
         return of_queries, *(heads.put(x, part, axis=2) for x, part in zip(of_tokens, parts, strict=True))
 
-    start = jnp.empty(inputs.queries.shape, dtype), *(jnp.empty((batch, tokens, heads, dim), dtype) for _ in range(2))
-    return by_group(one_group, start, heads, _groups(heads, placement, dim, dtype, chip))
+    start = tuple(jnp.empty(x, q.dtype) for x in (inputs.queries.shape, *[(batch, tokens, heads, dim)] * 2))
+    return by_group(one_group, start, heads, _groups(q, placement, chip))
 
 
 class _Inputs(NamedTuple):
@@ -302,7 +301,6 @@ def _anchor_gradients(inputs: _Inputs, tiles: OrderedTiles, static: _Static):
     return flash_backward.gradients(
         *inputs,
         tiles.keys,
-        jnp.zeros(1, jnp.int32),
         rows=blocks.gradient_keys,
         tiling=blocks.anchor_gradients,
         chip=static.chip,
@@ -313,7 +311,7 @@ def _anchor_gradients(inputs: _Inputs, tiles: OrderedTiles, static: _Static):
 
 
 def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, longest_chunk: int, static: _Static):
-    """Of pairs [B, G, S, D] and of the keys of all chunks' tiles, for a group of heads."""
+    """Of pairs [B, heads, J, D] and of the keys of all chunks' tiles, for a group of heads."""
     blocks = static.blocks
     spread = functools.partial(pairs.spread, placement=placement, heads=heads, chip=static.chip)
     statistics = jnp.stack([heads.of(inputs.lse), heads.of(inputs.delta)], axis=-1)
@@ -327,7 +325,7 @@ def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, lo
         lse,
         delta,
         reader_tiles(heads.of(placement), cut),
-        heads.operand,
+        first_head=heads.first,
         rows=blocks.pick_gradient_keys,
         tiling=blocks.pick_gradients,
         chip=static.chip,
@@ -352,19 +350,6 @@ def _to_order(x: Float[Array, "B Q H D"], order: Order, static: _Static) -> Floa
 def _to_tokens(x: Float[Array, "B H R D"], where: Moves, tokens: int, static: _Static) -> Float[Array, "B N H D"]:
     """Rows back to tokens; 0 for those that have none."""
     return jnp.swapaxes(moves.move(x, *where, tokens, chip=static.chip), 1, 2)
-
-
-def _statistics_to_order(statistics: tuple[Array, ...], order: Order, static: _Static) -> tuple[Array, ...]:
-    """Numbers [B, H, Q] as [B, H, R]; 0 in rows without a token."""
-    heads = statistics[0].shape[1]
-    rows = jnp.swapaxes(jnp.concatenate(statistics, axis=1), 1, 2)[:, None]
-    rows = jnp.swapaxes(moves.move(rows, *order.moves, order.rows, chip=static.chip)[:, 0], 1, 2)
-    return tuple(rows[:, i * heads : (i + 1) * heads] for i in range(len(statistics)))
-
-
-def _statistics_to_tokens(x: Float32[Array, "B H R"], order: Order, tokens: int, static: _Static):
-    """Back to [B, H, Q]."""
-    return jnp.swapaxes(moves.move(jnp.swapaxes(x, 1, 2)[:, None], *order.back, tokens, chip=static.chip)[:, 0], 1, 2)
 
 
 def _head_major(x: Array, table: ChunkTable, static: _Static) -> Float[Array, "B H N D"]:

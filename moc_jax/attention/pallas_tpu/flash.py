@@ -41,9 +41,9 @@ from jax.typing import DTypeLike
 from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_tpu import packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
-from moc_jax.shapes import Array, Float, Float32, Int, typed
+from moc_jax.attention.pallas_tpu.steps import Steps
+from moc_jax.shapes import Array, Float, typed
 
-A_BT, A_B = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # products a b^T and a b
 _LARGEST_SUM = 2.0**40  # far from overflow, also when multiplied by large values
 _LEAST_REFERENCE = -1e30  # of a row none of whose keys were looked at
 _NOW, _BEFORE = 0, 1
@@ -82,33 +82,21 @@ class _Job:
     """What a kernel knows when it is compiled."""
 
     tiling: ForwardTiling
+    steps: Steps
     dim: int
-    runs: int
-    tiles: int
     last_block: int  # the last row that a block of keys may start at
-    per_head: bool
-    heads: int
     single: bool  # every tile has at most one block
     packed: bool
     dtype: DTypeLike
 
     @property
-    def precision(self):
-        return lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
-
-    @property
     def scale(self) -> float:
         return LOG2E / math.sqrt(self.dim)
-
-    def line(self, b, h, g):
-        """Where a tile's line of the flat table starts."""
-        row = (b * self.heads + h) if self.per_head else b
-        return (row * self.tiles + g) * 3 * self.runs
 
 
 class _Refs(NamedTuple):
     # prefetched
-    table_smem: jax.Ref  # for each run blocks up to its end, begin, end
+    table_smem: jax.Ref  # of steps
     # inputs
     q_vmem: jax.Ref
     k_vmem: jax.Ref
@@ -129,8 +117,8 @@ def forward(
     k: Float[Array, "B H N D"],
     v: Float[Array, "B H N D"],
     tiles: Tiles,
-    first_head: Int[Array, "1"],
     *,
+    first_head: Array | int = 0,
     first_tile: int = 0,
     longest_run: int | None = None,
     mean_keys: int | None = None,
@@ -139,7 +127,7 @@ def forward(
     chip: Chip,
     name: str = "moc_forward",
     into: tuple[Array, Array] | None = None,
-) -> tuple[Float[Array, "B _ R D"], Float32[Array, "B _ R"]] | Float32[Array, "B _ R E"]:
+) -> tuple[Float[Array, "B _ R ..."], ...]:
     """Output and base-2 log-sum-exp of the queries that tiles hold; of other queries and unused tiles, anything.
 
     Args:
@@ -148,7 +136,7 @@ def forward(
         tiles: The runs of keys of each tile [begin, end).
         longest_run: No run is longer, if known: where a block holds it, steps keep no state.
         mean_keys: Of a tile, for the compiler's estimate.
-        packed: Both in one array, as `packing.pack` makes it.
+        packed: Both in one array [B, H, R, E], as `packing.pack` makes it.
         tiling: Sizes of blocks; `tiling.queries` rows are a tile.
         chip: That the program is for.
         name: Of the kernel, in profiles and listings.
@@ -158,44 +146,42 @@ def forward(
     runs = tiles.table.shape[3] // 2
     job = _Job(
         tiling=tiling,
+        steps=Steps(tiles.table.shape[1], tiles.count, runs, tiling.keys),
         dim=dim,
-        runs=runs,
-        tiles=tiles.count,
         last_block=k.shape[2] - tiling.keys,
-        per_head=tiles.table.shape[1] > 1,
-        heads=heads,
         single=runs == 1 and longest_run is not None and longest_run + ROWS - 1 <= tiling.keys,
         packed=packed,
         dtype=q.dtype,
     )
     if job.last_block < 0 or job.last_block % ROWS:
         raise ValueError(f"{k.shape[2]} keys: must be a multiple of {ROWS} and no fewer than a block of {tiling.keys}")
-    table, most = _walk(tiles, tiling.keys)
+    table, most = job.steps.of(tiles.table, ROWS, first_head)
     rows, keys = tiling.queries, tiling.keys
+    shapes, blocks = _outputs(job, q, v.dtype, first_tile)
     others = (into[0], into[1][:, :, None]) if into else ()
 
-    def queries_at(b, h, g, j, table_smem_ref, head_smem_ref):
+    def queries_at(b, h, g, j, table_smem_ref):
         return b, h, first_tile + g, 0
 
-    def keys_at(b, h, g, j, table_smem_ref, head_smem_ref):
-        row, *_ = _block(table_smem_ref, job.line(b, h, g), j, job)
-        return b, head_smem_ref[0] + h, pl.multiple_of(row, ROWS), 0
+    def keys_at(b, h, g, j, table_smem_ref):
+        row, *_ = _block(table_smem_ref, job.steps.tile(b, h, g), j, job)
+        return b, table_smem_ref[0] + h, pl.multiple_of(row, ROWS), 0
 
     one = (pl.squeezed, pl.squeezed)
     key_block = pl.BlockSpec((*one, pl.Element(keys), pl.Element(dim)), keys_at)
     found = pl.pallas_call(
         functools.partial(_kernel, job=job, into=len(others)),
         name=name,
-        out_shape=_out_shapes(job, q, v.dtype),
+        out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=1,
             grid=(batch, heads, tiles.count, 1 if job.single else most),
             in_specs=[
                 pl.BlockSpec((*one, rows, dim), queries_at),
                 *([key_block] * 2),
                 *([pl.BlockSpec(memory_space=pl.ANY)] * len(others)),
             ],
-            out_specs=_out_specs(job, first_tile),
+            out_specs=blocks,
             scratch_shapes=[
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
@@ -203,75 +189,48 @@ def forward(
                 *([] if job.single else [pltpu.VMEM((2, rows, dim), jnp.float32)]),
             ],
         ),
-        input_output_aliases={5 + i: i for i in range(len(others))},
+        input_output_aliases={4 + i: i for i in range(len(others))},
         compiler_params=chip.params("ppaa"),
         cost_estimate=_cost(q, job, mean_keys or longest_run or -(-k.shape[2] // max(1, tiles.count))),
-    )(table, first_head.astype(jnp.int32), q, k, v, *others)
-    return found[0] if packed else (found[0], found[1][:, :, 0])
+    )(table, q, k, v, *others)
+    return found[0], *(lse[:, :, 0] for lse in found[1:])
 
 
-def _out_shapes(job: _Job, q, dtype) -> tuple[jax.ShapeDtypeStruct, ...]:
-    batch, _, rows, _ = q.shape
-    if job.packed:
-        return (jax.ShapeDtypeStruct((batch, job.heads, rows, packing.packed_width(job.dim, dtype)), jnp.float32),)
-    return (
-        jax.ShapeDtypeStruct((batch, job.heads, rows, job.dim), dtype),
-        jax.ShapeDtypeStruct((batch, job.heads, 1, rows), jnp.float32),
-    )
+def _outputs(job: _Job, q, dtype, first_tile: int):
+    """Shapes and blocks."""
+    (batch, heads, rows, _), tile, one = q.shape, job.tiling.queries, (pl.squeezed, pl.squeezed)
+    width = packing.packed_width(job.dim, dtype) if job.packed else job.dim
+    out = jax.ShapeDtypeStruct((batch, heads, rows, width), jnp.float32 if job.packed else dtype)
+    lse = jax.ShapeDtypeStruct((batch, heads, 1, rows), jnp.float32)
+    out_block = pl.BlockSpec((*one, tile, width), lambda b, h, g, *_: (b, h, first_tile + g, 0))
+    lse_block = pl.BlockSpec((*one, 1, tile), lambda b, h, g, *_: (b, h, 0, first_tile + g))
+    return ((out,), (out_block,)) if job.packed else ((out, lse), (out_block, lse_block))
 
 
-def _out_specs(job: _Job, first_tile: int) -> tuple[pl.BlockSpec, ...]:
-    one, rows = (pl.squeezed, pl.squeezed), job.tiling.queries
-    width = packing.packed_width(job.dim, job.dtype) if job.packed else job.dim
-    wide = pl.BlockSpec((*one, rows, width), lambda b, h, g, *_: (b, h, first_tile + g, 0))
-    lse = pl.BlockSpec((*one, 1, rows), lambda b, h, g, *_: (b, h, 0, first_tile + g))
-    return (wide,) if job.packed else (wide, lse)
-
-
-def _walk(tiles: Tiles, keys: int) -> tuple[Int[Array, "_"], Int[Array, ""]]:
-    """The flat table, and the most blocks that any tile has. A run's line is (blocks up to its end, begin, end)."""
-    begin, end = tiles.table[..., 0::2].astype(jnp.int32), tiles.table[..., 1::2].astype(jnp.int32)
-    count = jnp.where(begin < end, -(-(end - begin // ROWS * ROWS) // keys), 0)
-    until = jnp.cumsum(count, axis=-1, dtype=jnp.int32)
-    return jnp.stack([until, begin, end], axis=-1).reshape(-1), jnp.maximum(jnp.max(until), 1)
-
-
-def _block(table_smem_ref, line, j, job: _Job):
-    """(first row, low, high, blocks) of a tile's block j: its keys are the rows [low, high) of the block."""
-    keys = job.tiling.keys
-    blocks = table_smem_ref[line + 3 * (job.runs - 1)]
-    step = jnp.clip(j, 0, jnp.maximum(blocks - 1, 0))
-    begin, end, before = table_smem_ref[line + 1], table_smem_ref[line + 2], jnp.int32(0)
-    for r in range(1, job.runs):
-        until = table_smem_ref[line + 3 * (r - 1)]
-        here = step >= until
-        before = jnp.where(here, until, before)
-        begin = jnp.where(here, table_smem_ref[line + 3 * r + 1], begin)
-        end = jnp.where(here, table_smem_ref[line + 3 * r + 2], end)
-    begin = jnp.where(blocks > 0, begin, 0)
-    first = lax.div(begin, jnp.int32(ROWS)) * ROWS + (step - before) * keys
+def _block(table_smem_ref, tile, j, job: _Job):
+    """(first row, low, high) of a tile's block j: its keys are the rows [low, high) of the block."""
+    first, begin, end = job.steps.rows(table_smem_ref, tile, j)
     row = jnp.minimum(first, job.last_block)
-    return row, jnp.maximum(begin, first) - row, jnp.minimum(end - row, keys), blocks
+    return row, jnp.maximum(begin, first) - row, jnp.minimum(end - row, job.tiling.keys)
 
 
 def _cost(q, job: _Job, keys: int) -> pl.CostEstimate:
     """Of tiles that are all used and read so many keys each."""
     batch, heads, _, dim = q.shape
-    rows = job.tiles * job.tiling.queries
+    rows = job.steps.tiles * job.tiling.queries
     size, width = q.dtype.itemsize, packing.packed_width(dim, job.dtype)
     per_row = dim * size + (4 * width if job.packed else dim * size + 4)
     return pl.CostEstimate(
         flops=4 * batch * heads * rows * keys * dim,
         transcendentals=batch * heads * rows * keys,
-        bytes_accessed=batch * heads * (rows * per_row + 2 * job.tiles * keys * dim * size),
+        bytes_accessed=batch * heads * (rows * per_row + 2 * job.steps.tiles * keys * dim * size),
     )
 
 
 # ------------------------------------------------------------------------------------------------- inside the kernel
 
 
-def _kernel(table_smem_ref, first_head_smem_ref, q_vmem_ref, k_vmem_ref, v_vmem_ref, *others, job: _Job, into: int):
-    del first_head_smem_ref
+def _kernel(table_smem_ref, q_vmem_ref, k_vmem_ref, v_vmem_ref, *others, job: _Job, into: int):
     out_vmem_ref, *others = others[into:]
     lse = [None] if job.packed else []
     refs = _Refs(table_smem_ref, q_vmem_ref, k_vmem_ref, v_vmem_ref, out_vmem_ref, *lse, *others)
@@ -279,8 +238,9 @@ def _kernel(table_smem_ref, first_head_smem_ref, q_vmem_ref, k_vmem_ref, v_vmem_
     assert refs.q_vmem.shape == (t.queries, job.dim), refs.q_vmem.shape
     assert refs.k_vmem.shape == refs.v_vmem.shape == (t.keys, job.dim), refs.k_vmem.shape
     b, h, g, j = (pl.program_id(i) for i in range(4))
-    _, low, high, blocks = _block(table_smem_ref, job.line(b, h, g), j, job)
-    inside = low, high
+    tile = job.steps.tile(b, h, g)
+    _, low, high = _block(table_smem_ref, tile, j, job)
+    inside, blocks = (low, high), job.steps.count(table_smem_ref, tile)
     used = j < blocks
 
     if not job.single:
@@ -313,7 +273,7 @@ def _take_reference(refs: _Refs, low, high, job: _Job) -> None:
     keys = refs.k_vmem[pl.ds(key, t.reference_keys)]
     for first in range(0, t.queries, t.compute_queries):
         rows = pl.ds(first, t.compute_queries)
-        scores = _mask(_scores(refs.q_vmem[rows], keys, job), key, (low, high), -math.inf)
+        scores = _mask(product(refs.q_vmem[rows], keys, 1, 1), key, (low, high), -math.inf)
         largest = jnp.max(scores, axis=1, keepdims=True) * job.scale
         refs.reference_vmem[rows] = jnp.broadcast_to(largest, (t.compute_queries, LANES))
         refs.sums_vmem[_NOW, rows] = jnp.zeros((t.compute_queries, LANES), jnp.float32)
@@ -384,7 +344,7 @@ def _patches(refs: _Refs, rows, keys, job: _Job, inside=None, at_once: int | Non
         while issued < min(index + 1 + t.ahead, len(patches)):
             r, c = patches[issued]
             here = pl.ds(r, t.compute_queries)
-            ready.append(_scores(refs.q_vmem[here], refs.k_vmem[pl.ds(c, at_once)], job))
+            ready.append(product(refs.q_vmem[here], refs.k_vmem[pl.ds(c, at_once)], 1, 1))
             issued += 1
         here = pl.ds(row, t.compute_queries)
         scores = ready.pop(0)
@@ -401,7 +361,7 @@ def _patches(refs: _Refs, rows, keys, job: _Job, inside=None, at_once: int | Non
         weights = _mask(weights, key, inside, 0.0)
         sums = _plus(sums, _by_lane(weights))
         values = refs.v_vmem[pl.ds(key, at_once)]
-        acc = _plus(acc, _product(weights.astype(values.dtype), values, A_B, job))
+        acc = _plus(acc, product(weights.astype(values.dtype), values, 1, 0))
         if index % len(keys) == len(keys) - 1:
             worst = jnp.maximum(worst, jnp.max(sums.reshape(-1, ROWS, LANES), axis=0))
             if job.single:
@@ -429,14 +389,14 @@ def _again(refs: _Refs, inside, job: _Job) -> None:
         else:
             sums, acc = refs.sums_vmem[_BEFORE, rows], refs.acc_vmem[_BEFORE, rows]
         for key in range(0, t.keys, t.compute_keys):
-            scores = _scores(refs.q_vmem[rows], refs.k_vmem[pl.ds(key, t.compute_keys)], job) * job.scale
+            scores = product(refs.q_vmem[rows], refs.k_vmem[pl.ds(key, t.compute_keys)], 1, 1) * job.scale
             scores = _mask(scores, key, inside, -math.inf)
             new = jnp.maximum(reference, jnp.max(scores, axis=1, keepdims=True))
             shrink = jnp.exp2(reference - new)
             weights = jnp.exp2(scores - _across(new, t.compute_keys))
             sums = sums * shrink + _by_lane(weights)
             values = refs.v_vmem[pl.ds(key, t.compute_keys)]
-            acc = acc * _across(shrink, job.dim) + _product(weights.astype(values.dtype), values, A_B, job)
+            acc = acc * _across(shrink, job.dim) + product(weights.astype(values.dtype), values, 1, 0)
             reference = new
         if job.single:
             _write_out(refs, rows, reference, sums, acc)
@@ -457,12 +417,11 @@ def _write_out(refs: _Refs, rows, reference, sums, acc) -> None:
     refs.lse_vmem[:, rows] = packing.along_lanes(reference + jnp.log2(total))
 
 
-def _scores(q, k, job: _Job):
-    return _product(q, k, A_BT, job)
-
-
-def _product(a, b, dimensions, job: _Job):
-    return lax.dot_general(a, b, dimensions, precision=job.precision, preferred_element_type=jnp.float32)
+def product(left, right, left_axis: int, right_axis: int):
+    """Summed over these axes, in float32."""
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
+    axes = (((left_axis,), (right_axis,)), ((), ()))
+    return lax.dot_general(left, right, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _plus(total, x):

@@ -36,10 +36,12 @@ from jax.typing import DTypeLike
 
 from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_tpu.device import ROWS, Chip
-from moc_jax.shapes import Array, Float, Float32, Int, Int32, typed
+from moc_jax.attention.pallas_tpu.flash import product
+from moc_jax.attention.pallas_tpu.steps import Steps
+from moc_jax.shapes import Array, Float, Float32, typed
 
 _NONE = -1
-_ROW, _KEYS, _COUNT, _RUNS, _RUN = 0, 1, 3, 4, 4  # columns of a line: see _lines
+_KEYS = 3  # numbers of a tile of keys: its first row, begin and end of its keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +70,8 @@ def gradients(
     lse: Float32[Array, "B Hq Nq"],
     delta: Float32[Array, "B Hq Nq"],
     tiles: Tiles,
-    first_head: Int[Array, "1"],
     *,
+    first_head: Array | int = 0,
     rows: int,
     tiling: GradientTiling,
     chip: Chip,
@@ -101,11 +103,7 @@ def gradients(
     """
     batch, heads, queries, dim = q.shape
     job = Job(
-        batch=batch,
-        heads=heads,
-        tiles=tiles.count,
-        runs=(tiles.table.shape[3] - 3) // 2,
-        shared=tiles.table.shape[1] != heads,
+        steps=Steps(tiles.table.shape[1], tiles.count, (tiles.table.shape[3] - _KEYS) // 2, tiling.block),
         queries=queries,
         dim=dim,
         dtype=k.dtype,
@@ -117,8 +115,8 @@ def gradients(
     d_q_type = jnp.float32 if accumulate else d_q_type or q.dtype
     if accumulate:
         operands.append(jnp.zeros(q.shape, d_q_type))
-    d_k = jax.ShapeDtypeStruct((job.batch, job.heads, job.tiles * rows, job.dim), k.dtype)
-    table, most = _lines(tiles, tiling.block)
+    d_k = jax.ShapeDtypeStruct((batch, heads, tiles.count * rows, dim), k.dtype)
+    table, most = job.steps.of(tiles.table[..., _KEYS:], tiling.block, first_head)
     in_specs, out_specs = _specs(job)
     d_q, d_k, d_v = pl.pallas_call(
         functools.partial(_kernel, job=job),
@@ -126,15 +124,15 @@ def gradients(
         out_shape=(jax.ShapeDtypeStruct(q.shape, d_q_type), d_k, d_k),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(job.batch, job.heads, job.tiles, most),
+            grid=(batch, heads, tiles.count, most),
             in_specs=in_specs,
             out_specs=out_specs,
             scratch_shapes=_scratch(job, d_q_type),
         ),
         input_output_aliases={7: 0} if accumulate else {},
         compiler_params=chip.params("ppaa", vmem=chip.info.vmem_capacity_bytes),
-        cost_estimate=job.cost(pairs),
-    )(table, first_head.astype(jnp.int32), *operands)
+        cost_estimate=job.cost(batch * heads, pairs),
+    )(table, tiles.table[..., :_KEYS].astype(jnp.int32).reshape(-1), *operands)
     return d_q, d_k, d_v
 
 
@@ -142,11 +140,7 @@ def gradients(
 class Job:
     """Static facts of one call."""
 
-    batch: int
-    heads: int
-    tiles: int
-    runs: int
-    shared: bool  # by all heads: the table
+    steps: Steps
     queries: int
     dim: int
     dtype: DTypeLike
@@ -160,53 +154,19 @@ class Job:
         if self.rows % self.tiling.at_once:
             raise ValueError(f"{self.rows} keys are not a multiple of the {self.tiling.at_once} computed at once")
 
-    def line(self, scene, head, tile):
-        """Where a tile's line starts in the flat table."""
-        group = scene if self.shared else scene * self.heads + head
-        return (group * self.tiles + tile) * (_RUNS + _RUN * self.runs)
-
-    def cost(self, pairs: int | None) -> pl.CostEstimate:
-        """What the compiler can't see from outside."""
+    def cost(self, heads: int, pairs: int | None) -> pl.CostEstimate:
+        """What the compiler can't see from outside; `heads` of all scenes."""
         if pairs is None:
-            pairs = self.queries * self.rows * (self.tiles if self.accumulate else 1)
-        pairs *= self.batch * self.heads
+            pairs = self.queries * self.rows * (self.steps.tiles if self.accumulate else 1)
+        pairs *= heads
         size = jnp.dtype(self.dtype).itemsize
         per_pair = pairs // self.rows * self.dim  # each query comes once for each tile that reads it
         return pl.CostEstimate(
             flops=10 * self.dim * pairs,
             transcendentals=pairs,
             bytes_accessed=per_pair * (2 * size + (8 if self.accumulate else size))
-            + 4 * self.batch * self.heads * self.tiles * self.rows * self.dim * size,
+            + 4 * heads * self.steps.tiles * self.rows * self.dim * size,
         )
-
-
-def _blocks_of(begin, end, block: int):
-    """(first block, number of blocks) of a run."""
-    first = lax.div(begin, jnp.int32(block))
-    return first, jnp.where(begin < end, lax.div(end + block - 1, jnp.int32(block)) - first, 0)
-
-
-def _lines(tiles: Tiles, block: int) -> tuple[Int32[Array, "_"], Int32[Array, ""]]:
-    """What the kernel looks up of each tile, flat: first row, begin and end of its keys, number of steps; then of each
-    run its number of steps, what to add to a step for its block, begin and end. And the most steps of any tile, at
-    least 1."""
-    table = tiles.table.astype(jnp.int32)
-    columns, before = [], jnp.zeros_like(table[..., 0])
-    for column in range(3, table.shape[-1], 2):
-        begin, end = table[..., column], table[..., column + 1]
-        first, count = _blocks_of(begin, end, block)
-        columns += [before + count, first - before, begin, end]
-        before = before + count
-    lines = jnp.stack([table[..., 0], table[..., 1], table[..., 2], before, *columns], axis=-1).reshape(-1)
-    return lines, jnp.maximum(jnp.max(before), 1)
-
-
-def _run(table_smem_ref, line, step, job: Job):
-    """(block, begin, end) of the queries of a step."""
-    at = line + _RUNS
-    for _ in range(job.runs - 1):
-        at = jnp.where(step < table_smem_ref[at], at, at + _RUN)
-    return step + table_smem_ref[at + 1], table_smem_ref[at + 2], table_smem_ref[at + 3]
 
 
 def _specs(job: Job) -> tuple[list[pl.BlockSpec], tuple[pl.BlockSpec, ...]]:
@@ -214,9 +174,7 @@ def _specs(job: Job) -> tuple[list[pl.BlockSpec], tuple[pl.BlockSpec, ...]]:
     block, hbm = job.tiling.block, pl.BlockSpec(memory_space=pl.ANY)
 
     def query_block(scene, head, tile, step, table_smem_ref):
-        line = job.line(scene, head, tile)
-        last = jnp.maximum(table_smem_ref[line + _COUNT] - 1, 0)
-        return _run(table_smem_ref, line, jnp.minimum(step, last), job)[0]
+        return lax.div(job.steps.rows(table_smem_ref, job.steps.tile(scene, head, tile), step)[0], jnp.int32(block))
 
     def wide(scene, head, tile, step, table_smem_ref, _):
         return scene, head, query_block(scene, head, tile, step, table_smem_ref), 0
@@ -224,9 +182,9 @@ def _specs(job: Job) -> tuple[list[pl.BlockSpec], tuple[pl.BlockSpec, ...]]:
     def narrow(scene, head, tile, step, table_smem_ref, _):
         return scene, head, 0, query_block(scene, head, tile, step, table_smem_ref)
 
-    def keys(scene, head, tile, step, table_smem_ref, first_head_smem_ref):
-        row = table_smem_ref[job.line(scene, head, tile) + _ROW]
-        return scene, first_head_smem_ref[0] + head, pl.multiple_of(row, ROWS), 0
+    def keys(scene, head, tile, step, table_smem_ref, keys_smem_ref):
+        row = keys_smem_ref[job.steps.tile(scene, head, tile) * _KEYS]
+        return scene, table_smem_ref[0] + head, pl.multiple_of(row, ROWS), 0
 
     none = pl.squeezed
     query_spec = pl.BlockSpec((none, none, block, job.dim), wide)
@@ -256,8 +214,8 @@ def _scratch(job: Job, d_q_type) -> list[pl.MemoryRef]:
 
 class _Refs(NamedTuple):
     # prefetched
-    table_smem: jax.Ref
-    first_head_smem: jax.Ref
+    table_smem: jax.Ref  # of steps
+    keys_smem: jax.Ref
     # inputs
     q_vmem: jax.Ref
     d_out_vmem: jax.Ref
@@ -287,45 +245,46 @@ def _kernel(*all_refs, job: Job):
     assert refs.rows_vmem.shape == (2, block)
     assert refs.k_vmem.shape == refs.v_vmem.shape == refs.d_k_vmem.shape == refs.d_v_vmem.shape == (rows, dim)
     scene, head, tile, step = (pl.program_id(axis) for axis in range(4))
-    line, last_step = job.line(scene, head, tile), pl.num_programs(3) - 1
+    g, last_tile, last_step = job.steps.tile(scene, head, tile), job.steps.tiles - 1, pl.num_programs(3) - 1
 
     @pl.when(step == 0)
     def _():
         pl.when(tile == 0)(functools.partial(_set_leaving, refs, _NONE))
-        _open(refs, job, line)
+        _open(refs, job, g)
 
-    @pl.when(step < refs.table_smem[line + _COUNT])
+    @pl.when(step < job.steps.count(refs.table_smem, g))
     def _():
-        _step(refs, job, scene, head, line, step)
+        _step(refs, job, scene, head, g, step)
 
     @pl.when(step == last_step)
     def _():
-        _close(refs, job, line)
-        pl.when((tile == job.tiles - 1) & (refs.leaving_smem[0] != _NONE))(functools.partial(_wait_left, refs, job))
+        _close(refs, job, g)
+        pl.when((tile == last_tile) & (refs.leaving_smem[0] != _NONE))(functools.partial(_wait_left, refs, job))
 
 
 def _set_leaving(refs: _Refs, block):
     refs.leaving_smem[0] = block
 
 
-def _mine(refs: _Refs, job: Job, line):
+def _mine(refs: _Refs, job: Job, g):
     """Which of the loaded rows are the tile's keys."""
-    row = lax.broadcasted_iota(jnp.int32, (job.rows, job.dim), 0) + refs.table_smem[line + _ROW]
-    return (row >= refs.table_smem[line + _KEYS]) & (row < refs.table_smem[line + _KEYS + 1])
+    first, begin, end = (refs.keys_smem[g * _KEYS + i] for i in range(_KEYS))
+    row = lax.broadcasted_iota(jnp.int32, (job.rows, job.dim), 0) + first
+    return (row >= begin) & (row < end)
 
 
-def _open(refs: _Refs, job: Job, line):
+def _open(refs: _Refs, job: Job, g):
     """Keys and values with zeros, sums at zero."""
-    mine = _mine(refs, job, line)
+    mine = _mine(refs, job, g)
     refs.keys_vmem[...] = jnp.where(mine, refs.k_vmem[...], 0)
     refs.values_vmem[...] = jnp.where(mine, refs.v_vmem[...], 0)
     refs.d_k_sum_vmem[...] = jnp.zeros_like(refs.d_k_sum_vmem)
     refs.d_v_sum_vmem[...] = jnp.zeros_like(refs.d_v_sum_vmem)
 
 
-def _close(refs: _Refs, job: Job, line):
+def _close(refs: _Refs, job: Job, g):
     """dk and dv leave."""
-    mine = _mine(refs, job, line)
+    mine = _mine(refs, job, g)
     d_k, d_v = refs.d_k_sum_vmem[...] * (1 / math.sqrt(job.dim)), refs.d_v_sum_vmem[...]
     if job.tiling.transposed:
         d_k, d_v = d_k.T, d_v.T
@@ -351,14 +310,15 @@ def _wait_left(refs: _Refs, job: Job):
     _set_leaving(refs, _NONE)
 
 
-def _step(refs: _Refs, job: Job, scene, head, line, step):
+def _step(refs: _Refs, job: Job, scene, head, g, step):
     """All gradients of one block of queries and the tile's keys."""
-    block, begin, end = _run(refs.table_smem, line, step, job)
+    first, begin, end = job.steps.rows(refs.table_smem, g, step)
+    block = lax.div(first, jnp.int32(job.tiling.block))
     if job.accumulate:
         pl.when(refs.leaving_smem[0] == block)(functools.partial(_wait_left, refs, job))
         _copy_in(refs, job, scene, head, block).start()
 
-    column = lax.broadcasted_iota(jnp.int32, (1, job.tiling.block), 1) + block * job.tiling.block
+    column = lax.broadcasted_iota(jnp.int32, (1, job.tiling.block), 1) + first
     lse = refs.rows_vmem[0:1]
     counts = (column >= begin) & (column < end) & (lse < jnp.inf)
     lse, delta = jnp.where(counts, lse, jnp.inf), jnp.where(counts, refs.rows_vmem[1:2], 0.0)
@@ -382,28 +342,17 @@ def _add_keys(refs: _Refs, job: Job, lse, delta, keys):
 
     def add(total_vmem, weights, rows):
         if job.tiling.transposed:  # into sums [D, keys]
-            total_vmem[:, keys] += _product(rows.T, weights, 1, 1)
+            total_vmem[:, keys] += product(rows.T, weights, 1, 1)
         else:
-            total_vmem[keys] += _product(weights, rows, 1, 0)
+            total_vmem[keys] += product(weights, rows, 1, 0)
 
     p = _weights(k, q, lse)
     add(refs.d_v_sum_vmem, p.astype(q.dtype), d_out)
-    d_s = (p * (_product(v, d_out, 1, 1) - delta)).astype(q.dtype)
+    d_s = (p * (product(v, d_out, 1, 1) - delta)).astype(q.dtype)
     add(refs.d_k_sum_vmem, d_s, q)
-    return _product(k.T, d_s, 1, 0).T if job.tiling.transposed else _product(d_s.T, k, 1, 0)
+    return product(k.T, d_s, 1, 0).T if job.tiling.transposed else product(d_s.T, k, 1, 0)
 
 
 def _weights(k, q, lse):
     """p [keys, queries]; at most 1 also where k is 0 for a mask."""
-    return jnp.exp2(jnp.minimum(_product(k, q, 1, 1) * (LOG2E / math.sqrt(q.shape[-1])) - lse, 0.0))
-
-
-def _product(left, right, left_axis: int, right_axis: int):
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return lax.dot_general(
-        left,
-        right,
-        (((left_axis,), (right_axis,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    return jnp.exp2(jnp.minimum(product(k, q, 1, 1) * (LOG2E / math.sqrt(q.shape[-1])) - lse, 0.0))

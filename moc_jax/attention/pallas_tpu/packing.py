@@ -55,7 +55,7 @@ def _turned(x):
 
 
 @typed
-def columns(x: Float32[Array, "B H S 128"], count: int) -> tuple[Float32[Array, "B H S"], ...]:
+def columns(x: Float32[Array, "B H J 128"], count: int) -> tuple[Float32[Array, "B H J"], ...]:
     """The first `count` columns, each along lanes; XLA would copy all of x in a layout of one number per row."""
     batch, heads, rows, _ = x.shape
     block = next(n for n in (2048, 1024, 512, 256, LANES, rows) if rows % n == 0)

@@ -13,7 +13,6 @@ log-sum-exp travel as one row (packing.py). Bytes per pair: 2 D read and written
 No FLOPs.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -27,7 +26,7 @@ from jax.typing import DTypeLike
 from moc_jax.attention.layout import Heads, round_up
 from moc_jax.attention.pallas_tpu import packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
-from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement
+from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement, Spans
 from moc_jax.shapes import Array, Float, Float32, typed
 
 _GROUP = 16  # rows of the unrolled loops: a register of bfloat16
@@ -45,28 +44,27 @@ def spread(
     *,
     chip: Chip,
     fill_first_lane: float = 0.0,
-) -> Float[Array, "B G T D"]:
+) -> Float[Array, "B _ J D"]:
     """x's rows at the slots of their pairs, for a group of heads; x has all heads or the group's alone.
 
     Slots of a chunk's tiles that hold no pair are 0, but for `fill_first_lane` in the first column; slots of unused
     tiles are not written.
     """
     batch, _, _, dim = x.shape
-    p, all_heads = placement, placement.places.shape[1]
-    chunks, steps = p.runs.shape[4] // RUN, p.steps
-    zeros = jnp.zeros((p.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
+    p, shape = placement.spans, (batch, heads.count, placement.slots, dim)
+    zeros = jnp.zeros((placement.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
     return pl.pallas_call(
-        functools.partial(_spread_kernel, p=_Sizes.of(p), fill=fill_first_lane),
+        functools.partial(_spread_kernel, p=p, fill=fill_first_lane),
         name="moc_spread",
-        out_shape=jax.ShapeDtypeStruct((batch, heads.count, p.slots, dim), x.dtype),
+        out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, heads.count, p.runs.shape[2], steps),
+            grid=(batch, heads.count, p.count, p.steps),
             in_specs=[
-                _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
-                _in_smem(RUN * chunks, lambda w, s: w),
-                _in_smem(2 * chunks, lambda w, s: 0),
-                _queries(p, dim, x.shape[1] == all_heads),
+                _in_smem(p.picks * p.step, lambda w, s: w * p.steps + s),
+                _in_smem(RUN * p.chunks, lambda w, s: w),
+                _in_smem(2 * p.chunks, lambda w, s: 0),
+                _queries(p, x.shape, x.shape[1] == placement.places.shape[1]),
                 pl.BlockSpec(zeros.shape, lambda *_: (0, 0)),
             ],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
@@ -78,48 +76,30 @@ def spread(
             ],
         ),
         compiler_params=chip.params("ppaa"),
-        cost_estimate=_cost(p, heads.count, dim, x.dtype.itemsize),
-    )(heads.operand, p.places, p.runs, p.tails, x, zeros)
+        cost_estimate=_cost(p, batch * heads.count, dim, x.dtype.itemsize),
+    )(heads.operand, placement.places, placement.runs, placement.tails, x, zeros)
 
 
 def _in_smem(columns: int, row):
     """A line of integers of the group's head, for a span and a step."""
-    one = (pl.squeezed,) * 3
-    return pl.BlockSpec(
-        (*one, 1, columns), lambda b, h, w, s, first: (b, first[0] + h, row(w, s), 0, 0), memory_space=pltpu.SMEM
-    )
+    block = (*(pl.squeezed,) * 3, 1, columns)
+    return pl.BlockSpec(block, lambda b, h, w, s, first: (b, first[0] + h, row(w, s), 0, 0), memory_space=pltpu.SMEM)
 
 
-def _queries(p: Placement, dim: int | None, all_heads: bool = True):
-    """A step's rows of arrays [B, H, R, D], or of [B, H, 1, R], which have no D; or of the group's heads alone."""
-    one = (pl.squeezed, pl.squeezed)
-    if not all_heads:
-        return pl.BlockSpec((*one, p.step, dim), lambda b, h, w, s, first: (b, h, p.block(w, s), 0))
-    if dim is None:
-        return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s, first: (b, first[0] + h, 0, p.block(w, s)))
-    return pl.BlockSpec((*one, p.step, dim), lambda b, h, w, s, first: (b, first[0] + h, p.block(w, s), 0))
+def _queries(p: Spans, shape: tuple[int, ...], all_heads: bool = True):
+    """A step's rows of arrays [B, H, R, D] or [B, H, 1, R]; or of arrays of the group's heads alone."""
+    along_lanes = shape[2] == 1
+
+    def at(b, h, w, s, first):
+        head, block = h + first[0] if all_heads else h, p.block(w, s)
+        return (b, head, 0, block) if along_lanes else (b, head, block, 0)
+
+    return pl.BlockSpec((pl.squeezed, pl.squeezed, *((1, p.step) if along_lanes else (p.step, shape[3]))), at)
 
 
-def _cost(p: Placement, heads: int, dim: int, pair_bytes: int) -> pl.CostEstimate:
-    rows = p.places.shape[0] * heads * p.rows
-    return pl.CostEstimate(
-        flops=0, transcendentals=0, bytes_accessed=rows * (2 * dim + p.picks * (4 + dim * pair_bytes))
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """What kernels know of a placement when they are compiled."""
-
-    picks: int
-    step: int
-    room: int
-    chunks: int
-    blocks: int  # of queries
-
-    @classmethod
-    def of(cls, p: Placement):
-        return cls(p.picks, p.step, p.room, p.runs.shape[4] // RUN, p.rows // p.step)
+def _cost(p: Spans, heads: int, dim: int, pair_bytes: int) -> pl.CostEstimate:
+    moved = heads * p.rows * (2 * dim + p.picks * (4 + dim * pair_bytes))
+    return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved)
 
 
 def _spread_kernel(
@@ -129,13 +109,13 @@ def _spread_kernel(
     tails_smem_ref,  # [1, 2 * chunks], of the head
     x_vmem_ref,  # [step, D]
     fill_vmem_ref,  # [tile, D]
-    out_hbm_ref,  # [B, H, slots, D]
+    out_hbm_ref,  # [B, H, J, D]
     rows_vmem_ref,  # [room, D]: the span's pairs
     ready_vmem_ref,  # [room or a part of it, D]: those of the span before, or the last of them, on their way out
     leaving_smem_ref,  # [1]: rows of that
     semaphores,  # of those, and of tails
     *,
-    p: _Sizes,
+    p: Spans,
     fill: float,
 ):
     assert x_vmem_ref.shape == (p.step, rows_vmem_ref.shape[1])
@@ -190,7 +170,7 @@ def _spread_kernel(
         _each_run(tails_smem_ref, 2, p, lambda first, rows: _await(fill_vmem_ref, out_hbm_ref, rows, tails_left))
 
 
-def _store(places_smem_ref, x_vmem_ref, rows_vmem_ref, p: _Sizes) -> None:
+def _store(places_smem_ref, x_vmem_ref, rows_vmem_ref, p: Spans) -> None:
     """Each of a step's rows at its pairs' places."""
 
     def some_rows(i, _):
@@ -205,13 +185,13 @@ def _store(places_smem_ref, x_vmem_ref, rows_vmem_ref, p: _Sizes) -> None:
     lax.fori_loop(0, p.step // _GROUP, some_rows, 0)
 
 
-def _places_of(places_smem_ref, row, p: _Sizes):
+def _places_of(places_smem_ref, row, p: Spans):
     """A row's places, at multiples of `step`: addresses then differ from row to row by one, which takes one addition
     per row; addresses of each place by itself would take as long as loading it."""
     return places_smem_ref.at[0, pl.ds(row, (p.picks - 1) * p.step + 1)]
 
 
-def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
+def _each_run(runs_smem_ref, columns: int, p: Spans, body) -> None:
     """body(columns of the run) for each chunk's run with rows; all are multiples of 8."""
 
     def one(chunk, _):
@@ -223,7 +203,7 @@ def _each_run(runs_smem_ref, columns: int, p: _Sizes, body) -> None:
     lax.fori_loop(0, p.chunks, one, 0)
 
 
-def _in_parts(runs_smem_ref, p: _Sizes, total, part: int, before, body) -> None:
+def _in_parts(runs_smem_ref, p: Spans, total, part: int, before, body) -> None:
     """before(first row) and body(rows, place, slot) of each run, part by part of a span's rows."""
 
     def one_part(i, chunk):
@@ -245,7 +225,7 @@ def _in_parts(runs_smem_ref, p: _Sizes, total, part: int, before, body) -> None:
     lax.fori_loop(0, lax.div(total + part - 1, jnp.int32(part)), one_part, jnp.int32(0))
 
 
-def _end_of_runs(runs_smem_ref, p: _Sizes):
+def _end_of_runs(runs_smem_ref, p: Spans):
     last = (p.chunks - 1) * RUN
     return runs_smem_ref[0, last] + runs_smem_ref[0, last + 1]
 
@@ -277,7 +257,7 @@ def _await(source, target, rows, semaphore) -> None:
 
 @typed
 def merge(
-    pairs: Float32[Array, "B G S E"],
+    pairs: Float32[Array, "B _ J _"],
     placement: Placement,
     heads: Heads,
     *,
@@ -290,27 +270,27 @@ def merge(
     """One softmax over each query's pairs and anchors: output and base-2 log-sum-exp; 0 and -inf for neither.
 
     Args:
-        pairs: What `packing.pack` made of the pairs' outputs [B, G, slots, E], of a group of heads.
+        pairs: What `packing.pack` made of the pairs' outputs [B, heads, J, E], of a group of heads.
         anchors: Their outputs and base-2 log-sum-exps, -inf for rows without. Those of the group become the results,
             in the same memory; those of other heads stay.
         heads: The group.
         into: Without anchors, the results of other heads.
         dim, dtype: D and the type of outputs.
     """
-    batch, all_heads = placement.places.shape[:2]
+    rows = (*placement.places.shape[:2], placement.spans.rows)
     shapes = (
-        jax.ShapeDtypeStruct((batch, all_heads, placement.rows, dim), dtype),
-        jax.ShapeDtypeStruct((batch, all_heads, 1, placement.rows), jnp.float32),
+        jax.ShapeDtypeStruct((*rows, dim), dtype),
+        jax.ShapeDtypeStruct((*rows[:2], 1, rows[2]), jnp.float32),
     )
-    given = anchors or into
+    inputs, others = ([x[0], x[1][:, :, None]] if x else [] for x in (anchors, into))
     out, lse = _collect(
         functools.partial(_merge_rows, dim=dim, dtype=dtype),
         "moc_merge",
         pairs,
         placement,
         heads,
-        [] if anchors is None else [anchors[0], anchors[1][:, :, None]],
-        [] if given is None else [given[0], given[1][:, :, None]],
+        inputs,
+        inputs or others,
         shapes,
         nothing=-jnp.inf,
         chip=chip,
@@ -320,17 +300,16 @@ def merge(
 
 @typed
 def add(
-    pairs: Float32[Array, "B G S D"],
+    pairs: Float32[Array, "B _ J D"],
     placement: Placement,
-    anchors: Float[Array, "B H R D"] | None,
     heads: Heads,
     *,
+    anchors: Float[Array, "B H R D"] | None = None,
     into: Float[Array, "B H R D"] | None = None,
     dtype: DTypeLike,
     chip: Chip,
 ) -> Float[Array, "B H R D"]:
     """The sum of each query's pairs and its anchors' row, for a group of heads; other heads are `into`'s."""
-    batch, all_heads = placement.places.shape[:2]
     dim = pairs.shape[3]
     return _collect(
         functools.partial(_add_rows, dim=dim, dtype=dtype),
@@ -340,47 +319,36 @@ def add(
         heads,
         [] if anchors is None else [anchors],
         [] if into is None else [into],
-        (jax.ShapeDtypeStruct((batch, all_heads, placement.rows, dim), dtype),),
+        (jax.ShapeDtypeStruct((*placement.places.shape[:2], placement.spans.rows, dim), dtype),),
         nothing=0.0,
         chip=chip,
     )[0]
 
 
-def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, shapes, *, nothing: float, chip: Chip):
-    """body(rows of pairs, inputs, outputs) for each block of queries of the group's heads."""
-    width = pairs.shape[3]
-    chunks, spans, steps = p.runs.shape[4] // RUN, p.runs.shape[2], p.steps
-    some = min(LANES, p.step)
-    same = bool(into) and inputs and into[0] is inputs[0]  # results go where inputs come from
-    into = inputs if same else into
-
-    def block(x):
-        return _queries(p, None if x.shape[2] == 1 else x.shape[3])
-
-    first = 5 + (0 if same else len(inputs))  # of `into` among all operands
+def _collect(body, name: str, pairs, placement, heads: Heads, inputs, into, shapes, *, nothing: float, chip: Chip):
+    """body(rows of pairs, inputs, outputs) for each block of queries of the group's heads; results go into `into`."""
+    batch, _, _, width = pairs.shape
+    p, operands = placement.spans, [placement.places, placement.runs, placement.runs, pairs, *inputs]
+    some, first = min(LANES, p.step), 5  # of `into` among all operands
+    unread = [] if into is inputs else into
+    if unread:
+        first += len(inputs)
     return pl.pallas_call(
-        functools.partial(
-            _collect_kernel,
-            p=_Sizes.of(p),
-            body=body,
-            inputs=len(inputs),
-            unread=0 if same else len(into),
-            nothing=nothing,
-        ),
+        functools.partial(_collect_kernel, p=p, body=body, inputs=len(inputs), unread=len(unread), nothing=nothing),
         name=name,
         out_shape=shapes,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(pairs.shape[0], heads.count, spans, steps),
+            grid=(batch, heads.count, p.count, p.steps),
             in_specs=[
-                _in_smem(p.picks * p.step, lambda w, s: w * steps + s),
-                _in_smem(RUN * chunks, lambda w, s: w),
-                _in_smem(RUN * chunks, lambda w, s: jnp.minimum(w + 1, spans - 1)),
+                _in_smem(p.picks * p.step, lambda w, s: w * p.steps + s),
+                _in_smem(RUN * p.chunks, lambda w, s: w),
+                _in_smem(RUN * p.chunks, lambda w, s: jnp.minimum(w + 1, p.count - 1)),
                 pl.BlockSpec(memory_space=pl.ANY),
-                *map(block, inputs),
-                *([] if same else [pl.BlockSpec(memory_space=pl.ANY)] * len(into)),
+                *(_queries(p, x.shape) for x in inputs),
+                *([pl.BlockSpec(memory_space=pl.ANY)] * len(unread)),
             ],
-            out_specs=tuple(map(block, shapes)),
+            out_specs=tuple(_queries(p, x.shape) for x in shapes),
             scratch_shapes=[
                 pltpu.VMEM((p.buffers, p.room, width), jnp.float32),
                 pltpu.VMEM((p.picks * some, width), jnp.float32),
@@ -389,8 +357,8 @@ def _collect(body, name: str, pairs, p: Placement, heads: Heads, inputs, into, s
         ),
         input_output_aliases={first + i: i for i in range(len(into))},
         compiler_params=chip.params("ppaa"),
-        cost_estimate=_cost(p, heads.count, shapes[0].shape[3], 4),
-    )(heads.operand, p.places, p.runs, p.runs, pairs, *inputs, *([] if same else into))
+        cost_estimate=_cost(p, batch * heads.count, shapes[0].shape[3], 4),
+    )(heads.operand, *operands, *unread)
 
 
 def _collect_kernel(
@@ -398,9 +366,9 @@ def _collect_kernel(
     places_smem_ref,  # [1, K * step]
     runs_smem_ref,  # [1, 3 * chunks], of the span
     next_smem_ref,  # the same, of the next span
-    pairs_hbm_ref,  # [B, H, slots, E]
+    pairs_hbm_ref,  # [B, H, J, E]
     *refs,  # of the queries' blocks: inputs, where outputs go, outputs; then scratch
-    p: _Sizes,
+    p: Spans,
     body,
     inputs: int,
     unread: int,
@@ -460,7 +428,7 @@ def _collect_kernel(
     pl.when(there & ~picked)(lambda: run(no_rows))
 
 
-def _load(places_smem_ref, span_vmem_ref, some_vmem_ref, first, p: _Sizes) -> None:
+def _load(places_smem_ref, span_vmem_ref, some_vmem_ref, first, p: Spans) -> None:
     """The pairs' rows of some of a step's rows, from `first` on, pick after pick."""
     size = some_vmem_ref.shape[0] // p.picks
 

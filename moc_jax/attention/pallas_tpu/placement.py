@@ -29,36 +29,46 @@ _LONG_RUN = 2 * ROWS  # pairs: runs whose padding is a fifth or less
 _NOWHERE = -(2**22)  # further from 0 than any place is
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spans:
+    """What kernels know of a placement when they are compiled."""
+
+    count: int
+    chunks: int
+    picks: int  # K
+    rows: int  # R, of queries
+    steps: int  # of a span; the last span's may reach beyond the queries
+    step: int  # rows of one
+    room: int  # rows of a span's buffer; the last 8 are nobody's
+    buffers: int  # 1 or 2
+
+    @property
+    def blocks(self) -> int:
+        """Steps with queries."""
+        return self.rows // self.step
+
+    def block(self, span, step):
+        """The block of queries of a step; beyond the last, the last again."""
+        return jnp.minimum(span * self.steps + step, self.blocks - 1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """Where each pair lies."""
 
-    places: Int[Array, "B H S 1 E"]  # of the pairs of each step of rows, slot i's after slot i - 1's, in their span
-    runs: Int[Array, "B H W 1 R"]  # of each span and chunk: rows, place, slot
-    tails: Int[Array, "B H 1 1 T"]  # of each chunk: slots behind its last run, first and count, to the end of a tile
+    places: Int[Array, "B H steps 1 _"]  # of the pairs of each step of rows, slot i's after slot i - 1's, in their span
+    runs: Int[Array, "B H spans 1 _"]  # of each span and chunk: rows, place, slot
+    tails: Int[Array, "B H 1 1 _"]  # of each chunk: slots behind its last run, first and count, to the end of a tile
     tile_chunk: Int[Array, "B H G"]  # the chunk of each tile; -1: unused
     chunk_begin: Int[Array, "B H C"]  # slots of each chunk's pairs
     chunk_end: Int[Array, "B H C"]
-    picks: int = dataclasses.field(metadata={"static": True})  # K
-    step: int = dataclasses.field(metadata={"static": True})
-    tile: int = dataclasses.field(metadata={"static": True})
-    room: int = dataclasses.field(metadata={"static": True})  # rows of a span's buffer; the last 8 are nobody's
-    buffers: int = dataclasses.field(metadata={"static": True})  # 1 or 2
-    rows: int = dataclasses.field(metadata={"static": True})  # R, of queries
+    tile: int = dataclasses.field(metadata={"static": True})  # slots of a tile
+    spans: Spans = dataclasses.field(metadata={"static": True})
 
     @property
     def slots(self) -> int:
         return self.tile_chunk.shape[2] * self.tile
-
-    @property
-    def steps(self) -> int:
-        """Of a span; the last span's may reach beyond the queries."""
-        return self.places.shape[2] // self.runs.shape[2]
-
-    def block(self, span, step):
-        """The block of queries of a step; beyond the last, the last again."""
-        return jnp.minimum(span * self.steps + step, self.rows // self.step - 1)
 
 
 @typed
@@ -115,12 +125,17 @@ def place(
         tile_chunk=jnp.where(tile_chunk < chunks, tile_chunk, -1).astype(jnp.int32),
         chunk_begin=begin,
         chunk_end=begin + total,
-        picks=picks,
-        step=step,
         tile=tile,
-        room=room,
-        buffers=buffers,
-        rows=rows,
+        spans=Spans(
+            count=spans,
+            chunks=chunks,
+            picks=picks,
+            rows=rows,
+            steps=span // step,
+            step=step,
+            room=room,
+            buffers=buffers,
+        ),
     )
 
 

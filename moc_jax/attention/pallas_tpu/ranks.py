@@ -12,7 +12,7 @@ Chunks lie on sublanes and tokens on lanes.
     the sums of 8 x 128 tokens fill a register, so that the last sum, over sublanes, is elementwise too.
 
 Tiles of chunks past the last pick of a block of tokens are skipped: with causal routing that is half of them. FLOPs:
-2 * X * N * 128 * C, halved by that. Bytes: 8 * X * N * K, the picks and their ranks. The vector work, 4 K + 6
+2 * spans * R * 128 * C, halved by that. Bytes: 8 * spans * R * K, the picks and their ranks. The vector work, 4 K + 6
 instructions for 8 x 128 pairs of chunk and token, hides the products.
 """
 
@@ -60,11 +60,11 @@ def tiling_of(tokens: int, picks: int) -> ScanTiling:
 
 @typed
 def ranks(
-    routes: Int[Array, "X K N"],
-    begin: Int[Array, "X C"],
+    routes: Int[Array, "spans K R"],
+    begin: Int[Array, "spans C"],
     *,
     tiling: ScanTiling | None = None,
-) -> tuple[Int32[Array, "X K N"], Int32[Array, "X C"]]:
+) -> tuple[Int32[Array, "spans K R"], Int32[Array, "spans C"]]:
     """The rank of each pick among its span's picks of the same chunk, in the order of tokens, and where ranks end.
 
     Args:
@@ -83,7 +83,7 @@ def ranks(
 
 
 def _call(routes, begin, tiling):
-    """The ranks of routes [X, K, N / 128, 128], and their ends [X, padded C, 128], the same in every lane."""
+    """The ranks of routes [spans, K, R / 128, 128], and their ends [spans, padded C, 128], the same in every lane."""
     spans, picks, groups, _ = routes.shape
     chunks = begin.shape[1]
     rows, padded = tiling.block // _LANES, pl.cdiv(chunks, tiling.chunks) * tiling.chunks
@@ -119,7 +119,7 @@ def _call(routes, begin, tiling):
 
 
 def _kernel(
-    used_smem_ref,  # [X * blocks]: tiles of chunks that hold picks of the block's tokens
+    used_smem_ref,  # [spans * blocks]: tiles of chunks that hold picks of the block's tokens
     begin_smem_ref,  # [1, C]
     routes_vmem_ref,  # [K, block / 128, 128]
     rank_vmem_ref,  # the same

@@ -35,6 +35,7 @@ from moc_jax.attention import routing
 from moc_jax.attention.layout import Queries, candidate_rows, candidates_are_split, round_up, split_in_parts
 from moc_jax.attention.pallas_tpu import device
 from moc_jax.attention.pallas_tpu.batching import more_scenes
+from moc_jax.attention.pallas_tpu.flash import product
 from moc_jax.attention.pallas_tpu.ranks import ScanTiling
 from moc_jax.attention.routing import candidate_runs, pickable_chunks
 from moc_jax.config import MoCConfig
@@ -62,6 +63,7 @@ def select(
     table: ChunkTable,
     cfg: MoCConfig,
     *,
+    chip: device.Chip,
     tiling: ScanTiling | None = None,
 ) -> Int[Array, "B H Q K"]:
     """As `routing.select`: the best candidates of every query, best first; -1 fills slots that hold none.
@@ -71,13 +73,14 @@ def select(
     Args:
         q: After QK-norm and rotary embedding, as `device.check` wants it.
         phi: The chunks' descriptors, `routing.descriptors`.
+        chip: That the program is for.
         tiling: None: what suits the sizes.
     """
     top_k = min(cfg.top_k, phi.shape[2])
     if top_k > _MOST_PICKS:
         return routing.select(q, phi, queries, table, cfg, block=_XLA_BLOCK)
     if top_k < cfg.top_k:
-        few = select(q, phi, queries, table, dataclasses.replace(cfg, top_k=top_k), tiling=tiling)
+        few = select(q, phi, queries, table, dataclasses.replace(cfg, top_k=top_k), chip=chip, tiling=tiling)
         return routing.widened(few, routing.width(cfg.top_k, phi.shape[2]))
     batch, tokens, heads, _ = q.shape
     if cfg.top_k == 0 or tokens == 0:
@@ -86,7 +89,7 @@ def select(
 
     def picks(q, phi, queries, table):
         runs = candidate_rows(candidate_runs(table, cfg), queries, round_up(tokens, tiling.block))
-        found = _call(jnp.swapaxes(q, 1, 2), _parts(phi, table, tiling, q.dtype), runs, cfg, tiling)
+        found = _call(jnp.swapaxes(q, 1, 2), _parts(phi, table, tiling, q.dtype), runs, cfg, tiling, chip)
         return jnp.swapaxes(found.reshape(*found.shape[:3], -1), 2, 3)[:, :, :tokens]
 
     return more_scenes(picks)(q, phi, queries, table)
@@ -106,7 +109,7 @@ def _parts(phi, table, tiling, dtype):
     return jnp.stack(parts[::-1], axis=3).reshape(phi.shape[0], tiles, len(parts) * tiling.chunks, head_dim)
 
 
-def _call(q, parts, runs, cfg, tiling):
+def _call(q, parts, runs, cfg, tiling, chip):
     """The picks [B, H, K, Q / 128, 128] of q [B, H, Q, D], Q padded to blocks."""
     batch, heads, tokens, head_dim = q.shape
     blocks = pl.cdiv(tokens, tiling.block)
@@ -117,12 +120,7 @@ def _call(q, parts, runs, cfg, tiling):
         return lax.div(i, heads), lax.rem(i, heads), n, 0
 
     return pl.pallas_call(
-        functools.partial(
-            _kernel,
-            tiling=tiling,
-            heads=heads,
-            split=candidates_are_split(cfg),
-        ),
+        functools.partial(_kernel, tiling=tiling, heads=heads, split=candidates_are_split(cfg)),
         name="moc_router",
         out_shape=jax.ShapeDtypeStruct((batch, heads, cfg.top_k, blocks * rows, _LANES), jnp.int32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -140,23 +138,13 @@ def _call(q, parts, runs, cfg, tiling):
                 pltpu.VMEM((cfg.top_k, rows * _SUBLANES, _LANES), dtype) for dtype in (jnp.float32, jnp.int32)
             ],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_vmem(tiling, parts, q, cfg)
-        ),
+        compiler_params=chip.params("pa"),
         cost_estimate=pl.CostEstimate(
             flops=2 * batch * heads * tokens * head_dim * parts.shape[1] * parts.shape[2],
             bytes_accessed=q.nbytes + parts.nbytes + heads * runs.nbytes + 4 * batch * heads * tokens * cfg.top_k,
             transcendentals=0,
         ),
     )(used.astype(jnp.int32), q, parts, runs)
-
-
-def _vmem(tiling, parts, q, cfg):
-    """Bytes that the kernel may take: blocks twice, lists, and as much again for what the compiler puts there."""
-    lists = 2 * cfg.top_k * _SUBLANES * tiling.block * 4
-    width = max(q.shape[3], _LANES)
-    blocks = 2 * (tiling.block * width * q.itemsize + parts.nbytes // parts.shape[0] * width // q.shape[3])
-    return 2 * (lists + blocks) + 2**22
 
 
 def _kernel(
@@ -220,13 +208,7 @@ def _one_tile(q_vmem_ref, phi_vmem_ref, runs_vmem_ref, lists, tiling, split, til
 
 def _scores(q, phi, chunks):
     """Scores of q [block, D] with phi [parts * chunks, D]: chunks / 8 times [8, block]."""
-    products = lax.dot_general(
-        phi,
-        q,
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-        precision=lax.Precision.HIGHEST if phi.dtype == jnp.float32 else None,
-    )
+    products = product(phi, q, 1, 1)
     rows = phi.shape[0] // chunks * _SUBLANES
     parts = range(0, rows, _SUBLANES)
     return [

@@ -24,7 +24,7 @@ from tests.attention.tolerances import GRADIENT, assert_close
 
 ANCHORS = collections.Counter(moc_forward_text=1, moc_forward_anchors=1, moc_move=2)
 PICKS = collections.Counter(
-    f"moc_{name}" for name in ("pool", "router", "move_lanes", "ranks", "spread", "forward_picks", "merge")
+    f"moc_{name}" for name in ("pool", "router", "move_lanes", "ranks", "ranks", "spread", "forward_picks", "merge")
 )
 ANCHOR_GRADIENTS = collections.Counter(moc_gradients_anchors=1, moc_move=5)
 PICK_GRADIENTS = collections.Counter(moc_spread=3, moc_add=1, moc_columns=1, moc_gradients_picks=1, moc_move=2)

@@ -49,7 +49,7 @@ def plain(q, k, v, tiles, rows, first_head=0):
 def run(q, k, v, tiles, *, first_head=0, **options):
     call = jax.jit(
         lambda q, k, v, table: flash.forward(
-            q, k, v, Tiles(table), jnp.full(1, first_head, jnp.int32), chip=Chip("v5e"), **options
+            q, k, v, Tiles(table), first_head=jnp.int32(first_head), chip=Chip("v5e"), **options
         )
     )
     return call(q, k, v, jnp.asarray(tiles))
@@ -132,7 +132,7 @@ def test_bfloat16_packed(interpreter):
     """Outputs and log-sum-exps in one array: the outputs to bfloat16, the log-sum-exps to float32."""
     q, k, v = inputs(SHARED, 16, dtype=jnp.bfloat16)
     tiling = flash.ForwardTiling(queries=16, keys=16, compute_queries=16, compute_keys=16)
-    packed = run(q, k, v, SHARED, packed=True, tiling=tiling)
+    (packed,) = run(q, k, v, SHARED, packed=True, tiling=tiling)
     bits = np.asarray(packed).view(np.uint32)
     out = (bits & 0xFFFF0000).view(np.float32)
     lse = ((bits[..., 0] << 16) | (bits[..., -1] & 0xFFFF)).view(np.float32)

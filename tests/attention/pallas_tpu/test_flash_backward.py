@@ -134,7 +134,7 @@ def _run(case: Case, arrays, table):
     return gradients(
         *arrays,
         Tiles(jnp.asarray(table, jnp.int32)),
-        jnp.asarray([case.first_head], jnp.int32),
+        first_head=jnp.int32(case.first_head),
         rows=ROWS,
         tiling=GradientTiling(block=BLOCK, at_once=case.at_once, transposed=case.transposed),
         accumulate=case.accumulate,

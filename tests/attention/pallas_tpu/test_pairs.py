@@ -39,14 +39,14 @@ def slots_of(placement, routes):
     """Slot of each pair [B, H, R, K], -1 for none, from runs and places as kernels read them."""
     p = placement
     slot = np.full(routes.shape, -1)
-    places = np.asarray(p.places).reshape(BATCH, HEADS, -1, p.picks, p.step)
+    places = np.asarray(p.places).reshape(BATCH, HEADS, -1, p.spans.picks, p.spans.step)
     runs = np.asarray(p.runs).reshape(BATCH, HEADS, -1, CHUNKS, 3)
-    span = p.steps * p.step
+    span = p.spans.steps * p.spans.step
     for b, h, n, k in np.ndindex(routes.shape):
         chunk = routes[b, h, n, k]
-        at = places[b, h, n // p.step, k, n % p.step]
+        at = places[b, h, n // p.spans.step, k, n % p.spans.step]
         if chunk < 0 or chunk == EMPTY:
-            assert at == p.room - 8
+            assert at == p.spans.room - 8
             continue
         rows, first, to = runs[b, h, n // span, chunk]
         assert first <= at < first + rows
@@ -140,7 +140,9 @@ def test_merge_and_add(interpreter, dtype, one_by_one, buffers, anchored):
         anchors = (own, own_lse) if anchored else None
         merged = pairs.merge(rows_, p, ALL_HEADS, anchors=anchors, dim=DIM, dtype=dtype, chip=CHIP)
         numbers = jnp.nan_to_num(own)
-        return *merged, pairs.add(plain, p, numbers if anchored else None, ALL_HEADS, dtype=jnp.float32, chip=CHIP)
+        return *merged, pairs.add(
+            plain, p, ALL_HEADS, anchors=numbers if anchored else None, dtype=jnp.float32, chip=CHIP
+        )
 
     with moved(one_by_one):
         got, got_lse, total = run((wide if dtype == jnp.float32 else packed)(out, lse), out, own, own_lse, p)

@@ -9,12 +9,14 @@ import pytest
 from moc_jax.attention import routing
 from moc_jax.attention.layout import queries_of
 from moc_jax.attention.pallas_tpu import router
+from moc_jax.attention.pallas_tpu.device import Chip
 from moc_jax.attention.pallas_tpu.ranks import ScanTiling
 from moc_jax.config import MoCConfig
 from tests.attention.configs import COVERING, MULTI_SHOT, NO_ANCHORS, PAST, SINGLE_SHOT, name
 from tests.attention.oracle import near_ties
 from tests.attention.scenes import BATCH, HEADS, PAIR, cut, qkv, table_of
 
+CHIP = Chip("v5e")
 ALL = [cfg for cfg in COVERING if cfg.mode == "moc" and cfg.top_k <= 16]
 
 
@@ -27,7 +29,7 @@ def inputs(dtype, kind="normal", scenes=PAIR, table=None, tokens=64, seed=0):
 
 def check(q, phi, table, cfg, **options):
     """Exact equality: no near-ties in these inputs, or scores that are exact."""
-    got = np.asarray(router.select(q, phi, queries_of(table), table, cfg, **options))
+    got = np.asarray(router.select(q, phi, queries_of(table), table, cfg, chip=CHIP, **options))
     np.testing.assert_array_equal(got, np.asarray(routing.select(q, phi, queries_of(table), table, cfg)))
     assert (got >= 0).any()
     return got
@@ -114,12 +116,8 @@ def test_several_tiles_of_chunks_and_blocks_of_tokens(interpreter):
 
 def test_no_picks(interpreter):
     q, phi, table, _ = inputs(jnp.bfloat16)
-    assert router.select(q, phi, queries_of(table), table, dataclasses.replace(MULTI_SHOT, top_k=0)).shape == (
-        BATCH,
-        HEADS,
-        64,
-        0,
-    )
+    cfg = dataclasses.replace(MULTI_SHOT, top_k=0)
+    assert router.select(q, phi, queries_of(table), table, cfg, chip=CHIP).shape == (BATCH, HEADS, 64, 0)
 
 
 # ------------------------------------------------------------------------------------------------ limits

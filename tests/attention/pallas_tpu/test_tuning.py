@@ -62,23 +62,23 @@ def _shapes(queries: int, keys: int, dim: int, dtype):
     """Arguments of the kernels: one scene, head and tile, of as many rows as blocks have."""
     q, k = (jax.ShapeDtypeStruct((1, 1, rows, dim), dtype) for rows in (queries, keys))
     line = jax.ShapeDtypeStruct((1, 1, queries), jnp.float32)
-    return q, k, line, jax.ShapeDtypeStruct((1,), jnp.int32)
+    return q, k, line
 
 
 def _forward(tiling: flash.ForwardTiling, dim: int, dtype, chip: Chip) -> int:
-    q, k, _, first = _shapes(tiling.queries, 2 * tiling.keys, dim, dtype)
+    q, k, _ = _shapes(tiling.queries, 2 * tiling.keys, dim, dtype)
     tiles = Tiles(jax.ShapeDtypeStruct((1, 1, 1, 4), jnp.int32))
-    return _held(lambda q, k, v, *rest: flash.forward(q, k, v, *rest, tiling=tiling, chip=chip), q, k, k, tiles, first)
+    return _held(lambda q, k, v, *rest: flash.forward(q, k, v, *rest, tiling=tiling, chip=chip), q, k, k, tiles)
 
 
 def _backward(rows: int, tiling: flash_backward.GradientTiling, dim: int, dtype, chip: Chip) -> int:
-    q, k, line, first = _shapes(2 * tiling.block, 2 * rows, dim, dtype)
+    q, k, line = _shapes(2 * tiling.block, 2 * rows, dim, dtype)
     tiles = Tiles(jax.ShapeDtypeStruct((1, 1, 1, 5), jnp.int32))
 
     def run(*arguments):
         return flash_backward.gradients(*arguments, rows=rows, tiling=tiling, chip=chip, accumulate=True)
 
-    return _held(run, q, k, k, q, line, line, tiles, first)
+    return _held(run, q, k, k, q, line, line, tiles)
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "minutes"])
