@@ -243,9 +243,9 @@ class Heads(NamedTuple):
         """As an operand of kernels."""
         return jnp.full(1, self.first, jnp.int32)
 
-    def of(self, x, axis: int = 1):
-        """The group's part of a tree of arrays [B, H, ...], or with heads along another axis."""
-        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.first, self.count, axis), x)
+    def of(self, x):
+        """The group's part of a tree of arrays [B, H, ...]."""
+        return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, self.first, self.count, axis=1), x)
 
     def put(self, whole: Array, part: Array, axis: int) -> Array:
         """`whole` with the group's part in its place."""

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moc_jax.attention.layout import LOG2E, Queries, by_group, head_groups, sum_other_shares
+from moc_jax.attention.layout import LOG2E, Heads, Queries, by_group, head_groups, sum_other_shares
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, moves, packing, pairs, pool, router, tuning
 from moc_jax.attention.pallas_tpu.batching import more_scenes
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip, Tpu
@@ -130,7 +130,7 @@ def part_gradients(
         order = tiles.order
         lse, delta = (moves.move_lanes(x, *order.moves, order.rows, 0, chip=static.chip) for x in statistics)
         lse = jnp.where((order.chunk_of_row < 0)[:, None], -jnp.inf, lse)
-        return _gradients(q, k, v, tiles, placement, table, d_out, lse, lambda _, heads: heads.of(delta), static)
+        return _gradients(q, k, v, tiles, placement, table, d_out, lse, lambda _: delta, static)
 
     statistics = lse * LOG2E, jnp.where(jnp.isneginf(lse), 0.0, delta)
     return more_scenes(run)(q, k, v, tiles, placement, table, d_out, statistics)
@@ -153,10 +153,8 @@ def _layout(routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, static:
     return more_scenes(of_scenes)(routes, queries, table)
 
 
-def _groups(q, placement: Placement | None, chip: Chip) -> int:
+def _groups(q, placement: Placement, chip: Chip) -> int:
     """Groups of heads whose pairs' outputs fit the buffer."""
-    if placement is None:
-        return 1
     per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(q.shape[3], q.dtype) * 4
     return head_groups(q.shape[2], per_head, min(_BUFFER, chip.memory // _SHARE))
 
@@ -191,38 +189,32 @@ def _attend_forward(q, k, v, tiles, placement, table, static):
 
 def _outputs(q, k, v, tiles: OrderedTiles, placement, table, static: _Static):
     """Arrays [B, Q, H, D] -> output and log-sum-exp in the queries' order."""
-    batch, _, heads, dim = q.shape
-    rows = tiles.order.rows
-
-    def one_group(heads, whole):
-        found = _ordered_outputs(heads.of((q, k, v), axis=2), tiles, heads.of(placement), table, static)
-        return tuple(heads.put(x, part, axis=1) for x, part in zip(whole, found, strict=True))
-
-    start = jnp.empty((batch, heads, rows, dim), v.dtype), jnp.empty((batch, heads, rows), jnp.float32)
-    return by_group(one_group, start, heads, _groups(q, placement, static.chip))
-
-
-def _ordered_outputs(of_tokens, tiles: OrderedTiles, placement, table, static: _Static):
-    """q, k, v -> output and log-sum-exp of queries in their order: [B, H, R, D] and [B, H, R]."""
-    q, k, v = of_tokens
-    queries, chip = _to_order(q, tiles.order, static), static.chip
+    queries = _to_order(q, tiles.order, static)
     keys, values = (_head_major(x, table, static) for x in (k, v))
     anchors: Any = _anchors(queries, keys, values, tiles, static) if tiles.anchors else None
+    heads, dim, chip = q.shape[2], q.shape[3], static.chip
     if placement is None:
         out, lse = anchors
         return jnp.where(tiles.anchored[:, None, :, None], out, jnp.zeros((), out.dtype)), lse
-    (outputs,) = flash.forward(
-        pairs.spread(queries, placement, chip=chip),
-        keys,
-        values,
-        pick_tiles(placement, table),
-        longest_run=table.max_chunk,
-        packed=True,
-        tiling=static.blocks.picks,
-        chip=chip,
-        name="moc_forward_picks",
-    )
-    return pairs.merge(outputs, placement, anchors, dim=q.shape[3], dtype=v.dtype, chip=chip)
+
+    def one_group(heads, merged):
+        (outputs,) = flash.forward(
+            pairs.spread(queries, placement, heads, chip=chip),
+            keys,
+            values,
+            pick_tiles(heads.of(placement), table),
+            first_head=heads.first,
+            longest_run=table.max_chunk,
+            packed=True,
+            tiling=static.blocks.picks,
+            chip=chip,
+            name="moc_forward_picks",
+        )
+        known = dict(into=merged) if anchors is None else dict(anchors=merged)
+        return pairs.merge(outputs, placement, heads, dim=dim, dtype=v.dtype, chip=chip, **known)
+
+    start = anchors or (jnp.empty(queries.shape, v.dtype), jnp.empty(queries.shape[:3], jnp.float32))
+    return by_group(one_group, start, heads, _groups(q, placement, chip))
 
 
 def _anchors(queries, keys, values, tiles: OrderedTiles, static: _Static):
@@ -242,10 +234,10 @@ def _anchors(queries, keys, values, tiles: OrderedTiles, static: _Static):
 
 def _attend_backward(static, residuals, d_result):
     def run(q, k, v, tiles, placement, table, out, lse, d_out):
-        def delta(d_out, heads):
+        def delta(d_out):
             # Not `statistics.row_dot`: the compiler writes its halves to memory one by one, at 180 504 tokens 3.4 GiB
             # and, on a v5p, 31 ms more. By its listings, its own sum treats each row the same, however many there are.
-            return jnp.sum(d_out.astype(jnp.float32) * heads.of(out).astype(jnp.float32), axis=-1)
+            return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
         return _gradients(q, k, v, tiles, placement, table, d_out, lse, delta, static)
 
@@ -253,40 +245,43 @@ def _attend_backward(static, residuals, d_result):
 
 
 def _gradients(q, k, v, tiles: OrderedTiles, placement, table, d_out, lse, delta_of, static: _Static):
-    """Of tokens; `lse` [B, H, R] is the queries' in their order, and delta_of(d_out in their order, heads) too."""
+    """Of tokens; `lse` [B, H, R] is the queries' in their order, and delta_of(d_out in their order) too."""
+    queries, d_out = (_to_order(x, tiles.order, static) for x in (q, d_out.astype(q.dtype)))
+    keys, values = (_head_major(x, table, static) for x in (k, v))
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse)  # rows with nothing to attend to, and without a token
-
-    def one_group(heads, whole):
-        *of_tokens, d = heads.of((q, k, v, d_out.astype(q.dtype)), axis=2)
-        queries, d = (_to_order(x, tiles.order, static) for x in (of_tokens[0], d))
-        keys, values = (_head_major(x, table, static) for x in of_tokens[1:])
-        inputs = _Inputs(queries, keys, values, d, heads.of(lse), delta_of(d, heads))
-        found = _token_gradients(inputs, q.shape[1], tiles, heads.of(placement), table, static)
-        return tuple(heads.put(x, part, axis=2) for x, part in zip(whole, found, strict=True))
-
-    start = tuple(jnp.empty(x.shape, q.dtype) for x in (q, k, v))
-    return by_group(one_group, start, q.shape[2], _groups(q, placement, static.chip))
-
-
-def _token_gradients(inputs: "_Inputs", tokens: int, tiles: OrderedTiles, placement, table, static: _Static):
-    """dq of so many tokens, dk and dv [B, N, H, D]."""
-    blocks, dtype = static.blocks, inputs.queries.dtype
+    inputs = _Inputs(queries, keys, values, d_out, lse, delta_of(d_out))
     d_q: Any = None
     parts: tuple[list[Array], list[Array]] = [], []  # of keys, of values
     if tiles.anchors:
         d_q, *of_tiles = _anchor_gradients(inputs, tiles, static)
-        for part, rows in zip(parts, of_tiles, strict=True):
-            part.append(_to_tokens(rows, tiles.key_moves, table.chunk_of.shape[1], static))
-            part += _other_shares(rows, tiles, table, blocks)
+        for found, rows in zip(parts, of_tiles, strict=True):
+            found.append(_to_tokens(rows, tiles.key_moves, k.shape[1], static))
+            found += _other_shares(rows, tiles, table, static.blocks)
     if placement is not None:
-        cut = cut_chunks(table, blocks)
-        of_pairs, *of_tiles = _pick_gradients(inputs, placement, cut, table.max_chunk, static)
-        d_q = pairs.add(of_pairs, placement, d_q, dtype=dtype, chip=static.chip)
-        to_tokens = key_moves(cut, blocks.pick_gradient_keys)
-        for part, rows in zip(parts, of_tiles, strict=True):
-            part.append(_to_tokens(rows, to_tokens, table.chunk_of.shape[1], static))
-    d_k, d_v = (functools.reduce(jnp.add, [x.astype(jnp.float32) for x in part]).astype(dtype) for part in parts)
-    return _to_tokens(d_q.astype(dtype), tiles.order.back, tokens, static), d_k, d_v
+        d_q, *of_tokens = _all_pick_gradients(inputs, d_q, placement, table, q, static)
+        for found, x in zip(parts, of_tokens, strict=True):
+            found.append(x)
+    d_k, d_v = (functools.reduce(jnp.add, [x.astype(jnp.float32) for x in found]).astype(q.dtype) for found in parts)
+    return _to_tokens(d_q.astype(q.dtype), tiles.order.back, q.shape[1], static), d_k, d_v
+
+
+def _all_pick_gradients(inputs: "_Inputs", of_anchors, placement: Placement, table, q, static: _Static):
+    """Of queries in their order, `of_anchors` added, and of keys and values as tokens [B, N, H, D]."""
+    cut = cut_chunks(table, static.blocks)
+    to_tokens = key_moves(cut, static.blocks.pick_gradient_keys)
+    batch, _, heads, dim = q.shape
+    tokens, chip = table.chunk_of.shape[1], static.chip
+
+    def one_group(heads, whole):
+        of_queries, *of_tokens = whole
+        of_pairs, *of_tiles = _pick_gradients(inputs, placement, cut, heads, table.max_chunk, static)
+        known = dict(anchors=of_anchors, into=of_queries)
+        of_queries = pairs.add(of_pairs, placement, heads, dtype=q.dtype, chip=chip, **known)
+        parts = [_to_tokens(rows, to_tokens, tokens, static) for rows in of_tiles]
+        return of_queries, *(heads.put(x, part, axis=2) for x, part in zip(of_tokens, parts, strict=True))
+
+    start = tuple(jnp.empty(x, q.dtype) for x in (inputs.queries.shape, *[(batch, tokens, heads, dim)] * 2))
+    return by_group(one_group, start, heads, _groups(q, placement, chip))
 
 
 class _Inputs(NamedTuple):
@@ -314,11 +309,11 @@ def _anchor_gradients(inputs: _Inputs, tiles: OrderedTiles, static: _Static):
     )
 
 
-def _pick_gradients(inputs: _Inputs, placement: Placement, cut, longest_chunk: int, static: _Static):
-    """Of pairs [B, H, J, D] and of the keys of all chunks' tiles."""
+def _pick_gradients(inputs: _Inputs, placement: Placement, cut, heads: Heads, longest_chunk: int, static: _Static):
+    """Of pairs [B, heads, J, D] and of the keys of all chunks' tiles, for a group of heads."""
     blocks = static.blocks
-    spread = functools.partial(pairs.spread, placement=placement, chip=static.chip)
-    statistics = jnp.stack([inputs.lse, inputs.delta], axis=-1)
+    spread = functools.partial(pairs.spread, placement=placement, heads=heads, chip=static.chip)
+    statistics = jnp.stack([heads.of(inputs.lse), heads.of(inputs.delta)], axis=-1)
     statistics = jnp.pad(statistics, ((0, 0),) * 3 + ((0, LANES - 2),))  # what a row of memory has at least
     lse, delta = packing.columns(spread(statistics, fill_first_lane=math.inf), 2)
     return flash_backward.gradients(
@@ -328,7 +323,8 @@ def _pick_gradients(inputs: _Inputs, placement: Placement, cut, longest_chunk: i
         spread(inputs.d_out),
         lse,
         delta,
-        reader_tiles(placement, cut),
+        reader_tiles(heads.of(placement), cut),
+        first_head=heads.first,
         rows=blocks.pick_gradient_keys,
         tiling=blocks.pick_gradients,
         chip=static.chip,

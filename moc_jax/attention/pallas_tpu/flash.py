@@ -44,7 +44,6 @@ from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.attention.pallas_tpu.steps import Steps
 from moc_jax.shapes import Array, Float, typed
 
-A_BT, A_B = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))  # products a b^T and a b
 _LARGEST_SUM = 2.0**40  # far from overflow, also when multiplied by large values
 _LEAST_REFERENCE = -1e30  # of a row none of whose keys were looked at
 _NOW, _BEFORE = 0, 1
@@ -91,10 +90,6 @@ class _Job:
     dtype: DTypeLike
 
     @property
-    def precision(self):
-        return lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
-
-    @property
     def scale(self) -> float:
         return LOG2E / math.sqrt(self.dim)
 
@@ -118,11 +113,12 @@ class _Refs(NamedTuple):
 
 @typed
 def forward(
-    q: Float[Array, "B H _ D"],
+    q: Float[Array, "B _ _ D"],
     k: Float[Array, "B H N D"],
     v: Float[Array, "B H N D"],
     tiles: Tiles,
     *,
+    first_head: Array | int = 0,
     first_tile: int = 0,
     longest_run: int | None = None,
     mean_keys: int | None = None,
@@ -131,11 +127,11 @@ def forward(
     chip: Chip,
     name: str = "moc_forward",
     into: tuple[Array, Array] | None = None,
-) -> tuple[Float[Array, "B H R ..."], ...]:
+) -> tuple[Float[Array, "B _ R ..."], ...]:
     """Output and base-2 log-sum-exp of the queries that tiles hold; of other queries and unused tiles, anything.
 
     Args:
-        q: Queries. Tile g is block `first_tile` + g.
+        q: Queries [B, heads, R, D]: some of the heads, from `first_head` on. Tile g is block `first_tile` + g.
         k, v: Keys and values; N is a multiple of 8 and at least `tiling.keys`.
         tiles: The runs of keys of each tile [begin, end).
         longest_run: No run is longer, if known: where a block holds it, steps keep no state.
@@ -159,7 +155,7 @@ def forward(
     )
     if job.last_block < 0 or job.last_block % ROWS:
         raise ValueError(f"{k.shape[2]} keys: must be a multiple of {ROWS} and no fewer than a block of {tiling.keys}")
-    table, most = job.steps.of(tiles.table, ROWS)
+    table, most = job.steps.of(tiles.table, ROWS, first_head)
     rows, keys = tiling.queries, tiling.keys
     shapes, blocks = _outputs(job, q, v.dtype, first_tile)
     others = (into[0], into[1][:, :, None]) if into else ()
@@ -169,7 +165,7 @@ def forward(
 
     def keys_at(b, h, g, j, table_smem_ref):
         row, *_ = _block(table_smem_ref, job.steps.tile(b, h, g), j, job)
-        return b, h, pl.multiple_of(row, ROWS), 0
+        return b, table_smem_ref[0] + h, pl.multiple_of(row, ROWS), 0
 
     one = (pl.squeezed, pl.squeezed)
     key_block = pl.BlockSpec((*one, pl.Element(keys), pl.Element(dim)), keys_at)
@@ -277,7 +273,7 @@ def _take_reference(refs: _Refs, low, high, job: _Job) -> None:
     keys = refs.k_vmem[pl.ds(key, t.reference_keys)]
     for first in range(0, t.queries, t.compute_queries):
         rows = pl.ds(first, t.compute_queries)
-        scores = _mask(_scores(refs.q_vmem[rows], keys, job), key, (low, high), -math.inf)
+        scores = _mask(product(refs.q_vmem[rows], keys, 1, 1), key, (low, high), -math.inf)
         largest = jnp.max(scores, axis=1, keepdims=True) * job.scale
         refs.reference_vmem[rows] = jnp.broadcast_to(largest, (t.compute_queries, LANES))
         refs.sums_vmem[_NOW, rows] = jnp.zeros((t.compute_queries, LANES), jnp.float32)
@@ -348,7 +344,7 @@ def _patches(refs: _Refs, rows, keys, job: _Job, inside=None, at_once: int | Non
         while issued < min(index + 1 + t.ahead, len(patches)):
             r, c = patches[issued]
             here = pl.ds(r, t.compute_queries)
-            ready.append(_scores(refs.q_vmem[here], refs.k_vmem[pl.ds(c, at_once)], job))
+            ready.append(product(refs.q_vmem[here], refs.k_vmem[pl.ds(c, at_once)], 1, 1))
             issued += 1
         here = pl.ds(row, t.compute_queries)
         scores = ready.pop(0)
@@ -365,7 +361,7 @@ def _patches(refs: _Refs, rows, keys, job: _Job, inside=None, at_once: int | Non
         weights = _mask(weights, key, inside, 0.0)
         sums = _plus(sums, _by_lane(weights))
         values = refs.v_vmem[pl.ds(key, at_once)]
-        acc = _plus(acc, _product(weights.astype(values.dtype), values, A_B, job))
+        acc = _plus(acc, product(weights.astype(values.dtype), values, 1, 0))
         if index % len(keys) == len(keys) - 1:
             worst = jnp.maximum(worst, jnp.max(sums.reshape(-1, ROWS, LANES), axis=0))
             if job.single:
@@ -393,14 +389,14 @@ def _again(refs: _Refs, inside, job: _Job) -> None:
         else:
             sums, acc = refs.sums_vmem[_BEFORE, rows], refs.acc_vmem[_BEFORE, rows]
         for key in range(0, t.keys, t.compute_keys):
-            scores = _scores(refs.q_vmem[rows], refs.k_vmem[pl.ds(key, t.compute_keys)], job) * job.scale
+            scores = product(refs.q_vmem[rows], refs.k_vmem[pl.ds(key, t.compute_keys)], 1, 1) * job.scale
             scores = _mask(scores, key, inside, -math.inf)
             new = jnp.maximum(reference, jnp.max(scores, axis=1, keepdims=True))
             shrink = jnp.exp2(reference - new)
             weights = jnp.exp2(scores - _across(new, t.compute_keys))
             sums = sums * shrink + _by_lane(weights)
             values = refs.v_vmem[pl.ds(key, t.compute_keys)]
-            acc = acc * _across(shrink, job.dim) + _product(weights.astype(values.dtype), values, A_B, job)
+            acc = acc * _across(shrink, job.dim) + product(weights.astype(values.dtype), values, 1, 0)
             reference = new
         if job.single:
             _write_out(refs, rows, reference, sums, acc)
@@ -421,12 +417,11 @@ def _write_out(refs: _Refs, rows, reference, sums, acc) -> None:
     refs.lse_vmem[:, rows] = packing.along_lanes(reference + jnp.log2(total))
 
 
-def _scores(q, k, job: _Job):
-    return _product(q, k, A_BT, job)
-
-
-def _product(a, b, dimensions, job: _Job):
-    return lax.dot_general(a, b, dimensions, precision=job.precision, preferred_element_type=jnp.float32)
+def product(left, right, left_axis: int, right_axis: int):
+    """Summed over these axes, in float32."""
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
+    axes = (((left_axis,), (right_axis,)), ((), ()))
+    return lax.dot_general(left, right, axes, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _plus(total, x):

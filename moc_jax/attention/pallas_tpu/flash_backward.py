@@ -36,6 +36,7 @@ from jax.typing import DTypeLike
 
 from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_tpu.device import ROWS, Chip
+from moc_jax.attention.pallas_tpu.flash import product
 from moc_jax.attention.pallas_tpu.steps import Steps
 from moc_jax.shapes import Array, Float, Float32, typed
 
@@ -62,14 +63,15 @@ class GradientTiling:
 
 @typed
 def gradients(
-    q: Float[Array, "B H Nq D"],
+    q: Float[Array, "B Hq Nq D"],
     k: Float[Array, "B H Nk D"],
     v: Float[Array, "B H Nk D"],
-    d_out: Float[Array, "B H Nq D"],
-    lse: Float32[Array, "B H Nq"],
-    delta: Float32[Array, "B H Nq"],
+    d_out: Float[Array, "B Hq Nq D"],
+    lse: Float32[Array, "B Hq Nq"],
+    delta: Float32[Array, "B Hq Nq"],
     tiles: Tiles,
     *,
+    first_head: Array | int = 0,
     rows: int,
     tiling: GradientTiling,
     chip: Chip,
@@ -77,11 +79,12 @@ def gradients(
     pairs: int | None = None,
     d_q_type: DTypeLike | None = None,
     name: str = "moc_gradients",
-) -> tuple[Float[Array, "B H Nq D"], Float[Array, "B H R D"], Float[Array, "B H R D"]]:
+) -> tuple[Float[Array, "B Hq Nq D"], Float[Array, "B Hq R D"], Float[Array, "B Hq R D"]]:
     """dq of the queries, and dk and dv of each tile's rows, R = tiles * rows.
 
     Args:
-        q, d_out: Rows that no run holds may be any finite numbers whose products are finite.
+        q, d_out: Some of the heads, from `first_head` on. Rows that no run holds may be any finite numbers whose
+            products are finite.
         k, v: Padded so that `rows` rows from the first of any tile on exist.
         lse: Base-2 log-sum-exp over all keys of each query; +inf: the query adds nothing.
         delta: rowsum(d_out * out); not read where lse is +inf.
@@ -113,7 +116,7 @@ def gradients(
     if accumulate:
         operands.append(jnp.zeros(q.shape, d_q_type))
     d_k = jax.ShapeDtypeStruct((batch, heads, tiles.count * rows, dim), k.dtype)
-    table, most = job.steps.of(tiles.table[..., _KEYS:], tiling.block)
+    table, most = job.steps.of(tiles.table[..., _KEYS:], tiling.block, first_head)
     in_specs, out_specs = _specs(job)
     d_q, d_k, d_v = pl.pallas_call(
         functools.partial(_kernel, job=job),
@@ -179,9 +182,9 @@ def _specs(job: Job) -> tuple[list[pl.BlockSpec], tuple[pl.BlockSpec, ...]]:
     def narrow(scene, head, tile, step, table_smem_ref, _):
         return scene, head, 0, query_block(scene, head, tile, step, table_smem_ref)
 
-    def keys(scene, head, tile, step, _, keys_smem_ref):
+    def keys(scene, head, tile, step, table_smem_ref, keys_smem_ref):
         row = keys_smem_ref[job.steps.tile(scene, head, tile) * _KEYS]
-        return scene, head, pl.multiple_of(row, ROWS), 0
+        return scene, table_smem_ref[0] + head, pl.multiple_of(row, ROWS), 0
 
     none = pl.squeezed
     query_spec = pl.BlockSpec((none, none, block, job.dim), wide)
@@ -339,28 +342,17 @@ def _add_keys(refs: _Refs, job: Job, lse, delta, keys):
 
     def add(total_vmem, weights, rows):
         if job.tiling.transposed:  # into sums [D, keys]
-            total_vmem[:, keys] += _product(rows.T, weights, 1, 1)
+            total_vmem[:, keys] += product(rows.T, weights, 1, 1)
         else:
-            total_vmem[keys] += _product(weights, rows, 1, 0)
+            total_vmem[keys] += product(weights, rows, 1, 0)
 
     p = _weights(k, q, lse)
     add(refs.d_v_sum_vmem, p.astype(q.dtype), d_out)
-    d_s = (p * (_product(v, d_out, 1, 1) - delta)).astype(q.dtype)
+    d_s = (p * (product(v, d_out, 1, 1) - delta)).astype(q.dtype)
     add(refs.d_k_sum_vmem, d_s, q)
-    return _product(k.T, d_s, 1, 0).T if job.tiling.transposed else _product(d_s.T, k, 1, 0)
+    return product(k.T, d_s, 1, 0).T if job.tiling.transposed else product(d_s.T, k, 1, 0)
 
 
 def _weights(k, q, lse):
     """p [keys, queries]; at most 1 also where k is 0 for a mask."""
-    return jnp.exp2(jnp.minimum(_product(k, q, 1, 1) * (LOG2E / math.sqrt(q.shape[-1])) - lse, 0.0))
-
-
-def _product(left, right, left_axis: int, right_axis: int):
-    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
-    return lax.dot_general(
-        left,
-        right,
-        (((left_axis,), (right_axis,)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    return jnp.exp2(jnp.minimum(product(k, q, 1, 1) * (LOG2E / math.sqrt(q.shape[-1])) - lse, 0.0))

@@ -14,7 +14,6 @@ No FLOPs.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from moc_jax.attention.layout import round_up
+from moc_jax.attention.layout import Heads, round_up
 from moc_jax.attention.pallas_tpu import packing
 from moc_jax.attention.pallas_tpu.device import LANES, ROWS, Chip
 from moc_jax.attention.pallas_tpu.placement import PARTS, RUN, Placement, Spans
@@ -39,65 +38,72 @@ _MERGED = 16  # rows merged at once: more take more registers than there are
 
 @typed
 def spread(
-    x: Float[Array, "B H R D"],
+    x: Float[Array, "B _ R D"],
     placement: Placement,
+    heads: Heads,
     *,
     chip: Chip,
     fill_first_lane: float = 0.0,
-) -> Float[Array, "B H J D"]:
-    """x's rows at the slots of their pairs.
+) -> Float[Array, "B _ J D"]:
+    """x's rows at the slots of their pairs, for a group of heads; x has all heads or the group's alone.
 
     Slots of a chunk's tiles that hold no pair are 0, but for `fill_first_lane` in the first column; slots of unused
     tiles are not written.
     """
-    batch, heads, _, dim = x.shape
-    p = placement.spans
+    batch, _, _, dim = x.shape
+    p, shape = placement.spans, (batch, heads.count, placement.slots, dim)
     zeros = jnp.zeros((placement.tile, dim), x.dtype).at[:, 0].set(fill_first_lane)
     return pl.pallas_call(
         functools.partial(_spread_kernel, p=p, fill=fill_first_lane),
         name="moc_spread",
-        out_shape=jax.ShapeDtypeStruct((batch, heads, placement.slots, dim), x.dtype),
-        grid=(batch, heads, p.count, p.steps),
-        in_specs=[
-            _in_smem(p.picks * p.step, lambda w, s: w * p.steps + s),
-            _in_smem(RUN * p.chunks, lambda w, s: w),
-            _in_smem(2 * p.chunks, lambda w, s: 0),
-            _queries(p, x.shape),
-            pl.BlockSpec(zeros.shape, lambda *_: (0, 0)),
-        ],
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        scratch_shapes=[
-            pltpu.VMEM((p.room, dim), jnp.float32),
-            pltpu.VMEM((p.room if p.buffers == 2 else round_up(p.room, PARTS * LANES) // PARTS, dim), x.dtype),
-            pltpu.SMEM((1,), jnp.int32),
-            pltpu.SemaphoreType.DMA((2,)),
-        ],
+        out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads.count, p.count, p.steps),
+            in_specs=[
+                _in_smem(p.picks * p.step, lambda w, s: w * p.steps + s),
+                _in_smem(RUN * p.chunks, lambda w, s: w),
+                _in_smem(2 * p.chunks, lambda w, s: 0),
+                _queries(p, x.shape, x.shape[1] == placement.places.shape[1]),
+                pl.BlockSpec(zeros.shape, lambda *_: (0, 0)),
+            ],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[
+                pltpu.VMEM((p.room, dim), jnp.float32),
+                pltpu.VMEM((p.room if p.buffers == 2 else round_up(p.room, PARTS * LANES) // PARTS, dim), x.dtype),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
         compiler_params=chip.params("ppaa"),
-        cost_estimate=_cost(p, x.shape, x.dtype.itemsize),
-    )(placement.places, placement.runs, placement.tails, x, zeros)
+        cost_estimate=_cost(p, batch * heads.count, dim, x.dtype.itemsize),
+    )(heads.operand, placement.places, placement.runs, placement.tails, x, zeros)
 
 
 def _in_smem(columns: int, row):
-    """A line of integers of a head, for a span and a step."""
-    one = (pl.squeezed,) * 3
-    return pl.BlockSpec((*one, 1, columns), lambda b, h, w, s: (b, h, row(w, s), 0, 0), memory_space=pltpu.SMEM)
+    """A line of integers of the group's head, for a span and a step."""
+    block = (*(pl.squeezed,) * 3, 1, columns)
+    return pl.BlockSpec(block, lambda b, h, w, s, first: (b, first[0] + h, row(w, s), 0, 0), memory_space=pltpu.SMEM)
 
 
-def _queries(p: Spans, shape: tuple[int, ...]):
-    """A step's rows of arrays [B, H, R, D] or [B, H, 1, R]."""
-    one = (pl.squeezed, pl.squeezed)
-    if shape[2] == 1:
-        return pl.BlockSpec((*one, 1, p.step), lambda b, h, w, s: (b, h, 0, p.block(w, s)))
-    return pl.BlockSpec((*one, p.step, shape[3]), lambda b, h, w, s: (b, h, p.block(w, s), 0))
+def _queries(p: Spans, shape: tuple[int, ...], all_heads: bool = True):
+    """A step's rows of arrays [B, H, R, D] or [B, H, 1, R]; or of arrays of the group's heads alone."""
+    along_lanes = shape[2] == 1
+
+    def at(b, h, w, s, first):
+        head, block = h + first[0] if all_heads else h, p.block(w, s)
+        return (b, head, 0, block) if along_lanes else (b, head, block, 0)
+
+    return pl.BlockSpec((pl.squeezed, pl.squeezed, *((1, p.step) if along_lanes else (p.step, shape[3]))), at)
 
 
-def _cost(p: Spans, queries: tuple[int, ...], pair_bytes: int) -> pl.CostEstimate:
-    *rows, dim = queries
-    moved = math.prod(rows) * (2 * dim + p.picks * (4 + dim * pair_bytes))
+def _cost(p: Spans, heads: int, dim: int, pair_bytes: int) -> pl.CostEstimate:
+    moved = heads * p.rows * (2 * dim + p.picks * (4 + dim * pair_bytes))
     return pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved)
 
 
 def _spread_kernel(
+    first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
     runs_smem_ref,  # [1, 3 * chunks], of the span
     tails_smem_ref,  # [1, 2 * chunks], of the head
@@ -113,6 +119,7 @@ def _spread_kernel(
     fill: float,
 ):
     assert x_vmem_ref.shape == (p.step, rows_vmem_ref.shape[1])
+    del first_head_smem_ref
     b, h, w, s = (pl.program_id(i) for i in range(4))
     out_hbm_ref = out_hbm_ref.at[b, h]
     last_step = s == pl.num_programs(3) - 1
@@ -250,10 +257,12 @@ def _await(source, target, rows, semaphore) -> None:
 
 @typed
 def merge(
-    pairs: Float32[Array, "B H J _"],
+    pairs: Float32[Array, "B _ J _"],
     placement: Placement,
-    anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None,
+    heads: Heads,
     *,
+    anchors: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
+    into: tuple[Float[Array, "B H R D"], Float32[Array, "B H R"]] | None = None,
     dim: int,
     dtype: DTypeLike,
     chip: Chip,
@@ -261,23 +270,28 @@ def merge(
     """One softmax over each query's pairs and anchors: output and base-2 log-sum-exp; 0 and -inf for neither.
 
     Args:
-        pairs: What `packing.pack` made of the pairs' outputs [B, H, J, E].
-        anchors: Their outputs and base-2 log-sum-exps, -inf for rows without; the results take their memory.
+        pairs: What `packing.pack` made of the pairs' outputs [B, heads, J, E], of a group of heads.
+        anchors: Their outputs and base-2 log-sum-exps, -inf for rows without. Those of the group become the results,
+            in the same memory; those of other heads stay.
+        heads: The group.
+        into: Without anchors, the results of other heads.
         dim, dtype: D and the type of outputs.
     """
-    batch, heads = placement.places.shape[:2]
+    rows = (*placement.places.shape[:2], placement.spans.rows)
     shapes = (
-        jax.ShapeDtypeStruct((batch, heads, placement.spans.rows, dim), dtype),
-        jax.ShapeDtypeStruct((batch, heads, 1, placement.spans.rows), jnp.float32),
+        jax.ShapeDtypeStruct((*rows, dim), dtype),
+        jax.ShapeDtypeStruct((*rows[:2], 1, rows[2]), jnp.float32),
     )
+    inputs, others = ([x[0], x[1][:, :, None]] if x else [] for x in (anchors, into))
     out, lse = _collect(
         functools.partial(_merge_rows, dim=dim, dtype=dtype),
         "moc_merge",
         pairs,
         placement,
-        [] if anchors is None else [anchors[0], anchors[1][:, :, None]],
+        heads,
+        inputs,
+        inputs or others,
         shapes,
-        in_place=True,
         nothing=-jnp.inf,
         chip=chip,
     )
@@ -286,70 +300,83 @@ def merge(
 
 @typed
 def add(
-    pairs: Float32[Array, "B H J D"],
+    pairs: Float32[Array, "B _ J D"],
     placement: Placement,
-    anchors: Float[Array, "B H R D"] | None,
+    heads: Heads,
     *,
+    anchors: Float[Array, "B H R D"] | None = None,
+    into: Float[Array, "B H R D"] | None = None,
     dtype: DTypeLike,
     chip: Chip,
 ) -> Float[Array, "B H R D"]:
-    """The sum of each query's pairs and its anchors' row."""
-    batch, heads, _, dim = pairs.shape
+    """The sum of each query's pairs and its anchors' row, for a group of heads; other heads are `into`'s."""
+    dim = pairs.shape[3]
     return _collect(
         functools.partial(_add_rows, dim=dim, dtype=dtype),
         "moc_add",
         pairs,
         placement,
+        heads,
         [] if anchors is None else [anchors],
-        (jax.ShapeDtypeStruct((batch, heads, placement.spans.rows, dim), dtype),),
-        in_place=False,
+        [] if into is None else [into],
+        (jax.ShapeDtypeStruct((*placement.places.shape[:2], placement.spans.rows, dim), dtype),),
         nothing=0.0,
         chip=chip,
     )[0]
 
 
-def _collect(body, name: str, pairs, placement, inputs, shapes, *, in_place: bool, nothing: float, chip: Chip):
-    """body(rows of pairs, inputs, outputs) for each block of queries; outputs may take the memory of inputs."""
-    batch, heads, _, width = pairs.shape
-    p, operands = placement.spans, (placement.places, placement.runs, placement.runs, pairs)
-    some = min(LANES, p.step)
+def _collect(body, name: str, pairs, placement, heads: Heads, inputs, into, shapes, *, nothing: float, chip: Chip):
+    """body(rows of pairs, inputs, outputs) for each block of queries of the group's heads; results go into `into`."""
+    batch, _, _, width = pairs.shape
+    p, operands = placement.spans, [placement.places, placement.runs, placement.runs, pairs, *inputs]
+    some, first = min(LANES, p.step), 5  # of `into` among all operands
+    unread = [] if into is inputs else into
+    if unread:
+        first += len(inputs)
     return pl.pallas_call(
-        functools.partial(_collect_kernel, p=p, body=body, inputs=len(inputs), nothing=nothing),
+        functools.partial(_collect_kernel, p=p, body=body, inputs=len(inputs), unread=len(unread), nothing=nothing),
         name=name,
         out_shape=shapes,
-        grid=(batch, heads, p.count, p.steps),
-        in_specs=[
-            _in_smem(p.picks * p.step, lambda w, s: w * p.steps + s),
-            _in_smem(RUN * p.chunks, lambda w, s: w),
-            _in_smem(RUN * p.chunks, lambda w, s: jnp.minimum(w + 1, p.count - 1)),
-            pl.BlockSpec(memory_space=pl.ANY),
-            *(_queries(p, x.shape) for x in inputs),
-        ],
-        out_specs=tuple(_queries(p, x.shape) for x in shapes),
-        scratch_shapes=[
-            pltpu.VMEM((p.buffers, p.room, width), jnp.float32),
-            pltpu.VMEM((p.picks * some, width), jnp.float32),
-            pltpu.SemaphoreType.DMA((p.buffers,)),
-        ],
-        input_output_aliases={len(operands) + i: i for i in range(len(inputs))} if in_place else {},
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads.count, p.count, p.steps),
+            in_specs=[
+                _in_smem(p.picks * p.step, lambda w, s: w * p.steps + s),
+                _in_smem(RUN * p.chunks, lambda w, s: w),
+                _in_smem(RUN * p.chunks, lambda w, s: jnp.minimum(w + 1, p.count - 1)),
+                pl.BlockSpec(memory_space=pl.ANY),
+                *(_queries(p, x.shape) for x in inputs),
+                *([pl.BlockSpec(memory_space=pl.ANY)] * len(unread)),
+            ],
+            out_specs=tuple(_queries(p, x.shape) for x in shapes),
+            scratch_shapes=[
+                pltpu.VMEM((p.buffers, p.room, width), jnp.float32),
+                pltpu.VMEM((p.picks * some, width), jnp.float32),
+                pltpu.SemaphoreType.DMA((p.buffers,)),
+            ],
+        ),
+        input_output_aliases={first + i: i for i in range(len(into))},
         compiler_params=chip.params("ppaa"),
-        cost_estimate=_cost(p, shapes[0].shape, 4),
-    )(*operands, *inputs)
+        cost_estimate=_cost(p, batch * heads.count, shapes[0].shape[3], 4),
+    )(heads.operand, *operands, *unread)
 
 
 def _collect_kernel(
+    first_head_smem_ref,
     places_smem_ref,  # [1, K * step]
     runs_smem_ref,  # [1, 3 * chunks], of the span
     next_smem_ref,  # the same, of the next span
     pairs_hbm_ref,  # [B, H, J, E]
-    *refs,  # of the queries' blocks: inputs, outputs; then scratch
+    *refs,  # of the queries' blocks: inputs, where outputs go, outputs; then scratch
     p: Spans,
     body,
     inputs: int,
+    unread: int,
     nothing: float,
 ):
+    del first_head_smem_ref
     *blocks, span_vmem_ref, some_vmem_ref, semaphores = refs
-    sources, results = blocks[:inputs], blocks[inputs:]
+    sources, results = blocks[:inputs], blocks[inputs + unread :]
     b, h, w, s = (pl.program_id(i) for i in range(4))
     pairs_hbm_ref = pairs_hbm_ref.at[b, h]
     buffers = span_vmem_ref.shape[0]

@@ -35,6 +35,7 @@ from moc_jax.attention import routing
 from moc_jax.attention.layout import Queries, candidate_rows, candidates_are_split, round_up, split_in_parts
 from moc_jax.attention.pallas_tpu import device
 from moc_jax.attention.pallas_tpu.batching import more_scenes
+from moc_jax.attention.pallas_tpu.flash import product
 from moc_jax.attention.pallas_tpu.ranks import ScanTiling
 from moc_jax.attention.routing import candidate_runs, pickable_chunks
 from moc_jax.config import MoCConfig
@@ -207,13 +208,7 @@ def _one_tile(q_vmem_ref, phi_vmem_ref, runs_vmem_ref, lists, tiling, split, til
 
 def _scores(q, phi, chunks):
     """Scores of q [block, D] with phi [parts * chunks, D]: chunks / 8 times [8, block]."""
-    products = lax.dot_general(
-        phi,
-        q,
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-        precision=lax.Precision.HIGHEST if phi.dtype == jnp.float32 else None,
-    )
+    products = product(phi, q, 1, 1)
     rows = phi.shape[0] // chunks * _SUBLANES
     parts = range(0, rows, _SUBLANES)
     return [

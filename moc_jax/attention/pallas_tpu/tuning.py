@@ -50,12 +50,6 @@ class Blocks:
             raise ValueError(f"{self}: of the blocks of ordered queries, {sizes}, each must divide the largest")
         if self.picks.queries % self.pick_gradients.block:
             raise ValueError(f"{self}: blocks of sorted queries must divide their tiles")
-        for keys, tiling in (
-            (self.gradient_keys, self.anchor_gradients),
-            (self.pick_gradient_keys, self.pick_gradients),
-        ):
-            if keys % tiling.at_once:
-                raise ValueError(f"{self}: {tiling.at_once} keys at once must divide the {keys} of a tile")
 
     @property
     def align(self) -> int:
@@ -71,19 +65,21 @@ class Blocks:
 
 def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype, chip: Chip) -> Blocks:
     """The sizes for a config on a chip."""
-    size, scene = _Size(dim, jnp.dtype(dtype).itemsize), _Lengths.of(cfg, table)
-    in_one = scene.chunk.length <= _MOST
-    anchors = _forward(chip, "anchors", size, scene.segment, scene.anchors)
-    picks = _forward(chip, "picks" if in_one else "anchors", size, scene.pickers, [scene.chunk])
-    if in_one:
+    size, (tokens, chunks) = _Size(dim, jnp.dtype(dtype).itemsize), (table.chunk_of.shape[1], table.kind.shape[1])
+    segment, keys = _segment_and_anchors(cfg, table)
+    chunk = _Run(table.max_chunk + ROWS - 1)
+    pickers = _Run(max(1, tokens * cfg.top_k // chunks), known=False)
+    caption = _Run(max(1, table.text_tokens // ((table.max_shots or chunks) + 1)), known=False)
+    anchors = _forward(chip, "anchors", size, segment, keys)
+    picks = _forward(chip, "picks" if chunk.length <= _MOST else "anchors", size, pickers, [chunk])
+    if chunk.length <= _MOST:
         picks = _with_short(chip, picks, table.max_chunk)
-    text = _forward(chip, "anchors", size, scene.caption, [scene.all], most_queries=LANES)
-    keys = _Run(scene.segment.length + ROWS - 1, scene.segment.known)
-    gradient_keys, anchor_gradients = _backward(chip, "anchors", size, keys, scene.segment, tile=anchors.queries)
-    pick_gradient_keys, pick_gradients = _backward(chip, "picks", size, scene.chunk, scene.pickers, tile=picks.queries)
+    own = _Run(segment.length + ROWS - 1, segment.known)
+    gradient_keys, anchor_gradients = _backward(chip, "anchors", size, own, segment, tile=anchors.queries)
+    pick_gradient_keys, pick_gradients = _backward(chip, "picks", size, chunk, pickers, tile=picks.queries)
     return Blocks(
         anchors=anchors,
-        text=text,
+        text=_forward(chip, "anchors", size, caption, [_Run(tokens + ROWS - 1)], most_queries=LANES),
         picks=picks,
         gradient_keys=gradient_keys,
         anchor_gradients=anchor_gradients,
@@ -94,7 +90,7 @@ def blocks(cfg: MoCConfig, table: ChunkTable, dim: int, dtype, chip: Chip) -> Bl
 
 def anchor_keys(cfg: MoCConfig, table: ChunkTable) -> int:
     """How many keys a video query's anchors have, about."""
-    return sum(run.length for run in _Lengths.of(cfg, table).anchors)
+    return sum(run.length for run in _segment_and_anchors(cfg, table)[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,38 +106,16 @@ class _Run:
         return covered * (1 + _WORTH / block)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lengths:
-    """How long things are, as far as shapes tell."""
-
-    segment: _Run  # queries that share their anchors
-    anchors: list[_Run]  # keys that those read
-    chunk: _Run
-    pickers: _Run  # queries of a head that pick a chunk
-    caption: _Run
-    all: _Run
-
-    @classmethod
-    def of(cls, cfg: MoCConfig, table: ChunkTable) -> "_Lengths":
-        """What a config makes of scenes of a table's shape."""
-        tokens, chunks = table.chunk_of.shape[1], table.kind.shape[1]
-        video = max(1, tokens - table.text_tokens)
-        shots = table.max_shots or chunks
-        shot, chunk = _Run(-(-video // shots), known=shots == 1), _Run(table.max_chunk)
-        dense = cfg.mode == "dense"
-        window = 2 * cfg.window + 1 if cfg.self_anchor == "window" else 1
-        own = {"shot": shot, "none": None}.get(cfg.self_anchor, _Run(min(video, window * table.max_chunk)))
-        if dense:
-            own = _Run(video)
-        text = _Run(table.text_tokens) if table.text_tokens else None
-        return cls(
-            segment=shot if by_shot(cfg) else chunk,
-            anchors=[_Run(run.length + ROWS - 1, run.known) for run in (own, text) if run] or [chunk],
-            chunk=_Run(table.max_chunk + ROWS - 1),
-            pickers=_Run(max(1, tokens * cfg.top_k // chunks), known=False),
-            caption=_Run(max(1, table.text_tokens // (shots + 1)), known=False),
-            all=_Run(tokens + ROWS - 1),
-        )
+def _segment_and_anchors(cfg: MoCConfig, table: ChunkTable) -> tuple[_Run, list[_Run]]:
+    """Video queries that share their anchors, and the keys that those read, as far as shapes tell."""
+    video = max(1, table.chunk_of.shape[1] - table.text_tokens)
+    shots = table.max_shots or table.kind.shape[1]
+    shot, chunk = _Run(-(-video // shots), known=shots == 1), _Run(table.max_chunk)
+    window = 2 * cfg.window + 1 if cfg.self_anchor == "window" else 1
+    own = {"shot": shot, "none": None}.get(cfg.self_anchor, _Run(min(video, window * table.max_chunk)))
+    read = [_Run(video) if cfg.mode == "dense" else own, _Run(table.text_tokens) if table.text_tokens else None]
+    keys = [_Run(run.length + ROWS - 1, run.known) for run in read if run]
+    return shot if by_shot(cfg) else chunk, keys or [chunk]
 
 
 class _Size(NamedTuple):

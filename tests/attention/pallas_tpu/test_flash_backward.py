@@ -26,6 +26,8 @@ class Case:
     keys: int = 96
     batch: int = 1
     heads: int = 2
+    all_heads: int = 2
+    first_head: int = 0
     accumulate: bool = True
     dtype: str = "float32"
     scale: float = 1.0
@@ -50,9 +52,11 @@ CASES = {
         lines=(((8, 11, 37, 0, 5, 20, 43), (40, 40, 47, 7, 7, 3, 48), (56, 56, 57, 3, 9, 9, 9)),)
     ),
     "unused tiles": Case(lines=(((0, 5, 32, 0, 0), (16, 16, 48, 20, 40), (0, 0, 0, 0, 0), (8, 9, 30, 40, 33)),)),
-    "a table for each head": Case(
+    "some of the heads, a table for each": Case(
         lines=(((0, 0, 32, 0, 20), (32, 32, 64, 20, 48)), ((24, 30, 50, 1, 48), (0, 0, 0, 0, 0))),
         transposed=True,
+        all_heads=4,
+        first_head=1,
     ),
     "picks": Case(
         lines=(((0, 0, 30, 0, 16), (32, 32, 32, 16, 16), (24, 30, 50, 16, 40)),),
@@ -130,6 +134,7 @@ def _run(case: Case, arrays, table):
     return gradients(
         *arrays,
         Tiles(jnp.asarray(table, jnp.int32)),
+        first_head=jnp.int32(case.first_head),
         rows=ROWS,
         tiling=GradientTiling(block=BLOCK, at_once=case.at_once, transposed=case.transposed),
         accumulate=case.accumulate,
@@ -146,12 +151,13 @@ def _table(case: Case) -> np.ndarray:
 def _inputs(case: Case):
     """q, k, v, d_out, log-sum-exp and delta of a softmax over all keys: gradients don't ask where those are from."""
     rng = np.random.default_rng(5)
-    query, key = (case.batch, case.heads, case.queries, DIM), (case.batch, case.heads, case.keys, DIM)
+    query, key = (case.batch, case.heads, case.queries, DIM), (case.batch, case.all_heads, case.keys, DIM)
     q, k, v, d_out = (jnp.asarray(rng.normal(size=shape), case.dtype) for shape in (query, key, key, query))
     q = q * case.scale
-    scores = _scores(q, k)
+    mine = slice(case.first_head, case.first_head + case.heads)
+    scores = _scores(q, k[:, mine])
     lse = np.logaddexp2.reduce(scores, axis=-1)
-    delta = np.sum(np.asarray(d_out, np.float64) * (np.exp2(scores - lse[..., None]) @ np.asarray(v)), axis=-1)
+    delta = np.sum(np.asarray(d_out, np.float64) * (np.exp2(scores - lse[..., None]) @ np.asarray(v[:, mine])), axis=-1)
     lse[:, :, list(case.silent)], delta[:, :, list(case.silent)] = np.inf, np.nan
     return q, k, v, d_out, jnp.asarray(lse, jnp.float32), jnp.asarray(delta, jnp.float32)
 
@@ -168,20 +174,20 @@ def _oracle(case: Case, arrays, table):
     d_v = np.zeros_like(d_k)
     for scene, head, tile in np.ndindex(case.batch, case.heads, table.shape[2]):
         row, begin, end, *runs = table[scene, head if table.shape[1] > 1 else 0, tile]
-        where, out = (scene, head), slice(tile * ROWS, (tile + 1) * ROWS)
+        where, keys, out = (scene, head), (scene, case.first_head + head), slice(tile * ROWS, (tile + 1) * ROWS)
         loaded = slice(row, row + ROWS)
         is_key = (np.arange(row, row + ROWS) >= begin) & (np.arange(row, row + ROWS) < end)
         for first, last in zip(runs[0::2], runs[1::2], strict=True):
             index = np.arange(first, max(first, last))
             speaks = np.isfinite(lse[*where, index])[:, None]
             p = np.exp2(
-                _scores(q[*where, index], k[*where, loaded]) - np.where(speaks[:, 0], lse[*where, index], 0)[:, None]
+                _scores(q[*where, index], k[*keys, loaded]) - np.where(speaks[:, 0], lse[*where, index], 0)[:, None]
             )
             p = np.where(is_key & speaks, p, 0)
             d_out_part, part_delta = d_out[*where, index], np.where(speaks[:, 0], delta[*where, index], 0)
-            d_s = p * (d_out_part @ v[*where, loaded].T - part_delta[:, None]) / math.sqrt(DIM)
+            d_s = p * (d_out_part @ v[*keys, loaded].T - part_delta[:, None]) / math.sqrt(DIM)
             d_v[*where, out] += p.T @ d_out_part
             d_k[*where, out] += d_s.T @ q[*where, index]
-            d_q[*where, index] += d_s @ k[*where, loaded]
+            d_q[*where, index] += d_s @ k[*keys, loaded]
             read[*where, index] = True
     return (d_q, d_k, d_v), read

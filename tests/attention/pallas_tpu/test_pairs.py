@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moc_jax.attention.layout import Heads
 from moc_jax.attention.pallas_tpu import device, pairs
 from moc_jax.attention.pallas_tpu.device import Chip
 from moc_jax.attention.pallas_tpu.placement import STEP, span_size, step_rows
@@ -15,6 +16,7 @@ from tests.attention.interpreter import interpreted, row_by_row
 
 BATCH, HEADS, ROWS, PICKS, CHUNKS, DIM, TILE = 2, 2, 96, 3, 7, 16, 16
 CHIP = Chip("v5e")
+ALL_HEADS = Heads(0, HEADS)
 EMPTY = 4  # a chunk of no length, which some pick
 
 
@@ -90,7 +92,7 @@ def test_spread(interpreter, dtype, one_by_one, buffers):
     @jax.jit
     def run(routes, x):
         p = place(routes, span=spans[rows], buffers=buffers)
-        return p, pairs.spread(x, p, chip=CHIP, fill_first_lane=np.inf)
+        return p, pairs.spread(x, p, ALL_HEADS, chip=CHIP, fill_first_lane=np.inf)
 
     with moved(one_by_one):
         p, got = run(routes, x)
@@ -136,9 +138,11 @@ def test_merge_and_add(interpreter, dtype, one_by_one, buffers, anchored):
     @jax.jit
     def run(rows_, plain, own, own_lse, p):
         anchors = (own, own_lse) if anchored else None
-        merged = pairs.merge(rows_, p, anchors, dim=DIM, dtype=dtype, chip=CHIP)
+        merged = pairs.merge(rows_, p, ALL_HEADS, anchors=anchors, dim=DIM, dtype=dtype, chip=CHIP)
         numbers = jnp.nan_to_num(own)
-        return *merged, pairs.add(plain, p, numbers if anchored else None, dtype=jnp.float32, chip=CHIP)
+        return *merged, pairs.add(
+            plain, p, ALL_HEADS, anchors=numbers if anchored else None, dtype=jnp.float32, chip=CHIP
+        )
 
     with moved(one_by_one):
         got, got_lse, total = run((wide if dtype == jnp.float32 else packed)(out, lse), out, own, own_lse, p)
