@@ -12,6 +12,7 @@ and all versions.
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -43,6 +44,7 @@ _TRACED = (
 )  # whose code programs are made of
 _FLAGS = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
 _UNFIT = {"cpu"}  # platforms: there jax serializes what it found in its own cache without the machine code
+_RUNTIMES = {"gpu": "jax.experimental.mosaic.gpu"}  # loads what kernels call; tracing one would have imported it
 _folder: epath.Path | None = None  # of `kept_programs`, while it runs
 _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
 _KEEP_ALL = {
@@ -103,6 +105,8 @@ def find_program(made_of: object, devices: Sequence[jax.Device]) -> jax.stages.C
     if file is None or not file.exists():
         return None
     try:
+        if devices[0].platform in _RUNTIMES:
+            importlib.import_module(_RUNTIMES[devices[0].platform])
         program = pickle.loads(file.read_bytes())
         return serialize_executable.deserialize_and_load(*program, execution_devices=devices)
     except Exception as error:  # cut off, or of another kind of machine under the same name

@@ -145,8 +145,8 @@ class _Run:
         self._checkpoints = Checkpoints(str(epath.Path(cfg.workdir) / "checkpoints"), cfg.train)
         closes(self._checkpoints.close)
         blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
-        cfg, self._blueprint, remat = with_remat(cfg, blueprint, self._data.buckets.shapes, mesh)
-        self._cfg = cfg
+        self._cfg, self._blueprint, remat = with_remat(cfg, blueprint, self._data.buckets.shapes, mesh)
+        cfg = self._cfg
         self._attention = routed_attention(cfg.attention)
         where = self._blueprint, mesh, self._attention
         self._step = make_train_step(cfg.train, cfg.optimizer, cfg.diffusion, *where)
@@ -156,7 +156,6 @@ class _Run:
         if (newest := max(self._checkpoints.steps, default=0)) < cfg.train.steps:
             self._programs.begin(newest)  # compiled while all that follows is done
         phases.done("model")
-
         self._data.verify()
         self._validation, buckets = None, [self._data.buckets]
         if cfg.train.validate_every:
@@ -167,8 +166,7 @@ class _Run:
             buckets.append(held_out.buckets)
         self._costs = stage_costs(cfg, self._data.buckets)
         self._pending: collections.deque[_Pending] = collections.deque()
-        self._lag = lag(mesh)
-        self._idle = 0.0  # seconds that were not spent in steps
+        self._lag, self._idle = lag(mesh), 0.0  # seconds that were not spent in steps
         self._saved: int | None = None
         if self._main:
             print(summary(cfg, manifest, buckets, self._costs, mesh, self._blueprint), remat, sep="\n", flush=True)
