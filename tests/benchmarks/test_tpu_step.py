@@ -44,7 +44,7 @@ StackFrames
 
 %multiplied (p.4: f32[16,128]) -> bf16[16,256] {
   %p.4 = f32[16,128]{1,0:T(8,128)} parameter(0)
-  ROOT %dot = bf16[16,256]{1,0:T(8,128)(2,1)} convolution(%p.4, %p.4), metadata={stack_frame_id=1}
+  ROOT %dot = bf16[16,256]{1,0:T(8,128)(2,1)} convolution(%p.4, %p.4), metadata={op_name="jvp()/dot_general" stack_frame_id=1}
 }
 
 %body (arg: (s32[], bf16[16,3,128])) -> (s32[], bf16[16,3,128]) {
@@ -102,6 +102,8 @@ def test_a_layer_is_a_turn_of_each_loop():
     (_, _, total, *rows) = traffic_table([{"entries": {"v5p": entry}}])
     assert total.startswith("| v5p | all but kernels and products | 0.0 GB |")
     assert len(rows) == 3
+    look_up = TEXT.replace("jvp()/dot_general", "jvp(bnp,bpm->bnm)/dot_general")
+    assert "matrix products" not in tpu_step.of_a_layer(look_up, "v5p")["forward"]
     with pytest.raises(ValueError, match="one loop over layers"):
         tpu_step.of_a_layer(TEXT.replace("transpose(jvp())", "jvp()"), "v5p")
     with pytest.raises(ValueError, match="no entry"):
