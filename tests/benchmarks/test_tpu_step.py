@@ -100,7 +100,10 @@ def test_a_layer_is_a_turn_of_each_loop():
     assert entry["forward"] == entry["backward"]
     assert set(entry["forward"]) == {"rotary", "layout of q, k, v", "other", "matrix products", "kernels"}
     (_, _, total, *rows) = traffic_table([{"entries": {"v5p": entry}}])
-    assert total.startswith("| v5p | all but kernels and products | 0.0 GB |")
+    assert total.startswith("| v5p | all but kernels and products | 0.0 GB | 0.0 ms |")
+    unknown = tpu_step.of_a_layer(TEXT.replace('"100"', '"9223372036854775807"'), "v5p")
+    assert unknown["forward"]["rotary"]["gb"] == entry["forward"]["rotary"]["gb"]
+    assert "|  |" in traffic_table([{"entries": {"v5p": unknown}}])[2]  # no estimate before code is generated
     assert len(rows) == 3
     look_up = TEXT.replace("jvp()/dot_general", "jvp(bnp,bpm->bnm)/dot_general")
     assert "matrix products" not in tpu_step.of_a_layer(look_up, "v5p")["forward"]
