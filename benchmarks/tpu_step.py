@@ -39,7 +39,7 @@ KINDS = (
     ("modulation", r"Modulation|of_groups|over_groups"),
     ("norms", r"layer_norm|modulated_norm|StreamBlock.before"),
     ("residuals and gates", r"gated_sum|StreamBlock.after"),
-    ("layout of q, k, v", r"StreamBlock.project|:Block.__call__"),
+    ("q, k, v", r"Linear.__call__|StreamBlock.project|:Block.__call__"),
     ("MLP", r"Mlp|gelu"),
     ("loop", r"_run_blocks"),
 )  # by file:function; the first that fits

@@ -89,7 +89,7 @@ def test_operations_are_for_what_their_functions_are(moved):
     kinds = {name: kind_of(x, tpu_step.KINDS) for name, x in moved.items()}
     assert kinds["fusion.1"] == "rotary"  # most of its elements
     assert kinds["copy.1"] == "rotary"  # the compiler's own, of what it copies
-    assert kinds["near"] == "layout of q, k, v"
+    assert kinds["near"] == "q, k, v"
     assert kinds["fusion.2"] == "other"
     assert moved["fusion.1"].cycles == 100
     assert moved["copy.1"].cycles is None
@@ -98,7 +98,7 @@ def test_operations_are_for_what_their_functions_are(moved):
 def test_a_layer_is_a_turn_of_each_loop():
     entry = tpu_step.of_a_layer(TEXT, "v5p")
     assert entry["forward"] == entry["backward"]
-    assert set(entry["forward"]) == {"rotary", "layout of q, k, v", "other", "matrix products", "kernels"}
+    assert set(entry["forward"]) == {"rotary", "q, k, v", "other", "matrix products", "kernels"}
     (_, _, total, *rows) = traffic_table([{"entries": {"v5p": entry}}])
     assert total.startswith("| v5p | all but kernels and products | 0.0 GB | 0.0 ms |")
     unknown = tpu_step.of_a_layer(TEXT.replace('"100"', '"9223372036854775807"'), "v5p")
