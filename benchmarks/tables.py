@@ -1,6 +1,6 @@
 """Results -> markdown. Only figures of the given entries; what was not measured is left empty."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from benchmarks.tpu.cost import scene_pairs
@@ -261,19 +261,25 @@ def estimate_parts_table(file: Entry) -> list[str]:
 
 def traffic_table(files: Iterable[Entry]) -> list[str]:
     """Lines of markdown: what a layer's operations move, by what they are for; files of benchmarks.tpu_step."""
-    head = ["program", "for", "forward", "time", "backward", "time"]
     rows = []
     for file in files:
         for name, e in file["entries"].items():
             ways = e["forward"], e["backward"]
-            counted = [kind for kind in {**ways[0], **ways[1]} if kind not in ("kernels", "matrix products")]
-            sums = {kind: [way.get(kind, {"gb": 0.0, "ms": 0.0}) for way in ways] for kind in counted}
-            total = [{what: sum(found[i][what] for found in sums.values()) for what in ("gb", "ms")} for i in (0, 1)]
-            by_bytes = sorted(sums.items(), key=lambda x: -sum(found["gb"] for found in x[1]))
-            for kind, found in [("all but kernels and products", total), *by_bytes]:
-                cells = [cell for way in found for cell in (f"{way['gb']:.1f} GB", f"{way['ms']:.1f} ms")]
-                rows.append([name, kind, *cells])
-    return markdown(head, rows)
+            kinds = {kind for way in ways for kind in way if kind not in ("kernels", "matrix products")}
+            size = {kind: sum(way[kind]["gb"] for way in ways if kind in way) for kind in sorted(kinds)}
+            rows.append([name, "all but kernels and products", *_moved(ways, kinds)])
+            rows += [[name, kind, *_moved(ways, {kind})] for kind in sorted(size, key=lambda kind: -size[kind])]
+    return markdown(["program", "for", "forward", "time", "backward", "time"], rows)
+
+
+def _moved(ways: Sequence[Entry], kinds: Container[str]) -> list[str]:
+    """GB and, where it is known, the time of some kinds in each pass."""
+    cells = []
+    for way in ways:
+        found = [x for kind, x in way.items() if kind in kinds]
+        time = sum(x["ms"] for x in found) if all("ms" in x for x in found) else None
+        cells += [f"{sum(x['gb'] for x in found):.1f} GB", number(time, ".1f", " ms")]
+    return cells
 
 
 def _compiled(entries: Iterable[Entry], kernel: str, way: str) -> list[Entry]:

@@ -7,8 +7,9 @@ Needs libtpu: pip install -e '.[tpu]'. The step of benchmarks/model.py (1536 wid
 recomputed) is compiled for a chip, or for all chips of a topology, weights split over them and a scene on each. Stored
 are the seconds that it took, what it needs in HBM, and for one layer, forward and backward, the bytes that its
 operations read and write there (benchmarks/tpu/traffic.py): those of neither attention's kernels nor matrix products
-by what they are for. A fusion counts as what most of its elements are for; modulation's products, which only look a
-shot's numbers up, count as modulation. XLA fuses much of the rest into matrix products, where it costs no bytes.
+by what they are for. A fusion counts as what most of its elements are for. Products with something else than weights,
+which look numbers up or exchange them, are no matrix products here. XLA fuses much of the rest into those of weights,
+where it costs no bytes.
 """
 
 import collections
@@ -20,7 +21,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
@@ -38,7 +39,7 @@ KINDS = (
     ("modulation", r"Modulation|of_groups|over_groups"),
     ("norms", r"layer_norm|modulated_norm|StreamBlock.before"),
     ("residuals and gates", r"gated_sum|StreamBlock.after"),
-    ("layout of q, k, v", r"StreamBlock.project|:Block.__call__"),
+    ("q, k, v", r"Linear.__call__|StreamBlock.project|:Block.__call__"),
     ("MLP", r"Mlp|gelu"),
     ("loop", r"_run_blocks"),
 )  # by file:function; the first that fits
@@ -72,27 +73,35 @@ def main(args: Arguments, command: str) -> None:
             kind = chip.split(":")[0]
             name = f"{chip}, {args.depth} layers, {args.shots} shots"
             results.store(args.out, "tpu_step", name, command, entry, chip=f"TPU {kind}")
-            gib = {what: round(size / 2**30, 1) for what, size in entry["memory"].items()}
-            print(f"{name}: {entry['seconds']} s, GiB {gib}", flush=True)
+            gib = {what: round(size / 2**30, 1) for what, size in entry.get("memory", {}).items()}
+            print(entry.get("error") or f"{name}: {entry['seconds']} s, GiB {gib}", flush=True)
             print("\n".join(traffic_table([{"chip": f"TPU {kind}", "entries": {name: entry}}])), flush=True)
 
 
 def measure(chip: str, args: Arguments) -> dict[str, Any]:
-    """One entry.
+    """One entry; if code generation does not end in time, its bytes by the program that it was for.
 
     Raises:
-        CompilationError: the step doesn't compile in time.
+        CompilationError: the step doesn't compile.
     """
-    with tempfile.TemporaryDirectory(prefix="tpu_step_") as folder:
-        what = [chip, str(args.depth), str(args.shots), folder]
-        compiler.run("benchmarks.tpu.step", what, f"a training step for {chip}", args.timeout)
-        found = json.loads((pathlib.Path(folder) / "step.json").read_text())
-        text = (pathlib.Path(folder) / "step.txt").read_text()
+    with tempfile.TemporaryDirectory(prefix="tpu_step_") as temporary:
+        folder = pathlib.Path(temporary)
+        what = [chip, str(args.depth), str(args.shots), temporary]
+        try:
+            name = f"a training step for {chip}"
+            compiler.run("benchmarks.tpu.step", what, name, args.timeout, folder, stages=())
+            found = json.loads((folder / "step.json").read_text())
+            text = (folder / "step.txt").read_text()
+        except compiler.CompilationError as error:
+            programs = list(folder.glob(f"*{compiler.PROGRAM}"))
+            if not programs:
+                raise
+            found, text = {"error": str(error)}, max(programs, key=lambda path: path.stat().st_size).read_text()
     return {"topology": chip, "depth": args.depth, "shots": args.shots, **found, **of_a_layer(text, chip)}
 
 
 def of_a_layer(text: str, chip: str) -> dict[str, Any]:
-    """GB and milliseconds per kind of work, of one layer's forward and backward pass.
+    """GB of one layer's forward and backward pass by kind of work, and milliseconds where the compiler has estimates.
 
     Raises:
         ValueError: the program has not one loop over layers for each pass.
@@ -100,12 +109,15 @@ def of_a_layer(text: str, chip: str) -> dict[str, Any]:
     program, of = Program(text), CHIPS[chip.split(":")[0]]
     entry: dict[str, Any] = {}
     for way, body in bodies(program).items():
-        sums: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-        for moved in program.walk(body):
+        moves = list(program.walk(body))
+        estimated = any(moved.cycles for moved in moves)  # not before code is generated
+        sums: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.defaultdict(float))
+        for moved in moves:
             found = sums[_kind(moved)]
-            found[0] += moved.bytes / 1e9
-            found[1] += milliseconds(moved, of)
-        entry[way] = {kind: {"gb": round(gb, 3), "ms": round(ms, 3)} for kind, (gb, ms) in sorted(sums.items())}
+            found["gb"] += moved.bytes / 1e9
+            if estimated:
+                found["ms"] += milliseconds(moved, of)
+        entry[way] = {kind: {what: round(x, 3) for what, x in sums[kind].items()} for kind in sorted(sums)}
     return entry
 
 
@@ -127,18 +139,9 @@ def milliseconds(moved: Traffic, chip: compiler.Chip) -> float:
 def _kind(moved: Traffic) -> str:
     if moved.kernel:
         return "kernels"
-    if any("Modulation" not in function and "of_groups" not in function for function in moved.product):
+    if any("->" not in name for name in moved.products):  # weights are no einsum's, only numbers per shot and halves
         return "matrix products"
     return kind_of(moved, KINDS)
-
-
-def outside(entry: dict[str, Any], what: str) -> float:
-    """The sum over both passes of what is neither a kernel nor a matrix product: "gb" or "ms"."""
-    return sum(sum(_of(entry[way], what)) for way in ("forward", "backward"))
-
-
-def _of(kinds: dict[str, dict[str, float]], what: str) -> Iterable[float]:
-    return (found[what] for kind, found in kinds.items() if kind not in ("kernels", "matrix products"))
 
 
 def run(argv: Sequence[str]) -> None:

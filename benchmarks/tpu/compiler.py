@@ -21,7 +21,9 @@ from benchmarks.tpu.kernels import Blocks, Pass
 from benchmarks.tpu.listing import Schedule
 from moc_jax.attention.pallas_tpu import device
 
+PROGRAM = "-TLP-hlo.txt"
 _ROOT = pathlib.Path(__file__).parents[2]
+_STAGES = (listing.BUNDLES, listing.SLOTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,14 @@ def compile_for(
         return Compiled(schedule=listing.read(bundles, slots, CHIPS[chip].granule), memory=found["memory"])
 
 
-def run(module: str, arguments: Sequence[str], name: str, timeout: float, listings: pathlib.Path | None = None) -> None:
+def run(
+    module: str,
+    arguments: Sequence[str],
+    name: str,
+    timeout: float,
+    listings: pathlib.Path | None = None,
+    stages: Sequence[str] = _STAGES,
+) -> None:
     """Runs a module that compiles in a process of its own; `name` says what, for errors; `timeout` in seconds.
 
     Raises:
@@ -110,7 +119,7 @@ def run(module: str, arguments: Sequence[str], name: str, timeout: float, listin
         done = subprocess.run(
             [sys.executable, "-m", module, *arguments],
             cwd=_ROOT,
-            env=environment(listings),
+            env=environment(listings, stages),
             capture_output=True,
             text=True,
             check=False,
@@ -127,10 +136,14 @@ def installed() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def environment(listings: pathlib.Path | None = None) -> dict[str, str]:
-    """What a process that compiles must find when it starts; with a folder, the compiler's listings go there."""
-    stages = f".*({listing.BUNDLES}|{listing.SLOTS}).*"  # all others would be hundreds of megabytes
-    flags = f"--xla_jf_dump_to={listings} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={stages}"
+def environment(listings: pathlib.Path | None = None, stages: Sequence[str] = _STAGES) -> dict[str, str]:
+    """What a process that compiles must find when it starts; with a folder, the compiler's listings go there.
+
+    Those of some stages alone, of all parts of a program, as all would be hundreds of megabytes; and the program's text
+    before code is generated, whose name ends in PROGRAM.
+    """
+    labels = f".*({'|'.join(stages) or 'none'}).*"
+    flags = f"--xla_jf_dump_to={listings} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={labels}"
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

@@ -60,8 +60,8 @@ class Traffic:
     turns: int
     functions: Counter[str]
     """file:function of the library -> elements that its instructions make; the innermost one of each instruction."""
-    product: frozenset[str]
-    """The functions of its matrix products, "" where none is known; empty: it has no product."""
+    products: tuple[str, ...]
+    """Of each product in it, how jax calls it: names of transformations and, for an einsum, its subscripts."""
     kernel: bool
 
     @property
@@ -129,7 +129,7 @@ class Program:
                     None if cycles == _NO_ESTIMATE else float(cycles),
                     times,
                     functions,
-                    frozenset(self._function(x) for x in products),
+                    tuple(x.attribute(r'op_name="([^"]*)"') or "" for x in products),
                     each.operation == "custom-call" and "tpu_custom_call" in each.rest,
                 )
 

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from moc_jax.config import ConfigError, ModelConfig
 from moc_jax.scene import SceneLengths, SceneShape
@@ -42,11 +43,13 @@ def scene_shape(
 def tokens_of(video: Float[Array, "B F Y X Z"], patch: tuple[int, int, int]) -> Float[Array, "B V W"]:
     """Patches in raster order (t, h, w), each as W numbers, their places in raster order too.
 
-    By strides, a place of all patches at a time: the TPU compiler takes minutes over a transpose of so many axes.
+    By strides, a place of all patches at a time, and a patch's numbers next to each other in memory: the TPU compiler
+    takes minutes over a transpose of all axes, and over putting tokens that lie next to each other in one row.
     """
     strides = [[slice(first, None, size) for first in range(size)] for size in patch]
     places = [video[:, t, y, x] for t, y, x in itertools.product(*strides)]
-    return rearrange(jnp.concatenate(places, axis=-1), "b f y x w -> b (f y x) w")
+    patches = with_layout_constraint(jnp.concatenate(places, axis=-1), Layout(major_to_minor=tuple(range(5))))
+    return rearrange(patches, "b f y x w -> b (f y x) w")
 
 
 @typed

@@ -44,7 +44,7 @@ StackFrames
 
 %multiplied (p.4: f32[16,128]) -> bf16[16,256] {
   %p.4 = f32[16,128]{1,0:T(8,128)} parameter(0)
-  ROOT %dot = bf16[16,256]{1,0:T(8,128)(2,1)} convolution(%p.4, %p.4), metadata={stack_frame_id=1}
+  ROOT %dot = bf16[16,256]{1,0:T(8,128)(2,1)} convolution(%p.4, %p.4), metadata={op_name="jvp()/dot_general" stack_frame_id=1}
 }
 
 %body (arg: (s32[], bf16[16,3,128])) -> (s32[], bf16[16,3,128]) {
@@ -89,7 +89,7 @@ def test_operations_are_for_what_their_functions_are(moved):
     kinds = {name: kind_of(x, tpu_step.KINDS) for name, x in moved.items()}
     assert kinds["fusion.1"] == "rotary"  # most of its elements
     assert kinds["copy.1"] == "rotary"  # the compiler's own, of what it copies
-    assert kinds["near"] == "layout of q, k, v"
+    assert kinds["near"] == "q, k, v"
     assert kinds["fusion.2"] == "other"
     assert moved["fusion.1"].cycles == 100
     assert moved["copy.1"].cycles is None
@@ -98,10 +98,15 @@ def test_operations_are_for_what_their_functions_are(moved):
 def test_a_layer_is_a_turn_of_each_loop():
     entry = tpu_step.of_a_layer(TEXT, "v5p")
     assert entry["forward"] == entry["backward"]
-    assert set(entry["forward"]) == {"rotary", "layout of q, k, v", "other", "matrix products", "kernels"}
+    assert set(entry["forward"]) == {"rotary", "q, k, v", "other", "matrix products", "kernels"}
     (_, _, total, *rows) = traffic_table([{"entries": {"v5p": entry}}])
-    assert total.startswith("| v5p | all but kernels and products | 0.0 GB |")
+    assert total.startswith("| v5p | all but kernels and products | 0.0 GB | 0.0 ms |")
+    unknown = tpu_step.of_a_layer(TEXT.replace('"100"', '"9223372036854775807"'), "v5p")
+    assert unknown["forward"]["rotary"]["gb"] == entry["forward"]["rotary"]["gb"]
+    assert "|  |" in traffic_table([{"entries": {"v5p": unknown}}])[2]  # no estimate before code is generated
     assert len(rows) == 3
+    look_up = TEXT.replace("jvp()/dot_general", "jvp(bnp,bpm->bnm)/dot_general")
+    assert "matrix products" not in tpu_step.of_a_layer(look_up, "v5p")["forward"]
     with pytest.raises(ValueError, match="one loop over layers"):
         tpu_step.of_a_layer(TEXT.replace("transpose(jvp())", "jvp()"), "v5p")
     with pytest.raises(ValueError, match="no entry"):
