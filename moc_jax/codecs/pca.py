@@ -34,7 +34,7 @@ from einops import rearrange
 
 from moc_jax.codecs.base import CodecMismatch, latent_frames, pixels_from_unit, pixels_to_unit
 from moc_jax.config import PcaConfig
-from moc_jax.shapes import Float, Float32, typed
+from moc_jax.shapes import Float, Float32, UInt8, typed
 
 _MOST = 16384  # patches of a clip that enter the covariance, spread evenly: more cost time and change nothing
 _LEAST_STD = 1 / 255  # half a step of 8-bit pixels in [-1, 1]: components below it are rounding, not picture
@@ -92,7 +92,7 @@ class _Basis:
             rest = patches - self.decode(around[..., : len(self.scale)])
             x, y = (rearrange(a, "f y x d -> (f y x) d").astype(np.float64) for a in (around, rest))
             count, outer, cross = count + len(x), outer + x.T @ x, cross + x.T @ y
-        noise = np.maximum(_NOISE**2 * np.diag(outer), 1e-9 * count)  # the latter where all clips are flat
+        noise = np.maximum(_NOISE**2 * np.diag(outer), 1e-9 * count)  # the latter for flat clips
         return dataclasses.replace(self, missing=np.float32(np.linalg.solve(outer + np.diag(noise), cross)))
 
 
@@ -110,7 +110,7 @@ class PCACodec:
         """(b) for the patches of `clips`, which are read once, one at a time, and (c) for those of parts of them."""
         t, h, w = cfg.stride
         first, rest = _Moments(3 * h * w), _Moments(3 * t * h * w)
-        parts, every = [], 1
+        parts, videos, every = [], 0, 1
         for number, clip in enumerate(clips):
             if not np.isfinite(clip).all():
                 raise ValueError(f"clip {number} to fit the codec on holds NaN or infinite values")
@@ -119,8 +119,9 @@ class PCACodec:
             lapped = _lapped(cfg, clip)
             first.add(rearrange(_stills(cfg, lapped), "f y x d -> (f y x) d"))
             rest.add(rearrange(_rest_patches(cfg, lapped), "f y x d -> (f y x) d"))
-            if number % every == 0:
+            if len(clip) > 1 and videos % every == 0:
                 parts.append(_part(cfg, clip))
+            videos += len(clip) > 1
             if len(parts) > _CLIPS:
                 parts, every = parts[::2], 2 * every
         if not rest.count:
@@ -141,15 +142,23 @@ class PCACodec:
             _Basis(*_float32(first_mean, first_basis, _scale(first_std, cfg.whiten), next(nothing))),
             _Basis(*_float32(mean, basis, _scale(std, cfg.whiten), next(nothing))),
         )
-        return codec._completed([_lapped(cfg, pixels_to_unit(part)) for part in parts])
+        return codec._completed(parts)
 
-    def _completed(self, clips: list[np.ndarray]) -> Self:
-        """(c), for lapped clips."""
-        stills = [_stills(self._cfg, clip) for clip in clips]
-        first = self._first.fitted((x, _around(self._first.encode(x))) for x in stills)
-        rest = [_rest_patches(self._cfg, clip) for clip in clips]
-        pairs = ((x, self._around_rest(self._first.encode(s[:1]), self._rest.encode(x))) for s, x in zip(stills, rest))
-        return type(self)(self._cfg, first, self._rest.fitted(pairs))
+    def _completed(self, parts: list[UInt8[np.ndarray, "F Y X 3"]]) -> Self:
+        """(c), for parts of clips."""
+
+        def stills():
+            for part in parts:
+                patches = _stills(self._cfg, _lapped(self._cfg, pixels_to_unit(part)))
+                yield patches, _around(self._first.encode(patches))
+
+        def rest():
+            for part in parts:
+                lapped = _lapped(self._cfg, pixels_to_unit(part))
+                patches, first = _rest_patches(self._cfg, lapped), self._first.encode(_stills(self._cfg, lapped[:1]))
+                yield patches, self._around_rest(first, self._rest.encode(patches))
+
+        return type(self)(self._cfg, self._first.fitted(stills()), self._rest.fitted(rest()))
 
     def _around_rest(
         self, first: Float[np.ndarray, "1 y x Z"], rest: Float[np.ndarray, "f y x Z"]
