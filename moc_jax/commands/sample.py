@@ -94,7 +94,8 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
         # Only now: what is wrong so far is reported before jax is loaded.
         from moc_jax.processes import wake_devices
 
-        wake_devices(MeshConfig())  # while the rest is imported
+        if signals is not None:
+            wake_devices(MeshConfig(), signals.leave)  # while the rest is imported
         from moc_jax.commands.videos import Files, make_videos
     phases.done("imports")
     make_videos(args, boards, Files(videos=videos, sheets=sheets, routings=routings), signals, phases)

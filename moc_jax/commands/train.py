@@ -29,7 +29,7 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
             # Only now: a wrong setting is reported before any device is touched.
             from moc_jax.processes import wake_devices
 
-            wake_devices(config.mesh)  # while the rest is imported
+            wake_devices(config.mesh, signals.leave)  # while the rest is imported
             from moc_jax.attention.api import given_tilings
             from moc_jax.compilation import kept_programs
             from moc_jax.data import prepare, resolved
