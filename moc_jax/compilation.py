@@ -28,6 +28,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from moc_jax.config.base import user_cache
 from moc_jax.files import is_address, remove_leftovers, whole_file
+from moc_jax.phases import garbage_left
 
 LIMIT = 8 << 30
 """Bytes that a folder may hold when a run starts; the demo's programs take 5 MB, those of a large model some 100 MB."""
@@ -86,6 +87,14 @@ def _configure(values: dict[str, str | float | None]) -> None:
         reset_cache()  # jax looks at the folder once
     for name, value in values.items():
         jax.config.update(name, value)
+
+
+def built(mesh: jax.sharding.Mesh, function: jax.stages.Wrapped, *args: object) -> jax.stages.Compiled:
+    """`function` compiled for these arguments, with the mesh in context, of which each thread has its own."""
+    with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
+        with garbage_left():
+            lowered = function.lower(*args)
+        return lowered.compile()
 
 
 # ------------------------------------------------------------------------------------------------ found without tracing

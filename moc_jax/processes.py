@@ -56,15 +56,20 @@ def join(cfg: MeshConfig) -> None:
         ) from error
 
 
-def wake_devices(cfg: MeshConfig) -> None:
-    """Starts this machine's devices in a thread, so that `join` need not wait for all of that; with others it does."""
+def wake_devices(cfg: MeshConfig, leave: Callable[[threading.Thread], None]) -> None:
+    """Starts this machine's devices in a thread, so that `join` waits less; not if it has to join a cluster before.
+
+    `leave` is given the thread, for which a process that ends early need not wait.
+    """
 
     def wake() -> None:
         with contextlib.suppress(RuntimeError):  # which `join` meets again, and reports
             jax.devices()
 
     if not cfg.distributed:
-        threading.Thread(target=wake, name="devices", daemon=True).start()
+        thread = threading.Thread(target=wake, name="devices", daemon=True)
+        thread.start()
+        leave(thread)
 
 
 def _join_cluster(cfg: MeshConfig) -> None:

@@ -1,12 +1,14 @@
 """What several processes share: the private parts of jax that this takes, and few programs for texts of any length."""
 
 import inspect
+import threading
 
 import jax
 import numpy as np
 import pytest
 
 from moc_jax import processes
+from moc_jax.config import MeshConfig
 
 
 @pytest.mark.parametrize("name", ["client", "num_processes", "process_id", "coordinator_address"])
@@ -49,3 +51,19 @@ def test_a_platform_that_is_not_here_is_named(monkeypatch):
     monkeypatch.setattr(jax, "devices", devices)
     with pytest.raises(processes.ConfigError, match=r"JAX_PLATFORMS is 'cpu', .*backend 'odd'.*or unset it"):
         processes.join(processes.MeshConfig())
+
+
+def test_devices_start_in_a_thread_unless_a_cluster_has_to_be_joined_before(monkeypatch):
+    threads, started = [], threading.Event()
+
+    def devices():
+        started.set()
+        raise RuntimeError("no such platform")  # which `join` reports
+
+    monkeypatch.setattr(jax, "devices", devices)
+    processes.wake_devices(MeshConfig(distributed=True), threads.append)
+    assert threads == []
+    processes.wake_devices(MeshConfig(), threads.append)
+    assert started.wait(10)
+    threads[0].join(10)
+    assert not threads[0].is_alive()

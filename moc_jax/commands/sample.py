@@ -17,7 +17,7 @@ from moc_jax.cli import parse
 from moc_jax.commands.saved import saved_values
 from moc_jax.config import AttentionConfig, Config, ConfigError, MeshConfig
 from moc_jax.config.base import File, Folder, OptionalPath, Settings
-from moc_jax.phases import Phases
+from moc_jax.phases import Phases, garbage_left
 from moc_jax.sampling.storyboard import Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
 from moc_jax.showing import printable
@@ -90,11 +90,12 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
     find_steps(args.checkpoint, args.step)
     phases.done("settings")
-    with contextlib.nullcontext() if signals is None else signals.deferred(line=""):  # see `moc_jax.cli.run`
+    with contextlib.nullcontext() if signals is None else signals.deferred(line=""), garbage_left():  # see `cli.run`
         # Only now: what is wrong so far is reported before jax is loaded.
         from moc_jax.processes import wake_devices
 
-        wake_devices(MeshConfig())  # while the rest is imported
+        if signals is not None:
+            wake_devices(MeshConfig(), signals.leave)  # while the rest is imported
         from moc_jax.commands.videos import Files, make_videos
     phases.done("imports")
     make_videos(args, boards, Files(videos=videos, sheets=sheets, routings=routings), signals, phases)

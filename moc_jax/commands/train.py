@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Sequence
 
 from moc_jax.cli import clean_exit, load_config
-from moc_jax.phases import Phases
+from moc_jax.phases import Phases, garbage_left
 from moc_jax.signals import Signals
 
 
@@ -25,11 +25,11 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     phases.done("config")
 
     with contextlib.nullcontext(signals) if signals else Signals(whole_process=True) as signals, clean_exit():
-        with signals.deferred(line=""):  # an extension that is interrupted while it loads is broken
+        with signals.deferred(line=""), garbage_left():  # an extension that is interrupted while it loads is broken
             # Only now: a wrong setting is reported before any device is touched.
             from moc_jax.processes import wake_devices
 
-            wake_devices(config.mesh)  # while the rest is imported
+            wake_devices(config.mesh, signals.leave)  # while the rest is imported
             from moc_jax.attention.api import given_tilings
             from moc_jax.compilation import kept_programs
             from moc_jax.data import prepare, resolved

@@ -3,7 +3,6 @@
 The program is one call of the model, and the host goes from call to call: between two of them sampling can be stopped.
 """
 
-import contextlib
 import dataclasses
 import functools
 import warnings
@@ -19,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 from moc_jax import models
 from moc_jax.attention.api import routed_attention
 from moc_jax.codecs import Codec, pixels_from_unit
-from moc_jax.compilation import kept_program
+from moc_jax.compilation import built, kept_program
 from moc_jax.config import BucketConfig, Config, ConfigError
 from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
 from moc_jax.diffusion.guidance import guided_velocity
@@ -186,7 +185,7 @@ class Sampler:
             self._done("weights and captions")
             made_of = f"sample_{name}", cfg.model, cfg.moc, cfg.sample, self._attention, *key[1:]
             devices = jax.devices()[:1] if mesh.empty else list(mesh.devices.flat)
-            build = functools.partial(_built, self._jitted[name], mesh, *args)
+            build = functools.partial(built, mesh, self._jitted[name], *args)
             self._programs[key] = self._stop.unless_asked(functools.partial(kept_program, made_of, devices, build))
             self._done("compiling")
         return self._programs[key](*args)
@@ -292,11 +291,6 @@ def _check_finite(board: Storyboard, shots: Sequence[np.ndarray], params: Params
     raise SamplingError(
         f"{board.name}: the sample holds NaN or infinity in {', '.join(f'shots[{s}]' for s in bad)}: {cause}"
     )
-
-
-def _built(function: jax.stages.Wrapped, mesh: Mesh, *args: object) -> jax.stages.Compiled:
-    with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):  # which each thread has its own of
-        return function.lower(*args).compile()
 
 
 def _placed[T](tree: T) -> T:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import Checkpoints
+from moc_jax.compilation import built
 from moc_jax.config import BucketConfig, Config, ConfigError, MoCConfig
 from moc_jax.config_json import config_to_json
 from moc_jax.data.manifest import Manifest, codec_of
@@ -162,7 +163,7 @@ class _Run:
             held_out = make_pipeline(cfg, manifest, split="validation", **part)
             closes(held_out.close)
             step, levels = make_validation_step(cfg.train, cfg.diffusion, *where), cfg.train.validation_buckets
-            self._validation = Validation(held_out, step, self._build, mesh, levels, stop)
+            self._validation = Validation(held_out, step, mesh, levels, stop)
             buckets.append(held_out.buckets)
         self._costs = stage_costs(cfg, self._data.buckets)
         self._pending: collections.deque[_Pending] = collections.deque()
@@ -278,12 +279,8 @@ class _Run:
             what=f"the step for {bucket.frames} frames and chunks of {moc.chunk.size} {moc.chunk.unit}",
             made_of=("train_step", cfg.model, cfg.train, cfg.optimizer, cfg.diffusion, self._attention, moc, scene),
             devices=list(mesh.devices.flat),
-            build=functools.partial(self._build, self._step, self._blueprint.abstract, scene, moc),
+            build=functools.partial(built, mesh, self._step, self._blueprint.abstract, scene, moc),
         )
-
-    def _build(self, function: jax.stages.Wrapped, *args: object) -> jax.stages.Compiled:
-        with jax.set_mesh(self._mesh):  # which each thread has its own of
-            return function.lower(*args).compile()
 
     @property
     def config(self) -> Config:

@@ -1,12 +1,13 @@
 """The loss of held-out scenes."""
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from moc_jax.compilation import built
 from moc_jax.config import MoCConfig
 from moc_jax.data.pipeline import SceneIterator
 from moc_jax.processes import together
@@ -22,13 +23,12 @@ class Validation:
         self,
         scenes: SceneIterator,
         step: jax.stages.Wrapped,
-        build: Callable[..., jax.stages.Compiled],
         mesh: Mesh,
         levels: int,
         stop: RunStop,
     ) -> None:
-        """`build` compiles a function for arguments; `levels` are `train.validation_buckets`."""
-        self._scenes, self._step, self._build, self._mesh = scenes, step, build, mesh
+        """`levels` are `train.validation_buckets`."""
+        self._scenes, self._step, self._mesh = scenes, step, mesh
         self._levels, self._stop = levels, stop
         self._programs: dict[Hashable, jax.stages.Compiled] = {}
 
@@ -45,7 +45,7 @@ class Validation:
             batch = params, shard_batch(scene, self._mesh), np.int32(number)
             key = moc, batch[1].video.shape, batch[1].text.shape, batch[1].lengths.shot_frames.shape
             if key not in self._programs:
-                build = functools.partial(self._build, self._step, *batch, moc)
+                build = functools.partial(built, self._mesh, self._step, *batch, moc)
                 what = f"compile validation (program {len(self._programs) + 1})"
                 self._programs[key] = self._stop.unless_asked(functools.partial(together, what, build))
             results.append(jax.device_get(self._programs[key](*batch)))

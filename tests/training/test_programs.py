@@ -116,6 +116,7 @@ def test_each_stage_asks_for_the_next_and_forgets_the_one_before(compiler):
     assert len(made) == 6
 
 
+@pytest.mark.long
 def test_the_next_stage_is_compiled_before_it_begins(prepared_config, tmp_path, monkeypatch):
     """While the run is still in the stage before; the first one while the state is made."""
     config = changed(prepared_config, train={"steps": 4, "chunk_schedule": (ChunkStage(step=3, size=2),)})
