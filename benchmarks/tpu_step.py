@@ -7,8 +7,8 @@ Needs libtpu: pip install -e '.[tpu]'. The step of benchmarks/model.py (1536 wid
 recomputed) is compiled for a chip, or for all chips of a topology, weights split over them and a scene on each. Stored
 are the seconds that it took, what it needs in HBM, and for one layer, forward and backward, the bytes that its
 operations read and write there (benchmarks/tpu/traffic.py): those of neither attention's kernels nor matrix products
-by what they are for. A fusion counts as what most of its elements are for. Products with something else than weights,
-which look numbers up or exchange them, are no matrix products here. XLA fuses much of the rest into those of weights,
+by what they are for. A fusion counts as what most of its elements are for. Products that look up a shot's numbers or
+exchange halves count as what they are for, not as matrix products. XLA fuses much of the rest into those of weights,
 where it costs no bytes.
 """
 
@@ -139,7 +139,7 @@ def milliseconds(moved: Traffic, chip: compiler.Chip) -> float:
 def _kind(moved: Traffic) -> str:
     if moved.kernel:
         return "kernels"
-    if any("->" not in name for name in moved.products):  # weights are no einsum's, only numbers per shot and halves
+    if any("->" not in name for name in moved.products):  # einsums only look up or exchange
         return "matrix products"
     return kind_of(moved, KINDS)
 
