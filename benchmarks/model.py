@@ -5,7 +5,7 @@
 
 Both columns are the same model, weights, scene and step functions; only the attention inside differs, and dense
 attention is cuDNN's. Denoising is one Euler step without guidance; training is loss, gradients, clipping and AdamW,
-with context drop-off and drop-in on, as `moc-train` does it. Layers are recomputed in the backward pass.
+with context drop-off and drop-in on, as `moc-train` does it. What the backward pass computes again is `model.remat`'s.
 
 Memory of the training step, for P parameters, N tokens of width M and `depth` layers: 16 P bytes of weights, gradients
 and two moments; 2 N M depth bytes of layer inputs; and what one layer holds while it is differentiated. The compiler's
@@ -42,12 +42,14 @@ from moc_jax.config import (
     MMDiTConfig,
     MoCConfig,
     ModelConfig,
+    OptimizerConfig,
     TrainConfig,
 )
 from moc_jax.diffusion.samplers import sigmas, solve
 from moc_jax.models import matrix_flops, parameter_count
 from moc_jax.scene import Scene, SceneLengths, chunk_table
 from moc_jax.sharding import make_mesh
+from moc_jax.training.remat import choose, device_memory
 from moc_jax.training.state import TrainState, create_state, make_blueprint
 from moc_jax.training.step import make_train_step
 
@@ -85,10 +87,12 @@ class DoesNotFit(RuntimeError):
 
 def main(args: Arguments, command: str) -> None:
     """Measures, stores and prints the steps."""
+    args = with_policy(args)
     entry = measure(args)
     path = args.out
     for step, found in entry["steps"].items():  # an entry each, so that one can be measured again alone
         name = f"{step}, {args.model.depth} layers, {entry['backend']}"
+        name += f", remat {args.model.remat}" if step == "training" else ""
         path = results.store(args.out, "model", name, command, {**entry, "steps": {step: found}})
     print("\n".join(model_tables([entry])))
     print(f"\nresults are in {path}")
@@ -178,6 +182,20 @@ def make_scene(args: Arguments) -> Scene:
         jnp.asarray(random.standard_normal((1, captions * args.caption, args.model.text_dim), np.float32)),
         SceneLengths(jnp.full((1, args.shots), args.frames), jnp.full((1, captions), args.caption)),
     )
+
+
+def with_policy(args: Arguments) -> Arguments:
+    """With what `moc-train` would take for `model.remat auto`."""
+    model, scene = args.model, make_scene(args)
+    if model.remat != "auto":
+        return args
+    shape, _ = models.scene_shape(model, scene.video.shape, scene.text.shape, scene.lengths)
+    tokens = scene.video.shape[0] * (shape.text_tokens + shape.video_tokens)
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    state = make_blueprint(model, OptimizerConfig(), TrainConfig(ema_decay=0.0), mesh).abstract
+    policy, why = choose(model, args.moc, state, tokens, device_memory())
+    print(f"model.remat {policy}: {why}")
+    return dataclasses.replace(args, model=dataclasses.replace(model, remat=policy))
 
 
 def _fitting(lowered: jax.stages.Lowered, model: ModelConfig) -> Program:

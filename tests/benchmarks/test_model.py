@@ -25,7 +25,10 @@ def test_both_steps_are_stored(tmp_path):
     network = ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--model.text-dim", "8"]
     model.run([*size, *network, "--moc.chunk.size", "4", "--attention.backend", "xla", "--out", str(tmp_path)])
     (file,) = tmp_path.glob("model-*.json")
-    denoising, entry = json.loads(file.read_text())["entries"].values()
+    entries = json.loads(file.read_text())["entries"]
+    assert [name.endswith(", remat dots") for name in entries] == [False, True]  # what a run would choose here
+    denoising, entry = entries.values()
+    assert entry["model"]["remat"] == "dots"
     assert entry["tokens"] == denoising["tokens"] == 2 * 2 * 2 * 2 + 3 * 2
     assert [*denoising["steps"], *entry["steps"]] == ["denoising", "training"]
     for step in (denoising["steps"]["denoising"], entry["steps"]["training"]):
