@@ -2,22 +2,28 @@
 
     python -m benchmarks.model                                  # 30 layers, 1536 wide, 8 shots of 22 500 tokens
     python -m benchmarks.model --model.depth 20 --steps training   # fewer layers where memory is short: time is linear
+    python -m benchmarks.model --case base --scenes 8           # a named model and scene, and what differs from it
+    python -m benchmarks.model --case small --steps training --attend moc --profile   # and where the time goes
 
 Both columns are the same model, weights, scene and step functions; only the attention inside differs, and dense
 attention is cuDNN's. Denoising is one Euler step without guidance; training is loss, gradients, clipping and AdamW,
 with context drop-off and drop-in on, as `moc-train` does it. What the backward pass computes again is `model.remat`'s.
+
+Useful FLOPs are those of the matrices and of the pairs that uniformly random picks attend to, times three for training:
+nothing that is recomputed, no padding and no elementwise work.
 
 Memory of the training step, for P parameters, N tokens of width M and `depth` layers: 16 P bytes of weights, gradients
 and two moments; 2 N M depth bytes of layer inputs; and what one layer holds while it is differentiated. The compiler's
 own figure is checked against the device before anything is run.
 """
 
+import argparse
 import dataclasses
 import gc
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,8 +33,18 @@ import tyro
 from flax import nnx
 
 from benchmarks import results
-from benchmarks.measure import Effort, Memory, Program, Timing, dense_attention, dense_implementation, time_launches
-from benchmarks.tables import model_tables
+from benchmarks.measure import (
+    PEAKS,
+    Effort,
+    Memory,
+    Program,
+    Timing,
+    dense_attention,
+    dense_implementation,
+    time_launches,
+)
+from benchmarks.tables import model_tables, split_table
+from benchmarks.trace import Split, traced
 from moc_jax import models
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import SceneAttention, routed_attention
@@ -45,6 +61,7 @@ from moc_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from moc_jax.config.presets import PRESETS
 from moc_jax.diffusion.samplers import sigmas, solve
 from moc_jax.models import matrix_flops, parameter_count
 from moc_jax.scene import Scene, SceneLengths, chunk_table
@@ -58,6 +75,7 @@ WAN_1_3B = MMDiTConfig(dim=1536, depth=30, heads=12, mlp_ratio=8960 / 1536, text
 _STEPS, _SHIFT = 50, 5.0  # the grid that the denoising step is the first of
 
 StepName = Literal["denoising", "training"]
+Column = Literal["moc", "dense"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +85,8 @@ class Arguments:
     model: ModelConfig = WAN_1_3B
     moc: MoCConfig = MoCConfig(chunk=ChunkConfig(size=1280), top_k=5)
     attention: AttentionConfig = AttentionConfig()
+    scenes: int = 1
+    """Scenes of the batch, all alike."""
     shots: int = 8
     frames: int = 25
     """Latent frames per shot."""
@@ -76,9 +96,33 @@ class Arguments:
     caption: int = 56
     """Tokens of each caption, the global one included."""
     steps: tuple[StepName, ...] = ("denoising", "training")
+    attend: tuple[Column, ...] = ("moc", "dense")
+    """Which attentions the model is measured with."""
+    profile: bool = False
+    """Also trace one launch of each, and split the device's time by what its kernels do."""
     repeats: int = 3
     """Samples per figure; a step that takes longer than 8 s is timed once."""
     out: pathlib.Path = results.FOLDER
+
+
+def _own_videos(preset: str, rows: int, columns: int) -> Arguments:
+    """Five shots of 8 latent frames with short captions, chunks of two frames and 4 picks, as configs/own_videos.py."""
+    return Arguments(
+        model=PRESETS[preset],
+        moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=2), top_k=4),
+        shots=5,
+        frames=8,
+        rows=rows,
+        columns=columns,
+        caption=8,
+    )
+
+
+CASES = {
+    "multi_shot": Arguments(),
+    "base": dataclasses.replace(_own_videos("base", 24, 40), scenes=2),  # 192x320 pixels, 9 648 tokens a scene
+    "small": dataclasses.replace(_own_videos("small", 12, 20), scenes=4),  # 96x160 pixels, 2 448 tokens a scene
+}
 
 
 class DoesNotFit(RuntimeError):
@@ -91,11 +135,19 @@ def main(args: Arguments, command: str) -> None:
     entry = measure(args)
     path = args.out
     for step, found in entry["steps"].items():  # an entry each, so that one can be measured again alone
-        name = f"{step}, {args.model.depth} layers, {entry['backend']}"
+        name = f"{step}, {_name(args)}, {entry['backend']}"
         name += f", remat {args.model.remat}" if step == "training" else ""
         path = results.store(args.out, "model", name, command, {**entry, "steps": {step: found}})
     print("\n".join(model_tables([entry])))
+    if args.profile:
+        print("\n" + "\n".join(split_table([entry])))
     print(f"\nresults are in {path}")
+
+
+def _name(args: Arguments) -> str:
+    model, scenes = args.model, f", {args.scenes} scenes" if args.scenes > 1 else ""
+    width = "" if model.dim == WAN_1_3B.dim else f" of {model.dim}"
+    return f"{model.depth} layers{width}{scenes}"
 
 
 def measure(args: Arguments) -> dict[str, Any]:
@@ -114,18 +166,30 @@ def measure(args: Arguments) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         state = create_state(make_blueprint(config.model, config.optimizer, config.train, mesh))
         for step in args.steps:
-            timings: dict[str, dict[str, Any]] = {}
-            for name, attention in (("moc", routed_attention(args.attention)), ("dense", dense)):
+            timings: dict[str, Any] = {}
+            for name in args.attend:
+                attention = routed_attention(args.attention) if name == "moc" else dense
                 if step == "denoising":
-                    timing, memory = denoising(config, attention, state, scene, effort)
+                    found = denoising(config, attention, state, scene, effort, args.profile)
                 else:
-                    (timing, memory), state = training(config, attention, mesh, state, scene, effort)
-                timings[name] = {**dataclasses.asdict(timing), "memory": dataclasses.asdict(memory)}
-                print(f"{step}, {name}: {timing.median_ms:.1f} ms", flush=True)
+                    found, state = training(config, attention, mesh, state, scene, effort, args.profile)
+                timings[name] = {**dataclasses.asdict(found.timing), "memory": dataclasses.asdict(found.memory)}
+                if found.split is not None:
+                    timings[name]["split"] = dataclasses.asdict(found.split)
+                timings[name] |= _rate(entry["forward_flops"][name] * (3 if step == "training" else 1), found.timing)
+                print(f"{step}, {name}: {found.timing.median_ms:.1f} ms", flush=True)
                 gc.collect()
-            ratio = timings["dense"]["median_ms"] / timings["moc"]["median_ms"]
-            entry["steps"][step] = {**timings, "ratio": ratio}
+            if len(timings) == 2:
+                timings["ratio"] = timings["dense"]["median_ms"] / timings["moc"]["median_ms"]
+            entry["steps"][step] = timings
     return entry
+
+
+def _rate(flops: float, timing: Timing) -> dict[str, float]:
+    """Useful TFLOP/s, and which share of the data sheet's that is where there is one."""
+    rate = flops / timing.median_ms * 1e3
+    peak = PEAKS.get(jax.devices()[0].device_kind, (None,))[0]
+    return {"tflops": rate / 1e12, **({} if peak is None else {"share_of_peak": rate / peak})}
 
 
 def dense(q, k, v, table, cfg, *, key=None):
@@ -136,9 +200,18 @@ def dense(q, k, v, table, cfg, *, key=None):
     return dense_attention(q, k, v), jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One step with one attention."""
+
+    timing: Timing
+    memory: Memory
+    split: Split | None
+
+
 def denoising(
-    config: Config, attention: SceneAttention, state: TrainState, scene: Scene, effort: Effort
-) -> tuple[Timing, Memory]:
+    config: Config, attention: SceneAttention, state: TrainState, scene: Scene, effort: Effort, profile: bool
+) -> Measured:
     """One Euler step from pure noise, without guidance."""
     graph = models.abstract(config.model)[0]
     levels = sigmas(_STEPS, _SHIFT, "diffusers-euler")[:2]
@@ -153,12 +226,18 @@ def denoising(
 
     inputs = state.params, scene.video, scene.text, scene.lengths
     program = _fitting(step.lower(*inputs), config.model)
-    return program.time(inputs, effort), program.memory
+    return _measured(lambda: program(*inputs), program, effort, profile)
 
 
 def training(
-    config: Config, attention: SceneAttention, mesh: jax.sharding.Mesh, state: TrainState, scene: Scene, effort: Effort
-) -> tuple[tuple[Timing, Memory], TrainState]:
+    config: Config,
+    attention: SceneAttention,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+    scene: Scene,
+    effort: Effort,
+    profile: bool,
+) -> tuple[Measured, TrainState]:
     """One update; every launch continues from the state of the one before, which it overwrites."""
     blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
     step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, attention)
@@ -169,7 +248,12 @@ def training(
         state, metrics = program(state, scene)
         return metrics
 
-    return (time_launches(launch, effort), program.memory), state
+    return _measured(launch, program, effort, profile), state
+
+
+def _measured(launch: Callable[[], Any], program: Program, effort: Effort, profile: bool) -> Measured:
+    timing = time_launches(launch, effort)
+    return Measured(timing=timing, memory=program.memory, split=traced(launch) if profile else None)
 
 
 def make_scene(args: Arguments) -> Scene:
@@ -178,9 +262,9 @@ def make_scene(args: Arguments) -> Scene:
     size = args.shots * args.frames, args.rows, args.columns, args.model.latent_channels
     captions = args.shots + 1
     return Scene(
-        jnp.asarray(random.standard_normal((1, *size), np.float32)),
-        jnp.asarray(random.standard_normal((1, captions * args.caption, args.model.text_dim), np.float32)),
-        SceneLengths(jnp.full((1, args.shots), args.frames), jnp.full((1, captions), args.caption)),
+        jnp.asarray(random.standard_normal((args.scenes, *size), np.float32)),
+        jnp.asarray(random.standard_normal((args.scenes, captions * args.caption, args.model.text_dim), np.float32)),
+        SceneLengths(jnp.full((args.scenes, args.shots), args.frames), jnp.full((args.scenes, captions), args.caption)),
     )
 
 
@@ -213,9 +297,10 @@ def _describe(args: Arguments, scene: Scene) -> dict[str, Any]:
     model = args.model
     shape, lengths = models.scene_shape(model, scene.video.shape, scene.text.shape, scene.lengths)
     cost = account(chunk_table(lengths, shape, args.moc.chunk), args.moc, model.head_dim)
-    matrices = matrix_flops(model, shape.text_tokens, shape.video_tokens)
+    matrices = args.scenes * matrix_flops(model, shape.text_tokens, shape.video_tokens)
     heads = model.depth * model.heads
     attended = 4 * cost.expected_pairs * model.head_dim + cost.flops_pool + cost.flops_route
+    flops = {"moc": matrices + heads * attended, "dense": matrices + heads * cost.flops_dense}
     q = jax.ShapeDtypeStruct((1, 1, model.heads, model.head_dim), model.dtype)
     return {
         "backend": resolve(args.attention.backend, args.moc, q).name,
@@ -225,13 +310,17 @@ def _describe(args: Arguments, scene: Scene) -> dict[str, Any]:
         "tokens": cost.tokens,
         "chunk": dataclasses.asdict(args.moc.chunk),
         "top_k": args.moc.top_k,
-        "bound": (matrices + heads * cost.flops_dense) / (matrices + heads * attended),
+        "forward_flops": flops,
+        "bound": flops["dense"] / flops["moc"],
     }
 
 
 def run(argv: Sequence[str]) -> None:
     """The command line."""
-    args = tyro.cli(Arguments, args=list(argv), description=__doc__)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--case", choices=CASES, default="multi_shot")
+    chosen, rest = parser.parse_known_args(argv)
+    args = tyro.cli(Arguments, args=rest, default=CASES[chosen.case], description=__doc__)
     main(args, shlex.join(["python", "-m", "benchmarks.model", *argv]))
 
 

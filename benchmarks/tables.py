@@ -145,15 +145,35 @@ def parts_table(entry: Entry) -> list[str]:
 
 def model_tables(entries: Iterable[Entry]) -> list[str]:
     """Lines of markdown: each step of each model."""
-    head = ["step", "layers", "width", "parameters", "tokens", "MoC", "dense", "ratio", "bound", "peak: MoC", "dense"]
+    head = ["step", "layers", "width", "parameters", "tokens", "MoC", "of peak", "dense", "ratio", "bound"]
+    head += ["peak: MoC", "dense"]
     rows = []
     for e in entries:
         for step, found in e["steps"].items():
-            peaks = (f"{found[name]['memory']['peak'] / 2**30:.1f} GiB" for name in ("moc", "dense"))
-            times = (_seconds(found[name]) for name in ("moc", "dense"))
+            both = [found.get(name) for name in ("moc", "dense")]
+            peaks = (f"{x['memory']['peak'] / 2**30:.1f} GiB" if x else _EMPTY for x in both)
+            ours, theirs = (_seconds(x) if x else _EMPTY for x in both)
             model = str(e["model"]["depth"]), str(e["model"]["dim"]), f"{e['parameters'] / 1e6:,.0f} M"
-            ratios = f"{found['ratio']:.2f}x", f"{e['bound']:.2f}x"
-            rows.append([step, *model, f"{e['tokens']:,}", *times, *ratios, *peaks])
+            share = number((both[0] or {}).get("share_of_peak"), ".1%")
+            ratios = number(found.get("ratio"), ".2f", "x"), f"{e['bound']:.2f}x"
+            rows.append([step, *model, f"{e['tokens']:,}", ours, share, theirs, *ratios, *peaks])
+    return markdown(head, rows)
+
+
+def split_table(entries: Iterable[Entry]) -> list[str]:
+    """Lines of markdown: where the device's time of a step goes, for steps that were traced."""
+    head = ["step", "layers", "width", "tokens", "with", "attention", "matrix products", "the rest", "share", "kernels"]
+    rows = []
+    for e in entries:
+        for step, found in e["steps"].items():
+            for name in ("moc", "dense"):
+                split = found.get(name, {}).get("split")
+                if split is None:
+                    continue
+                parts = [split[kind] for kind in ("attention", "products", "other")]
+                cells = [step, str(e["model"]["depth"]), str(e["model"]["dim"]), f"{e['tokens']:,}", name]
+                share = f"{parts[2] / sum(parts):.0%}"
+                rows.append([*cells, *(f"{ms:.1f} ms" for ms in parts), share, f"{split['kernels']:,}"])
     return markdown(head, rows)
 
 

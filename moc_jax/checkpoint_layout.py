@@ -21,8 +21,9 @@ from moc_jax.reading import parse_json
 from moc_jax.sharding import key_path
 from moc_jax.showing import shown
 
-FORMAT = 2
-"""Of what a checkpoint holds and how its weights lie. 1, which none states: heads had no axis of their own."""
+FORMAT = 3
+"""Of what a checkpoint holds and how its weights lie. 1, which none states: heads had no axis of their own; 2: rotary
+pairs were neighbours, and modulation lay in the blocks."""
 
 Tree = dict[str, Any]
 """Arrays, or what stands in their place, or trees of these, by name; or an object of JSON."""

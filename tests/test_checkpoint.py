@@ -397,7 +397,7 @@ def test_weights_of_another_shape_are_named(two):
     assert checkpoints.steps == [3, 5]
 
 
-@pytest.mark.parametrize(("written", "fix"), [(1, "with the version that wrote it"), (3, "Update moc_jax")])
+@pytest.mark.parametrize(("written", "fix"), [(1, "with the version that wrote it"), (4, "Update moc_jax")])
 def test_another_format_is_refused_wherever_it_is_read(folder, monkeypatch, written, fix):
     """And is no damage: it stays where it is, and no older one is taken in its place."""
     state, target = state_on(mesh_of(1))
@@ -409,7 +409,7 @@ def test_another_format_is_refused_wherever_it_is_read(folder, monkeypatch, writ
         save(checkpoints, 5, state)
         checkpoints.wait()
     message = (
-        rf"checkpoints/5 is of format {written}, written by moc_jax {__version__}, but .* reads format 2\. .*{fix}"
+        rf"checkpoints/5 is of format {written}, written by moc_jax {__version__}, but .* reads format 3\. .*{fix}"
     )
     monkeypatch.setattr(checkpoint, "_read_arrays", lambda *arguments: pytest.fail("it read the arrays"))
     run = str(folder.parent)

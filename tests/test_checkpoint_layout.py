@@ -114,13 +114,13 @@ def test_a_body_that_is_no_object_is_damaged(body):
     [
         (
             None,
-            "5 is of format 1, written by moc_jax 0.0.9, but moc_jax .* reads format 2. Resume or sample it with the",
+            "5 is of format 1, written by moc_jax 0.0.9, but moc_jax .* reads format 3. Resume or sample it with the",
         ),
         (
             1,
             "5 is of format 1, written by moc_jax 0.0.9, .* version that wrote it, or train again in another --workdir",
         ),
-        (3, "5 is of format 3, written by moc_jax 0.0.9, but moc_jax .* reads format 2. Update moc_jax to resume"),
+        (4, "5 is of format 4, written by moc_jax 0.0.9, but moc_jax .* reads format 3. Update moc_jax to resume"),
     ],
 )
 def test_another_format_is_refused_before_anything_else_is_read(format, message):

@@ -1,5 +1,6 @@
 """What the transformer is built of. Every weight carries `logical`, the names of its axes, for the sharding rules."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -7,55 +8,178 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from moc_jax.config import ModelConfig
+from moc_jax.models.rope import Turns, rotate
 from moc_jax.shapes import Array, Float, Float32, typed
 
 TIME_FREQUENCIES = 128
 MLP_OUTPUT = "mlp_output"  # its name for policies of `jax.checkpoint`
 _init = nnx.initializers.xavier_uniform()
 
+_EPSILON = 1e-6
+
+QKV = tuple[Float[Array, "B N H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]
 Axes = Mapping[str, int]  # an axis of a weight: what it is, which the sharding rules go by -> its size
 
 
-def dense(
-    inputs: Axes, outputs: Axes, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, zero: bool = False
-) -> nnx.LinearGeneral:
-    """A linear map of the last axes, `inputs`, to `outputs`: dense({"embed": M}, {"heads": H, "head_dim": D}).
+class Linear(nnx.Module):
+    """A linear map of the last axes, `inputs`, to `outputs`: Linear({"embed": M}, {"heads": H, "head_dim": D}).
 
     Starts as the matrix from all inputs to all outputs would (Glorot), or with `zero` as a map to nothing (adaLN-Zero,
     DiT, section 3.2).
     """
-    return nnx.LinearGeneral(
-        tuple(inputs.values()),
-        tuple(outputs.values()),
-        axis=tuple(range(-len(inputs), 0)),
-        dtype=dtype,
-        kernel_init=nnx.initializers.zeros if zero else _init,
-        kernel_metadata={"logical": (*inputs, *outputs)},
-        bias_metadata={"logical": (*outputs,)},
-        rngs=rngs,
+
+    def __init__(self, inputs: Axes, outputs: Axes, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, zero: bool = False):
+        self.dtype = dtype
+        shape = math.prod(inputs.values()), math.prod(outputs.values())
+        kernel = jnp.zeros(shape) if zero else _init(rngs.params(), shape)
+        sizes = *inputs.values(), *outputs.values()
+        self.kernel = nnx.Param(kernel.reshape(sizes), logical=(*inputs, *outputs))
+        self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), logical=(*outputs,))
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Tokens and features are one axis each: products of more axes, and their gradients' above all, make compilers
+        lay tokens out innermost, and transpose everything around them."""
+        kernel, bias = (weight[...].astype(self.dtype) for weight in (self.kernel, self.bias))
+        leading = x.shape[: x.ndim - (kernel.ndim - bias.ndim)]
+        matrix = kernel.reshape(kernel.size // bias.size, bias.size)
+        out = x.astype(self.dtype).reshape(math.prod(leading), matrix.shape[0]) @ matrix + bias.reshape(1, bias.size)
+        return out.reshape(*leading, *bias.shape)
+
+
+def over_groups(x: Float[Array, "B N M"], groups: int) -> Float[Array, "B groups each M"]:
+    """Tokens as `groups` of as many each, in float32: what is per group is broadcast, its gradient a sum."""
+    return x.astype(jnp.float32).reshape(x.shape[0], groups, x.shape[1] // max(groups, 1), x.shape[2])
+
+
+def summed(x: Float32[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:
+    """The sum over some axes, features last in memory as they are.
+
+    XLA would rather sum along memory: it lays tokens out last, in all that is computed before, and transposes twice.
+    """
+    return jnp.sum(with_layout_constraint(x, Layout(tuple(range(x.ndim)))), axis=axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def modulated_norm(
+    x: Float[Array, "B N M"], scale: Float32[Array, "B groups M"], shift: Float32[Array, "B groups M"], dtype: jnp.dtype
+) -> Float[Array, "B N M"]:
+    """(1 + scale) y + shift, where y is x normed over M with no weights (LayerNorm); float32 inside, `dtype` outside.
+
+    Tokens are groups of as many, each with its own scale and shift. The backward pass is given x alone.
+    """
+    return _modulated_norm(x, scale, shift, dtype)[0]
+
+
+def _modulated_norm(x, scale, shift, dtype):
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + _EPSILON)
+    out = over_groups(y, scale.shape[1]) * (1 + scale[:, :, None]) + shift[:, :, None]
+    return out.reshape(x.shape).astype(dtype), (x, scale)
+
+
+def _modulated_norm_gradients(dtype, saved, d_out):
+    x, scale = saved
+    d = over_groups(d_out, scale.shape[1])
+    # All that is summed over M follows from one pass. Less the first number, a large mean costs the variance nothing.
+    from_first = x.astype(jnp.float32) - x[..., :1].astype(jnp.float32)
+    d_y = (d * (1 + scale[:, :, None])).reshape(x.shape)
+    mean, square, d_mean, along = (
+        jnp.mean(each, axis=-1, keepdims=True) for each in (from_first, from_first**2, d_y, d_y * from_first)
     )
+    inverse = jax.lax.rsqrt(square - mean**2 + _EPSILON)
+    y = (from_first - mean) * inverse
+    d_x = inverse * (d_y - d_mean - y * ((along - mean * d_mean) * inverse))
+    d_scale, d_shift = summed(d * over_groups(y, scale.shape[1]), (2,)), summed(d, (2,))
+    return d_x.astype(x.dtype), d_scale, d_shift
 
 
-@typed
-def layer_norm(x: Float[Array, "B N M"]) -> Float32[Array, "B N M"]:
-    """LayerNorm with no parameters (shift and scale come from the timestep), in float32."""
-    x = x.astype(jnp.float32)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + 1e-6)
+modulated_norm.defvjp(_modulated_norm, _modulated_norm_gradients)
+
+
+@jax.custom_vjp
+def gated_sum(
+    x: Float[Array, "B N M"], gate: Float32[Array, "B groups M"], y: Float[Array, "B N M"]
+) -> Float[Array, "B N M"]:
+    """x + gate y, the gate per group of tokens; float32 inside."""
+    return _gated_sum(x, gate, y)[0]
+
+
+def _gated_sum(x, gate, y):
+    added = (over_groups(y, gate.shape[1]) * gate[:, :, None]).reshape(x.shape)
+    return (x.astype(jnp.float32) + added).astype(x.dtype), (gate, y)
+
+
+def _gated_sum_gradients(saved, d_out):
+    gate, y = saved
+    d = over_groups(d_out, gate.shape[1])
+    d_y = (d * gate[:, :, None]).reshape(y.shape).astype(y.dtype)
+    return d_out, summed(d * over_groups(y, gate.shape[1]), (2,)), d_y
+
+
+gated_sum.defvjp(_gated_sum, _gated_sum_gradients)
+
+
+@jax.custom_vjp
+def normed_heads(
+    qkv: Float[Array, "B N H 3 D"], q_weight: Float32[Array, "D"], k_weight: Float32[Array, "D"], turns: Turns
+) -> QKV:
+    """q, k and v: of q and k, each head RMS normed, times a weight, and turned to its position (rope.py).
+
+    Float32 inside. The backward pass is given `qkv` alone.
+    """
+    q, k = (_normed_and_turned(qkv[:, :, :, i], weight, turns) for i, weight in enumerate((q_weight, k_weight)))
+    return q, k, qkv[:, :, :, 2]
+
+
+def _normed_and_turned(x, weight, turns):
+    y = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + _EPSILON)
+    # Turned before it is divided, so that nothing but x is read from two places.
+    return (rotate(y * weight[None, None, None], turns) * inverse).astype(x.dtype)
+
+
+def _normed_heads_gradients(saved, d_out):
+    qkv, weights, (cos, sin) = saved
+    back, d_qkv, d_weights = (cos, -sin), [], []
+    for i, weight in enumerate(weights):
+        x = qkv[:, :, :, i].astype(jnp.float32)
+        d = rotate(d_out[i].astype(jnp.float32), back)
+        d_y = d * weight[None, None, None]
+        square, along = (jnp.mean(each, axis=-1, keepdims=True) for each in (x**2, d_y * x))
+        inverse = jax.lax.rsqrt(square + _EPSILON)
+        d_weights.append(summed(d * (x * inverse), (0, 1, 2)))
+        d_qkv.append((inverse * (d_y - x * (along * inverse**2))).astype(qkv.dtype))
+    return jnp.stack([*d_qkv, d_out[2]], axis=3), *d_weights, None
+
+
+normed_heads.defvjp(
+    lambda *inputs: (normed_heads(*inputs), (inputs[0], inputs[1:3], inputs[3])), _normed_heads_gradients
+)
 
 
 class HeadNorm(nnx.Module):
-    """RMS norm over each head, in float32, with a weight per component: keeps q . k bounded (QK-norm)."""
+    """RMS norm over each head, with a weight per component: keeps q . k bounded (QK-norm); see `normed_heads`."""
 
     def __init__(self, head_dim: int):
         self.scale = nnx.Param(jnp.ones(head_dim), logical=("head_dim",))
 
-    def __call__(self, x: Float[Array, "B N H D"]) -> Float[Array, "B N H D"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-6)
-        return (y * self.scale[...][None, None, None]).astype(x.dtype)
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
+    """x Phi(x) by its tanh approximation; float32 inside. The backward pass is given x alone."""
+    return nnx.gelu(x, approximate=True)
+
+
+def _gelu_gradient(x, d_out):
+    _, vjp = jax.vjp(functools.partial(nnx.gelu, approximate=True), x.astype(jnp.float32))
+    return (vjp(d_out.astype(jnp.float32))[0].astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
 
 
 class Mlp(nnx.Module):
@@ -63,11 +187,11 @@ class Mlp(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(cfg.dtype)
-        self.up = dense({"embed": cfg.dim}, {"mlp": cfg.mlp_dim}, dtype=dtype, rngs=rngs)
-        self.down = dense({"mlp": cfg.mlp_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
+        self.up = Linear({"embed": cfg.dim}, {"mlp": cfg.mlp_dim}, dtype=dtype, rngs=rngs)
+        self.down = Linear({"mlp": cfg.mlp_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
-        return checkpoint_name(self.down(nnx.gelu(self.up(x), approximate=True)), MLP_OUTPUT)
+        return checkpoint_name(self.down(gelu(self.up(x))), MLP_OUTPUT)
 
 
 class TimeEmbedding(nnx.Module):
@@ -75,8 +199,8 @@ class TimeEmbedding(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         width = {"embed": cfg.dim}
-        self.hidden = dense({"frequency": 2 * TIME_FREQUENCIES}, width, dtype=jnp.float32, rngs=rngs)
-        self.out = dense(width, {"embed_out": cfg.dim}, dtype=jnp.float32, rngs=rngs)
+        self.hidden = Linear({"frequency": 2 * TIME_FREQUENCIES}, width, dtype=jnp.float32, rngs=rngs)
+        self.out = Linear(width, {"embed_out": cfg.dim}, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, t: Float[Array, "B P"]) -> Float32[Array, "B P M"]:
         frequency = jnp.exp(-math.log(10_000) * jnp.arange(TIME_FREQUENCIES) / TIME_FREQUENCIES)
@@ -89,9 +213,19 @@ class Modulation(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, count: int, *, rngs: nnx.Rngs):
         outputs = {"modulation": count, "embed_out": cfg.dim}
-        self.linear = dense({"embed": cfg.dim}, outputs, dtype=jnp.float32, rngs=rngs, zero=True)
+        self.linear = Linear({"embed": cfg.dim}, outputs, dtype=jnp.float32, rngs=rngs, zero=True)
 
-    def __call__(self, time: Float32[Array, "B P M"], slot: Float32[Array, "B N P"]) -> list[Float32[Array, "B N M"]]:
-        """`slot` is one-hot: a token's shot picks its modulation. A product, since its transpose is one too."""
-        per_shot = self.linear(nnx.silu(time))
-        return [jnp.einsum("bnp,bpm->bnm", slot, per_shot[:, :, i]) for i in range(per_shot.shape[2])]
+    def __call__(self, time: Float32[Array, "B P M"]) -> Float32[Array, "B P count M"]:
+        """`count` of them for each caption."""
+        return self.linear(nnx.silu(time))
+
+
+@typed
+def of_groups(
+    per_caption: Float32[Array, "B P count M"], slot: Float32[Array, "B groups P"]
+) -> list[Float32[Array, "B groups M"]]:
+    """Each group of tokens has its caption's. `slot` is one-hot, and a product's transpose is one too: no scatter."""
+    batch, captions, count, width = per_caption.shape
+    rows = per_caption.reshape(batch, captions, count * width)
+    spread = jnp.einsum("bjp,bpe->bje", slot, rows, precision=jax.lax.Precision.HIGHEST)
+    return jnp.split(spread, count, axis=2)

@@ -1,13 +1,20 @@
 """Interleaved 3-D rotary position embedding (LCT, section 3.2; the split of Wan 2.1).
 
-A head of size D holds D/2 pairs (x_0, x_1), (x_2, x_3), ...; the first pairs turn with t, the next with h, the rest
-with w. Pair i of an axis with d components turns by  position * theta ** (-2 i / d).
+A head of size D holds D/2 pairs (x_0, x_D/2), (x_1, x_D/2+1), ...: its halves, which lie together in memory. The first
+pairs turn with t, the next with h, the rest with w. Pair i of an axis with d components turns by
+position * theta ** (-2 i / d).
+
+Wan and LCT pair neighbours, (x_0, x_1), (x_2, x_3), ...; `halves` is the order of components in which such weights of
+queries and keys, and of their norms, compute the same here.
 """
 
 import jax.numpy as jnp
 import numpy as np
 
-from moc_jax.shapes import Array, Float, Float32, Int, typed
+from moc_jax.shapes import Array, Float32, Int, typed
+
+Turns = tuple[Float32[Array, "B N half"], Float32[Array, "B N half"]]
+"""Cosine and sine of the angle of each pair."""
 
 
 def axis_sizes(head_dim: int) -> tuple[int, int, int]:
@@ -26,10 +33,20 @@ def rope_angles(positions: Int[Array, "B N 3"], head_dim: int, theta: float) -> 
     return jnp.concatenate(parts, axis=-1)
 
 
-@typed
-def rotate(x: Float[Array, "B N H D"], angles: Float32[Array, "B N half"]) -> Float[Array, "B N H D"]:
-    """Turns every pair of every head; in float32, returned in x's type."""
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+def turns_of(angles: Float32[Array, "B N half"]) -> Turns:
+    """Their cosines and sines, which every layer uses."""
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float32[Array, "B N H D"], turns: Turns) -> Float32[Array, "B N H D"]:
+    """Turns every pair of every head."""
+    pairs = x.reshape(*x.shape[:3], 2, -1)
+    cos, sin = (each[:, :, None, None] for each in turns)
+    signs = jnp.array([-1.0, 1.0])[None, None, None, :, None]
+    # Exchanged halves instead of parts put together: compilers fuse it with what is before and behind.
+    return (pairs * cos + jnp.flip(pairs, axis=3) * (sin * signs)).reshape(x.shape)
+
+
+def halves(head_dim: int) -> np.ndarray:
+    """Components of pairs of neighbours, (0, 1), (2, 3), ..., in this module's order: 0, 2, ..., 1, 3, ..."""
+    return np.arange(head_dim).reshape(-1, 2).T.ravel()

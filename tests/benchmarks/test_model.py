@@ -64,6 +64,14 @@ def test_the_size_is_wans():
     assert parameter_count(model.WAN_1_3B) == pytest.approx(30 * 2 * per_stream, rel=0.02)
 
 
+@pytest.mark.parametrize(("case", "parameters", "tokens"), [("base", 759e6, 2 * 9_648), ("small", 115e6, 4 * 2_448)])
+def test_a_case_is_a_model_and_its_scenes(case, parameters, tokens):
+    args = model.CASES[case]
+    described = model._describe(args, model.make_scene(args))
+    assert (described["parameters"], described["tokens"]) == (pytest.approx(parameters, rel=0.01), tokens)
+    assert described["forward_flops"]["moc"] < described["forward_flops"]["dense"]
+
+
 def test_what_does_not_fit_is_told(monkeypatch):
     class Small:
         @staticmethod

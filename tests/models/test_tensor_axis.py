@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moc_jax.config import MMDiTConfig
-from moc_jax.models.layers import dense
+from moc_jax.models.layers import Linear
 from moc_jax.models.mmdit import MMDiT
 from moc_jax.models.mmdit.block import StreamBlock
 from moc_jax.sharding import AXES, logical_axes, tree_shardings
@@ -45,19 +45,19 @@ def collectives(function, shapes, shardings, out, mesh):
 
 def test_weights_are_named_by_what_they_are():
     logical = logical_axes(nnx.split(nnx.eval_shape(lambda: MMDiT(CFG, rngs=nnx.Rngs(0))), nnx.Param)[1])
-    assert logical["blocks", "video", "qkv", "kernel"] == ("layers", "embed", "qkv", "heads", "head_dim")
-    assert logical["blocks", "video", "qkv", "bias"] == ("layers", "qkv", "heads", "head_dim")
+    assert logical["blocks", "video", "qkv", "kernel"] == ("layers", "embed", "heads", "qkv", "head_dim")
+    assert logical["blocks", "video", "qkv", "bias"] == ("layers", "heads", "qkv", "head_dim")
     assert logical["blocks", "video", "out", "kernel"] == ("layers", "heads", "head_dim", "embed")
-    assert logical["blocks", "text", "modulation", "linear", "kernel"] == ("layers", "embed", "modulation", "embed_out")
+    assert logical["modulation", "text", "linear", "kernel"] == ("layers", "embed", "modulation", "embed_out")
     block = nnx.eval_shape(lambda: StreamBlock(CFG, rngs=nnx.Rngs(0)))
-    assert block.qkv.kernel.shape == (48, 3, 4, 12)
+    assert block.qkv.kernel.shape == (48, 4, 3, 12)
     assert block.out.kernel.shape == (4, 12, 48)
 
 
 def test_fresh_weights_are_those_of_the_whole_matrix():
     """Glorot's limit counts all inputs and all outputs, however many axes they have."""
     embed, heads = {"embed": 48}, {"qkv": 3, "heads": 4, "head_dim": 12}
-    kernel = dense(embed, heads, dtype=jnp.float32, rngs=nnx.Rngs(0)).kernel[...]
+    kernel = Linear(embed, heads, dtype=jnp.float32, rngs=nnx.Rngs(0)).kernel[...]
     matrix = nnx.Linear(48, 144, kernel_init=nnx.initializers.xavier_uniform(), rngs=nnx.Rngs(0)).kernel[...]
     np.testing.assert_array_equal(kernel.reshape(48, 144), matrix)
     assert float(jnp.abs(kernel).max()) == pytest.approx(np.sqrt(6 / (48 + 144)), rel=1e-2)
@@ -71,12 +71,14 @@ def test_projections_move_nothing_between_the_heads_devices(sizes):
     batch, heads = NamedSharding(mesh, BATCH), NamedSharding(mesh, HEADS)
     h, attended = (jax.ShapeDtypeStruct((4, TOKENS, *shape), jnp.float32) for shape in ((48,), (4, 12)))
 
+    turns = jnp.ones((4, TOKENS, 6)), jnp.zeros((4, TOKENS, 6))
+
     def project(weights, h):
-        return nnx.merge(graph, weights).project(h)
+        return nnx.merge(graph, weights).project(h, turns)
 
     def loss(weights, h, attended):
         block = nnx.merge(graph, weights)
-        return sum(jnp.sum(each * attended) for each in block.project(h)) + jnp.sum(block.out(attended) ** 2)
+        return sum(jnp.sum(each * attended) for each in block.project(h, turns)) + jnp.sum(block.out(attended) ** 2)
 
     forward = collectives(project, (weights, h), (places, batch), (heads,) * 3, mesh)
     assert set(forward) == ({"all-gather"} if "fsdp" in sizes else set()), forward

@@ -88,8 +88,8 @@ def test_what_can_not_be_resumed_is_refused_before_any_video_is_opened(first, mo
     assert initial_codec(first) is None
     with pytest.raises(ConfigError, match=r"can't be resumed .*: model\.mlp_ratio is 4\.0 there and 2\.0"):
         initial_codec(changed(first, model={"mlp_ratio": 2.0}))
-    monkeypatch.setattr("moc_jax.checkpoint_layout.FORMAT", 3)
-    with pytest.raises(CheckpointError, match=r"is of format 2, .* reads format 3\. Resume or sample it with"):
+    monkeypatch.setattr("moc_jax.checkpoint_layout.FORMAT", 4)
+    with pytest.raises(CheckpointError, match=r"is of format 3, .* reads format 4\. Resume or sample it with"):
         initial_codec(first)
 
 

@@ -13,13 +13,13 @@ from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
 from moc_jax.attention.residuals import RESIDUALS
 from moc_jax.config import MMDiTConfig, MoCConfig, Remat
 from moc_jax.models.family import Routed
-from moc_jax.models.layers import MLP_OUTPUT, Modulation, TimeEmbedding, dense, layer_norm
-from moc_jax.models.mmdit.block import Attend, Slots, stacked_blocks
+from moc_jax.models.layers import MLP_OUTPUT, Linear, Modulation, TimeEmbedding, modulated_norm, of_groups
+from moc_jax.models.mmdit.block import Attend, Block, BlockModulation, Slots, stacked
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
-from moc_jax.models.rope import rope_angles
-from moc_jax.scene import ChunkTable, SceneLengths, chunk_table, positions
+from moc_jax.models.rope import Turns, rope_angles, turns_of
+from moc_jax.scene import ChunkTable, SceneLengths, chunk_table, frame_shot, positions
 from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
-from moc_jax.sharding import batch_sharded
+from moc_jax.sharding import batch_sharded, key_path
 
 _policies = jax.checkpoint_policies
 _of_attention = _policies.save_only_these_names(*RESIDUALS)
@@ -42,11 +42,12 @@ class MMDiT(nnx.Module):
         dtype = jnp.dtype(cfg.dtype)
         width = cfg.patch_size * cfg.latent_channels
         self.time = TimeEmbedding(cfg, rngs=rngs)
-        self.text_in = dense({"text": cfg.text_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
-        self.video_in = dense({"patch": width}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
-        self.blocks = stacked_blocks(cfg, rngs)
+        self.text_in = Linear({"text": cfg.text_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
+        self.video_in = Linear({"patch": width}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
+        self.modulation = stacked(BlockModulation, cfg, rngs)
+        self.blocks = stacked(Block, cfg, rngs)
         self.final_modulation = Modulation(cfg, 2, rngs=rngs)
-        self.final = dense({"embed": cfg.dim}, {"patch": width}, dtype=jnp.float32, rngs=rngs, zero=True)
+        self.final = Linear({"embed": cfg.dim}, {"patch": width}, dtype=jnp.float32, rngs=rngs, zero=True)
 
     @staticmethod
     def matrix_flops(cfg: MMDiTConfig, text_tokens: int, video_tokens: int) -> int:
@@ -119,39 +120,48 @@ class MMDiT(nnx.Module):
         cfg = self.cfg
         shape, lengths = scene_shape(cfg, video.shape, text.shape, lengths)
         table = chunk_table(lengths, shape, moc.chunk)
-        angles = rope_angles(positions(lengths, shape), cfg.head_dim, cfg.rope_theta)
-        slot = jax.nn.one_hot(table.token_shot + 1, shape.shots + 1)  # the global caption is slot 0
-        slots = slot[:, : shape.text_tokens], slot[:, shape.text_tokens :]
+        turns = turns_of(rope_angles(positions(lengths, shape), cfg.head_dim, cfg.rope_theta))
+        captions = shape.shots + 1  # the global one is the first
+        of_text = jax.nn.one_hot(table.token_shot[:, : shape.text_tokens] + 1, captions)
+        of_frames = jax.nn.one_hot(frame_shot(lengths.shot_frames, shape.frames) + 1, captions)
+        slots = of_text, of_frames
         time = self.time(jnp.pad(t.astype(jnp.float32), ((0, 0), (1, 0))))
 
         dtype = jnp.dtype(cfg.dtype)
         streams = self.text_in(text.astype(dtype)), self.video_in(tokens_of(video, cfg.patch).astype(dtype))
         attend = _over_the_scene(attention, table, moc, with_routes)
-        (_, x), routes = self._run_blocks(streams, time, slots, angles, attend, key)
+        (_, x), routes = self._run_blocks(streams, time, slots, turns, attend, key)
 
-        shift, scale = self.final_modulation(time, slots[1])
-        return video_of(self.final(layer_norm(x) * (1 + scale) + shift), shape, cfg.patch), routes, table
+        shift, scale = of_groups(self.final_modulation(time), slots[1])
+        x = modulated_norm(x, scale, shift, jnp.dtype(jnp.float32))
+        return video_of(self.final(x), shape, cfg.patch), routes, table
 
     def _run_blocks(
         self,
         streams: Streams,
         time: Float32[Array, "B P M"],
         slots: Slots,
-        angles: Float32[Array, "B N half"],
+        turns: Turns,
         attend: Attend,
         key: Key[Array, ""] | None,
     ) -> tuple[Streams, Int[Array, "depth B H N K"] | None]:
         graph, weights = nnx.split(self.blocks)
+        dtype = jnp.dtype(self.cfg.dtype)  # of all weights but the norms': one pass, and what layers read is half
+        weights = jax.tree.map_with_path(lambda path, x: x if "scale" in key_path(path) else x.astype(dtype), weights)
+        # Modulation is per caption: of all layers at once, and outside of what is recomputed.
+        of_modulation, stack = nnx.split(self.modulation)
+        times = jnp.broadcast_to(time[None], (self.cfg.depth, *time.shape))
+        modulations = jax.vmap(lambda layer, time: nnx.merge(of_modulation, layer)(time))(stack, times)
 
         def body(streams, layer):
-            weights, index = layer
+            weights, modulations, index = layer
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            text, video, routes = nnx.merge(graph, weights)(*streams, time, slots, angles, attend, layer_key)
+            text, video, routes = nnx.merge(graph, weights)(*streams, modulations, slots, turns, attend, layer_key)
             return (text, video), routes
 
         if self.cfg.remat != "none":
             body = jax.checkpoint(body, policy=_KEPT[self.cfg.remat], prevent_cse=False)  # scan keeps passes apart
-        return lax.scan(body, streams, (weights, jnp.arange(self.cfg.depth)))
+        return lax.scan(body, streams, (weights, modulations, jnp.arange(self.cfg.depth)))
 
 
 def _over_the_scene(attention: SceneAttention, table: ChunkTable, moc: MoCConfig, with_routes: bool) -> Attend:

@@ -1,0 +1,84 @@
+"""Where a launch's time on the device goes, by what its kernels do."""
+
+import collections
+import dataclasses
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable
+
+import jax
+from jax.profiler import ProfileData, ProfileOptions
+
+# By the names of kernels: our attention and cuDNN's, and matrix products of cuBLAS and of XLA's own making. Routing,
+# sorting, gathers and merges are none of these.
+_ATTENTION = re.compile(r"moc_(forward|backward|query_gradients|key_gradients)|cudnn.*(prop|sdpa|flash)|fmha|flash")
+_PRODUCT = re.compile(r"gemm|nvjet|cutlass|cublas|splitK|^dot|_dot_", re.IGNORECASE)
+_LONGEST = 24  # kernels that are listed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+    """Milliseconds of one launch on the device."""
+
+    attention: float
+    products: float
+    other: float
+    kernels: int
+    longest: dict[str, float]  # of the others, by name
+
+    @property
+    def outside(self) -> float:
+        """The share of the kernels' time that is neither attention nor a matrix product."""
+        return self.other / (self.attention + self.products + self.other)
+
+
+def traced(launch: Callable[[], object]) -> Split:
+    """Traces one launch, which must be compiled and warm.
+
+    Raises:
+        ValueError: the profiler saw nothing of a GPU.
+    """
+    options = ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder, profiler_options=options)
+        jax.block_until_ready(launch())
+        jax.profiler.stop_trace()
+        (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        return split_of(ProfileData.from_file(str(file)))
+
+
+def split_of(profile: ProfileData) -> Split:
+    """The kernels on the streams of the first GPU.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kinds, longest, count = collections.Counter(), collections.Counter(), 0
+    for plane in profile.planes:
+        if plane.name != "/device:GPU:0":
+            continue
+        for line in plane.lines:
+            if not (line.name or "").startswith("Stream"):
+                continue
+            for event in line.events:
+                kind = kind_of(event.name)
+                kinds[kind] += event.duration_ns / 1e6
+                count += 1
+                if kind == "other":
+                    longest[event.name] += event.duration_ns / 1e6
+    if not count:
+        raise ValueError("the profiler saw no kernel of a GPU")
+    return Split(
+        attention=kinds["attention"],
+        products=kinds["products"],
+        other=kinds["other"],
+        kernels=count,
+        longest={name: round(ms, 4) for name, ms in longest.most_common(_LONGEST)},
+    )
+
+
+def kind_of(kernel: str) -> str:
+    """`attention`, `products` or `other`."""
+    return "attention" if _ATTENTION.search(kernel) else "products" if _PRODUCT.search(kernel) else "other"

@@ -1,0 +1,96 @@
+"""The layers' own gradients against autodiff of their equations in float32, and what they keep for them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moc_jax.models.layers import gated_sum, gelu, modulated_norm, normed_heads, of_groups
+from moc_jax.models.rope import rotate
+
+B, GROUPS, EACH, M, H, D = 2, 3, 4, 24, 2, 8
+N = GROUPS * EACH
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def per_token(x):
+    return jnp.repeat(x, EACH, axis=1)
+
+
+def modulated_equation(x, scale, shift):
+    y = x - x.mean(axis=-1, keepdims=True)
+    y = y / jnp.sqrt((y**2).mean(axis=-1, keepdims=True) + 1e-6)
+    return y * (1 + per_token(scale)) + per_token(shift)
+
+
+def turned_equation(x, weight, cos, sin):
+    y = x / jnp.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * weight[None, None, None]
+    return rotate(y, (cos, sin))
+
+
+def heads_equation(qkv, q_weight, k_weight, cos, sin):
+    q, k, v = jnp.moveaxis(qkv, 3, 0)
+    return jnp.stack([turned_equation(q, q_weight, cos, sin), turned_equation(k, k_weight, cos, sin), v])
+
+
+ANGLES = normal(5, B, N, D // 2)
+CASES = {
+    "modulated_norm": (
+        lambda x, scale, shift: modulated_norm(x, scale, shift, x.dtype),
+        modulated_equation,
+        (normal(0, B, N, M) + 3, normal(1, B, GROUPS, M), normal(2, B, GROUPS, M)),
+    ),
+    "gated_sum": (
+        gated_sum,
+        lambda x, gate, y: x + per_token(gate) * y,
+        (normal(0, B, N, M), normal(1, B, GROUPS, M), normal(2, B, N, M)),
+    ),
+    "normed_heads": (
+        lambda qkv, *weights: jnp.stack(normed_heads(qkv, *weights, (jnp.cos(ANGLES), jnp.sin(ANGLES)))),
+        lambda qkv, *weights: heads_equation(qkv, *weights, jnp.cos(ANGLES), jnp.sin(ANGLES)),
+        (normal(0, B, N, H, 3, D), normal(1, D), normal(2, D)),
+    ),
+    "gelu": (gelu, functools.partial(nnx.gelu, approximate=True), (2 * normal(0, B, N, M),)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_those_of_the_equation(name):
+    function, equation, inputs = CASES[name]
+    with jax.numpy_rank_promotion("allow"):
+        out, vjp = jax.vjp(function, *inputs)
+        expected, expected_vjp = jax.vjp(equation, *inputs)
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+        d_out = normal(9, *out.shape)
+        for mine, theirs in zip(vjp(d_out), expected_vjp(d_out), strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_but_inputs_and_numbers_per_row_is_kept_and_bfloat16_stays_so(name):
+    """Float32 copies of the tokens are what filled memory and time."""
+    function, _, inputs = CASES[name]
+    low = [x.astype(jnp.bfloat16) if x.ndim > 2 and x.shape[1] == N else x for x in inputs]
+    out, vjp = jax.eval_shape(lambda *x: jax.vjp(function, *x), *low)
+    assert out.dtype == jnp.bfloat16
+    for kept in jax.tree.leaves(vjp):
+        assert kept.dtype == jnp.bfloat16 or kept.size < low[0].size, kept
+    gradients = jax.eval_shape(lambda out, *x: jax.vjp(function, *x)[1](out), out, *low)
+    assert [(x.dtype, x.shape) for x in gradients] == [(x.dtype, x.shape) for x in low]
+
+
+def test_each_group_has_its_captions_numbers_to_the_bit():
+    per_caption = normal(0, B, 4, 2, M)
+    slot = jnp.array([[0, 3, 1], [2, 2, -1]])
+    found = of_groups(per_caption, jax.nn.one_hot(slot, 4))
+    for i, each in enumerate(found):
+        expected = jnp.where(
+            slot[:, :, None] < 0, 0, jnp.take_along_axis(per_caption[:, :, i], slot[:, :, None], axis=1)
+        )
+        np.testing.assert_array_equal(each, expected)
