@@ -157,7 +157,9 @@ def test_drop_off_and_drop_in_change_training_only():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("remat", [pytest.param("dots", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize(
+    "remat", ["full", "attention", *(pytest.param(x, marks=pytest.mark.slow) for x in ("attention+mlp", "dots"))]
+)
 def test_rematerialisation_changes_no_gradient(remat):
     video, text, t = _inputs()
 
