@@ -36,12 +36,11 @@ from moc_jax.attention.pallas_gpu.multiprocessor import (
     result,
     ring_rows,
     swizzled,
-    tile_by_tile,
     tile_rows,
     with_accumulators,
     with_scores,
 )
-from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, walk
+from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, each_tile, walk
 from moc_jax.shapes import Array, Float, Float32, Int
 
 
@@ -82,7 +81,7 @@ def gradients(
     shares = plgpu.SMEM((2, COMPUTE, tiling.block, columns), jnp.float32, transforms=shares)
     return launch(
         "moc_gradients",
-        tile_by_tile(_tile),
+        _compute,
         _copy,
         job,
         inputs[:7],
@@ -109,6 +108,10 @@ def _whole_blocks(inputs: Inputs, block: int) -> Inputs:
     q, d_out = (jnp.pad(x, ((0, 0), more, (0, 0), (0, 0))) for x in (inputs.q, inputs.d_out))
     lse, delta = (jnp.pad(x, ((0, 0), (0, 0), more)) for x in (inputs.lse, inputs.delta))
     return inputs._replace(q=q, d_out=d_out, lse=lse, delta=delta)
+
+
+def _compute(refs: Refs, job: Job, warpgroup):
+    each_tile(refs.table_gmem_ref, job, functools.partial(_tile, refs, job, warpgroup), jnp.int32(0))
 
 
 def _tile(refs: Refs, job: Job, warpgroup, item, start, line, used, steps):

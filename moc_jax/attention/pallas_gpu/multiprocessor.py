@@ -135,15 +135,6 @@ def _split_roles(refs: Refs, job: Job, compute, copy, keep) -> None:
             each_tile(refs.table_gmem_ref, job, functools.partial(keep, refs, job), jnp.int32(0))
 
 
-def tile_by_tile(tile):
-    """compute(refs, job, warpgroup) that calls tile(refs, job, warpgroup, ...) as `each_tile` does."""
-
-    def compute(refs: Refs, job: Job, warpgroup):
-        each_tile(refs.table_gmem_ref, job, functools.partial(tile, refs, job, warpgroup), jnp.int32(0))
-
-    return compute
-
-
 def copy_tile(refs: Refs, job: Job, sources, used) -> None:
     """Brings what belongs to a tile, `used` tiles after the thread block's first."""
     full, free = refs.tile_barrier_refs
