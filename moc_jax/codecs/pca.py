@@ -20,7 +20,8 @@
 (c) Reconstruction. Patches are alike where they meet, so a patch's neighbors tell something of what its own latents
     lack: to the m + sum_c z_c u_c s_c^w / a of (2) comes a linear function of its latents and its neighbors', by
     ridge regression of what is missing. Neighbors are the next in rows and columns and, but for the first frame, in
-    time; beyond the edges, the patch itself. A first frame's reconstruction needs no other frame.
+    time; beyond the edges, the patch itself. A first frame's reconstruction needs no other frame. What is added is
+    orthogonal to all u_c, so a reconstruction has the latents that it was made from.
 """
 
 import dataclasses

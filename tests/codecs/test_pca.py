@@ -117,6 +117,12 @@ def test_latents_know_no_later_frame(clips, codec):
     np.testing.assert_allclose(codec.encode(clips[0])[:2], codec.encode(clips[0][:5]), atol=1e-6)
 
 
+def test_what_was_decoded_has_the_same_latents(clips, codec):
+    """What neighbors add is no part of what the latents hold, so that pictures can be encoded again and again."""
+    latents = codec.encode(0.4 * clips[0])
+    np.testing.assert_allclose(codec.encode(codec.decode(latents)), latents, atol=1e-4)
+
+
 def test_patches_have_no_visible_edges():
     """Of a smooth picture with few channels, neighbors across a border differ no more than neighbors inside a patch."""
     y, x, n = np.mgrid[:48, :64, :9]
