@@ -18,6 +18,7 @@ import os
 import pathlib
 import pickle
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -44,7 +45,7 @@ _TRACED = (
     "beartype",
 )  # whose code programs are made of
 _FLAGS = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
-_UNFIT = {"cpu"}  # platforms: there jax serializes what it found in its own cache without the machine code
+_UNFIT = {"cpu"}  # platforms, of which nothing says which machine's instructions a program takes
 _RUNTIMES = {"gpu": "jax.experimental.mosaic.gpu"}  # loads what kernels call; tracing one would have imported it
 _folder: epath.Path | None = None  # of `kept_programs`, while it runs
 _FAILED = re.compile(r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)", re.DOTALL)
@@ -94,7 +95,29 @@ def built(mesh: jax.sharding.Mesh, function: jax.stages.Wrapped, *args: object) 
     with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
         with garbage_left():
             lowered = function.lower(*args)
-        return lowered.compile()
+        _listen()
+        hits = _built.hits
+        program = lowered.compile()
+        _built.last_was_found = _built.hits > hits
+        return program
+
+
+class _Built(threading.local):
+    """Of this thread: how many programs jax found in its cache, and whether the last `built` one was among them."""
+
+    hits = 0
+    last_was_found = False
+
+
+_built = _Built()
+
+
+@functools.cache
+def _listen() -> None:
+    def heard(event: str, **_: object) -> None:
+        _built.hits += event == "/jax/compilation_cache/cache_hits"
+
+    jax.monitoring.register_event_listener(heard)
 
 
 # ------------------------------------------------------------------------------------------------ found without tracing
@@ -124,9 +147,12 @@ def find_program(made_of: object, devices: Sequence[jax.Device]) -> jax.stages.C
 
 
 def keep_program(made_of: object, devices: Sequence[jax.Device], program: jax.stages.Compiled) -> None:
-    """Keeps it where `find_program` looks; where that fails, the next start traces it again."""
+    """Keeps what this thread has `built` where `find_program` looks; where that fails, the next start traces it again.
+
+    What jax found in its own cache may lack the machine code when it is serialized again, which shows when it runs.
+    """
     file = _program_file(made_of, devices)
-    if file is None or is_address(file):
+    if file is None or is_address(file) or _built.last_was_found:
         return
     with contextlib.suppress(Exception):  # some can't be serialized, and jax reports a folder that can't be written
         data = pickle.dumps(serialize_executable.serialize(program))

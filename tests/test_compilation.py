@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from moc_jax.compilation import find_program, kept_program, kept_programs, prune, user_folder
+from moc_jax.compilation import built, find_program, kept_program, kept_programs, prune, user_folder
+
+NO_MESH = jax.sharding.get_mesh()
 
 # ------------------------------------------------------------------------------------------------ which folder
 
@@ -93,7 +95,7 @@ def traced(tmp_path, as_usual, monkeypatch):
             times.append(1)
             return x + 1
 
-        found = kept_program(made_of, jax.devices()[:1], lambda: jax.jit(f).lower(jnp.float32(1)).compile())
+        found = kept_program(made_of, jax.devices()[:1], lambda: built(NO_MESH, jax.jit(f), jnp.float32(1)))
         assert found(jnp.float32(2)) == 3
         return len(times)
 
@@ -121,6 +123,22 @@ def test_with_several_processes_each_one_traces(traced, monkeypatch):
     traced()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert [traced(), traced()] == [2, 3]
+
+
+def test_what_jax_found_in_its_own_cache_is_not_kept_again(tmp_path, as_usual, monkeypatch):
+    """Serialized once more it might not run."""
+    monkeypatch.setattr("moc_jax.compilation._UNFIT", set())
+    x = jnp.float32(1)
+
+    def kept(name):
+        devices = jax.devices()[:1]
+        kept_program(name, devices, lambda: built(NO_MESH, jax.jit(lambda x: x * 7.75), x))
+        return find_program(name, devices) is not None
+
+    with kept_programs(str(tmp_path)):
+        assert kept("compiled here")
+        jax.clear_caches()
+        assert not kept("found by jax")
 
 
 def test_a_program_that_was_cut_off_is_replaced(traced, tmp_path):
