@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moc_jax.attention.layout import Tiles
-from moc_jax.attention.pallas_gpu.device import COMPUTE
+from moc_jax.attention.pallas_gpu.device import COMPUTE, Hopper
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, Ref, each_tile, walk
 from moc_jax.shapes import Array
 
@@ -26,7 +26,7 @@ class Refs(NamedTuple):
 
     input_gmem_refs: tuple[Ref, ...]  # q, k, v and what else it reads
     table_gmem_ref: Ref  # of tiles
-    first_head_gmem_ref: Ref  # of k and v, the kernel's first
+    first_head_gmem_ref: Ref  # of k and v, the kernel's first; then how tiles are dealt
     output_gmem_refs: tuple[Ref, ...]
     tile_smem_refs: tuple[Ref, ...]  # what belongs to a tile
     ring_smem_refs: tuple[Ref, ...]  # what comes block after block
@@ -63,6 +63,7 @@ def launch(name: str, compute, copy, job: Job, inputs, tiles: Tiles, first_head,
         return tuple(plgpu.Barrier(num_barriers=count, num_arrivals=a) for a in arrivals)
 
     of_tile, of_block = arrivals
+    deal = tiles.deal if job.dealt else None
     return plgpu.kernel(
         kernel,
         out_type=outputs,
@@ -74,7 +75,7 @@ def launch(name: str, compute, copy, job: Job, inputs, tiles: Tiles, first_head,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=job.interpret,
-    )(*inputs, tiles.table, first_head)
+    )(*inputs, tiles.table, first_head if deal is None else jnp.concatenate([first_head, deal]))
 
 
 def _split_roles(refs: Refs, job: Job, compute, copy) -> None:
@@ -90,14 +91,16 @@ def _split_roles(refs: Refs, job: Job, compute, copy) -> None:
     def _():
         plgpu.set_max_registers(job.tiling.copy_registers, action="decrease")
         first_head = refs.first_head_gmem_ref[0]
-        each_tile(refs.table_gmem_ref, job, functools.partial(copy, refs, job, first_head), jnp.int32(0))
+        copy_one = functools.partial(copy, refs, job, first_head)
+        each_tile(refs.table_gmem_ref, job, copy_one, jnp.int32(0), refs.first_head_gmem_ref)
 
 
 def tile_by_tile(tile):
     """compute(refs, job, warpgroup) that calls tile(refs, job, warpgroup, ...) as `each_tile` does."""
 
     def compute(refs: Refs, job: Job, warpgroup):
-        each_tile(refs.table_gmem_ref, job, functools.partial(tile, refs, job, warpgroup), jnp.int32(0))
+        tile_of = functools.partial(tile, refs, job, warpgroup)
+        each_tile(refs.table_gmem_ref, job, tile_of, jnp.int32(0), refs.first_head_gmem_ref)
 
     return compute
 
@@ -156,7 +159,7 @@ class _Registers:
         self.value = value
 
 
-def with_accumulators(function: Callable[..., None], job: Job, accumulators, others=()) -> tuple[Array, ...]:
+def with_accumulators(function: Callable[..., None], job: Job | Hopper, accumulators, others=()) -> tuple[Array, ...]:
     """What `accumulators` (float32 matrices) and `others` hold after function(*refs of them all)."""
     if job.interpret is not None:
         refs = [_Registers(x) for x in (*accumulators, *others)]
@@ -194,6 +197,6 @@ def result(acc_ref: Ref, pending: int) -> Array:
     return plgpu.wgmma_accumulator_load(acc_ref, wait_n=pending)
 
 
-def multiplied(acc: Array, a: Array, b_smem_ref: Ref, job: Job) -> Array:
+def multiplied(acc: Array, a: Array, b_smem_ref: Ref, job: Job | Hopper) -> Array:
     """acc + a @ b."""
     return with_accumulators(lambda acc_ref: multiply(acc_ref, a, b_smem_ref), job, [acc])[0]
