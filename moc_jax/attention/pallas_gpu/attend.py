@@ -21,6 +21,7 @@ within 1 GiB. FLOPs: 4 * D per attended pair forward, 10 * D backward.
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
