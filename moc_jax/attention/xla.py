@@ -52,6 +52,7 @@ from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, typed
 
 _LARGE = 8192  # tokens from which a scene is large
+_LEAST = 64  # tokens of a chunk whose equal parts make no steps that are too small
 _ROUTE_BLOCK = 2048  # queries scored at a time
 
 
@@ -76,11 +77,12 @@ class XlaTiling:
 
 def default_tiling(tokens: int, max_chunk: int, picks: int, cfg: MoCConfig) -> XlaTiling:
     """Small steps for small scenes, large ones for large scenes: on an accelerator a step costs some kernel launches,
-    whatever its size. Chunks are walked in equal blocks, and by equal tiles where each has anchors of its own. A
-    routed tile is at most half of the picks * max_chunk queries that pick a chunk on average, since each chunk's last
-    tile is half empty."""
-    tile, block = (128, 128) if tokens < _LARGE else (2048, 2560)
-    by_chunk = cfg.mode == "moc" and cfg.self_anchor in ("chunk", "window")
+    whatever its size. Chunks are walked in equal blocks, and by equal tiles where each has anchors of its own; so are
+    shots of small scenes, which are a few whole chunks. A routed tile is at most half of the picks * max_chunk queries
+    that pick a chunk on average, since each chunk's last tile is half empty."""
+    small = tokens < _LARGE
+    tile, block = (128, 128) if small else (2048, 2560)
+    by_chunk = cfg.mode == "moc" and (cfg.self_anchor in ("chunk", "window") or (small and max_chunk >= _LEAST))
     reach = max_chunk * (2 * cfg.window + 1 if cfg.self_anchor == "window" else 1)
     return XlaTiling(
         anchor_tile=_equal(max_chunk, tile) if by_chunk else tile,

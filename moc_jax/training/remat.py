@@ -21,13 +21,15 @@ POLICIES: tuple[Remat, ...] = "dots", "attention+mlp", "attention", "full"
 # While a block is differentiated: numbers per token and unit of width, and bytes whatever the size. Measured on an H200
 # from 10 thousand tokens to 180 thousand; steps needed between 96 and 103 % of what this comes to.
 _BLOCK, _FIXED = 50, 2**28
+_WIDE = 1024  # up to this width, `dots` is as fast as `attention+mlp` or slower: small products cost what copies do
 _USABLE = 0.95  # of a device's memory; the rest is for batches that wait and for gaps between arrays
 
 
 def choose(model: ModelConfig, moc: MoCConfig, state: TrainState, tokens: int, memory: int) -> tuple[Remat, str]:
     """The fastest policy for `tokens` on a device with `memory` bytes, the last one if none fits; and why."""
-    needs = {policy: needed_bytes(model, policy, moc, state, tokens) for policy in POLICIES}
-    fits = [policy for policy in POLICIES if needs[policy] <= _USABLE * memory]
+    policies = POLICIES if model.dim > _WIDE else POLICIES[1:]
+    needs = {policy: needed_bytes(model, policy, moc, state, tokens) for policy in policies}
+    fits = [policy for policy in policies if needs[policy] <= _USABLE * memory]
     shown = ", ".join(f"{policy} {need / 2**30:.3g}" for policy, need in needs.items())
     what = "the fastest that fits" if fits else "none surely fits"
     return (*fits, POLICIES[-1])[0], f"{what} {memory / 2**30:.3g} GiB; needed are about, in GiB: {shown}"

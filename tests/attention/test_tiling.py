@@ -92,6 +92,12 @@ def test_anchors_of_single_chunks_are_walked_in_equal_parts(cfg, tile, block):
     assert (tiling.anchor_tile, tiling.anchor_block) == (tile, block)
 
 
+@pytest.mark.parametrize(("chunk", "size"), [(80, 80), (300, 112), (16, 128)])
+def test_shots_of_small_scenes_are_walked_in_parts_of_chunks(chunk, size):
+    tiling = xla.default_tiling(1_503, chunk, 3, MoCConfig())
+    assert (tiling.anchor_tile, tiling.anchor_block) == (size, size)
+
+
 def test_a_tiling_that_cannot_be_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         xla.XlaTiling(routed_tile=0)

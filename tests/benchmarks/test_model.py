@@ -26,9 +26,9 @@ def test_both_steps_are_stored(tmp_path):
     model.run([*size, *network, "--moc.chunk.size", "4", "--attention.backend", "xla", "--out", str(tmp_path)])
     (file,) = tmp_path.glob("model-*.json")
     entries = json.loads(file.read_text())["entries"]
-    assert [name.endswith(", remat dots") for name in entries] == [False, True]  # what a run would choose here
+    assert [name.endswith(", remat attention+mlp") for name in entries] == [False, True]  # what a run would choose here
     denoising, entry = entries.values()
-    assert entry["model"]["remat"] == "dots"
+    assert entry["model"]["remat"] == "attention+mlp"
     assert entry["tokens"] == denoising["tokens"] == 2 * 2 * 2 * 2 + 3 * 2
     assert [*denoising["steps"], *entry["steps"]] == ["denoising", "training"]
     for step in (denoising["steps"]["denoising"], entry["steps"]["training"]):

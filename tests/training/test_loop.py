@@ -193,12 +193,12 @@ def test_what_must_stay(parts, field):
 @pytest.mark.long
 def test_what_auto_chose_is_told_saved_and_kept(start, tmp_path, capsys, monkeypatch):
     start(model={"remat": "auto"}, train={"steps": 1})
-    assert "model.remat dots, by auto: the fastest that fits" in capsys.readouterr().out
-    assert newest_config(str(tmp_path / "run")).model.remat == "dots"
+    assert "model.remat attention+mlp, by auto: the fastest that fits" in capsys.readouterr().out
+    assert newest_config(str(tmp_path / "run")).model.remat == "attention+mlp"
     monkeypatch.setattr("moc_jax.training.start.device_memory", lambda: 1)
     start(model={"remat": "auto"}, train={"steps": 2})
     out = capsys.readouterr().out
-    assert "model.remat dots, by auto: the run began with it" in out
+    assert "model.remat attention+mlp, by auto: the run began with it" in out
     assert "model.remat was" not in out
 
 

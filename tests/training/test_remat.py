@@ -48,14 +48,15 @@ def test_what_is_kept_is_counted():
 
 
 def test_the_fastest_that_fits_is_chosen():
-    state = blueprint_of(AUTO, mesh_of(1)).abstract
-    needs = [remat.needed_bytes(AUTO.model, policy, AUTO.moc, state, TOKENS) for policy in remat.POLICIES]
+    state, wide = BLUEPRINT.abstract, dataclasses.replace(AUTO.model, dim=2048)
+    needs = [remat.needed_bytes(wide, policy, AUTO.moc, state, TOKENS) for policy in remat.POLICIES]
     assert needs == sorted(needs, reverse=True)
     for policy, need in zip(remat.POLICIES, needs):
-        chosen, why = remat.choose(AUTO.model, AUTO.moc, state, TOKENS, int(need / 0.95) + 1)
+        chosen, why = remat.choose(wide, AUTO.moc, state, TOKENS, int(need / 0.95) + 1)
         assert chosen == policy
         assert "the fastest that fits" in why
-    chosen, why = remat.choose(AUTO.model, AUTO.moc, state, TOKENS, need)
+    assert remat.choose(AUTO.model, AUTO.moc, state, TOKENS, 2**40)[0] == "attention+mlp"  # narrow
+    chosen, why = remat.choose(wide, AUTO.moc, state, TOKENS, need)
     assert chosen == "full"
     assert "none surely fits" in why
 

@@ -9,7 +9,7 @@ import pytest
 
 from moc_jax.data import prepare
 from moc_jax.signals import Interrupted, Signals
-from moc_jax.training import loop
+from moc_jax.training import loop, validation
 from moc_jax.training.lock import LockError
 from moc_jax.training.loop import train
 from moc_jax.training.metrics import Metrics, read_metrics
@@ -49,7 +49,8 @@ def batches(monkeypatch):
             call(len(count))
         return shard_batch(scene, mesh)
 
-    monkeypatch.setattr(loop, "shard_batch", shard_batch)
+    for module in (loop, validation):
+        monkeypatch.setattr(module, "shard_batch", shard_batch)
     return calls
 
 
