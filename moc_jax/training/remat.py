@@ -18,10 +18,10 @@ from moc_jax.training.state import TrainState, device_bytes
 
 # From the fastest to the one of least memory, as measured (docs/configs.md). `none` is slower than all of them.
 POLICIES: tuple[Remat, ...] = "dots", "attention+mlp", "attention", "full"
-# While a block is differentiated: numbers per token and unit of width, and bytes whatever the size. Measured on an H200
-# from 10 thousand tokens to 180 thousand; steps needed between 96 and 103 % of what this comes to.
+# While a block is differentiated: numbers per token and unit of width, and bytes whatever the size. Fitted to steps on
+# an H200 from 10 thousand tokens to 180 thousand, which needed between 95 and 100 % of what this comes to.
 _BLOCK, _FIXED = 50, 2**28
-_WIDE = 1024  # up to this width, `dots` is as fast as `attention+mlp` or slower: small products cost what copies do
+_WIDE = 1024  # at 512 `dots` was slower than `attention+mlp`, at 1024 as fast; wider is reckoned, not measured
 _USABLE = 0.95  # of a device's memory; the rest is for batches that wait and for gaps between arrays
 
 
