@@ -49,9 +49,48 @@ class Linear(nnx.Module):
         return out.reshape(*leading, *bias.shape)
 
 
-def over_groups(x: Float[Array, "B N M"], groups: int) -> Float[Array, "B groups each M"]:
-    """Tokens as `groups` of as many each, in float32: what is per group is broadcast, its gradient a sum."""
-    return x.astype(jnp.float32).reshape(x.shape[0], groups, x.shape[1] // max(groups, 1), x.shape[2])
+def _to_tokens(of_groups: Float32[Array, "B groups M"], tokens: int) -> Float32[Array, "B N M"]:
+    """Each token has its group's numbers; groups follow one another, of as many tokens each."""
+    if of_groups.shape[1] in (0, tokens):
+        return of_groups
+    tpu, default = (functools.partial(way, tokens=tokens) for way in (_looked_up, _repeated))
+    return jax.lax.platform_dependent(of_groups, tpu=tpu, default=default)
+
+
+def _sums(x: Float32[Array, "B N M"], groups: int) -> Float32[Array, "B groups M"]:
+    """The transpose of `_to_tokens`."""
+    if groups in (0, x.shape[1]):
+        return x
+    tpu, default = (functools.partial(way, groups=groups) for way in (_multiplied, _added))
+    return jax.lax.platform_dependent(x, tpu=tpu, default=default)
+
+
+def _repeated(x, tokens):
+    batch, groups, width = x.shape
+    return jnp.broadcast_to(x[:, :, None], (batch, groups, tokens // groups, width)).reshape(batch, tokens, width)
+
+
+def _added(x, groups):
+    return summed(x.reshape(x.shape[0], groups, x.shape[1] // groups, x.shape[2]), (2,))
+
+
+# Groups need not fill whole tiles of a TPU's memory, which would move all tokens to where they do: there, both are
+# products. Of a float32 number, two bfloat16 ones are looked up.
+
+
+def _looked_up(x, tokens):
+    high = x.astype(jnp.bfloat16)
+    parts = jnp.concatenate([high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)], axis=1)
+    of_group = jnp.tile(_one_hot(tokens, x.shape[1], jnp.bfloat16), (1, 2))
+    return jnp.einsum("nj,bjm->bnm", of_group, parts, preferred_element_type=jnp.float32)
+
+
+def _multiplied(x, groups):
+    return jnp.einsum("nj,bnm->bjm", _one_hot(x.shape[1], groups, jnp.float32), x)
+
+
+def _one_hot(tokens: int, groups: int, dtype: jax.typing.DTypeLike) -> Float[Array, "N groups"]:
+    return jax.nn.one_hot(jnp.arange(tokens) // (tokens // groups), groups, dtype=dtype)
 
 
 def summed(x: Float32[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, "..."]:
@@ -77,23 +116,23 @@ def _modulated_norm(x, scale, shift, dtype):
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + _EPSILON)
-    out = over_groups(y, scale.shape[1]) * (1 + scale[:, :, None]) + shift[:, :, None]
-    return out.reshape(x.shape).astype(dtype), (x, scale)
+    scale_of, shift_of = (_to_tokens(each, x.shape[1]) for each in (scale, shift))
+    return (y * (1 + scale_of) + shift_of).astype(dtype), (x, scale)
 
 
 def _modulated_norm_gradients(dtype, saved, d_out):
     x, scale = saved
-    d = over_groups(d_out, scale.shape[1])
+    d = d_out.astype(jnp.float32)
     # All that is summed over M follows from one pass. Less the first number, a large mean costs the variance nothing.
     from_first = x.astype(jnp.float32) - x[..., :1].astype(jnp.float32)
-    d_y = (d * (1 + scale[:, :, None])).reshape(x.shape)
+    d_y = d * (1 + _to_tokens(scale, x.shape[1]))
     mean, square, d_mean, along = (
         jnp.mean(each, axis=-1, keepdims=True) for each in (from_first, from_first**2, d_y, d_y * from_first)
     )
     inverse = jax.lax.rsqrt(square - mean**2 + _EPSILON)
     y = (from_first - mean) * inverse
     d_x = inverse * (d_y - d_mean - y * ((along - mean * d_mean) * inverse))
-    d_scale, d_shift = summed(d * over_groups(y, scale.shape[1]), (2,)), summed(d, (2,))
+    d_scale, d_shift = (_sums(each, scale.shape[1]) for each in (d * y, d))
     return d_x.astype(x.dtype), d_scale, d_shift
 
 
@@ -109,15 +148,15 @@ def gated_sum(
 
 
 def _gated_sum(x, gate, y):
-    added = (over_groups(y, gate.shape[1]) * gate[:, :, None]).reshape(x.shape)
+    added = y.astype(jnp.float32) * _to_tokens(gate, y.shape[1])
     return (x.astype(jnp.float32) + added).astype(x.dtype), (gate, y)
 
 
 def _gated_sum_gradients(saved, d_out):
     gate, y = saved
-    d = over_groups(d_out, gate.shape[1])
-    d_y = (d * gate[:, :, None]).reshape(y.shape).astype(y.dtype)
-    return d_out, summed(d * over_groups(y, gate.shape[1]), (2,)), d_y
+    d = d_out.astype(jnp.float32)
+    d_y = (d * _to_tokens(gate, y.shape[1])).astype(y.dtype)
+    return d_out, _sums(d * y.astype(jnp.float32), gate.shape[1]), d_y
 
 
 gated_sum.defvjp(_gated_sum, _gated_sum_gradients)

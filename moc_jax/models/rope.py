@@ -8,6 +8,7 @@ Wan and LCT pair neighbours, (x_0, x_1), (x_2, x_3), ...; `halves` is the order 
 queries and keys, and of their norms, compute the same here.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,11 +41,22 @@ def turns_of(angles: Float32[Array, "B N half"]) -> Turns:
 
 def rotate(x: Float32[Array, "B N H D"], turns: Turns) -> Float32[Array, "B N H D"]:
     """Turns every pair of every head."""
-    pairs = x.reshape(*x.shape[:3], 2, -1)
-    cos, sin = (each[:, :, None, None] for each in turns)
-    signs = jnp.array([-1.0, 1.0])[None, None, None, :, None]
-    # Exchanged halves instead of parts put together: compilers fuse it with what is before and behind.
-    return (pairs * cos + jnp.flip(pairs, axis=3) * (sin * signs)).reshape(x.shape)
+    cos, sin = turns
+    cos, sin = jnp.concatenate([cos, cos], axis=-1)[:, :, None], jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    return x * cos + jax.lax.platform_dependent(x, tpu=_permuted, default=_flipped) * sin
+
+
+# A head's halves exchanged, in the way that each compiler fuses with what is before and behind.
+
+
+def _flipped(x):
+    return jnp.flip(x.reshape(*x.shape[:3], 2, -1), axis=3).reshape(x.shape)
+
+
+def _permuted(x):
+    """By the matrix unit: a head fills the lanes of a TPU's register, and half of it does not."""
+    order = jnp.roll(jnp.eye(x.shape[3]), x.shape[3] // 2, axis=0)
+    return jnp.einsum("bnhd,de->bnhe", x, order, precision=jax.lax.Precision.HIGH)
 
 
 def halves(head_dim: int) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moc_jax.models import layers, rope
 from moc_jax.models.layers import gated_sum, gelu, modulated_norm, normed_heads, of_groups
 from moc_jax.models.rope import rotate
 
@@ -94,3 +95,21 @@ def test_each_group_has_its_captions_numbers_to_the_bit():
             slot[:, :, None] < 0, 0, jnp.take_along_axis(per_caption[:, :, i], slot[:, :, None], axis=1)
         )
         np.testing.assert_array_equal(each, expected)
+
+
+def test_a_tpus_ways_are_the_others():
+    """There, halves are exchanged and groups' numbers looked up by products."""
+    x = normal(0, B, N, H, D)
+    np.testing.assert_array_equal(rope._permuted(x), rope._flipped(x))
+    of_groups, tokens = normal(1, B, GROUPS, M), normal(2, B, N, M)
+    np.testing.assert_allclose(layers._looked_up(of_groups, N), layers._repeated(of_groups, N), rtol=2**-16)
+    np.testing.assert_allclose(layers._multiplied(tokens, GROUPS), layers._added(tokens, GROUPS), atol=1e-5)
+
+
+def test_each_compiler_is_given_its_way():
+    def lowered(platform):
+        shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, N, M), (B, GROUPS, M), (B, GROUPS, M))]
+        norm = jax.jit(lambda x, scale, shift: modulated_norm(x, scale, shift, x.dtype))
+        return norm.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+    assert ["dot_general" in lowered(platform) for platform in ("tpu", "cuda")] == [True, False]
