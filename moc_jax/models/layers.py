@@ -98,7 +98,11 @@ def summed(x: Float32[Array, "..."], axes: tuple[int, ...]) -> Float32[Array, ".
 
     XLA would rather sum along memory: it lays tokens out last, in all that is computed before, and transposes twice.
     """
-    return jnp.sum(with_layout_constraint(x, Layout(tuple(range(x.ndim)))), axis=axes)
+
+    def as_they_are(x):
+        return jnp.sum(with_layout_constraint(x, Layout(tuple(range(x.ndim)))), axis=axes)
+
+    return jax.lax.platform_dependent(x, tpu=functools.partial(jnp.sum, axis=axes), default=as_they_are)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
