@@ -297,8 +297,8 @@ def _moved(ways: Sequence[Entry], kinds: Container[str]) -> list[str]:
     cells = []
     for way in ways:
         found = [x for kind, x in way.items() if kind in kinds]
-        time = sum(x["ms"] for x in found) if all("ms" in x for x in found) else None
-        cells += [f"{sum(x['gb'] for x in found):.1f} GB", number(time, ".1f", " ms")]
+        times = [x["ms"] for x in found if "ms" in x]  # none before code is generated
+        cells += [f"{sum(x['gb'] for x in found):.1f} GB", number(sum(times) if times else None, ".1f", " ms")]
     return cells
 
 

@@ -41,12 +41,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Tokens and features are one axis each: products of more axes, and their gradients' above all, make compilers
-        lay tokens out innermost, and transpose everything around them."""
+        lay tokens out innermost, and transpose everything around them. The bias is added to the axes asked for: the TPU
+        compiler writes a product as these only where nothing stands between."""
         kernel, bias = (weight[...].astype(self.dtype) for weight in (self.kernel, self.bias))
         leading = x.shape[: x.ndim - (kernel.ndim - bias.ndim)]
         matrix = kernel.reshape(kernel.size // bias.size, bias.size)
-        out = x.astype(self.dtype).reshape(math.prod(leading), matrix.shape[0]) @ matrix + bias.reshape(1, bias.size)
-        return out.reshape(*leading, *bias.shape)
+        out = x.astype(self.dtype).reshape(math.prod(leading), matrix.shape[0]) @ matrix
+        return out.reshape(*leading, *bias.shape) + bias.reshape(*(1 for _ in leading), *bias.shape)
 
 
 def _to_tokens(of_groups: Float32[Array, "B groups M"], tokens: int) -> Float32[Array, "B N M"]:
