@@ -24,6 +24,7 @@ from benchmarks.tables import (
     separated,
     short_table,
     summary_table,
+    traffic_table,
 )
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -74,6 +75,15 @@ def report(folder: pathlib.Path) -> str:
     if estimates:
         tables = separated([estimate_table(estimates), *map(estimate_parts_table, estimates)])
         lines += ["## TPUs, the whole operation, estimated", "", *tables, "", *_provenance_of_files(estimates), ""]
+    if steps := results.load(folder, "tpu_step"):
+        lines += [
+            "## TPUs, a layer of a training step",
+            "",
+            *traffic_table(steps),
+            "",
+            *_provenance_of_files(steps),
+            "",
+        ]
     return "\n".join(lines)
 
 
