@@ -4,6 +4,9 @@ Compiling is what tests spend their time on, so they share the configs of `COVER
 """
 
 import itertools
+from collections.abc import Sequence
+
+import pytest
 
 from moc_jax.config import MoCConfig
 
@@ -28,6 +31,11 @@ COVERING = [
     )
     for i, (own, text) in enumerate(itertools.product(_SELF, _TEXT))
 ] + DENSE
+
+
+def every_other_long(configs: Sequence[MoCConfig]) -> list:
+    """Parameters of a test, of which half are left to `make test-long`."""
+    return [pytest.param(cfg, marks=[pytest.mark.long] * (i % 2)) for i, cfg in enumerate(configs)]
 
 
 def name(cfg: MoCConfig) -> str:

@@ -108,6 +108,7 @@ def test_gradient_to_an_unselected_chunk_is_exactly_zero(backend):
     assert not np.delete(np.asarray(dq), query, axis=1).any()
 
 
+@pytest.mark.long_interpreted
 def test_no_gradient_flows_through_scores(backend):
     """Gradients with the routes found on the way equal those with the same routes held fixed."""
     cfg = SINGLE_SHOT
@@ -172,6 +173,7 @@ def test_exchanging_unselected_chunks_changes_nothing(backend):
     np.testing.assert_array_equal(routes[picks], named[before[picks]])
 
 
+@pytest.mark.long_interpreted
 def test_padding_is_never_read(backend):
     cfg = SINGLE_SHOT
     q, k, v = qkv(0, TWO_SHOTS, backend=backend)

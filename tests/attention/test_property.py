@@ -16,7 +16,18 @@ from tests.attention.compiled import (
     outputs_and_gradients,
     routing,
 )
-from tests.attention.configs import COVERING, DENSE, EVERY, MULTI_SHOT, NO_ANCHORS, PAST, SINGLE_SHOT, WINDOW, name
+from tests.attention.configs import (
+    COVERING,
+    DENSE,
+    EVERY,
+    MULTI_SHOT,
+    NO_ANCHORS,
+    PAST,
+    SINGLE_SHOT,
+    WINDOW,
+    every_other_long,
+    name,
+)
 from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, LARGE, PAIR, qkv, random_scenes, table_of
 from tests.attention.tolerances import GRADIENT, OUTPUT, assert_close
 
@@ -50,7 +61,7 @@ INTERPRETED = [family for family in FAMILIES if family == ["pallas_tpu"]]
 
 
 @pytest.mark.parametrize("backends", [family for family in FAMILIES if family not in INTERPRETED], ids="-".join)
-@pytest.mark.parametrize("cfg", COVERING, ids=name)
+@pytest.mark.parametrize("cfg", every_other_long(COVERING), ids=name)
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @example(scenes=PAIR, kind="normal", seed=0)
 @given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))
@@ -63,7 +74,7 @@ SOME = [MULTI_SHOT, NO_ANCHORS, WINDOW, PAST[0], DENSE[0]]
 
 
 @pytest.mark.slow_interpreted(*(cfg for cfg in COVERING if cfg not in SOME))
-@pytest.mark.long_interpreted(MULTI_SHOT, WINDOW)
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("backends", INTERPRETED, ids="-".join)
 @pytest.mark.parametrize("cfg", COVERING, ids=name)
 @hypothesis.settings(max_examples=1, deadline=None, derandomize=True)

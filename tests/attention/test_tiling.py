@@ -20,7 +20,9 @@ LENGTHS = SceneLengths(jnp.array([[5, 1, 4]]), jnp.array([[3, 4, 0, 5]]))
         xla.XlaTiling(
             anchor_tile=512, anchor_block=1024, routed_tile=256, routed_block=640
         ),  # each larger than the scene
-        xla.XlaTiling(anchor_tile=16, anchor_block=48, routed_tile=32, routed_block=16),
+        pytest.param(
+            xla.XlaTiling(anchor_tile=16, anchor_block=48, routed_tile=32, routed_block=16), marks=pytest.mark.long
+        ),
         xla.XlaTiling(anchor_tile=7, anchor_block=5, routed_tile=9, routed_block=33),
     ],
 )

@@ -229,6 +229,7 @@ def test_neighbours_are_tilings_that_can_be():
     assert all(tiling != Hopper().tiles for tiling in found.values())
 
 
+@pytest.mark.long
 def test_autotune_measures_on_this_device():
     lines = []
     *_, found = autotune(
@@ -253,6 +254,7 @@ def options(**more):
     return [str(word) for name, value in (SCENE | SETTING | more).items() for word in (f"--{name}", value)]
 
 
+@pytest.mark.long
 def test_the_command_adds_to_its_file(tmp_path, capsys):
     file = tmp_path / "tilings.json"
     command.main(options(trials=1, out=file))

@@ -94,6 +94,7 @@ def test_a_batch_equals_its_storyboards_one_by_one():
         assert distance(np.concatenate(sample.latents), np.concatenate(alone.latents)) < 2e-4
 
 
+@pytest.mark.long
 def test_eight_devices_sample_what_one_does():
     boards = [THREE, TWO, *[make_board([(f"shot {n}", 0.4)]) for n in range(6)]]
     with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2))):
@@ -121,6 +122,7 @@ def test_padding_changes_nothing():
     assert distance(np.concatenate(exact.latents), np.concatenate(padded.latents)) < 2e-4
 
 
+@pytest.mark.long
 def test_settings_reach_the_model():
     base = run(THREE)[0].latents[2]
     unguided = with_sample(guidance=1.0)
