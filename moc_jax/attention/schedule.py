@@ -41,6 +41,7 @@ def _take(x: Array, index: Array) -> Array:
     return x.at[index].get(**_IN_BOUNDS)
 
 
+@jax.named_scope("moc_sort")
 @typed
 def group_by_chunk(routes: Int[Array, "H Q K"], chunks: int, tile: int) -> Schedule:
     """A stable sort of each head's pairs by chunk: within a chunk, queries stay in order.

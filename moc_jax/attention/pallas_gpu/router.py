@@ -115,8 +115,10 @@ def select(
     q = jnp.pad(q, ((0, 0), (0, -rows % ALIGN), (0, 0), (0, 0)))
     tiling = tiling or RouterTiling.of(batch * heads * rows, chunks, head_dim)
     programs = -(-rows // (_TILE * tiling.tiles))
-    runs = candidate_rows(candidate_runs(table, cfg), queries, programs * tiling.tiles * _TILE)
-    used = -(-jnp.max(runs[:, 2].reshape(batch, -1, _TILE), axis=-1) // tiling.columns)  # [B, programs * tiles]
+    runs, padded = candidate_runs(table, cfg), programs * tiling.tiles * _TILE
+    blocks = candidate_rows([-(-runs[2] // tiling.columns)], queries, padded)
+    used = jnp.max(blocks.reshape(batch, -1, _TILE), axis=-1)  # [B, programs * tiles]
+    runs = candidate_rows(runs, queries, padded)
     picks = plgpu.kernel(
         functools.partial(_kernel, tiling=tiling, split=candidates_are_split(cfg)),
         out_type=jax.ShapeDtypeStruct((batch, heads, top_k, round_up(rows, _ROWS)), jnp.int32),

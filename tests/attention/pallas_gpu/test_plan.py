@@ -5,6 +5,7 @@ For all tokens as queries, and for slices of them that begin anywhere: in text, 
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from moc_jax.attention import routing
 from moc_jax.attention.layout import ALIGN, queries_of
 from moc_jax.attention.pallas_gpu import plan as planning
-from moc_jax.attention.pallas_gpu.device import HopperTiling
+from moc_jax.attention.pallas_gpu.device import Hopper, HopperTiling
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE
 from tests.attention.configs import COVERING, EVERY, name
 from tests.attention.oracle import Chunk
@@ -45,7 +46,8 @@ def padded(x, most=TILE):
 def compiled(cfg, text_readers):
     def run(table, query_chunk):
         queries = padded(queries_of(table, query_chunk))
-        made = planning.anchor_tiles(queries, padded(table, max(table.text_tokens, TILE)), cfg, text_readers)
+        backend = Hopper(multiprocessors=132, tiling=HopperTiling(text_readers=text_readers))
+        made = planning.anchor_tiles(queries, padded(table, max(table.text_tokens, TILE)), cfg, 2, backend)
         there = [(x > 0)[:, None] for x in (queries.length, table.length)]
         seen = routing.anchor_chunks(table, cfg) & jnp.swapaxes(there[0], 1, 2) & there[1]
         return made, seen, queries.chunk_of
@@ -190,7 +192,18 @@ def test_every_config(cfg, text_readers, scenes, begin):
 
 @jax.jit
 def picks_plan(table, routes):
-    return planning.pick_tiles(routes, table)
+    with mock.patch.object(planning, "MOST_CHUNKS", 0):  # by the radix sort, which needs no kernel
+        return planning.pick_tiles(routes, table, Hopper(multiprocessors=132))
+
+
+@pytest.mark.parametrize(("queries", "chunks"), [(300, 61), (200, 7)])
+def test_counting_and_sorting_give_the_same_slots(hopper, queries, chunks):
+    """Some picks twice, which nobody should."""
+    routes = jnp.asarray(np.random.default_rng(0).integers(-1, chunks, (2, 2, 3, queries)), jnp.int32)
+    picks = routes, (routes >= 0) & (routes != 3)
+    counted, by_sort = (jax.jit(f, static_argnums=(2, 3)) for f in (planning._counted, planning._sorted))
+    for got, want in zip(counted(*picks, chunks, hopper), by_sort(*picks, chunks, hopper), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @settings(deadline=None, max_examples=15)
@@ -205,9 +218,9 @@ def test_sorted_tiles_read_the_picked_chunks_and_chunks_their_pickers(scenes):
     for b in range(len(scenes)):
         routes[b][~np.isin(routes[b], np.flatnonzero(video[b]))] = -1
     made = jax.tree.map(np.asarray, picks_plan(table, jnp.asarray(routes, jnp.int32)))
-    schedule, tiles, readers = made.schedule, made.queries, made.keys
+    tiles, readers = made.queries, made.keys
     for b, h in np.ndindex(len(scenes), heads):
-        lines, slots = tiles.table[b, h], schedule.slot_of_pair[b, h]
+        lines, slots = tiles.table[b, h], made.slot_of_pair[b, ..., h].T
         placed = slots >= 0
         length = np.asarray(table.length)[b]
         np.testing.assert_array_equal(placed, (routes[b, h] >= 0) & (length[np.maximum(routes[b, h], 0)] > 0))
