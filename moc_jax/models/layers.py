@@ -83,7 +83,8 @@ def _looked_up(x, tokens):
     high = x.astype(jnp.bfloat16)
     parts = jnp.concatenate([high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)], axis=1)
     of_group = jnp.tile(_one_hot(tokens, x.shape[1], jnp.bfloat16), (1, 2))
-    return jnp.einsum("nj,bjm->bnm", of_group, parts, preferred_element_type=jnp.float32)
+    of_group = jnp.broadcast_to(of_group[None], (x.shape[0], *of_group.shape))  # a batch: no product that `dots` keeps
+    return jnp.einsum("bnj,bjm->bnm", of_group, parts, preferred_element_type=jnp.float32)
 
 
 def _multiplied(x, groups):
