@@ -25,7 +25,7 @@ from tests.attention.configs import (
     PAST,
     SINGLE_SHOT,
     WINDOW,
-    every_other_long,
+    half_long,
     name,
 )
 from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, LARGE, PAIR, qkv, random_scenes, table_of
@@ -61,7 +61,7 @@ INTERPRETED = [family for family in FAMILIES if family == ["pallas_tpu"]]
 
 
 @pytest.mark.parametrize("backends", [family for family in FAMILIES if family not in INTERPRETED], ids="-".join)
-@pytest.mark.parametrize("cfg", every_other_long(COVERING), ids=name)
+@pytest.mark.parametrize("cfg", half_long(COVERING), ids=name)
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @example(scenes=PAIR, kind="normal", seed=0)
 @given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))

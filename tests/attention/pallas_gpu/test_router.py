@@ -17,7 +17,7 @@ from moc_jax.attention.pallas_gpu import device, router
 from moc_jax.attention.pallas_gpu.router import RouterTiling
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from tests.attention.configs import COVERING, MULTI_SHOT, NO_ANCHORS, SINGLE_SHOT, every_other_long, name
+from tests.attention.configs import COVERING, MULTI_SHOT, NO_ANCHORS, SINGLE_SHOT, half_long, name
 from tests.attention.pallas_gpu.conftest import CAN_INTERPRET
 from tests.attention.scenes import BATCH, HEADS, PAIR, cut, qkv, table_of
 
@@ -71,7 +71,7 @@ def test_three_parts_hold_every_bit_that_counts(dtype, scale):
 
 @interpreted
 @DTYPES
-@pytest.mark.parametrize("cfg", every_other_long([c for c in COVERING if c.mode == "moc"]), ids=name)
+@pytest.mark.parametrize("cfg", half_long([c for c in COVERING if c.mode == "moc"]), ids=name)
 def test_picks_are_those_of_xla(cfg, dtype):
     """Two scenes of uneven chunks, with padding: every anchor, causal or not, both visibilities."""
     check(*inputs(dtype), cfg)
