@@ -49,7 +49,7 @@ class Figure:
 
     @property
     def change(self) -> float | None:
-        """Today's share above the stored figure, below 0 where it is better; None if there is no pair of figures."""
+        """By what share today's is above the stored one, below 0 where it is better; None if there is no pair."""
         return None if not self.stored or self.today is None else self.today / self.stored - 1
 
 
@@ -106,7 +106,7 @@ def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, float]]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.4g}" if value < 1e6 else f"{value:,.0f}"
+    return "" if value is None else f"{value:.4g}" if value < 1e3 else f"{value:,.0f}"
 
 
 def _verdict(figure: Figure, tolerance: float) -> tuple[str, str]:

@@ -70,8 +70,9 @@ from moc_jax.training.remat import choose, device_memory
 from moc_jax.training.state import TrainState, create_state, make_blueprint
 from moc_jax.training.step import make_train_step
 
-# Wan 2.1 1.3B: 30 layers, 12 heads of 128, MLPs of 8960, umT5's embeddings (arXiv 2503.20314, table 2).
-WAN_1_3B = MMDiTConfig(dim=1536, depth=30, heads=12, mlp_ratio=8960 / 1536, text_dim=4096)
+# Wan 2.1 1.3B's sizes (30 layers, 12 heads of 128, MLPs of 8960, umT5's embeddings: arXiv 2503.20314, table 2), with
+# weights of their own for text and for video: 3.1 B parameters.
+TWO_STREAMS = MMDiTConfig(dim=1536, depth=30, heads=12, mlp_ratio=8960 / 1536, text_dim=4096)
 _STEPS, _SHIFT = 50, 5.0  # the grid that the denoising step is the first of
 
 StepName = Literal["denoising", "training"]
@@ -82,7 +83,7 @@ Column = Literal["moc", "dense"]
 class Arguments:
     """Which model and scene, and how they are measured."""
 
-    model: ModelConfig = WAN_1_3B
+    model: ModelConfig = TWO_STREAMS
     moc: MoCConfig = MoCConfig(chunk=ChunkConfig(size=1280), top_k=5)
     attention: AttentionConfig = AttentionConfig()
     scenes: int = 1
@@ -146,7 +147,7 @@ def main(args: Arguments, command: str) -> None:
 
 def _name(args: Arguments) -> str:
     model, scenes = args.model, f", {args.scenes} scenes" if args.scenes > 1 else ""
-    width = "" if model.dim == WAN_1_3B.dim else f" of {model.dim}"
+    width = "" if model.dim == TWO_STREAMS.dim else f" of {model.dim}"
     return f"{model.depth} layers{width}{scenes}"
 
 

@@ -47,10 +47,13 @@ def summary_table(attention: Iterable[Entry], model: Iterable[Entry]) -> list[st
                 rows.append([f"one layer's attention, {name}", file["card"], *_versus(e[way])])
     for file in model:
         for e in file["entries"].values():
+            if e["tokens"] != tokens:
+                continue
             size = f"model of {e['parameters'] / 1e9:.1f} B parameters"
             for step, found in e["steps"].items():
-                times = (_seconds(found[name]) for name in ("moc", "dense"))
-                rows.append([f"{size}, a {step} step", file["card"], *times, f"{found['ratio']:.2f}x"])
+                times = (_seconds(found.get(name)) for name in ("moc", "dense"))
+                ratio = number(found.get("ratio"), ".2f", "x")
+                rows.append([f"{size}, a {step} step", file["card"], *times, ratio])
     return markdown([f"{tokens:,} tokens", "on one", "MoC", "dense", "times as fast"], rows)
 
 
@@ -152,7 +155,7 @@ def model_tables(entries: Iterable[Entry]) -> list[str]:
         for step, found in e["steps"].items():
             both = [found.get(name) for name in ("moc", "dense")]
             peaks = (f"{x['memory']['peak'] / 2**30:.1f} GiB" if x else _EMPTY for x in both)
-            ours, theirs = (_seconds(x) if x else _EMPTY for x in both)
+            ours, theirs = map(_seconds, both)
             model = str(e["model"]["depth"]), str(e["model"]["dim"]), f"{e['parameters'] / 1e6:,.0f} M"
             share = number((both[0] or {}).get("share_of_peak"), ".1%")
             ratios = number(found.get("ratio"), ".2f", "x"), f"{e['bound']:.2f}x"
@@ -347,5 +350,5 @@ def _versus(way: Entry) -> list[str]:
     return [milliseconds(way["moc"]), milliseconds(way.get("dense")), number(way.get("ratio"), ".2f", "x")]
 
 
-def _seconds(timing: Entry) -> str:
-    return f"{timing['median_ms'] / 1e3:.4g} s"
+def _seconds(timing: Entry | None) -> str:
+    return _EMPTY if timing is None else f"{timing['median_ms'] / 1e3:.4g} s"

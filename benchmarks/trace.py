@@ -12,7 +12,7 @@ from jax.profiler import ProfileData, ProfileOptions
 
 # By the names of kernels: our attention and cuDNN's, and matrix products of cuBLAS and of XLA's own making. Routing,
 # sorting, gathers and merges are none of these.
-_ATTENTION = re.compile(r"moc_(forward|backward|query_gradients|key_gradients)|cudnn.*(prop|sdpa|flash)|fmha|flash")
+_ATTENTION = re.compile(r"moc_(forward|query_gradients|key_gradients)|cudnn.*(prop|sdpa|flash)|fmha|flash")
 _PRODUCT = re.compile(r"gemm|nvjet|cutlass|cublas|splitK|^dot|_dot_", re.IGNORECASE)
 _LONGEST = 24  # kernels that are listed
 
@@ -26,11 +26,6 @@ class Split:
     other: float
     kernels: int
     longest: dict[str, float]  # of the others, by name
-
-    @property
-    def outside(self) -> float:
-        """The share of the kernels' time that is neither attention nor a matrix product."""
-        return self.other / (self.attention + self.products + self.other)
 
 
 def traced(launch: Callable[[], object]) -> Split:

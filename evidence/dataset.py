@@ -35,7 +35,7 @@ class Dataset:
     embeddings: Float[Array, "words E"]
     shots: int = dataclasses.field(metadata={"static": True})
 
-    def scenes(self, rows: Int[Array, "B"]) -> Scene:
+    def scenes(self, rows: Int[Array, " B"]) -> Scene:
         """Some of them as a batch."""
         latents = self.latents[rows].astype(jnp.float32)
         frames = latents.shape[1] // self.shots

@@ -68,12 +68,12 @@ class Trainer:
         self._steps = jax.jit(self._many, static_argnums=2, donate_argnums=0)
         self._sample = jax.jit(self._sampled)
 
-    def run(self, count: int) -> Float[np.ndarray, "count"]:
+    def run(self, count: int) -> Float[np.ndarray, " count"]:
         """So many updates in one program; their losses."""
         self.state, losses = self._steps(self.state, self._data, count)
         return np.asarray(losses)
 
-    def sample(self, data: Dataset, rows: Int[Array, "B"], key: Key[Array, ""]) -> Float[np.ndarray, "B F Y X Z"]:
+    def sample(self, data: Dataset, rows: Int[Array, " B"], key: Key[Array, ""]) -> Float[np.ndarray, "B F Y X Z"]:
         """Stories with the reveals given and the later shots sampled, with the averaged weights."""
         return np.asarray(self._sample(self.state.sampling_params, data.scenes(rows), key))
 
@@ -83,7 +83,7 @@ class Trainer:
             z, scene.text, t, scene.lengths, self._arm.moc, key=key, attention=self._arm.attention
         )
 
-    def _many(self, state: TrainState, data: Dataset, count: int) -> tuple[TrainState, Float[Array, "count"]]:
+    def _many(self, state: TrainState, data: Dataset, count: int) -> tuple[TrainState, Float[Array, " count"]]:
         def step(state: TrainState, _):
             rows_key, level_key, noise_key, drop_key = jax.random.split(jax.random.fold_in(self._key, state.step), 4)
             scene = data.scenes(jax.random.randint(rows_key, (self._task.batch,), 0, data.latents.shape[0]))

@@ -59,7 +59,7 @@ class Shot:
     character: int | None
     frames: int
     path: Float32[np.ndarray, "F 2"]  # the character's middle, column and row, in pixels
-    spin: Float32[np.ndarray, "F"]  # radians
+    spin: Float32[np.ndarray, " F"]  # radians
     radius: float  # pixels
     camera: Float32[np.ndarray, "F 2"]  # the frame's corner in the panorama, column and row
     light: tuple[float, float, float]

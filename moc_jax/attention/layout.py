@@ -52,7 +52,7 @@ def queries_of(table: ChunkTable, query_chunk: Int[Array, "B Q"] | None = None) 
     return Queries(query_chunk, start, length, min(table.text_tokens, query_chunk.shape[1]), 0)
 
 
-def _runs(chunk_of: Int[Array, "Q"], chunks: int) -> tuple[Int[Array, "C"], Int[Array, "C"]]:
+def _runs(chunk_of: Int[Array, " Q"], chunks: int) -> tuple[Int[Array, " C"], Int[Array, " C"]]:
     """Start and length of each chunk's run of rows.
 
     Runs are counted along the rows and then looked up, which reads the rows a few times: nothing is rows x chunks.

@@ -58,9 +58,9 @@ class _Moments:
 class _Basis:
     """x -> (x - mean) @ basis.T * scale, and back."""
 
-    mean: Float32[np.ndarray, "d"]
+    mean: Float32[np.ndarray, " d"]
     basis: Float32[np.ndarray, "Z d"]
-    scale: Float32[np.ndarray, "Z"]
+    scale: Float32[np.ndarray, " Z"]
 
     def encode(self, patches: Float[np.ndarray, "f y x d"]) -> Float[np.ndarray, "f y x Z"]:
         matrix = (self.basis * self.scale[:, None]).T
@@ -191,7 +191,7 @@ class PCACodec:
 _NAMES = tuple(f"{part}_{kind}" for part in ("first", "rest") for kind in ("mean", "basis", "scale"))
 
 
-def _scale(std: Float[np.ndarray, "Z"], whiten: float) -> Float[np.ndarray, "Z"]:
+def _scale(std: Float[np.ndarray, " Z"], whiten: float) -> Float[np.ndarray, " Z"]:
     """a / s_c^w of equation (1): the channels' variances average to one."""
     return std**-whiten / np.sqrt(np.mean(std ** (2 - 2 * whiten)))
 

@@ -170,7 +170,7 @@ gated_sum.defvjp(_gated_sum, _gated_sum_gradients)
 
 @jax.custom_vjp
 def normed_heads(
-    qkv: Float[Array, "B N H 3 D"], q_weight: Float32[Array, "D"], k_weight: Float32[Array, "D"], turns: Turns
+    qkv: Float[Array, "B N H 3 D"], q_weight: Float32[Array, " D"], k_weight: Float32[Array, " D"], turns: Turns
 ) -> QKV:
     """q, k and v: of q and k, each head RMS normed, times a weight, and turned to its position (rope.py).
 

@@ -72,7 +72,7 @@ class HashedWords:
 
 
 @functools.lru_cache(maxsize=65536)
-def _vector(word: str, dim: int) -> Float32[np.ndarray, "E"]:
+def _vector(word: str, dim: int) -> Float32[np.ndarray, " E"]:
     stream = hashlib.shake_256(_VERSION + word.encode("utf-8", "surrogatepass")).digest(2 * dim)
     uniform = (np.frombuffer(stream, "<u2").astype(np.float32) + 0.5) / 65536  # in (0, 1)
     return (uniform * 2 - 1) * np.float32(np.sqrt(3))

@@ -33,7 +33,7 @@ class StepMetrics:
     grad_norm: Float32[Array, ""]  # before clipping
     param_norm: Float32[Array, ""]  # of the updated weights
     learning_rate: Float32[Array, ""]  # of the update that the batch is part of; 0 where the run ends before it
-    scene_loss: Float32[Array, "B"]  # mean over each scene's shots
+    scene_loss: Float32[Array, " B"]  # mean over each scene's shots
 
 
 def make_train_step(
@@ -115,7 +115,7 @@ def make_validation_step(
     )
 
 
-def validation_levels(count: int) -> Float32[Array, "T"]:
+def validation_levels(count: int) -> Float32[Array, " T"]:
     """The fixed noise levels of validation."""
     return (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
 

@@ -58,10 +58,10 @@ def test_the_baseline_is_the_same_model_dense():
     assert np.abs(velocity(routed, MOC) - ours).max() > 1e-2
 
 
-def test_the_size_is_wans():
-    assert (model.WAN_1_3B.mlp_dim, model.WAN_1_3B.head_dim) == (8960, 128)
+def test_the_sizes_are_wans_and_the_parameters_those_of_two_streams():
+    assert (model.TWO_STREAMS.mlp_dim, model.TWO_STREAMS.head_dim) == (8960, 128)
     per_stream = 4 * 1536**2 + 2 * 1536 * 8960 + 6 * 1536**2  # attention, MLP, modulation
-    assert parameter_count(model.WAN_1_3B) == pytest.approx(30 * 2 * per_stream, rel=0.02)
+    assert parameter_count(model.TWO_STREAMS) == pytest.approx(30 * 2 * per_stream, rel=0.02)
 
 
 @pytest.mark.parametrize(("case", "parameters", "tokens"), [("base", 759e6, 2 * 9_648), ("small", 115e6, 4 * 2_448)])

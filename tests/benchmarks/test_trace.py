@@ -52,6 +52,5 @@ def test_all_streams_of_the_first_gpu_count():
     split = split_of(Profile((Named("/host:CPU"), Named("/device:GPU:0", lines=lines), other)))
     assert (split.attention, split.products, split.other, split.kernels) == (3, 5, 2, 4)
     assert split.longest == {"sort_1": 2}
-    assert split.outside == pytest.approx(0.2)
     with pytest.raises(ValueError, match="no kernel"):
         split_of(Profile((Named("/host:CPU"),)))

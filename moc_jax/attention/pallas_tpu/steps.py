@@ -19,7 +19,7 @@ class Steps:
     runs: int  # of a tile
     block: int  # rows of a step
 
-    def of(self, runs: Int[Array, "B H G W"], unit: int, first_head) -> tuple[Int32[Array, "_"], Int32[Array, ""]]:
+    def of(self, runs: Int[Array, "B H G W"], unit: int, first_head) -> tuple[Int32[Array, " _"], Int32[Array, ""]]:
         """The table, flat, of runs as begin and end, and the most steps of any tile, at least 1.
 
         A run's first block starts at the last multiple of `unit` that isn't behind its begin. The table begins with the
