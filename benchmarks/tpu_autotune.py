@@ -41,6 +41,8 @@ _PICKS_AT_ONCE = ((256, 256, 2), (256, 256, 3), (256, 256, 4), (256, 128, 4), (1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """For which chips and kernels the best sizes are looked for."""
+
     chips: tuple[str, ...] = tuple(CHIPS)
     kernels: tuple[str, ...] = tuple(KERNELS)
     passes: tuple[Pass, ...] = PASSES

@@ -43,6 +43,8 @@ _BYTES = re.compile(r'%(?P<name>moc_[\w.\-]+) = .*"bytes_accessed":"(?P<bytes>\d
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """Which operation is estimated, and for which chips."""
+
     chips: tuple[str, ...] = tuple(CHIPS)
     passes: tuple[Pass, ...] = PASSES
     """backward: both."""

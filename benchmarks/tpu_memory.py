@@ -30,6 +30,8 @@ from moc_jax.attention.pallas_tpu import device
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """Which programs are compiled, and for which chips."""
+
     chips: tuple[str, ...] = tuple(CHIPS)
     programs: tuple[str, ...] = tuple(f"{scene}/{part}" for scene in ("multi_shot", "minutes") for part in PARTS)
     """SCENE/PART."""

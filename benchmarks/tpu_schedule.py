@@ -40,6 +40,8 @@ _BLOCKS = ("512x512x512", "512x1024x512", "1024x1024x512", "1024x1280x640", "204
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """Which kernels are compiled, and for which chips."""
+
     chips: tuple[str, ...] = tuple(CHIPS)
     kernels: tuple[str, ...] = tuple(KERNELS)
     passes: tuple[Pass, ...] = PASSES

@@ -36,8 +36,8 @@ KINDS = (
     ("attention's own", r"^attention/"),
     ("rotary", r"^models/rope"),
     ("norms of q and k", r"HeadNorm|normed_and_turned"),
-    ("modulation", r"Modulation|of_groups|over_groups"),
-    ("norms", r"layer_norm|modulated_norm|StreamBlock.before"),
+    ("modulation", r"Modulation|of_groups"),
+    ("norms", r"modulated_norm|StreamBlock.before"),
     ("residuals and gates", r"gated_sum|StreamBlock.after"),
     ("q, k, v", r"Linear.__call__|StreamBlock.project|:Block.__call__"),
     ("MLP", r"Mlp|gelu"),
@@ -48,6 +48,8 @@ _LOOPS = {"forward": r"\)/jvp\(\)/while$", "backward": r"\)/transpose\(jvp\(\)\)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
+    """For what the step is compiled."""
+
     chips: tuple[str, ...] = ("v5p", "v6e")
     """One of a kind, or a topology with all of its chips, as v5p:4x4x4."""
     depth: int = 2

@@ -28,6 +28,8 @@ _STAGES = (listing.BUNDLES, listing.SLOTS)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
+    """How programs are compiled for a kind of TPU, and how its listings are read."""
+
     topology: str
     """The smallest that libtpu knows."""
     config: str = "default"
@@ -70,6 +72,8 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
+    """What the compiler made of a kernel."""
+
     schedule: Schedule
     memory: dict[str, int]
     """Bytes on the chip of the whole program: arguments, outputs, temporary."""

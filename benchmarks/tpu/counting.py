@@ -35,14 +35,17 @@ class Call:
 
     @property
     def name(self) -> str:
+        """The kernel's."""
         return self.params["name"]
 
     @property
     def mapping(self):
+        """Its grid, and which blocks a step has."""
         return self.params["grid_mapping"]
 
     @property
     def grid(self) -> list[int]:
+        """Steps along each axis."""
         dynamic = iter(self.operands)
         return [size if isinstance(size, int) else int(next(dynamic)) for size in self.mapping.grid]
 
@@ -54,6 +57,7 @@ class Call:
 
     @property
     def inputs(self) -> list[Any]:
+        """The operands of which steps have blocks."""
         return self.operands[self.mapping.num_dynamic_grid_bounds + self.mapping.num_index_operands :]
 
 

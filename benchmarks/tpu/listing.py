@@ -68,6 +68,8 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
+    """The instructions of one cycle."""
+
     address: int
     mark: str
     depth: int

@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>[\w.\-]+) \(.*-> .*\{$")
 _INSTRUCTION = re.compile(
@@ -23,6 +23,7 @@ _SECTIONS = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 _FREE = {"parameter", "constant", "bitcast", "get-tuple-element", "tuple", "while", "call", "after-all", "iota"}
 _NO_WORK = re.compile(r'custom_call_target="(AllocateBuffer|AssumeGatherIndicesInBound)"')
 _NO_ESTIMATE = 2**63 - 1
+_LIBRARY = "moc_jax/"  # the folder whose functions are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +72,14 @@ class Traffic:
 
 
 class Program:
-    """A compiled program's text, as `as_text` gives it; `library` is the folder whose functions are named.
+    """A compiled program's text, as `as_text` gives it.
 
     Raises:
         ValueError: the text has no entry.
     """
 
-    def __init__(self, text: str, library: str = "moc_jax"):
+    def __init__(self, text: str):
         self._bodies: dict[str, dict[str, Instruction]] = {}
-        self._library = f"{library}/"
         tables: dict[str, dict[int, str]] = {name: {} for name in _SECTIONS}
         self.entry = current = section = ""
         for line in text.splitlines():
@@ -163,8 +163,8 @@ class Program:
         while frame:
             location, parent = (int(x) for x in re.findall(r"=(\d+)", frames[frame] + "=0")[:2])
             file, function = (int(x) for x in re.findall(r"=(\d+)", locations[location])[:2])
-            if self._library in files[file]:
-                return f"{files[file].split(self._library)[-1]}:{functions[function]}".replace('"', "")
+            if _LIBRARY in files[file]:
+                return f"{files[file].split(_LIBRARY)[-1]}:{functions[function]}".replace('"', "")
             frame = parent if parent != frame else 0
         return ""
 
@@ -267,11 +267,6 @@ def _size(array: re.Match[str]) -> int:
 
 def _numbers(text: str | None) -> list[int]:
     return [int(x) for x in (text or "").split(",") if x]
-
-
-def total(moved: Iterable[Traffic]) -> int:
-    """Bytes of all."""
-    return sum(x.bytes for x in moved)
 
 
 def kind_of(moved: Traffic, kinds: Sequence[tuple[str, str]]) -> str:

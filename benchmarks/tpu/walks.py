@@ -1,6 +1,6 @@
 """What our kernels execute in a scene, and what that costs by their listings: counting.py's turns of real tables.
 
-Routes are those of random inputs, the same for all heads. Four kernels' results decide about others' turns: of those
+Routes are those of random inputs, the same for all heads. Three kernels' results decide about others' turns: of those
 what matters is computed here as the kernel would.
 """
 
@@ -73,8 +73,8 @@ def _moved(call: Call) -> list[jax.Array | None]:
     (shape,) = (x.shape for x in call.params["out_avals"])
     (pieces,), (x,) = call.scalars, (np.asarray(x) for x in call.inputs)
     out, tile = np.full(shape, -1, x.dtype), call.mapping.block_mappings[-1].block_shape[3].block_size
-    for g, window, ahead, low, high in np.asarray(pieces).reshape(-1, 5):  # of one scene
-        begin, end, shift = g * tile + low, min(g * tile + high, shape[3]), window + ahead - g * tile
+    for g, stretch, ahead, low, high in np.asarray(pieces).reshape(-1, 5):  # of one scene
+        begin, end, shift = g * tile + low, min(g * tile + high, shape[3]), stretch + ahead - g * tile
         if begin < end:
             out[..., begin:end] = x[..., begin + shift : end + shift]
     return [jnp.asarray(out)]

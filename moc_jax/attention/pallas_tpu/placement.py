@@ -68,6 +68,7 @@ class Placement:
 
     @property
     def slots(self) -> int:
+        """Slots of a head, used or not."""
         return self.tile_chunk.shape[2] * self.tile
 
 

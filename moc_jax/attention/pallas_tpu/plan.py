@@ -61,6 +61,7 @@ class Order:
 
     @property
     def rows(self) -> int:
+        """R, those without a token too."""
         return self.chunk_of_row.shape[1]
 
 
