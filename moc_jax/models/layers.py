@@ -215,7 +215,7 @@ class HeadNorm(nnx.Module):
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
-    """x Phi(x) by its tanh approximation; float32 inside. The backward pass is given x alone."""
+    """x Phi(x) by its tanh approximation; its gradient is float32 inside, and is given x alone."""
     return nnx.gelu(x, approximate=True)
 
 
