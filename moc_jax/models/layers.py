@@ -76,7 +76,8 @@ def _added(x, groups):
 
 
 # Groups need not fill whole tiles of a TPU's memory, which would move all tokens to where they do: there, both are
-# products. Of a float32 number, two bfloat16 ones are looked up.
+# products. Of a float32 number, two bfloat16 ones are looked up. One is summed, in float32, as a TPU's products do by
+# default: the rounding of many tokens averages out.
 
 
 def _looked_up(x, tokens):
