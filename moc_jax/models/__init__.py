@@ -50,5 +50,5 @@ def matrix_flops(cfg: ModelConfig, text_tokens: int, video_tokens: int) -> int:
 
 
 def kept_bytes(cfg: ModelConfig, remat: Remat, moc: MoCConfig) -> int:
-    """Bytes of a token that all blocks together keep for the backward pass with this `remat`, but for `none`."""
+    """Bytes per token that all blocks together keep for the backward pass; `remat` is neither `none` nor `auto`."""
     return MODELS[type(cfg)].kept_bytes(cfg, remat, moc)

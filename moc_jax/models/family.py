@@ -78,5 +78,5 @@ class VideoModel(Protocol):
 
     @staticmethod
     def kept_bytes(cfg: ModelConfig, remat: Remat, moc: MoCConfig) -> int:
-        """Bytes of a token that all blocks together keep for the backward pass with this `remat`, but for `none`."""
+        """Bytes per token that all blocks together keep for the backward pass; `remat` is neither `none` nor `auto`."""
         ...

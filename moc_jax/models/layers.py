@@ -76,7 +76,8 @@ def _added(x, groups):
 
 
 # Groups need not fill whole tiles of a TPU's memory, which would move all tokens to where they do: there, both are
-# products. Of a float32 number, two bfloat16 ones are looked up.
+# products. Of a float32 number, two bfloat16 ones are looked up. One is summed, in float32, as a TPU's products do by
+# default: the rounding of many tokens averages out.
 
 
 def _looked_up(x, tokens):
@@ -215,7 +216,7 @@ class HeadNorm(nnx.Module):
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
-    """x Phi(x) by its tanh approximation; float32 inside. The backward pass is given x alone."""
+    """x Phi(x) by its tanh approximation; its gradient is float32 inside, and is given x alone."""
     return nnx.gelu(x, approximate=True)
 
 

@@ -88,8 +88,3 @@ def test_all_processes_go_by_the_least_memory_and_by_what_the_first_one_read(mon
     config, _, why = start.with_remat(AUTO, BLUEPRINT, SHAPES, mesh_of(1))
     assert config.model.remat == "full"
     assert "none surely fits" in why
-
-
-@pytest.mark.parametrize("policy", remat.POLICIES)
-def test_every_policy_is_one_of_the_models(policy):
-    changed(CONFIG, model={"remat": policy})

@@ -61,7 +61,7 @@ class MMDiT(nnx.Module):
 
     @staticmethod
     def kept_bytes(cfg: MMDiTConfig, remat: Remat, moc: MoCConfig) -> int:
-        """Bytes of a token that all blocks together keep for the backward pass with this `remat`, but for `none`."""
+        """Bytes per token that all blocks together keep for the backward pass; `remat` is neither `none` nor `auto`."""
         width, hidden = (size * jnp.dtype(cfg.dtype).itemsize for size in (cfg.dim, cfg.mlp_dim))
         picks = 0 if moc.mode == "dense" or moc.top_k == 0 else moc.top_k + moc.max_drop_in
         attention = width + 4 * cfg.heads * (1 + 2 * picks)  # output, log-sum-exp, routes and where their pairs lie
