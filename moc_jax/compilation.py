@@ -5,8 +5,8 @@ different machines may share a folder. Of several processes the first one writes
 being found again: a callback into Python inside it, which is never stored, and a shape that differs between starts.
 
 To ask jax, a program has to be traced and lowered, which for a training step takes longer than to load it. So on
-accelerators those of a run are kept a second time, under what they are made of: settings, shapes, the package's source
-and all versions.
+accelerators those of a run of one process are kept a second time, under what they are made of: settings, shapes, the
+package's source and all versions. Whoever can write to the folder can have code executed, as with jax's cache.
 """
 
 import contextlib
@@ -126,8 +126,8 @@ def _listen() -> None:
 def find_program(made_of: object, devices: Sequence[jax.Device]) -> jax.stages.Compiled | None:
     """What `keep_program` was given with an equal `made_of`, by an equal version of everything, for equal devices.
 
-    None where it was not, or can't be read. With several processes always: compilers may work together, and those of
-    all processes then have to be asked.
+    None where it was not, or can't be read. Always at an address, where nothing is kept this way, and with several
+    processes: compilers may work together, and those of all processes then have to be asked.
 
     Args:
         made_of: what the program is made of, code apart; its repr says all of it.
@@ -152,7 +152,7 @@ def keep_program(made_of: object, devices: Sequence[jax.Device], program: jax.st
     What jax found in its own cache may lack the machine code when it is serialized again, which shows when it runs.
     """
     file = _program_file(made_of, devices)
-    if file is None or is_address(file) or _built.last_was_found:
+    if file is None or _built.last_was_found:
         return
     with contextlib.suppress(Exception):  # some can't be serialized, and jax reports a folder that can't be written
         data = pickle.dumps(serialize_executable.serialize(program))
@@ -171,9 +171,9 @@ def kept_program(
 
 
 def _program_file(made_of: object, devices: Sequence[jax.Device]) -> epath.Path | None:
-    if _folder is None or jax.process_count() > 1 or devices[0].platform in _UNFIT:
+    if _folder is None or is_address(_folder) or jax.process_count() > 1 or devices[0].platform in _UNFIT:
         return None
-    there = [(device.id, device.device_kind, device.client.platform_version) for device in devices]
+    there = [(repr(device), device.device_kind, device.client.platform_version) for device in devices]  # a TPU's place
     options = {name: value for name, value in jax.config.values.items() if "cache" not in name}
     flags = [os.environ.get(name) for name in _FLAGS]
     key = repr((made_of, _source_digest(), there, sorted(options.items(), key=str), flags))

@@ -31,6 +31,7 @@ class Phases:
 
 
 _resting = 0  # blocks of `garbage_left`, in all threads
+_looked = True  # whether Python looked for garbage before the first of them
 _lock = threading.Lock()
 
 
@@ -47,10 +48,11 @@ def garbage_left() -> Iterator[None]:
 
 
 def _rest(change: int) -> None:
-    global _resting
+    global _resting, _looked
     with _lock:
         before, _resting = _resting, _resting + change
         if before == 0:
+            _looked = gc.isenabled()
             gc.disable()
-        elif _resting == 0:
+        elif _resting == 0 and _looked:
             gc.enable()

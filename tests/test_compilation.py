@@ -155,6 +155,8 @@ def test_nothing_is_kept_elsewhere(monkeypatch):
     monkeypatch.setattr("moc_jax.compilation._UNFIT", set())
     kept_program("a", jax.devices()[:1], jax.jit(lambda x: x).lower(jnp.float32(1)).compile)
     assert find_program("a", jax.devices()[:1]) is None
+    monkeypatch.setattr("moc_jax.compilation._folder", epath.Path("gs://no-such-bucket"))  # which is not asked
+    assert find_program("a", jax.devices()[:1]) is None
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong

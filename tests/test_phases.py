@@ -28,3 +28,13 @@ def test_garbage_is_left_until_the_last_block_ends():
     assert not gc.isenabled()
     blocks[1].__exit__(None, None, None)
     assert gc.isenabled()
+
+
+def test_garbage_that_nobody_looked_for_before_is_left_afterwards():
+    gc.disable()
+    try:
+        with garbage_left():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

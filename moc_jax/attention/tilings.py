@@ -157,7 +157,9 @@ def read_tilings(path: str | pathlib.Path, *, name: str = "attention.tilings") -
     try:
         return tilings_from_json(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{name} = {path}: {error}; write it with moc_jax.commands.autotune") from error
+        raise ConfigError(
+            f"{name} = {path}: {error}; moc_jax.commands.autotune writes such a file where there is none"
+        ) from error
 
 
 def kept_file() -> pathlib.Path:

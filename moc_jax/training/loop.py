@@ -284,7 +284,7 @@ class _Run:
 
     @property
     def config(self) -> Config:
-        """What the run was started with."""
+        """The run's settings, `model.remat` resolved."""
         return self._cfg
 
     # -------------------------------------------------------------------------------------------- reporting

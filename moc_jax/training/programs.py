@@ -2,6 +2,7 @@
 stage of the chunk schedule needs while the one before it trains.
 """
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -75,9 +76,13 @@ class Programs:
         return [self._news.get() for _ in range(self._news.qsize())]
 
     def close(self) -> None:
-        """Ends the thread after what it is compiling, for which the process does not wait."""
-        while not self._queue.empty():
-            self._queue.get()
+        """Ends the thread after what it is compiling, for which the process does not wait.
+
+        Of several processes, each first compiles all that was asked for: another's compiler may have begun with it.
+        """
+        with contextlib.suppress(queue.Empty):  # the thread takes from the queue too
+            while jax.process_count() == 1:
+                self._queue.get_nowait()
         self._queue.put(None)
         if self._thread.ident is not None:
             self._stop.leave(self._thread)

@@ -1,6 +1,7 @@
 """Batches: right content, right share for each process, exact resumption, augmentation, buckets."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def _assign(cfg, manifest):
 
 def _rows(batch):
     return [jax.tree.map(lambda leaf, row=row: leaf[row], batch) for row in range(len(batch.video))]
+
+
+def test_the_buckets_of_batches_that_are_to_come(prepared):
+    """In the order of their first use, as steps are compiled."""
+    cfg, manifest = prepared
+    data = make_pipeline(with_data(cfg, buckets=TWO_BUCKETS), manifest, split="train")
+    used = [
+        BucketConfig(shots=s.lengths.shot_frames.shape[1], frames=s.video.shape[1], text_tokens=s.text.shape[1])
+        for s in _take(data, 8)
+    ]
+    assert len(set(used)) == 2
+    for begin, end in itertools.combinations(range(9), 2):
+        assert data.buckets_between(begin, end) == list(dict.fromkeys(used[begin:end]))
 
 
 def test_one_pass_shows_every_scene_as_it_was_encoded(prepared):

@@ -88,6 +88,17 @@ def test_the_end_waits_for_no_program(compiler):
     assert not left[0].is_alive()
 
 
+def test_of_several_processes_each_compiles_all_that_was_asked_for(compiler, monkeypatch):
+    """A compiler that waits for what another process measured would wait in vain."""
+    go, begun = threading.Event(), []
+    for name in "ab":
+        compiler.ask(wanted(name, lambda name=name: begun.append(name) or go.wait(10)))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    threading.Timer(0.2, go.set).start()
+    compiler.close()
+    assert begun == ["a", "b"]
+
+
 def test_each_stage_asks_for_the_next_and_forgets_the_one_before(compiler):
     config = dataclasses.replace(
         CONFIG, train=TrainConfig(steps=9, chunk_schedule=(ChunkStage(step=2, size=3), ChunkStage(step=5, size=4)))
