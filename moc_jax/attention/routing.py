@@ -223,8 +223,8 @@ def recent_picks(queries: Queries, table: ChunkTable, cfg: MoCConfig, heads: int
     chunk = jnp.arange(table.kind.shape[1])
     before = candidate_chunks(table, cfg) & (chunk[None, :] < chunk[:, None])[None]
     of_chunk = _top(jnp.broadcast_to(chunk.astype(jnp.float32), before.shape), before, cfg.top_k)  # [B, C, K]
-    picks = jnp.take_along_axis(of_chunk, jnp.maximum(queries.chunk_of, 0)[:, :, None], axis=1)
-    picks = jnp.where((queries.chunk_of >= 0)[:, :, None], picks, _NOTHING)
+    of = jnp.maximum(queries.chunk_of, 0)  # padding reads chunk 0's, before which there is none
+    picks = jnp.take_along_axis(of_chunk, of[:, :, None], axis=1)
     return jnp.broadcast_to(picks[:, None], (picks.shape[0], heads, *picks.shape[1:]))
 
 

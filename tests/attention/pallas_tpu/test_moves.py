@@ -117,12 +117,12 @@ def test_rows_behind_the_last_eight(interpreter, length, rows, runs, dtype):
 
 
 def test_groups_of_heads(interpreter, monkeypatch):
-    monkeypatch.setattr(moves, "_BUFFER", 2**15)
+    monkeypatch.setattr(moves, "_BUFFER", 2**14)  # two heads; half of them are three
     check_rows(draw(heads=6), arrays(ROW_RUNS["odd offsets"]))
 
 
 def test_two_cores(interpreter):
-    """Five tiles: three are one core's, two the other's."""
+    """Each has some of the scenes and heads."""
     with interpreted(dataclasses.replace(interpreter, num_cores_or_threads=2)):
         check_rows(draw(), arrays(ROW_RUNS["one"]), 160)
 
