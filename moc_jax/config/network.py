@@ -90,7 +90,7 @@ class MMDiTConfig(Settings, at="model"):
     remat: Remat = "auto"
     """What of a block the backward pass finds kept and does not recompute: all (`none`); attention with its routing and
     beside it matrix products (`dots`), the MLP's output (`attention+mlp`) or no more (`attention`); nothing (`full`).
-    `auto`: the fastest that fits the device when a run begins; outside of runs, `full`."""
+    `auto`: the fastest of these, `none` aside, that fits the device when a run begins; outside of runs, `full`."""
 
     def check_together(self):
         check(self.mlp_dim >= 1, f"model.mlp_ratio is {self.mlp_ratio}; mlp_ratio x dim must be at least 1")

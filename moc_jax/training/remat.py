@@ -16,7 +16,8 @@ from moc_jax.config import MoCConfig, ModelConfig, Remat
 from moc_jax.models import kept_bytes
 from moc_jax.training.state import TrainState, device_bytes
 
-# From the fastest to the one of least memory, as measured (docs/configs.md). `none` is slower than all of them.
+# From the fastest to the one of least memory, as measured (docs/configs.md). `none`, which was slower than all of them
+# then and with the present blocks is faster than `full`, needed several times the memory.
 POLICIES: tuple[Remat, ...] = "dots", "attention+mlp", "attention", "full"
 # While a block is differentiated: numbers per token and unit of width, and bytes whatever the size. Fitted to steps on
 # an H200 from 10 thousand tokens to 180 thousand, which needed between 95 and 100 % of what this comes to.
