@@ -142,7 +142,9 @@ def find_program(made_of: object, devices: Sequence[jax.Device]) -> jax.stages.C
         program = pickle.loads(file.read_bytes())
         return serialize_executable.deserialize_and_load(*program, execution_devices=devices)
     except Exception as error:  # cut off, or of another kind of machine under the same name
-        warnings.warn(f"{file} can't be used, and is replaced: {error}", stacklevel=2)
+        warnings.warn(f"{file} can't be used, and is removed: {error}", stacklevel=2)
+        with contextlib.suppress(OSError):
+            file.unlink()
         return None
 
 

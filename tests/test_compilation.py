@@ -139,6 +139,12 @@ def test_what_jax_found_in_its_own_cache_is_not_kept_again(tmp_path, as_usual, m
         assert kept("compiled here")
         jax.clear_caches()
         assert not kept("found by jax")
+        (file,) = tmp_path.glob("moc_jax-*-cache")
+        file.write_bytes(b"damaged")
+        jax.clear_caches()
+        with pytest.warns(UserWarning, match="can't be used, and is removed") as told:
+            assert not kept("compiled here")
+        assert len(told) == 1  # later starts don't meet it again
 
 
 def test_a_program_that_was_cut_off_is_replaced(traced, tmp_path):
@@ -146,7 +152,7 @@ def test_a_program_that_was_cut_off_is_replaced(traced, tmp_path):
     (file,) = tmp_path.glob("moc_jax-*-cache")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.warns(UserWarning, match=r"moc_jax-\w+-cache can't be used, and is replaced"):
+    with pytest.warns(UserWarning, match=r"moc_jax-\w+-cache can't be used, and is removed"):
         assert traced() == 2
     assert traced() == 2
 
