@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from evidence.world import Story, World, render
-from moc_jax.codecs import Codec, fit_codec, load_codec, pixels_to_unit
+from moc_jax.codecs import Codec, fit_codec, pixels_to_unit
 from moc_jax.config import CodecConfig, HashConfig
 from moc_jax.scene import Scene, SceneLengths
 from moc_jax.shapes import Array, Float, Int
@@ -33,25 +33,26 @@ class Dataset:
     words: Int[Array, "n L"]  # of all captions, as rows of `embeddings`; row 0 is padding
     lengths: Int[Array, "n P"]
     embeddings: Float[Array, "words E"]
-    shots: int = dataclasses.field(metadata={"static": True})
+    world: World = dataclasses.field(metadata={"static": True})
+    seeds: range = dataclasses.field(metadata={"static": True})  # of the n stories
 
     def scenes(self, rows: Int[Array, " B"]) -> Scene:
         """Some of them as a batch."""
         latents = self.latents[rows].astype(jnp.float32)
-        frames = latents.shape[1] // self.shots
-        shot_frames = jnp.full((rows.shape[0], self.shots), frames, jnp.int32)
+        shots = self.world.shots
+        shot_frames = jnp.full((rows.shape[0], shots), latents.shape[1] // shots, jnp.int32)
         return Scene(latents, self.embeddings[self.words[rows]], SceneLengths(shot_frames, self.lengths[rows]))
 
 
 def fit(world: World, cfg: CodecConfig, stories: int = 64) -> Codec:
-    """The codec of a world, fitted on its first stories."""
-    clips = (clip for seed in range(stories) for clip in _clips(world, world.story(seed)))
+    """The codec of a world, fitted on the first stories of its split; test on another split."""
+    clips = (clip for seed in range(stories) for clip in _clips(world.story(seed)))
     return fit_codec(cfg, clips)
 
 
-def make(world: World, codec_cfg: CodecConfig, codec: Codec, text: HashConfig, seeds: range, processes: int) -> Dataset:
+def make(world: World, codec: Codec, text: HashConfig, seeds: range, processes: int) -> Dataset:
     """The stories of these seeds; so many processes share the work, or with 1 this one does it."""
-    encode = functools.partial(_encode, world, codec_cfg, codec.state())
+    encode = functools.partial(_encode, world, codec)
     size = max(1, min(64, len(seeds) // processes))
     parts = [seeds[i : i + size] for i in range(0, len(seeds), size)]
     if processes == 1:
@@ -61,7 +62,7 @@ def make(world: World, codec_cfg: CodecConfig, codec: Codec, text: HashConfig, s
             encoded = list(pool.map(encode, parts))
     captions = [of_story for _, of_part in encoded for of_story in of_part]
     latents = np.concatenate([of_part for of_part, _ in encoded])
-    return Dataset(*map(jnp.asarray, (latents, *_text(captions, text))), shots=world.shots)
+    return Dataset(*map(jnp.asarray, (latents, *_text(captions, text))), world=world, seeds=seeds)
 
 
 def _text(captions: Sequence[Sequence[str]], cfg: HashConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -80,16 +81,13 @@ def _text(captions: Sequence[Sequence[str]], cfg: HashConfig) -> tuple[np.ndarra
     return np.array(tokens), np.array(lengths), np.stack([np.frombuffer(word, np.float32) for word in rows])
 
 
-def _encode(
-    world: World, cfg: CodecConfig, state: dict[str, np.ndarray], seeds: Sequence[int]
-) -> tuple[np.ndarray, list[list[str]]]:
+def _encode(world: World, codec: Codec, seeds: Sequence[int]) -> tuple[np.ndarray, list[list[str]]]:
     """Latents and captions of some stories."""
-    codec = load_codec(cfg, state)
     stories = [world.story(seed) for seed in seeds]
-    latents = [np.concatenate([codec.encode(clip) for clip in _clips(world, story)]) for story in stories]
+    latents = [np.concatenate([codec.encode(clip) for clip in _clips(story)]) for story in stories]
     captions = [[story.caption, *(shot.caption for shot in story.shots)] for story in stories]
     return np.stack(latents).astype(np.float16), captions
 
 
-def _clips(world: World, story: Story) -> list[np.ndarray]:
-    return np.split(pixels_to_unit(render(story)), world.shots)
+def _clips(story: Story) -> list[np.ndarray]:
+    return np.split(pixels_to_unit(render(story)), len(story.shots))

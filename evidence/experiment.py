@@ -5,12 +5,11 @@ noise level. The loss counts the later shots alone.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from evidence.arms import Arm
@@ -18,110 +17,107 @@ from evidence.dataset import Dataset
 from evidence.measures import candidates, dynamic_degree, identify, psnr
 from evidence.world import World, boxes, render_shot
 from moc_jax.codecs import Codec, pixels_from_unit, pixels_to_unit
-from moc_jax.config import DiffusionConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
-from moc_jax.diffusion.process import add_noise, flow_loss, sample_timesteps
-from moc_jax.diffusion.samplers import sigmas, solve
+from moc_jax.config import DiffusionConfig, MeshConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+from moc_jax.diffusion.conditioning import Denoising, Known
+from moc_jax.diffusion.process import VelocityFn, flow_loss, sample_timesteps
 from moc_jax.scene import Scene
 from moc_jax.shapes import Array, Bool, Float, Int, Key, typed
 from moc_jax.sharding import Params, make_mesh
-from moc_jax.training.state import TrainState, create_state, make_blueprint
+from moc_jax.training.state import create_state, make_blueprint
+from moc_jax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
     """What all arms have in common."""
 
-    world: World
     model: ModelConfig
     optimizer: OptimizerConfig
     diffusion: DiffusionConfig = DiffusionConfig(t_mean=1.0)
+    sample: SampleConfig = SampleConfig(solver="euler", schedule="wan-dpm++", steps=12, shift=1.0, history_noise=0.02)
+    """How the later shots are sampled; `history_noise` is t_c in training too."""
     updates: int
     batch: int = 64
-    history_noise: float = 0.02
-    """t_c, at which the reveals are seen."""
-    sampling_steps: int = 12
 
 
 @typed
-def levels(key: Key[Array, ""], scene: Scene, task: Task) -> Float[Array, "B S"]:
-    """The noise levels of training: t_c for the reveals, one draw per scene for the other shots."""
+def levels(key: Key[Array, ""], scene: Scene, reveals: int, task: Task) -> Float[Array, "B S"]:
+    """The noise levels of training: t_c for the first shots, the reveals, and one draw per scene for the others."""
     joint = dataclasses.replace(task.diffusion, joint_probability=1.0)
     t = sample_timesteps(key, scene.lengths, joint)
-    return jnp.where(_revealed(scene, task), task.history_noise, t)
+    return jnp.where(_revealed(scene, reveals), task.sample.history_noise, t)
 
 
-def _revealed(scene: Scene, task: Task) -> Bool[Array, "B S"]:
-    shot = jnp.arange(scene.lengths.shot_frames.shape[1])[None]
-    return jnp.broadcast_to(shot < task.world.characters, scene.lengths.shot_frames.shape)
+def _revealed(scene: Scene, reveals: int) -> Bool[Array, "B S"]:
+    shots = scene.lengths.shot_frames
+    return jnp.broadcast_to(jnp.arange(shots.shape[1]) < reveals, shots.shape)
 
 
 class Trainer:
-    """Trains one arm from one seed; `state` is where it stands."""
+    """Trains one arm from one seed on `data`; `state` is where it stands."""
 
     def __init__(self, task: Task, arm: Arm, seed: int, data: Dataset):
-        mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        self._task, self._arm, self._data = task, arm, data
-        train = TrainConfig(seed=seed, steps=task.updates, ema_decay=0.999)
-        self._blueprint = make_blueprint(task.model, task.optimizer, train, mesh)
-        self.state = create_state(self._blueprint)
-        self._key = jax.random.key(seed)
-        self._steps = jax.jit(self._many, static_argnums=2, donate_argnums=0)
-        self._sample = jax.jit(self._sampled)
+        self._task, self._arm, self.data = task, arm, data
+        self._mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        train = TrainConfig(seed=seed, steps=task.updates)
+        blueprint = make_blueprint(task.model, task.optimizer, train, self._mesh)
+        self._graph, self.state = blueprint.graph, create_state(blueprint)
+        rows_key = jax.random.fold_in(jax.random.key(seed), task.updates)  # a number that no step has
+
+        def scenes(data: Dataset, step: Int[Array, ""]) -> Scene:
+            key = jax.random.fold_in(rows_key, step)
+            return data.scenes(jax.random.randint(key, (task.batch,), 0, len(data.seeds)))
+
+        self._scenes, self._sample = jax.jit(scenes), jax.jit(self._sampled)
+        self._step = make_train_step(
+            train, task.optimizer, task.diffusion, blueprint, self._mesh, arm.attention, self._loss
+        )
 
     def run(self, count: int) -> Float[np.ndarray, " count"]:
-        """So many updates in one program; their losses."""
-        self.state, losses = self._steps(self.state, self._data, count)
-        return np.asarray(losses)
+        """So many updates; their losses."""
+        losses = []
+        with jax.set_mesh(self._mesh):
+            for _ in range(count):
+                scene = self._scenes(self.data, self.state.step)
+                self.state, metrics = self._step(self.state, scene, self._arm.moc)
+                losses.append(metrics.loss)
+        return np.asarray(jax.device_get(losses))
 
     def sample(self, data: Dataset, rows: Int[Array, " B"], key: Key[Array, ""]) -> Float[np.ndarray, "B F Y X Z"]:
         """Stories with the reveals given and the later shots sampled, with the averaged weights."""
-        return np.asarray(self._sample(self.state.sampling_params, data.scenes(rows), key))
+        with jax.set_mesh(self._mesh):
+            return np.asarray(self._sample(self.state.sampling_params, data, rows, key))
 
-    def _velocity(self, params: Params, scene: Scene, key: Key[Array, ""] | None):
-        model = nnx.merge(self._blueprint.graph, params)
-        return lambda z, t: model(
-            z, scene.text, t, scene.lengths, self._arm.moc, key=key, attention=self._arm.attention
+    def _loss(
+        self, velocity_fn: VelocityFn, scene: Scene, key: Key[Array, ""], cfg: DiffusionConfig
+    ) -> tuple[Float[Array, ""], Float[Array, "B S"]]:
+        level_key, noise_key = jax.random.split(key)
+        reveals = self.data.world.characters
+        t = levels(level_key, scene, reveals, self._task)
+        _, per_shot = flow_loss(velocity_fn, scene, noise_key, cfg, t=t)
+        return per_shot[:, reveals:].mean(), per_shot
+
+    def _sampled(self, params: Params, data: Dataset, rows: Int[Array, " B"], key: Key[Array, ""]):
+        scene, model = data.scenes(rows), nnx.merge(self._graph, params)
+        revealed = _revealed(scene, data.world.characters)
+        noise, history_noise = jax.random.normal(key, (2, *scene.video.shape))
+        denoising = Denoising(
+            noise=noise,
+            history_noise=history_noise,
+            known=Known(scene.video, revealed, jnp.zeros_like(revealed)),
+            lengths=scene.lengths,
+            cfg=self._task.sample,
         )
+        z_0, solver = denoising.begin(), denoising.solver
 
-    def _many(self, state: TrainState, data: Dataset, count: int) -> tuple[TrainState, Float[Array, " count"]]:
-        def step(state: TrainState, _):
-            rows_key, level_key, noise_key, drop_key = jax.random.split(jax.random.fold_in(self._key, state.step), 4)
-            scene = data.scenes(jax.random.randint(rows_key, (self._task.batch,), 0, data.latents.shape[0]))
-            t = levels(level_key, scene, self._task)
+        def velocity(z, t):
+            return model(z, scene.text, t, scene.lengths, self._arm.moc, attention=self._arm.attention)
 
-            def loss_of(params):
-                _, per_shot = flow_loss(
-                    self._velocity(params, scene, drop_key), scene, noise_key, self._task.diffusion, t=t
-                )
-                later = ~_revealed(scene, self._task)
-                return jnp.sum(per_shot * later) / later.sum()
+        def call(carried, at):
+            return denoising.call(velocity, 0, z_0, carried, at), None
 
-            loss, gradients = jax.value_and_grad(loss_of)(state.params)
-            updates, moments = self._blueprint.optimizer.update(gradients, state.optimizer, state.params, shots=1.0)
-            params = optax.apply_updates(state.params, updates)
-            decay = jnp.minimum(0.999, (1 + state.step) / (10 + state.step))
-            ema = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.ema, params)
-            return TrainState(state.step + 1, params, moments, ema), loss
-
-        return jax.lax.scan(step, state, length=count)
-
-    def _sampled(self, params: Params, scene: Scene, key: Key[Array, ""]) -> Float[Array, "B F Y X Z"]:
-        """Euler's method for the later shots; the reveals stay at t_c, always with the same noise."""
-        start_key, history_key = jax.random.split(key)
-        shape = scene.video.shape
-        revealed = _revealed(scene, self._task)
-        frames = jnp.repeat(revealed, shape[1] // revealed.shape[1], axis=1)[:, :, None, None, None]
-        t_c = jnp.full(revealed.shape, self._task.history_noise)
-        history = add_noise(scene.video, jax.random.normal(history_key, shape), t_c, scene.lengths)
-        velocity = self._velocity(params, scene, None)
-
-        def of_later(z, sigma):
-            t = jnp.where(revealed, t_c, sigma)
-            return jnp.where(frames, 0, velocity(jnp.where(frames, history, z), t))
-
-        grid = sigmas(self._task.sampling_steps, 1.0, "wan-dpm++")
-        z = solve(of_later, jax.random.normal(start_key, shape), grid, "euler")
-        return jnp.where(frames, scene.video, z)
+        carried, _ = jax.lax.scan(call, solver.start(noise), tuple(map(jnp.asarray, solver.constants)))
+        return denoising.end(0, z_0, carried)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,16 +157,20 @@ def recalls_of(latents: Float[np.ndarray, "F Y X Z"], world: World, seed: int, c
         )
 
 
-def evaluate(
-    trainer: Trainer, data: Dataset, seeds: Sequence[int], world: World, codec: Codec, batch: int = 64
-) -> list[Recall]:
-    """Every recall of the held-out stories `seeds`, whose encoded form `data` is."""
+def evaluate(trainer: Trainer, data: Dataset, codec: Codec, batch: int = 64) -> list[Recall]:
+    """Every recall of held-out stories.
+
+    Raises:
+        ValueError: they are of the split that was trained on.
+    """
+    if data.world.split == trainer.data.world.split:
+        raise ValueError(f"stories of split {data.world.split} were trained on; give World(split=...) another one")
     found: list[Recall] = []
-    for first in range(0, len(seeds), batch):
-        rows = np.arange(first, min(first + batch, len(seeds)))
+    for first in range(0, len(data.seeds), batch):
+        rows = np.arange(first, min(first + batch, len(data.seeds)))
         latents = trainer.sample(data, jnp.asarray(rows), jax.random.key(first))
         for row, scene in zip(rows, latents):
-            found += recalls_of(scene, world, seeds[row], codec)
+            found += recalls_of(scene, data.world, data.seeds[row], codec)
     return found
 
 

@@ -27,6 +27,7 @@ LIGHTS = {"day": (1.0, 1.0, 1.0), "evening": (1.0, 0.86, 0.7), "night": (0.55, 0
 SIZE = 64  # rows and columns of a frame
 _MARGIN = 32  # pixels of panorama around a frame, for the camera
 _BOX = 28  # rows and columns of the box around a character
+_FRAMES = 15  # of a shot, in which the fastest character stays inside
 _APART = 0.35  # between the first colors of two characters, in RGB's unit cube
 
 
@@ -57,7 +58,6 @@ class Shot:
     caption: str
     place: int
     character: int | None
-    frames: int
     path: Float32[np.ndarray, "F 2"]  # the character's middle, column and row, in pixels
     spin: Float32[np.ndarray, " F"]  # radians
     radius: float  # pixels
@@ -73,8 +73,13 @@ class Story:
     looks: tuple[Look, ...]
     places: tuple[Place, ...]
     shots: tuple[Shot, ...]
-    recalls: tuple[tuple[int, int], ...]
-    """(recall, reveal): both shots of each character, by recall."""
+
+    @property
+    def recalls(self) -> list[tuple[int, int]]:
+        """(recall, reveal): both shots of each character, by recall."""
+        cast = [shot.character for shot in self.shots]
+        pairs = ((shot, cast.index(who)) for shot, who in enumerate(cast) if who is not None)
+        return [(shot, reveal) for shot, reveal in pairs if shot != reveal]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +102,8 @@ class World:
             )
         if not 1 <= self.places <= len(SPOTS):
             raise ValueError(f"{self.places} places; choose 1..{len(SPOTS)}, since each has a name")
+        if not 1 <= self.frames <= _FRAMES:
+            raise ValueError(f"{self.frames} frames; choose 1..{_FRAMES}, since characters leave the picture")
 
     def story(self, seed: int) -> Story:
         """The story of that number: the reveals, then recalls and empty places in any order."""
@@ -107,13 +114,11 @@ class World:
         everyone = range(self.characters)
         later = [*everyone, *[None] * (self.shots - 2 * self.characters)]
         cast = [*random.permutation(self.characters).tolist(), *(later[i] for i in random.permutation(len(later)))]
-        recalls = [(shot, cast.index(who)) for shot, who in enumerate(cast) if who is not None]
         return Story(
             caption=f"A story of {', '.join(names[who] for who in everyone)}.",
             looks=looks,
             places=places,
             shots=tuple(self._shot(random, who, names, spots) for who in cast),
-            recalls=tuple((shot, reveal) for shot, reveal in recalls if shot != reveal),
         )
 
     def _shot(self, random: np.random.Generator, who: int | None, names: Sequence[str], spots: Sequence[str]) -> Shot:
@@ -128,7 +133,6 @@ class World:
             caption=f"{subject} in the {spots[place]}, by {light}. The camera moves {pan}.",
             place=place,
             character=who,
-            frames=self.frames,
             path=(middle + steps * np.array(MOVES[move]) * random.uniform(0.6, 1.4)).astype(np.float32),
             spin=(random.uniform(0, 2 * np.pi) + steps[:, 0] * random.uniform(-0.12, 0.12)).astype(np.float32),
             radius=float(random.uniform(8.5, 11.5)),
@@ -213,7 +217,7 @@ def _background(panorama: np.ndarray, camera: np.ndarray) -> Float32[np.ndarray,
 
 def _draw(frames: np.ndarray, shot: Shot, look: Look) -> None:
     """Puts the character into its box of every frame."""
-    corner = np.clip(np.round(shot.path - _BOX / 2).astype(int), 0, SIZE - _BOX)
+    corner = np.ceil(shot.path - _BOX / 2).astype(int)  # so that all of it lies in `boxes`
     at = np.arange(_BOX, dtype=np.float32)
     x = (at + (corner[:, :1] - shot.path[:, :1]))[:, None, :] / np.float32(shot.radius)
     y = (at + (corner[:, 1:] - shot.path[:, 1:]))[:, :, None] / np.float32(shot.radius)

@@ -71,6 +71,10 @@ def _sources() -> list[pathlib.Path]:
     return sorted((ROOT / "moc_jax").rglob("*.py"))
 
 
+def _beside(*folders: str) -> list[pathlib.Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
 def _module(path: pathlib.Path) -> str:
     return path.relative_to(ROOT / "moc_jax").with_suffix("").parts[0]
 
@@ -142,7 +146,7 @@ def test_private_parts_of_jax_are_found(source):
 
 def test_private_parts_of_jax_are_in_one_file():
     """tests/private_jax.py has those of the tests."""
-    files = [*_sources(), *(ROOT / "benchmarks").rglob("*.py")]
+    files = [*_sources(), *_beside("benchmarks", "evidence")]
     touching = {
         str(path.relative_to(ROOT)): found for path in files if (found := _private(ast.parse(path.read_text())))
     }
@@ -251,9 +255,9 @@ PHRASES = {
 
 
 def test_english_is_plain():
-    """In the package, its configs and benchmarks, and in README and docs."""
+    """In the package, its configs, benchmarks and evidence, and in README and docs."""
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.py"), *ROOT.glob("*.py")]
-    sources = [*_sources(), *(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "configs").rglob("*.py")]
+    sources = [*_sources(), *_beside("benchmarks", "configs", "evidence")]
     found = [
         f"{path.relative_to(ROOT)}:{i}: {match[0]!r}; say {better}"
         for path in [*pages, *sources]

@@ -4,6 +4,7 @@ Everything random in step n comes from fold_in(key(seed), n), so a step is the s
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -22,6 +23,8 @@ from moc_jax.training.optimizer import learning_rate
 from moc_jax.training.state import Blueprint, TrainState
 
 _ROUTED = RoutedAttention()
+Loss = Callable[[VelocityFn, Scene, Key[Array, ""], DiffusionConfig], tuple[Float[Array, ""], Float[Array, "B S"]]]
+"""What a step descends, and each shot's own; as `flow_loss`."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +46,7 @@ def make_train_step(
     blueprint: Blueprint,
     mesh: Mesh,
     attention: SceneAttention = _ROUTED,
+    loss_fn: Loss = flow_loss,
 ) -> jax.stages.Wrapped:
     """(state, batch, attention config) -> (state, metrics). Donates the state; compiles once per bucket and config.
 
@@ -56,7 +60,7 @@ def make_train_step(
 
         def loss_of(params):
             velocity_fn = _velocity(blueprint, params, scene, moc, attention, key=drop_key)
-            return flow_loss(velocity_fn, scene, noise_key, diffusion)
+            return loss_fn(velocity_fn, scene, noise_key, diffusion)
 
         (loss, shot_loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         shots = scene.lengths.shot_frames > 0

@@ -9,13 +9,12 @@ import pytest
 
 from evidence import dataset
 from evidence.arms import ARMS, every_chunk
-from evidence.experiment import Task, interval, levels
+from evidence.experiment import Task, Trainer, evaluate, interval, levels
 from evidence.world import World, render_shot
 from moc_jax.attention.api import moc_attention
-from moc_jax.attention.routing import anchor_chunks, candidate_chunks
 from moc_jax.codecs import pixels_to_unit
-from moc_jax.config import HashConfig, MMDiTConfig, OptimizerConfig, PcaConfig
-from moc_jax.scene import GLOBAL, TEXT, VIDEO, SceneShape, chunk_table
+from moc_jax.config import HashConfig, MMDiTConfig, OptimizerConfig, PcaConfig, SampleConfig
+from moc_jax.scene import VIDEO, SceneShape, chunk_table
 from moc_jax.text import build_text_encoder
 
 WORLD = World(shots=4, frames=5, characters=2, places=2)
@@ -25,7 +24,7 @@ CODEC, WORDS = PcaConfig(channels=8), HashConfig(dim=16)
 @pytest.fixture(scope="module")
 def encoded():
     codec = dataset.fit(WORLD, CODEC, 4)
-    return codec, dataset.make(WORLD, CODEC, codec, WORDS, range(5, 8), 1)
+    return codec, dataset.make(WORLD, codec, WORDS, range(5, 8), 1)
 
 
 def test_scenes_are_the_encoded_stories_with_their_captions(encoded):
@@ -45,8 +44,8 @@ def test_scenes_are_the_encoded_stories_with_their_captions(encoded):
 
 
 def test_reveals_are_shown_at_their_level_and_the_others_share_one(encoded):
-    task = Task(world=WORLD, model=MMDiTConfig(), optimizer=OptimizerConfig(), updates=1, history_noise=0.03)
-    t = np.asarray(levels(jax.random.key(0), encoded[1].scenes(jnp.array([0, 1, 2])), task))
+    task = Task(model=MMDiTConfig(), optimizer=OptimizerConfig(), updates=1, sample=SampleConfig(history_noise=0.03))
+    t = np.asarray(levels(jax.random.key(0), encoded[1].scenes(jnp.array([0, 1, 2])), 2, task))
     assert (t[:, :2] == np.float32(0.03)).all()
     assert (t[:, 2] == t[:, 3]).all()
     assert len(set(t[:, 2])) == 3
@@ -72,15 +71,55 @@ def test_dense_is_every_chunk_picked(encoded):
 
 
 @pytest.mark.parametrize("name", ARMS)
-def test_no_arm_reads_captions_of_other_shots(encoded, name):
-    """What another shot's caption says is no path of memory: only the own one and the global one are read."""
-    table = table_of(encoded[1], ARMS[name])
-    readable = np.asarray(anchor_chunks(table, ARMS[name].moc) | candidate_chunks(table, ARMS[name].moc))[0]
-    shot, text = np.asarray(table.shot[0]), np.asarray(table.kind[0]) == TEXT
+def test_looks_pass_from_shot_to_shot_through_video_alone(encoded, name):
+    """What each token reads, by values that name its caption or shot: no other caption, and captions no video."""
+    arm = ARMS[name]
+    table = table_of(encoded[1], arm)
+    text, shot = np.asarray(table.token_kind[0]) != VIDEO, np.asarray(table.token_shot[0])
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, len(shot), 2, 16))
+    names = jnp.where(text, shot + 2, shot + 6)  # padding 0, captions 1 to 5, video 6 to 9
+    v = jnp.broadcast_to(jax.nn.one_hot(names, 16)[None, :, None], q.shape)
+    out, _ = arm.attention(q, k, v, table, arm.moc)
+    read = np.asarray(out[0] > 0)  # [N, H, 16]
     for s in range(4):
-        rows = readable[(shot == s) & ~text]
-        assert rows[:, text & ((shot == s) | (shot == GLOBAL))].all()
-        assert not rows[:, text & (shot != s) & (shot != GLOBAL)].any()
+        captions = np.isin(np.arange(6), (1, s + 2))
+        assert (read[~text & (shot == s), :, :6] == captions).all()
+        assert (read[text & (shot == s), :, :6] == captions).all()
+    assert not read[text & (shot >= -1), :, 6:].any()
+    seen = read[~text].any(1)[:, 6:10]
+    if name == "own shot":
+        assert (seen == np.eye(4, dtype=bool)[shot[~text]]).all()
+    else:
+        assert seen[shot[~text] == 3, :3].any(0).all()
+
+
+@pytest.mark.long
+def test_arms_are_trained_and_tested_on_other_stories(encoded):
+    codec, data = encoded
+    model = MMDiTConfig(
+        depth=1, dim=32, heads=2, patch=(1, 4, 4), latent_channels=8, text_dim=16, mlp_ratio=1, dtype="float32"
+    )
+    task = Task(
+        model=model,
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=1),
+        updates=20,
+        batch=4,
+        sample=SampleConfig(solver="euler", steps=2),
+    )
+    trainer = Trainer(task, ARMS["moc 8x6"], 0, data)
+    losses = trainer.run(20)
+    assert losses[-5:].mean() < 0.95 * losses[:5].mean()
+    with pytest.raises(ValueError, match=r"stories of split 0 were trained on"):
+        evaluate(trainer, data, codec)
+    held_out = dataset.make(dataclasses.replace(WORLD, split=1), codec, WORDS, range(2), 1)
+    latents = trainer.sample(held_out, jnp.arange(2), jax.random.key(0))
+    np.testing.assert_array_equal(latents[:, :4], held_out.latents[:, :4].astype(np.float32))
+    blind = dataclasses.replace(held_out, latents=held_out.latents.at[:, 4:].set(0))
+    np.testing.assert_array_equal(latents, trainer.sample(blind, jnp.arange(2), jax.random.key(0)))
+    found = evaluate(trainer, held_out, codec)
+    assert [(recall.story, recall.gap) for recall in found] == [
+        (seed, a - b) for seed in range(2) for a, b in held_out.world.story(seed).recalls
+    ]
 
 
 def test_wilsons_interval():
