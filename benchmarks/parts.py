@@ -3,7 +3,7 @@
 The common parts exist for every backend. A backend's own kernels are listed by its function in `_OWN`.
 
 FLOPs are useful ones: 4 D per attended pair and head forward, 2.5 times that backward; those of a single kernel are all
-that it does, 6 D for dq and 8 D for dk and dv, which both form the scores. Bytes are what a part must read
+that it does. Bytes are what a part must read
 and write if everything between two kernels goes through memory once.
 """
 
@@ -193,15 +193,15 @@ def _hopper(case: Case) -> list[Part]:
     found = []
 
     def kernels(where, inputs, queries, keys, flops, rows, order):
-        """The three kernels on q, k, v, d_out, lse, delta; `rows`: arrays as large as q that q's side fills."""
-        names = ("forward", "dq", "dk and dv")
+        """Both kernels on q, k, v, d_out, lse, delta; `rows`: arrays as large as q that q's side fills."""
+        names = ("forward", "gradients")
+        earlier = jnp.zeros((batch, 1, 1), jnp.int32) if order else anchors.earlier
         functions = (
             lambda q, k, v, d_out, lse, delta: flash.forward(q, k, v, queries, zero, backend, sorted_rows=order),
-            lambda *x: flash_backward.query_gradients(flash_backward.Inputs(*x, zero, order), queries, backend),
-            lambda *x: flash_backward.key_gradients(flash_backward.Inputs(*x, zero, order), keys, backend),
+            lambda *x: flash_backward.gradients(flash_backward.Inputs(*x, earlier, zero, order), keys, backend),
         )
-        moved = (2 + 2 * rows, 2 + 3 * rows, 4 + 2 * rows)
-        for name, function, share, arrays in zip(names, functions, (1, 1.5, 2), moved, strict=True):
+        moved = (2 + 2 * rows, 4 + 4 * rows)  # dq is in float32
+        for name, function, share, arrays in zip(names, functions, (1, 2.5), moved, strict=True):
             found.append(
                 Part(
                     name=f"kernel: {where}, {name}",

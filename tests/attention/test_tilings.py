@@ -224,8 +224,8 @@ def test_descent_finds_the_best_of_each_size():
 def test_neighbours_are_tilings_that_can_be():
     found = dict(neighbours(Hopper().tiles))
     assert found["forward.block 64"].forward.block == 64
-    assert found["query_gradients.stages 6"].query_gradients.stages == 6
-    assert "query_gradients.block 32" not in found  # no multiple of 64
+    assert found["gradients.stages 4"].gradients.stages == 4
+    assert "gradients.block 32" not in found  # they are of 64
     assert all(tiling != Hopper().tiles for tiling in found.values())
 
 

@@ -16,7 +16,7 @@ Padding of q, k and v may hold anything finite: blocks that reach into it are ma
 gradients become 0 on their way in, which takes a pass over each.
 
 Bytes: pairs' queries and outputs take 2 * Q * K * D * 2 bytes for each head, so heads go in groups that keep a buffer
-within 1 GiB. FLOPs: 4 * D per attended pair forward, 14 * D backward.
+within 1 GiB. FLOPs: 4 * D per attended pair forward, 10 * D backward.
 """
 
 import dataclasses
@@ -189,20 +189,18 @@ def _gradients(q, k, v, work: _Work, d_out, lse, delta, backend: Hopper):
     if anchors is None and picks is None:
         return start
     # Blocks of a run may hold padding. Its weights are 0, but what they are multiplied with may be NaN, or v d_out
-    # overflow. A mask inside of dq's kernel, after the products, took it from 53 to 55 ms in the reference scene.
+    # overflow.
     v = jnp.where(work.key_valid[..., None, None], v, 0)
     key_valid = work.key_valid[:, None]
     if anchors is not None:
-        inputs = flash_backward.Inputs(q, k, v, d_out, lse, delta, Heads(0, heads).operand, sorted_rows=False)
-        of_anchors = (
-            flash_backward.query_gradients(inputs, anchors.queries, backend),
-            *flash_backward.key_gradients(inputs, anchors.keys, backend),
-        )
+        operand = Heads(0, heads).operand
+        inputs = flash_backward.Inputs(q, k, v, d_out, lse, delta, anchors.earlier, operand, sorted_rows=False)
+        of_anchors = flash_backward.gradients(inputs, anchors.keys, backend)
 
     def one_group(heads: Heads, whole):
         parts: tuple[list[Part], ...] = [], [], []  # of dq, dk and dv
         if anchors is not None:
-            rows = anchors.query_row, anchors.key_row, anchors.key_row
+            rows = anchors.d_q_row, anchors.key_row, anchors.key_row
             there = anchors.anchored[:, None], key_valid, key_valid
             for found, x, row, mask in zip(parts, of_anchors, rows, there, strict=True):
                 found.append(Part(x, row[:, None], mask, heads.first))
@@ -215,19 +213,21 @@ def _gradients(q, k, v, work: _Work, d_out, lse, delta, backend: Hopper):
                 take_rows(d_out, rows, heads),
                 _picked(lse, rows, heads.first, heads.count),
                 _picked(delta, rows, heads.first, heads.count),
+                jnp.zeros((len(q), 1, 1), jnp.int32),
                 heads.operand,
                 sorted_rows=True,
             )
-            d_q = flash_backward.query_gradients(inputs, heads.of(picks.queries), backend)
+            d_q, *of_keys = flash_backward.gradients(inputs, heads.of(picks.keys), backend)
             parts[0].extend(Part(d_q, slot, slot >= 0, 0) for slot in slots_of_pairs(picks.schedule, heads))
-            for found, x in zip(parts[1:], flash_backward.key_gradients(inputs, heads.of(picks.keys), backend)):
+            for found, x in zip(parts[1:], of_keys, strict=True):
                 found.append(Part(x, picks.key_row[:, None], key_valid, 0))
         d_q, *of_keys = (_sum(found, heads.count) for found in parts)
+        d_q *= 1 / math.sqrt(dim)
         if anchors is not None:
             of_keys = [_add_text_shares(x, found[0], anchors, heads) for x, found in zip(of_keys, parts[1:])]
         return tuple(heads.put(x, part.astype(q.dtype), 2) for x, part in zip(whole, (d_q, *of_keys), strict=True))
 
-    return by_group(one_group, start, heads, work.groups(heads, dim * q.dtype.itemsize, backend.tiles.group_bytes))
+    return by_group(one_group, start, heads, work.groups(heads, dim * 4, backend.tiles.group_bytes))
 
 
 # ------------------------------------------------------------------------------------------- gathers and sums

@@ -40,12 +40,13 @@ class HopperTiling:
     """What can be tuned: each kernel's tiling, and how work is cut before."""
 
     forward: KernelTiling = KernelTiling()
-    query_gradients: KernelTiling = KernelTiling(block=64, stages=3, buffers=1)
-    key_gradients: KernelTiling = KernelTiling(block=64, buffers=1, compute_registers=240, copy_registers=24)
+    gradients: KernelTiling = KernelTiling(block=64, buffers=1, compute_registers=232, copy_registers=24)
     group_bytes: int = 2**30  # of one buffer of sorted rows; more heads come in groups, one after the other
     text_readers: int = 2048  # that a tile of text's keys takes in one go, about
 
     def __post_init__(self):
+        if self.gradients.block != 64:
+            raise ValueError(f"{self.gradients}: gradients are computed in blocks of 64 queries")
         if self.group_bytes < 1 or self.text_readers < 1:
             raise ValueError(f"{self}: group_bytes and text_readers are at least 1")
 

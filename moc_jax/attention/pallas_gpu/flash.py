@@ -33,7 +33,7 @@ from moc_jax.attention.pallas_gpu.multiprocessor import (
     copy_keys,
     copy_tile,
     launch,
-    mask_columns,
+    mask,
     multiplied,
     multiply,
     result,
@@ -232,7 +232,7 @@ def _overlap(refs: Refs, job: Job, q_tile_smem_ref, carry, step, span, *, more, 
 def _softmax(scores, span, largest, total, job: Job, dtype):
     """A block's weights, what its maximum makes of the sums before it, and the new maximum and sums."""
     scale = LOG2E / math.sqrt(job.dim)
-    scores = mask_columns(scores, span, -math.inf)
+    scores = mask(scores, (1, *span), value=-math.inf)
     new = jnp.maximum(largest, scores.max(axis=1) * scale)
     shrink = jnp.exp2(largest - new)
     p = jnp.exp2(scores * scale - lax.broadcast_in_dim(new, scores.shape, [0]))

@@ -1,14 +1,18 @@
-"""Gradients of attention on Hopper, from the output's log-sum-exp: two kernels, no atomics, the same bits on every run.
+"""Gradients of attention on Hopper, from the output's log-sum-exp: one kernel, the same bits on every run.
 
 With the final log-sum-exp L of a query, over all its keys, every part of its attention knows the final weights:
 
     p = exp(s - L)     dv = p^T do     ds = p (do v^T - delta)     dq = ds k / sqrt(D)     dk = ds^T q / sqrt(D)
 
-with delta = rowsum(do o). So anchors and picks add up, and no gradient passes through the merge. `query_gradients`
-keeps a tile of queries and walks runs of keys; `key_gradients` keeps a tile of keys and walks runs of queries. Both
-form the scores again: 7 matrix products instead of 5, and in return no sum crosses thread blocks.
+with delta = rowsum(do o). So anchors and picks add up, and no gradient passes through the merge. A thread block keeps a
+tile of keys, with dk and dv in registers, and walks runs of queries. Each block of 64 queries gets a share of its dq,
+which goes to memory as it is: a query's dq is the sum over the tiles of keys that it reads, and those take turns.
 
-FLOPs: 6 * D and 8 * D per (query, key), padded to tiles and blocks.
+Turns: a tile adds its share to a block of queries when all earlier tiles that read these have done so. The first one
+writes. So the order of the sum is that of the keys, whichever thread block is faster and whatever other queries there
+are. Tiles that start together soon follow each other through the queries at a distance, and then no longer wait.
+
+FLOPs: 10 * D per (query, key), padded to tiles and blocks. Bytes: 4 D per query and tile of keys, mostly to the cache.
 """
 
 import functools
@@ -25,20 +29,18 @@ from moc_jax.attention.layout import LOG2E, Tiles
 from moc_jax.attention.pallas_gpu.device import COMPUTE, Hopper
 from moc_jax.attention.pallas_gpu.multiprocessor import (
     Refs,
-    copy_keys,
     copy_tile,
     launch,
-    mask_columns,
-    multiplied,
+    mask,
     multiply,
     result,
     ring_rows,
-    tile_by_tile,
+    swizzled,
     tile_rows,
     with_accumulators,
     with_scores,
 )
-from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, walk
+from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, each_tile, walk
 from moc_jax.shapes import Array, Float, Float32, Int
 
 
@@ -51,191 +53,207 @@ class Inputs(NamedTuple):
     d_out: Float[Array, "B _ _ D"]  # as q
     lse: Float32[Array, "B _ _"]  # base-2 log-sum-exp over all keys of each query [B, heads, rows of q]
     delta: Float32[Array, "B _ _"]  # rowsum(d_out * out), likewise
+    earlier: Int[Array, "B _ _"]  # tiles of the groups before each that read each block of dq
     first_head: Int[Array, "1"]
     sorted_rows: bool
 
 
-def query_gradients(inputs: Inputs, tiles: Tiles, backend: Hopper) -> Float[Array, "B _ R D"]:
-    """dq of each tile's rows, R = tiles * 128; rows of unused tiles are not written.
-
-    `tiles`: which rows of q each tile takes, and which runs of keys they read.
-    """
-    q, k = inputs.q, inputs.k
-    tiling = backend.tiles.query_gradients
-    job = Job.of(q, k, tiles, backend, tiling, over_keys=True, sorted_rows=inputs.sorted_rows)
-    row = plgpu.SMEM((tiling.buffers, TILE), jnp.float32)
-    return launch(
-        "moc_query_gradients",
-        tile_by_tile(_query_tile),
-        _copy_for_queries,
-        job,
-        inputs[:6],
-        tiles,
-        inputs.first_head,
-        jax.ShapeDtypeStruct((job.batch, job.heads, tiles.count * TILE, job.dim), q.dtype),
-        tile=(tile_rows(job, q), tile_rows(job, q), row, row),  # queries, output gradients, log-sum-exp, delta
-        ring=(ring_rows(job, k), ring_rows(job, k)),  # keys, values
-        # Of a tile, full and free; of a block, full and free of keys, then of values.
-        arrivals=((4, COMPUTE), (1, COMPUTE, 1, COMPUTE)),
-    )
-
-
-def key_gradients(
+def gradients(
     inputs: Inputs, tiles: Tiles, backend: Hopper
-) -> tuple[Float[Array, "B _ R D"], Float[Array, "B _ R D"]]:
-    """dk and dv of each tile's rows, R = tiles * 128; rows of unused tiles are not written.
+) -> tuple[Float32[Array, "B _ M D"], Float[Array, "B _ R D"], Float[Array, "B _ R D"]]:
+    """sqrt(D) dq by the rows of q, those that second runs read 64 rows further on; and each tile's rows of dk and dv.
 
-    `tiles`: which rows of k each tile takes, and which runs of q read them. Blocks are of queries here.
+    R = tiles * 128. Rows of unused tiles are not written, nor queries that no tile reads.
+
+    `tiles`: which rows of k each tile takes, and which runs of q read them.
     """
+    tiling = backend.tiles.gradients
+    if not inputs.sorted_rows:  # sorted ones come in tiles
+        inputs = _whole_blocks(inputs, tiling.block)
     q, k = inputs.q, inputs.k
-    tiling = backend.tiles.key_gradients
     job = Job.of(q, k, tiles, backend, tiling, over_keys=False, sorted_rows=inputs.sorted_rows)
+    columns = job.dim // COMPUTE  # of dq, for each warpgroup
     row = plgpu.SMEM((tiling.stages, tiling.block), jnp.float32)
     gradient = jax.ShapeDtypeStruct((job.batch, job.heads, tiles.count * TILE, job.dim), k.dtype)
+    rows = job.rows + (job.runs - 1) * tiling.block
+    d_scores = plgpu.SMEM((2, TILE, tiling.block), k.dtype, transforms=swizzled(columns))
+    shares = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    shares = plgpu.SMEM((2, COMPUTE, tiling.block, columns), jnp.float32, transforms=shares)
     return launch(
-        "moc_key_gradients",
-        tile_by_tile(_key_tile),
-        _copy_for_keys,
+        "moc_gradients",
+        _compute,
+        _copy,
         job,
-        inputs[:6],
+        inputs[:7],
         tiles,
         inputs.first_head,
-        (gradient, gradient),
-        tile=(tile_rows(job, k), tile_rows(job, k)),  # keys, values
-        ring=(ring_rows(job, q), ring_rows(job, q), row, row),  # queries, output gradients, log-sum-exp, delta
+        (jax.ShapeDtypeStruct((job.batch, job.heads, rows, job.dim), jnp.float32), gradient, gradient),
+        tile=(tile_rows(job, k, columns), tile_rows(job, k, columns)),  # keys, values
+        # Queries, output gradients, log-sum-exp, delta.
+        ring=(ring_rows(job, q, columns), ring_rows(job, q, columns), row, row),
         # Of a tile, full and free; of a block, full of queries and log-sum-exp, of output gradients and delta, free.
         arrivals=((2, COMPUTE), (2, 2, COMPUTE)),
+        # Score gradients and dq's shares; full of the first, full and free of the second; that keys are spent.
+        more=(
+            d_scores,
+            shares,
+            *(plgpu.Barrier(num_barriers=n, num_arrivals=a) for n, a in ((2, 2), (2, 2), (2, 1), (1, 2))),
+        ),
+        turns=(_write_shares, (job.batch, job.heads, rows // tiling.block)),
     )
 
 
-def _query_tile(refs: Refs, job: Job, warpgroup, item, _, line, used, first):
-    """One warpgroup's half of a tile of queries: while one block's weights are found, the gradients of the block before
-    are multiplied with its keys."""
-    k_smem_ref, _ = refs.ring_smem_refs
-    (tile_full, _), (k_full, k_free, v_full, v_free) = refs.tile_barrier_refs, refs.ring_barrier_refs
+def _whole_blocks(inputs: Inputs, block: int) -> Inputs:
+    more = (0, -inputs.q.shape[1] % block)
+    q, d_out = (jnp.pad(x, ((0, 0), more, (0, 0), (0, 0))) for x in (inputs.q, inputs.d_out))
+    lse, delta = (jnp.pad(x, ((0, 0), (0, 0), more)) for x in (inputs.lse, inputs.delta))
+    return inputs._replace(q=q, d_out=d_out, lse=lse, delta=delta)
+
+
+def _compute(refs: Refs, job: Job, warpgroup):
+    each_tile(refs.table_gmem_ref, job, functools.partial(_tile, refs, job, warpgroup), jnp.int32(0))
+
+
+def _tile(refs: Refs, job: Job, warpgroup, item, start, line, used, steps):
+    """One warpgroup's half of a tile of keys. Keys are the rows of all matrices here, so scores come transposed, but
+    for dq: of that it takes half of the columns, for all keys."""
+    (tile_full, tile_free), (q_full, d_out_full, free) = refs.tile_barrier_refs, refs.ring_barrier_refs
+    d_s_smem_ref, d_q_smem_ref, d_s_full, d_q_full, d_q_free, spent = refs.more_refs
     buffer, mine = lax.rem(used, job.tiling.buffers), pl.ds(warpgroup * ROWS, ROWS)
-    q_smem_ref, d_out_smem_ref, lse_smem_ref, delta_smem_ref = (ref.at[buffer, mine] for ref in refs.tile_smem_refs)
-    plgpu.barrier_wait(tile_full.at[buffer])
-    lse, delta = (plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1)) for ref in (lse_smem_ref, delta_smem_ref))
-
-    def step(carry, steps, _, *span):
-        d_q, d_s = carry
-        # Before the first block there is none: its own keys are multiplied with zeros.
-        now, before = (lax.rem(s, job.tiling.stages) for s in (steps, jnp.maximum(steps - 1, first)))
-        plgpu.barrier_wait(k_full.at[now])
-        plgpu.barrier_wait(v_full.at[now])
-        keys, values = (ref.at[now].transpose((1, 0)) for ref in refs.ring_smem_refs)
-
-        def products(d_q_ref, scores_ref, d_p_ref):
-            multiply(scores_ref, q_smem_ref, keys)
-            multiply(d_p_ref, d_out_smem_ref, values)
-            multiply(d_q_ref, d_s, k_smem_ref.at[before])
-            p = _weights(result(scores_ref, pending=2), lse, span, job, axis=0)
-            return _score_gradients(p, result(d_p_ref, pending=1), delta, axis=0).astype(d_s.dtype)
-
-        def block(d_q_ref, d_s_ref):
-            d_s_ref[...] = with_scores(functools.partial(products, d_q_ref), job, 2)
-
-        carry = with_accumulators(block, job, [d_q], [d_s])
-        plgpu.barrier_arrive(v_free.at[now])
-        pl.when(steps > first)(functools.partial(plgpu.barrier_arrive, k_free.at[before]))
-        return carry
-
-    d_q = plgpu.layout_cast(jnp.zeros((ROWS, job.dim), jnp.float32), plgpu.Layout.WGMMA)
-    d_s = plgpu.layout_cast(jnp.zeros((ROWS, job.tiling.block), k_smem_ref.dtype), plgpu.Layout.WGMMA)
-    (d_q, d_s), steps = walk(line, job, step, (d_q, d_s), first)
-    last = lax.rem(steps - 1, job.tiling.stages)
-    d_q = multiplied(d_q, d_s, k_smem_ref.at[last], job)
-    plgpu.barrier_arrive(k_free.at[last])
-    _write(refs, warpgroup, item, buffer, d_q * (1 / math.sqrt(job.dim)))
-    return steps
-
-
-def _key_tile(refs: Refs, job: Job, warpgroup, item, _, line, used, steps):
-    """One warpgroup's half of a tile of keys. Keys are the rows of all matrices here, so scores come transposed."""
-    (tile_full, _), (q_full, d_out_full, free) = refs.tile_barrier_refs, refs.ring_barrier_refs
-    buffer, mine = lax.rem(used, job.tiling.buffers), pl.ds(warpgroup * ROWS, ROWS)
-    k_smem_ref, v_smem_ref = (ref.at[buffer, mine] for ref in refs.tile_smem_refs)
+    columns = pl.ds(warpgroup * (job.dim // COMPUTE), job.dim // COMPUTE)
+    scene, head, tile = item
+    scale = LOG2E / math.sqrt(job.dim)
+    # Other rows' gradients are nobody's, but dq may not have them.
+    keys = [line[2 * job.runs + i] - start - warpgroup * ROWS for i in (3, 4)]
     plgpu.barrier_wait(tile_full.at[buffer])
 
-    def step(carry, steps, _, *span):
-        ring = lax.rem(steps, job.tiling.stages)
+    def keys_at(steps):
+        # As far as the compiler can see, the address depends on the step. Else it finds those of all parts of the
+        # operands before the loop, and then reads them from memory at each step: there are no registers for them.
+        place = buffer + lax.shift_right_logical(steps, 30)
+        k_smem_ref, v_smem_ref = refs.tile_smem_refs
+        return k_smem_ref.at[place, mine], v_smem_ref.at[place, mine], k_smem_ref.at[place, :, columns]
+
+    def step(carry, steps, run, row, *span):
+        ring, now = lax.rem(steps, job.tiling.stages), lax.rem(steps, 2)
         plgpu.barrier_wait(q_full.at[ring])
         plgpu.barrier_wait(d_out_full.at[ring])
         q_smem_ref, d_out_smem_ref, lse_smem_ref, delta_smem_ref = (ref.at[ring] for ref in refs.ring_smem_refs)
-        load = functools.partial(plgpu.load, layout=plgpu.Layout.WGMMA.reduce(0))
+        k_smem_ref, v_smem_ref, k_columns_smem_ref = keys_at(steps)
+
+        def less(smem_ref, scale):
+            row = plgpu.load(smem_ref, layout=plgpu.Layout.WGMMA.reduce(0))
+            return lax.broadcast_in_dim(row * scale, (ROWS, job.tiling.block), [1])
 
         def products(d_k_ref, d_v_ref, scores_ref, d_p_ref):
             multiply(scores_ref, k_smem_ref, q_smem_ref.transpose((1, 0)))
             multiply(d_p_ref, v_smem_ref, d_out_smem_ref.transpose((1, 0)))
-            p = _weights(result(scores_ref, pending=1), load(lse_smem_ref), span, job, axis=1)
-            d_s = _score_gradients(p, result(d_p_ref, pending=0), load(delta_smem_ref), axis=1)
-            multiply(d_v_ref, p.astype(q_smem_ref.dtype), d_out_smem_ref)
-            multiply(d_k_ref, d_s.astype(q_smem_ref.dtype), q_smem_ref)
+            p = jnp.exp2(result(scores_ref, pending=1) * scale)
+            p = mask(p, (0, *keys), (1, *span), value=0.0)
+            d_s = (p * result(d_p_ref, pending=0)).astype(d_s_smem_ref.dtype)
+            multiply(d_v_ref, p.astype(d_s.dtype), d_out_smem_ref)
+            d_s_smem_ref[now, mine] = d_s
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(d_s_full.at[now])
+            multiply(d_k_ref, d_s, q_smem_ref)
 
-        def block(*refs):
-            with_scores(functools.partial(products, *refs), job, 2)
+        def product(d_q_ref):
+            multiply(d_q_ref, d_s_smem_ref.at[now].transpose((1, 0)), k_columns_smem_ref)
+            return result(d_q_ref, pending=0)
 
-        carry = with_accumulators(block, job, carry)
-        plgpu.barrier_arrive(free.at[ring])
-        return carry
+        def block(*sums):
+            # Sums that start with what is to be subtracted: no register holds it while they grow.
+            scores = less(lse_smem_ref, -1 / scale), less(delta_smem_ref, -1.0)
+            with_accumulators(functools.partial(products, *sums), job, scores)
+            plgpu.barrier_wait(d_s_full.at[now])  # the other's half, too; it has left the block before this one
+            d_q = with_scores(product, job, 1, (job.tiling.block, job.dim // COMPUTE))
+            plgpu.barrier_arrive(free.at[ring])
+            if job.interpret is not None:
+                add_in_turn(d_q, run, row)
+                return
+            pl.when(steps >= 2)(functools.partial(plgpu.barrier_wait, d_q_free.at[now]))
+            d_q_smem_ref[now, warpgroup] = d_q
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(d_q_full.at[now])
+
+        return with_accumulators(block, job, carry)
+
+    def add_in_turn(d_q, run, row):
+        block, earlier = _turn(refs, job, scene, line, run, row)
+        rows = refs.output_gmem_refs[0].at[scene, head, pl.ds(block * job.tiling.block, job.tiling.block), columns]
+        rows[...] = jnp.where(earlier == 0, 0.0, rows[...]) + d_q
 
     zeros = plgpu.layout_cast(jnp.zeros((ROWS, job.dim), jnp.float32), plgpu.Layout.WGMMA)
     (d_k, d_v), steps = walk(line, job, step, (zeros, zeros), steps)
-    _write(refs, warpgroup, item, buffer, d_k * (1 / math.sqrt(job.dim)), d_v)
+    plgpu.barrier_arrive(spent)
+    plgpu.barrier_wait(spent)  # the other's last part of dq reads this one's keys
+    # Gradients leave through the places of what they are of.
+    (k_smem_ref, v_smem_ref, _), rows = keys_at(steps), pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
+    k_smem_ref[...] = (d_k * (1 / math.sqrt(job.dim))).astype(k_smem_ref.dtype)
+    v_smem_ref[...] = d_v.astype(v_smem_ref.dtype)
+    plgpu.commit_smem()
+    for smem_ref, gmem_ref in zip((k_smem_ref, v_smem_ref), refs.output_gmem_refs[1:], strict=True):
+        plgpu.copy_smem_to_gmem(smem_ref, gmem_ref.at[scene, head, rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    plgpu.barrier_arrive(tile_free.at[buffer])
     return steps
 
 
-def _weights(scores, lse, span, job: Job, axis: int):
-    p = jnp.exp2(scores * (LOG2E / math.sqrt(job.dim)) - lax.broadcast_in_dim(lse, scores.shape, [axis]))
-    return mask_columns(p, span, 0.0)
+def _turn(refs: Refs, job: Job, scene, line, run, row):
+    """The block of dq that a step adds to, and how many tiles do so before it."""
+    group, place = line[2 * job.runs + 1], line[2 * job.runs + 2]
+    block = lax.div(row, job.tiling.block) + run
+    # Sorted rows are read by the tiles of one chunk alone.
+    return block, place if job.sorted_rows else place + refs.input_gmem_refs[6][scene, group, block]
 
 
-def _score_gradients(p, d_p, delta, axis: int):
-    return p * (d_p - lax.broadcast_in_dim(delta, d_p.shape, [axis]))
-
-
-def _write(refs: Refs, warpgroup, item, buffer, *gradients):
-    """Gradients leave through the places of what they are of, which is spent."""
-    scene, head, tile = item
-    mine, rows = pl.ds(warpgroup * ROWS, ROWS), pl.ds(tile * TILE + warpgroup * ROWS, ROWS)
-    smem_refs = [ref.at[buffer, mine] for ref in refs.tile_smem_refs[: len(gradients)]]
-    for smem_ref, gradient in zip(smem_refs, gradients, strict=True):
-        smem_ref[...] = gradient.astype(smem_ref.dtype)
-    plgpu.commit_smem()
-    for smem_ref, gmem_ref in zip(smem_refs, refs.output_gmem_refs, strict=True):
-        plgpu.copy_smem_to_gmem(smem_ref, gmem_ref.at[scene, head, rows])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    plgpu.barrier_arrive(refs.tile_barrier_refs[1].at[buffer])
-
-
-def _copy_for_queries(refs: Refs, job: Job, first_head, item, start, line, used, steps):
-    """Brings a tile's queries and what belongs to them, then keys and values block after block."""
+def _write_shares(refs: Refs, job: Job, item, _, line, __, first):
+    """Adds a tile's shares to dq, each when it is its turn: the first is written, the others are added in memory."""
+    _, d_q_smem_ref, _, d_q_full, d_q_free, _ = refs.more_refs
+    d_q_gmem_ref, width = refs.output_gmem_refs[0], job.dim // COMPUTE
     scene, head, _ = item
-    copy_tile(refs, job, _of_queries(refs, job, scene, head, pl.ds(start, TILE)), used)
-    return copy_keys(refs, job, scene, first_head + head, line, steps)
+
+    def copy(now, block, **how):
+        rows = pl.ds(block * job.tiling.block, job.tiling.block)
+        for i in range(COMPUTE):
+            target = d_q_gmem_ref.at[scene, head, rows, pl.ds(i * width, width)]
+            plgpu.copy_smem_to_gmem(d_q_smem_ref.at[now, i], target, **how)
+
+    def tell(steps, block, pending):
+        """That the share of the step before is there, once no more than `pending` later copies are under way."""
+        plgpu.wait_smem_to_gmem(pending)
+        plgpu.barrier_arrive(d_q_free.at[lax.rem(steps + 1, 2)])
+        plgpu.semaphore_signal(refs.turn_gmem_ref.at[scene, head, block], memory_scope="gpu")
+
+    def step(before, steps, run, row, *_):
+        now, (block, earlier) = lax.rem(steps, 2), _turn(refs, job, scene, line, run, row)
+        plgpu.barrier_wait(d_q_full.at[now])
+        plgpu.semaphore_wait(refs.turn_gmem_ref.at[scene, head, block], earlier, decrement=False, memory_scope="gpu")
+        pl.when(earlier == 0)(functools.partial(copy, now, block))
+        pl.when(earlier > 0)(functools.partial(copy, now, block, reduction_op="add"))
+        pl.when(steps > first)(functools.partial(tell, steps, before, COMPUTE))
+        return block
+
+    before, steps = walk(line, job, step, jnp.int32(0), first)
+    pl.when(steps > first)(functools.partial(tell, steps, before, 0))
+    return steps
 
 
-def _copy_for_keys(refs: Refs, job: Job, first_head, item, start, line, used, steps):
+def _copy(refs: Refs, job: Job, first_head, item, start, line, used, steps):
     """Brings a tile's keys and values, then queries and what belongs to them block after block."""
     q_full, d_out_full, free = refs.ring_barrier_refs
+    q_gmem_ref, k_gmem_ref, v_gmem_ref, d_out_gmem_ref, lse_gmem_ref, delta_gmem_ref, _ = refs.input_gmem_refs
     scene, head, _ = item
-    copy_tile(
-        refs, job, [ref.at[scene, pl.ds(start, TILE), first_head + head] for ref in refs.input_gmem_refs[1:3]], used
-    )
+    keys = scene, pl.ds(start, TILE), first_head + head
+    copy_tile(refs, job, [k_gmem_ref.at[keys], v_gmem_ref.at[keys]], used)
 
-    def step(_, steps, row, *__):
+    def step(_, steps, __, row, *___):
         ring, rows = lax.rem(steps, job.tiling.stages), pl.ds(row, job.tiling.block)
         pl.when(steps >= job.tiling.stages)(functools.partial(plgpu.barrier_wait, free.at[ring]))
-        sources, fulls = _of_queries(refs, job, scene, head, rows), (q_full, d_out_full, q_full, d_out_full)
+        wide, narrow = job.query_rows(scene, head, rows), (scene, head, rows)
+        sources = q_gmem_ref.at[wide], d_out_gmem_ref.at[wide], lse_gmem_ref.at[narrow], delta_gmem_ref.at[narrow]
+        fulls = q_full, d_out_full, q_full, d_out_full
         for source, target, full in zip(sources, refs.ring_smem_refs, fulls, strict=True):
             plgpu.copy_gmem_to_smem(source, target.at[ring], full.at[ring])
 
     return walk(line, job, step, None, steps)[1]
-
-
-def _of_queries(refs: Refs, job: Job, scene, head, rows):
-    """Rows of queries, output gradients, log-sum-exp and delta."""
-    q_gmem_ref, _, _, d_out_gmem_ref, lse_gmem_ref, delta_gmem_ref = refs.input_gmem_refs
-    wide, narrow = job.query_rows(scene, head, rows), (scene, head, rows)
-    return q_gmem_ref.at[wide], d_out_gmem_ref.at[wide], lse_gmem_ref.at[narrow], delta_gmem_ref.at[narrow]

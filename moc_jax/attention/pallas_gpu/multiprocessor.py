@@ -1,4 +1,4 @@
-"""What the kernels share of a multiprocessor: three warpgroups and their roles, the copy engine, the tensor cores.
+"""What the kernels share of a multiprocessor: its warpgroups and their roles, the copy engine, the tensor cores.
 
 Pallas' interpreter knows neither products with an operand in registers nor accumulators that outlive a scope; there,
 accumulators are plain values and products plain products, and all else is the kernel's own code.
@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -18,7 +19,13 @@ from moc_jax.attention.pallas_gpu.device import COMPUTE
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, Ref, each_tile, walk
 from moc_jax.shapes import Array
 
-SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+def swizzled(columns: int):
+    """How 16-bit matrices lie in shared memory for tensor cores, which may take some times `columns` columns."""
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+
+
+SWIZZLED = swizzled(64)
 
 
 class Refs(NamedTuple):
@@ -32,52 +39,80 @@ class Refs(NamedTuple):
     ring_smem_refs: tuple[Ref, ...]  # what comes block after block
     tile_barrier_refs: tuple[Ref, ...]
     ring_barrier_refs: tuple[Ref, ...]
+    more_refs: tuple[Ref, ...]  # what only one kernel has
+    turn_gmem_ref: Ref  # counters of turns, where there are any
 
 
-def tile_rows(job: Job, x: Array):
+def tile_rows(job: Job, x: Array, columns: int = 64):
     """Shared memory for rows of x that belong to a tile."""
-    return plgpu.SMEM((job.tiling.buffers, TILE, job.dim), x.dtype, transforms=SWIZZLED)
+    return plgpu.SMEM((job.tiling.buffers, TILE, job.dim), x.dtype, transforms=swizzled(columns))
 
 
-def ring_rows(job: Job, x: Array):
+def ring_rows(job: Job, x: Array, columns: int = 64):
     """Shared memory for rows of x that come block after block."""
-    return plgpu.SMEM((job.tiling.stages, job.tiling.block, job.dim), x.dtype, transforms=SWIZZLED)
+    return plgpu.SMEM((job.tiling.stages, job.tiling.block, job.dim), x.dtype, transforms=swizzled(columns))
 
 
-def launch(name: str, compute, copy, job: Job, inputs, tiles: Tiles, first_head, outputs, *, tile, ring, arrivals):
-    """Calls a kernel of one persistent thread block per multiprocessor, three warpgroups each.
+def launch(
+    name: str,
+    compute,
+    copy,
+    job: Job,
+    inputs,
+    tiles: Tiles,
+    first_head,
+    outputs,
+    *,
+    tile,
+    ring,
+    arrivals,
+    more=(),
+    turns=None,
+):
+    """Calls a kernel of one persistent thread block per multiprocessor, three or four warpgroups each.
 
     Args:
         compute: compute(refs, job, warpgroup), by two warpgroups.
         copy: copy(refs, job, first head, item, ...) for each tile, by the third.
         tile, ring: Shared memory for what belongs to a tile, and for what comes block after block.
         arrivals: That each of a tile's barriers awaits, and each of a block's.
+        more: Further shared memory and barriers.
+        turns: Where tiles take turns, turns(refs, job, item, ...) for each tile, by the fourth, and the shape of the
+            counters in memory that it goes by. The interpreter has none: there, all happens in turn anyway.
     """
+    keep, counters = turns or (None, ())
+    if job.interpret is not None:
+        keep = None
 
     def kernel(*refs):
         count = len(inputs)
-        given, written, memory = refs[:count], refs[count + 2 : -4], refs[-4:]
-        _split_roles(Refs(given, refs[count], refs[count + 1], written, *memory), job, compute, copy)
+        given, written, memory = refs[:count], refs[count + 2 : -5], refs[-5:]
+        turns = pl.get_global(plgpu.SemaphoreType.REGULAR(counters)) if keep else None
+        refs = Refs(given, refs[count], refs[count + 1], written, *memory, turn_gmem_ref=turns)
+        _split_roles(refs, job, compute, copy, keep)
 
     def barriers(count, arrivals):
         return tuple(plgpu.Barrier(num_barriers=count, num_arrivals=a) for a in arrivals)
 
-    of_tile, of_block = arrivals
-    return plgpu.kernel(
+    of_tile, of_block = (barriers(n, a) for n, a in zip((job.tiling.buffers, job.tiling.stages), arrivals, strict=True))
+    call = plgpu.kernel(
         kernel,
         out_type=outputs,
-        scratch_types=[tile, ring, barriers(job.tiling.buffers, of_tile), barriers(job.tiling.stages, of_block)],
+        scratch_types=[tile, ring, of_tile, of_block, more],
         kernel_name=name,
         grid=(job.thread_blocks,),
         grid_names=("block",),
-        num_threads=COMPUTE + 1,
+        num_threads=COMPUTE + (2 if keep else 1),
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=job.interpret,
-    )(*inputs, tiles.table, first_head)
+    )
+    if keep:  # vmap would share the counters
+        call = jax.custom_batching.sequential_vmap(call)
+    return call(*inputs, tiles.table, first_head)
 
 
-def _split_roles(refs: Refs, job: Job, compute, copy) -> None:
+def _split_roles(refs: Refs, job: Job, compute, copy, keep) -> None:
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < COMPUTE)
@@ -92,14 +127,12 @@ def _split_roles(refs: Refs, job: Job, compute, copy) -> None:
         first_head = refs.first_head_gmem_ref[0]
         each_tile(refs.table_gmem_ref, job, functools.partial(copy, refs, job, first_head), jnp.int32(0))
 
+    if keep:
 
-def tile_by_tile(tile):
-    """compute(refs, job, warpgroup) that calls tile(refs, job, warpgroup, ...) as `each_tile` does."""
-
-    def compute(refs: Refs, job: Job, warpgroup):
-        each_tile(refs.table_gmem_ref, job, functools.partial(tile, refs, job, warpgroup), jnp.int32(0))
-
-    return compute
+        @pl.when(warpgroup == COMPUTE + 1)
+        def _():
+            plgpu.set_max_registers(job.tiling.copy_registers, action="decrease")
+            each_tile(refs.table_gmem_ref, job, functools.partial(keep, refs, job), jnp.int32(0))
 
 
 def copy_tile(refs: Refs, job: Job, sources, used) -> None:
@@ -116,7 +149,7 @@ def copy_keys(refs: Refs, job: Job, scene, head, line, steps):
     k_full, k_free, v_full, v_free = refs.ring_barrier_refs
     k_gmem_ref, v_gmem_ref = refs.input_gmem_refs[1:3]
 
-    def step(_, steps, row, *__):
+    def step(_, steps, __, row, *___):
         ring = lax.rem(steps, job.tiling.stages)
         keys = (scene, pl.ds(row, job.tiling.block), head)
         for source, target, full, free in (
@@ -129,15 +162,17 @@ def copy_keys(refs: Refs, job: Job, scene, head, line, steps):
     return walk(line, job, step, None, steps)[1]
 
 
-def mask_columns(x: Array, span: tuple[Array, Array], value: float) -> Array:
-    """x [rows, columns] with columns outside span = [low, high) set to `value`; next to free where there are none."""
-    low, high = span
+def mask(x: Array, *spans: tuple[int, Array, Array], value: float) -> Array:
+    """x with `value` outside of [low, high) of each (axis, low, high); next to free where that is nowhere."""
 
     def masked(x):
-        column = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
-        return jnp.where((column >= low) & (column < high), x, jnp.full(x.shape, value, x.dtype))
+        for axis, low, high in spans:
+            place = plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=plgpu.Layout.WGMMA)
+            x = jnp.where((place >= low) & (place < high), x, jnp.full(x.shape, value, x.dtype))
+        return x
 
-    return lax.cond((low > 0) | (high < x.shape[1]), masked, lambda x: x, x)
+    some = functools.reduce(jnp.logical_or, ((low > 0) | (high < x.shape[axis]) for axis, low, high in spans))
+    return lax.cond(some, masked, lambda x: x, x)
 
 
 # ------------------------------------------------------------------------------------------------ tensor cores
@@ -166,9 +201,9 @@ def with_accumulators(function: Callable[..., None], job: Job, accumulators, oth
     return pl.run_state(lambda refs: function(*refs))(state)
 
 
-def with_scores[T](function: Callable[..., T], job: Job, count: int) -> T:
-    """function(`count` accumulators of one warpgroup's scores with a block)."""
-    shape = ROWS, job.tiling.block
+def with_scores[T](function: Callable[..., T], job: Job, count: int, shape: tuple[int, int] | None = None) -> T:
+    """function(`count` accumulators of a shape, or that of one warpgroup's scores with a block)."""
+    shape = shape or (ROWS, job.tiling.block)
     if job.interpret is not None:
         return function(*(_Registers(jnp.zeros(shape, jnp.float32)) for _ in range(count)))
     return pl.run_scoped(function, *[plgpu.ACC(shape, jnp.float32)] * count)

@@ -5,8 +5,12 @@ A tile is 128 rows of queries (or of keys, for their gradients) in memory order 
 the multiple of 8 at or before its first row, and the array's last tile ends with the array.
 
 What a row computes follows from its runs alone: where its tile starts decides no sum. Runs of keys are cut into blocks
-from the run's own first row on, so a query's output and dq are the same bits whatever other queries there are. What
-keys sum over queries (dk, dv) follows the order of the queries, and so how they are sliced.
+from the run's own first row on, and tiles of keys add to dq in their order, so a query's output and dq are the same
+bits whatever other queries there are. What keys sum over queries (dk, dv) follows the order of the queries, and so how
+they are sliced.
+
+Tiles of keys with the same readers are a *group*. The groups before a tile's own that read a block of 64 queries, and
+its place in its group, are how many tiles add to the block's dq before it.
 """
 
 import dataclasses
@@ -23,15 +27,16 @@ from moc_jax.attention.layout import (
     all_read_text,
     cut,
     has_anchors,
+    round_up,
     run_lines,
     segments,
     text_tiles,
 )
-from moc_jax.attention.pallas_gpu.tiles import TILE
+from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE
 from moc_jax.attention.runs import anchor_runs, reader_runs
 from moc_jax.attention.schedule import Schedule, group_by_chunk
 from moc_jax.config import MoCConfig
-from moc_jax.scene import TEXT, ChunkTable
+from moc_jax.scene import TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Int
 
 _MOST_SHARES = 16  # of text's keys: each costs memory for its share of the gradients
@@ -47,6 +52,8 @@ class AnchorTiles:
     anchored: Bool[Array, "B Q"]  # queries that have anchors
     keys: Tiles  # over queries
     key_row: Int[Array, "B N"]
+    earlier: Int[Array, "B G M"]  # tiles of the groups before each that read each block of dq
+    d_q_row: Int[Array, "B Q"]
     text_tokens: int = dataclasses.field(metadata={"static": True})
     text_shares: int = dataclasses.field(metadata={"static": True})  # times that the tiles of text's keys are repeated
 
@@ -86,14 +93,24 @@ def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_reade
     anchored = (of >= 0) & jnp.take_along_axis(some, jnp.maximum(of, 0), axis=1)
 
     own, text_end = segments(table, table, cfg), jnp.zeros((table.kind.shape[0], 1), jnp.int32)
-    of, copies, lines = own.of(table), 0, []
+    of, copies, lines, groups, sizes = own.of(table), 0, [], [], []
     if all_read_text(table, cfg):  # first, so that no thread block is left with a tile of text at the end
         copies = min(-(-rows // text_readers), _MOST_SHARES)
-        first, text_end, shares = text_tiles(readers, table, TILE, copies, rows, ALIGN)
-        lines = [_lines(first, first < text_end, shares)]
+        first, text_end, shares = text_tiles(readers, table, TILE, copies, rows, ROWS)
+        count = first.shape[1] // copies
+        share, place = jnp.divmod(jnp.arange(first.shape[1])[None], count)
+        lines = [_lines(first, first < text_end, shares, share, place, 0, text_end)]
+        groups, sizes = [shares[:, ::count]], [jnp.broadcast_to(-(-text_end // TILE), (len(text_end), copies))]
         own = own._replace(end=jnp.where(table.kind == TEXT, own.begin, own.end))
     tiles = _cut(own.begin, own.end, tokens)
-    lines.append(_lines(tiles.row, tiles.used, run_lines(readers, tiles.owner, tiles.used)))
+    runs, of_group = run_lines(readers, tiles.owner, tiles.used), (tiles.owner + copies, _places(tiles))
+    lines.append(_lines(tiles.row, tiles.used, runs, *of_group, tiles.begin, tiles.end))
+    every = jnp.broadcast_to(jnp.arange(own.begin.shape[1])[None], own.begin.shape)
+    groups.append(run_lines(readers, every, own.begin < own.end))
+    sizes.append(jnp.diff(tiles.before, axis=1, append=jnp.sum(tiles.used, axis=1, keepdims=True)))
+    blocks = round_up(rows, ROWS) // ROWS + 1
+    earlier = _earlier(jnp.concatenate(groups, axis=1), jnp.concatenate(sizes, axis=1), blocks)
+    video = jnp.take_along_axis(table.kind, jnp.maximum(queries.chunk_of, 0), axis=1) == VIDEO
     token, before = jnp.arange(tokens)[None], sum(x.shape[1] for x in lines[:-1]) * TILE
     return AnchorTiles(
         queries=Tiles(query_tiles[:, None]),
@@ -101,9 +118,25 @@ def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_reade
         anchored=anchored,
         keys=Tiles(jnp.concatenate(lines, axis=1)[:, None]),
         key_row=jnp.where(token < text_end, token, _row_of_token(own.begin, own.end, tiles, of) + before),
+        earlier=earlier,
+        d_q_row=jnp.arange(rows)[None] + jnp.where(video, ROWS, 0),
         text_tokens=table.text_tokens,
         text_shares=copies,
     )
+
+
+def _earlier(runs: Int[Array, "B G 4"], sizes: Int[Array, "B G"], blocks: int) -> Int[Array, "B G M"]:
+    """How many tiles of the groups before each read each block of dq, where the second runs' blocks lie one further."""
+    begin, end = (runs[..., i::2, None] for i in range(2))
+    block = (jnp.arange(blocks)[None] - jnp.arange(2)[:, None])[None, None]
+    read = (begin < end) & (begin < (block + 1) * ROWS) & (block * ROWS < end)
+    tiles = jnp.where(jnp.any(read, axis=2), sizes[..., None], 0)
+    return jnp.cumsum(tiles, axis=1, dtype=jnp.int32) - tiles
+
+
+def _places(tiles: Cut) -> Int[Array, "B G"]:
+    """Each tile's place among its owner's."""
+    return jnp.arange(tiles.owner.shape[1])[None] - jnp.take_along_axis(tiles.before, tiles.owner, axis=1)
 
 
 def pick_tiles(routes: Int[Array, "B H Q K"], table: ChunkTable) -> PickTiles | None:
@@ -128,7 +161,10 @@ def pick_tiles(routes: Int[Array, "B H Q K"], table: ChunkTable) -> PickTiles | 
     tiles = _cut(begin, end, table.chunk_of.shape[1])
     owner = jnp.broadcast_to(tiles.owner[:, None], (*routes.shape[:2], tiles.owner.shape[1]))
     readers = (jnp.take_along_axis(x, owner, axis=2) for x in (schedule.chunk_begin, schedule.chunk_end))
-    keys = _lines(tiles.row[:, None], tiles.used[:, None], jnp.stack([*readers], axis=-1))
+    row, used, place, first, last = (
+        x[:, None] for x in (tiles.row, tiles.used, _places(tiles), tiles.begin, tiles.end)
+    )
+    keys = _lines(row, used, jnp.stack([*readers], axis=-1), 0, place, first, last)
     return PickTiles(schedule, Tiles(queries), Tiles(keys), _row_of_token(begin, end, tiles, table.chunk_of))
 
 
@@ -136,9 +172,10 @@ def _cut(begin, end, rows: int) -> Cut:
     return cut(begin, end, TILE, rows=rows, owners=begin.shape[1], last_row=rows - TILE)
 
 
-def _lines(row: Int[Array, "*G"], used: Bool[Array, "*G"], runs: Int[Array, "*G _"]) -> Int[Array, "*G _"]:
-    start = jnp.broadcast_to(jnp.where(used, row, -1), runs.shape[:-1])
-    return jnp.concatenate([start[..., None], runs], axis=-1).astype(jnp.int32)
+def _lines(row: Int[Array, "*G"], used: Bool[Array, "*G"], runs: Int[Array, "*G _"], *more) -> Int[Array, "*G _"]:
+    ends = jnp.where(used, row, -1), *more
+    start, *more = (jnp.broadcast_to(x, runs.shape[:-1])[..., None] for x in ends)
+    return jnp.concatenate([start, runs, *more], axis=-1).astype(jnp.int32)
 
 
 def _row_of_token(begin, end, tiles: Cut, of: Int[Array, "B N"]) -> Int[Array, "B N"]:

@@ -1,7 +1,8 @@
 """How a kernel walks its tiles, and each tile its runs.
 
 A tile's line (layout.py) is its first row (a multiple of 8; -1: an unused tile), then begin and end of each run. Where
-queries walk keys, a used tile has at least one key.
+queries walk keys, a used tile has at least one key. Where keys walk queries, a line ends with the tile's group, whose
+tiles have the same runs, its place there, and begin and end of the rows that are the tile's own.
 """
 
 import dataclasses
@@ -34,10 +35,12 @@ class Job:
     dim: int
     tiles: int  # per scene and head
     runs: int  # per tile
+    unit: int  # rows at whose multiples blocks start
     per_head: bool  # whether each head has its own tiles
     rows: int  # of the array whose runs are walked
     sorted_rows: bool  # whether q is [B, H, S, D] and not [B, Q, H, D]
     all_cached: bool  # whether keys and values of all heads fit the cache
+    in_turn: bool  # whether tiles wait for those before them
     interpret: Hashable | None  # the interpreter's parameters
 
     @classmethod
@@ -51,16 +54,19 @@ class Job:
             )
         return cls(
             tiling=tiling,
-            thread_blocks=backend.thread_blocks,
+            # The interpreter runs one thread block after the other: they could not wait for each other.
+            thread_blocks=1 if backend.interpret is not None and not over_keys else backend.thread_blocks,
             batch=batch,
             heads=q.shape[1] if sorted_rows else heads,
             dim=dim,
             tiles=tiles.count,
-            runs=(tiles.table.shape[3] - 1) // 2,
+            runs=(tiles.table.shape[3] - (1 if over_keys else 5)) // 2,
+            unit=ALIGN if over_keys else tiling.block,
             per_head=tiles.table.shape[1] > 1,
             rows=tokens if over_keys else queries,
             sorted_rows=sorted_rows,
             all_cached=2 * k.nbytes <= batch * CACHE,
+            in_turn=not over_keys,
             interpret=backend.interpret,
         )
 
@@ -90,7 +96,7 @@ def each_tile(table_gmem_ref, job: Job, body, carry):
 
 def _looks(job: Job) -> int:
     """How many items a thread block looks at, at most."""
-    if job.all_cached:
+    if job.all_cached or job.in_turn:
         return -(-job.batch * job.heads * job.tiles // job.thread_blocks)
     return job.batch * job.heads * -(-job.tiles // job.thread_blocks)
 
@@ -103,6 +109,9 @@ def _item(i, block, job: Job):
     same places in every head, so each head begins with another thread block, all around evenly; else some blocks would
     get such a tile in every head and end late. Where all heads' keys fit the cache, tiles follow each other and
     heads go round: those of text, which take longest, come first.
+
+    Tiles that wait for those before them follow each other without a gap. As each thread block takes its tiles in their
+    order, and all thread blocks run at once, the first tile that is not done never waits.
     """
     rows = job.batch * job.heads
     if job.all_cached:
@@ -110,6 +119,11 @@ def _item(i, block, job: Job):
         tile_row, head = lax.div(index, job.heads), lax.rem(index, job.heads)
         there = index < rows * job.tiles
         scene, tile = lax.div(tile_row, job.tiles), lax.rem(tile_row, job.tiles)
+    elif job.in_turn:
+        index = block + i * job.thread_blocks
+        there = index < rows * job.tiles
+        row, tile = lax.div(index, job.tiles), lax.rem(index, job.tiles)
+        scene, head = lax.div(row, job.heads), lax.rem(row, job.heads)
     else:
         rounds = -(-job.tiles // job.thread_blocks)
         row = lax.div(i, rounds)
@@ -146,7 +160,7 @@ class Way:
 
 
 def walk(line, job: Job, step, carry, steps):
-    """Folds step(carry, steps so far, row, low, high) over a tile's runs as `Way` has them; (carry, steps so far).
+    """Folds step(carry, steps so far, run, row, low, high) over a tile's runs as `Way` has them; (carry, steps so far).
 
     One run after the other, which takes fewer registers than choosing among them at each step.
     """
@@ -154,7 +168,7 @@ def walk(line, job: Job, step, carry, steps):
     def one_run(r, state):
         leg, count = _leg(line, r, job)
         carry, steps = state
-        carry = lax.fori_loop(0, count, lambda s, carry: step(carry, steps + s, *_block(leg, s, job)), carry)
+        carry = lax.fori_loop(0, count, lambda s, carry: step(carry, steps + s, r, *_block(leg, s, job)), carry)
         return carry, steps + count
 
     if job.runs == 1:
@@ -171,7 +185,7 @@ class _Leg(NamedTuple):
 def _leg(line, r, job: Job) -> tuple[_Leg, Array]:
     """A tile's run, and in how many blocks it comes."""
     begin, end, block = line[1 + 2 * r], line[2 + 2 * r], job.tiling.block
-    first = begin - lax.rem(begin, ALIGN)
+    first = begin - lax.rem(begin, job.unit)
     return _Leg(first, begin, end), jnp.where(begin < end, lax.div(end - first + block - 1, block), 0)
 
 

@@ -77,7 +77,7 @@ WITH_PICKS, WITHOUT = {"moc_router": 1, "moc_forward": 2}, {"moc_forward": 1}
 def test_programs_for_hopper_hold_the_kernels(cfg, sizes, forward):
     assert kernels(trace(api.moc_attention, cfg, *sizes).jaxpr.jaxpr) == forward
     calls = forward["moc_forward"]
-    both = forward | {"moc_query_gradients": calls, "moc_key_gradients": calls}
+    both = forward | {"moc_gradients": calls}
     traced = trace(gradients, cfg, *sizes)
     assert kernels(traced.jaxpr.jaxpr) == both
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -88,7 +88,7 @@ def test_programs_for_hopper_hold_the_kernels(cfg, sizes, forward):
 def test_a_shot_of_queries_takes_the_same_kernels():
     """One shot's queries, of any length, over the keys of eight."""
     traced = trace(gradients, SHOT, *MULTI_SHOT_SIZES[0], queries=22_501)
-    both = WITH_PICKS | {"moc_query_gradients": 2, "moc_key_gradients": 2}
+    both = WITH_PICKS | {"moc_gradients": 2}
     assert kernels(traced.jaxpr.jaxpr) == both
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @mosaic_gpu") == sum(both.values())

@@ -17,7 +17,7 @@ from moc_jax.attention import routing
 from moc_jax.attention.layout import ALIGN, queries_of
 from moc_jax.attention.pallas_gpu import plan as planning
 from moc_jax.attention.pallas_gpu.device import HopperTiling
-from moc_jax.attention.pallas_gpu.tiles import TILE
+from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE
 from tests.attention.configs import COVERING, EVERY, half_long, name
 from tests.attention.oracle import Chunk
 from tests.attention.scenes import CHUNKS, LONGEST_CHUNK, TEXT_TOKENS, TOKENS, random_scenes, table_of
@@ -102,11 +102,13 @@ def check_plan(table, cfg, text_readers, part=slice(None)):
 
         lines = made.keys.table[b, 0]
         check_starts(lines, tokens)
-        read_by = {g: covered(line, rows) for g, line in enumerate(lines) if line[0] >= 0}
+        read_by = {g: covered(line[:-4], rows) for g, line in enumerate(lines) if line[0] >= 0}
+        check_turns(made, b, read_by)
         text_end = max((c.start + c.length for c in chunks_of(table, b) if c.kind == 1), default=0)
         for token in np.flatnonzero(chunk_of >= 0):
             tile, row = divmod(int(made.key_row[b, token]), TILE)
             assert lines[tile, 0] + row == token
+            assert lines[tile, -2] <= token < lines[tile, -1]
             readers = read_by[tile]
             if token < text_end:  # its other readers are in the same tile of the other parts
                 readers = sum(
@@ -115,6 +117,28 @@ def check_plan(table, cfg, text_readers, part=slice(None)):
             np.testing.assert_array_equal(readers, want[:, token], err_msg=f"readers of token {token}")
         assert (made.key_row[b] < len(lines) * TILE).all()
     return made
+
+
+def check_turns(made, b, read_by):
+    """A tile's turn at each block of dq comes after those of all tiles before it that read some of the block."""
+    before = np.zeros(made.earlier.shape[2], int)
+    for tile in read_by:
+        line = made.keys.table[b, 0, tile]
+        group, place, first, last = line[-4:]
+        reads = np.zeros(len(before), bool)
+        for run, (begin, end) in enumerate(line[1:-4].reshape(-1, 2)):
+            if begin < end:
+                blocks = np.arange(begin // ROWS, -(-end // ROWS)) + run
+                assert not reads[blocks].any(), "a tile reads a block once"
+                reads[blocks] = True
+                d_q_row = made.d_q_row[b, begin:end]
+                assert set(d_q_row // ROWS) <= set(blocks)
+                np.testing.assert_array_equal(d_q_row % ROWS, np.arange(begin, end) % ROWS)
+        np.testing.assert_array_equal((made.earlier[b, group] + place)[reads], before[reads])
+        before += reads
+        assert max(line[0], first) < min(line[0] + TILE, last)
+    read = made.d_q_row[b][made.anchored[b]]
+    assert len(np.unique(read)) == len(read)
 
 
 def chunks_of(table, b):
@@ -200,5 +224,8 @@ def test_sorted_tiles_read_the_picked_chunks_and_chunks_their_pickers(scenes):
             tile, row = divmod(int(made.key_row[b, token]), TILE)
             assert lines[tile, 0] + row == token
             own = int(np.asarray(table.chunk_of)[b, token])
-            begin, end = lines[tile, 1:]
+            begin, end, group, place, first, last = lines[tile, 1:]
+            assert first <= token < last
+            same = (lines[:tile, 0] >= 0) & (lines[:tile, 1:3] == (begin, end)).all(axis=1)
+            assert begin == end or (group, place) == (0, same.sum())
             assert set(range(begin, end)) == set(slots[placed][chunk == own].tolist())

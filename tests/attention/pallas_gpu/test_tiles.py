@@ -10,7 +10,7 @@ from moc_jax.attention.pallas_gpu.device import KernelTiling
 from moc_jax.attention.pallas_gpu.tiles import Job
 
 
-def items(batch, heads, count, *, blocks=132, all_cached=False):
+def items(batch, heads, count, *, blocks=132, all_cached=False, in_turn=False):
     """(block, scene, head, tile) of each item, as thread blocks take them."""
     job = Job(
         tiling=KernelTiling(),
@@ -20,10 +20,12 @@ def items(batch, heads, count, *, blocks=132, all_cached=False):
         dim=128,
         tiles=count,
         runs=1,
+        unit=8,
         per_head=True,
         rows=1024,
         sorted_rows=True,
         all_cached=all_cached,
+        in_turn=in_turn,
         interpret=None,
     )
     looks, block = jnp.meshgrid(jnp.arange(tiles._looks(job)), jnp.arange(blocks), indexing="ij")
@@ -33,13 +35,19 @@ def items(batch, heads, count, *, blocks=132, all_cached=False):
     return np.stack([block.reshape(-1), scene, head, tile], axis=1)[np.asarray(there)]
 
 
-@pytest.mark.parametrize("all_cached", [False, True])
+@pytest.mark.parametrize(("all_cached", "in_turn"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("blocks", [2, 132])
 @pytest.mark.parametrize(("batch", "heads", "count"), [(1, 12, 789), (2, 3, 7), (1, 1, 132), (3, 64, 133), (1, 7, 1)])
-def test_each_tile_is_taken_once(batch, heads, count, blocks, all_cached):
-    found = items(batch, heads, count, blocks=blocks, all_cached=all_cached)[:, 1:]
+def test_each_tile_is_taken_once(batch, heads, count, blocks, all_cached, in_turn):
+    block, *found = items(batch, heads, count, blocks=blocks, all_cached=all_cached, in_turn=in_turn).T
     want = np.stack(np.unravel_index(np.arange(batch * heads * count), (batch, heads, count)), axis=1)
-    np.testing.assert_array_equal(found[np.lexsort(found.T[::-1])], want)
+    order = np.lexsort(found[::-1])
+    np.testing.assert_array_equal(np.stack(found, axis=1)[order], want)
+    if in_turn:  # all before a tile of its head are taken by then: in rounds of all blocks, none is in a later one
+        nth = np.zeros(len(block), int)
+        for b in range(blocks):
+            nth[block == b] = np.arange(np.sum(block == b))
+        assert (np.diff((nth * blocks + block)[order].reshape(batch, heads, count)) > 0).all()
 
 
 @pytest.mark.parametrize(("heads", "count"), [(12, 789), (12, 792), (24, 789), (4, 7_204)])
