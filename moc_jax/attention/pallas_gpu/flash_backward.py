@@ -219,23 +219,24 @@ def _write_shares(refs: Refs, job: Job, item, _, line, __, first):
             target = d_q_gmem_ref.at[scene, head, rows, pl.ds(i * width, width)]
             plgpu.copy_smem_to_gmem(d_q_smem_ref.at[now, i], target, **how)
 
-    def tell(steps, block, pending):
-        """That the share of the step before is there, once no more than `pending` later copies are under way."""
-        plgpu.wait_smem_to_gmem(pending)
+    def tell(steps, block):
+        """That the share of the step before is there, and its place free."""
+        plgpu.wait_smem_to_gmem(0)
         plgpu.barrier_arrive(d_q_free.at[lax.rem(steps + 1, 2)])
         plgpu.semaphore_signal(refs.turn_gmem_ref.at[scene, head, block], memory_scope="gpu")
 
     def step(before, steps, run, row, *_):
         now, (block, earlier) = lax.rem(steps, 2), _turn(refs, job, scene, line, run, row)
         plgpu.barrier_wait(d_q_full.at[now])
+        # Told before the own turn is waited for, as by now it is there.
+        pl.when(steps > first)(functools.partial(tell, steps, before))
         plgpu.semaphore_wait(refs.turn_gmem_ref.at[scene, head, block], earlier, decrement=False, memory_scope="gpu")
         pl.when(earlier == 0)(functools.partial(copy, now, block))
         pl.when(earlier > 0)(functools.partial(copy, now, block, reduction_op="add"))
-        pl.when(steps > first)(functools.partial(tell, steps, before, COMPUTE))
         return block
 
     before, steps = walk(line, job, step, jnp.int32(0), first)
-    pl.when(steps > first)(functools.partial(tell, steps, before, 0))
+    pl.when(steps > first)(functools.partial(tell, steps, before))
     return steps
 
 

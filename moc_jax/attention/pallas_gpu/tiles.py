@@ -168,12 +168,25 @@ def walk(line, job: Job, step, carry, steps):
     def one_run(r, state):
         leg, count = _leg(line, r, job)
         carry, steps = state
-        carry = lax.fori_loop(0, count, lambda s, carry: step(carry, steps + s, r, *_block(leg, s, job)), carry)
+
+        def one(s, carry):
+            return step(carry, steps + s, r, *_block(leg, nth_block(s, count) if job.in_turn else s, job))
+
+        carry = lax.fori_loop(0, count, one, carry)
         return carry, steps + count
 
     if job.runs == 1:
         return one_run(0, (carry, steps))
     return lax.fori_loop(0, job.runs, one_run, (carry, steps))
+
+
+def nth_block(s, count):
+    """The block that is the s-th of a run whose tiles take turns: its first comes last.
+
+    Runs of two groups may meet within a block. It is the last of one and the first of the other, whose tiles come after
+    those of the first: visited first, it would keep them from anything until the first group is done.
+    """
+    return jnp.where(s + 1 < count, s + 1, 0)
 
 
 class _Leg(NamedTuple):

@@ -50,6 +50,21 @@ def test_each_tile_is_taken_once(batch, heads, count, blocks, all_cached, in_tur
         assert (np.diff((nth * blocks + block)[order].reshape(batch, heads, count)) > 0).all()
 
 
+def test_tiles_that_take_turns_hardly_wait():
+    """Four groups of 20 tiles that read 41 blocks each, the last of which is the next group's first, on 12 blocks."""
+    groups, tiles_each, count, blocks = 4, 20, 41, 12
+    order = np.asarray(tiles.nth_block(jnp.arange(count), count))
+    assert sorted(order) == list(range(count))
+    free, told = np.zeros(blocks), np.zeros(groups * count)
+    for i in range(groups * tiles_each):
+        time = free[i % blocks]
+        for block in order + i // tiles_each * (count - 1):
+            time = told[block] = max(time, told[block]) + 1
+        free[i % blocks] = time
+    ideal = groups * tiles_each * count / blocks
+    assert free.max() < 1.2 * ideal
+
+
 @pytest.mark.parametrize(("heads", "count"), [(12, 789), (12, 792), (24, 789), (4, 7_204)])
 @pytest.mark.parametrize(("first", "last", "steps"), [(714, 789, 4), (0, 9, 1_400)])
 def test_tiles_of_other_lengths_are_spread_over_all_blocks(heads, count, first, last, steps):
