@@ -39,7 +39,7 @@ class Job:
     per_head: bool  # whether each head has its own tiles
     rows: int  # of the array whose runs are walked
     sorted_rows: bool  # whether q is [B, H, S, D] and not [B, Q, H, D]
-    all_cached: bool  # whether keys and values of all heads fit the cache
+    heads_first: bool  # whether tiles go through all heads before the next tile's turn comes
     in_turn: bool  # whether tiles wait for those before them
     interpret: Hashable | None  # the interpreter's parameters
 
@@ -65,7 +65,7 @@ class Job:
             per_head=tiles.table.shape[1] > 1,
             rows=tokens if over_keys else queries,
             sorted_rows=sorted_rows,
-            all_cached=2 * k.nbytes <= batch * CACHE,
+            heads_first=2 * k.nbytes <= batch * CACHE or not over_keys,
             in_turn=not over_keys,
             interpret=backend.interpret,
         )
@@ -96,7 +96,7 @@ def each_tile(table_gmem_ref, job: Job, body, carry):
 
 def _looks(job: Job) -> int:
     """How many items a thread block looks at, at most."""
-    if job.all_cached or job.in_turn:
+    if job.heads_first:
         return -(-job.batch * job.heads * job.tiles // job.thread_blocks)
     return job.batch * job.heads * -(-job.tiles // job.thread_blocks)
 
@@ -107,23 +107,18 @@ def _item(i, block, job: Job):
     Neighbours in time share a head's keys, which then come from the cache: heads follow each other, and a head's tiles
     go round all thread blocks. Tiles that take longest or shortest (text, a short last chunk, unused ones) have the
     same places in every head, so each head begins with another thread block, all around evenly; else some blocks would
-    get such a tile in every head and end late. Where all heads' keys fit the cache, tiles follow each other and
-    heads go round: those of text, which take longest, come first.
+    get such a tile in every head and end late.
 
-    Tiles that wait for those before them follow each other without a gap. As each thread block takes its tiles in their
-    order, and all thread blocks run at once, the first tile that is not done never waits.
+    Where all heads' keys fit the cache, or tiles take turns, tiles follow each other and heads go round: those of text,
+    which take longest, come first, and few tiles wait for each other at once, since heads don't. As each thread block
+    takes its tiles in their order, and all thread blocks run at once, the first tile that is not done never waits.
     """
     rows = job.batch * job.heads
-    if job.all_cached:
+    if job.heads_first:
         index = block + i * job.thread_blocks
         tile_row, head = lax.div(index, job.heads), lax.rem(index, job.heads)
         there = index < rows * job.tiles
         scene, tile = lax.div(tile_row, job.tiles), lax.rem(tile_row, job.tiles)
-    elif job.in_turn:
-        index = block + i * job.thread_blocks
-        there = index < rows * job.tiles
-        row, tile = lax.div(index, job.tiles), lax.rem(index, job.tiles)
-        scene, head = lax.div(row, job.heads), lax.rem(row, job.heads)
     else:
         rounds = -(-job.tiles // job.thread_blocks)
         row = lax.div(i, rounds)

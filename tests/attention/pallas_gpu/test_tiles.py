@@ -10,7 +10,7 @@ from moc_jax.attention.pallas_gpu.device import KernelTiling
 from moc_jax.attention.pallas_gpu.tiles import Job
 
 
-def items(batch, heads, count, *, blocks=132, all_cached=False, in_turn=False):
+def items(batch, heads, count, *, blocks=132, heads_first=False):
     """(block, scene, head, tile) of each item, as thread blocks take them."""
     job = Job(
         tiling=KernelTiling(),
@@ -24,8 +24,8 @@ def items(batch, heads, count, *, blocks=132, all_cached=False, in_turn=False):
         per_head=True,
         rows=1024,
         sorted_rows=True,
-        all_cached=all_cached,
-        in_turn=in_turn,
+        heads_first=heads_first,
+        in_turn=heads_first,
         interpret=None,
     )
     looks, block = jnp.meshgrid(jnp.arange(tiles._looks(job)), jnp.arange(blocks), indexing="ij")
@@ -35,15 +35,15 @@ def items(batch, heads, count, *, blocks=132, all_cached=False, in_turn=False):
     return np.stack([block.reshape(-1), scene, head, tile], axis=1)[np.asarray(there)]
 
 
-@pytest.mark.parametrize(("all_cached", "in_turn"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("heads_first", [False, True])
 @pytest.mark.parametrize("blocks", [2, 132])
 @pytest.mark.parametrize(("batch", "heads", "count"), [(1, 12, 789), (2, 3, 7), (1, 1, 132), (3, 64, 133), (1, 7, 1)])
-def test_each_tile_is_taken_once(batch, heads, count, blocks, all_cached, in_turn):
-    block, *found = items(batch, heads, count, blocks=blocks, all_cached=all_cached, in_turn=in_turn).T
+def test_each_tile_is_taken_once(batch, heads, count, blocks, heads_first):
+    block, *found = items(batch, heads, count, blocks=blocks, heads_first=heads_first).T
     want = np.stack(np.unravel_index(np.arange(batch * heads * count), (batch, heads, count)), axis=1)
     order = np.lexsort(found[::-1])
     np.testing.assert_array_equal(np.stack(found, axis=1)[order], want)
-    if in_turn:  # all before a tile of its head are taken by then: in rounds of all blocks, none is in a later one
+    if heads_first:  # all before a tile of its head are taken by then: in rounds of all blocks, none is in a later one
         nth = np.zeros(len(block), int)
         for b in range(blocks):
             nth[block == b] = np.arange(np.sum(block == b))
