@@ -10,9 +10,11 @@ from collections.abc import Callable
 import jax
 from jax.profiler import ProfileData, ProfileOptions
 
+from moc_jax.attention.pallas_gpu import flash, flash_backward
+
 # By the names of kernels: our attention and cuDNN's, and matrix products of cuBLAS and of XLA's own making. Routing,
 # sorting, gathers and merges are none of these.
-_ATTENTION = re.compile(r"moc_(forward|query_gradients|key_gradients)|cudnn.*(prop|sdpa|flash)|fmha|flash")
+_ATTENTION = re.compile(rf"{flash.NAME}|{flash_backward.NAME}|cudnn.*(prop|sdpa|flash)|fmha|flash")
 _PRODUCT = re.compile(r"gemm|nvjet|cutlass|cublas|splitK|^dot|_dot_", re.IGNORECASE)
 _LONGEST = 24  # kernels that are listed
 

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 
 from benchmarks.trace import kind_of, split_of
+from moc_jax.attention.pallas_gpu import flash, flash_backward
 
 
 @pytest.mark.parametrize(
     ("kernel", "kind"),
     [
-        ("moc_forward_mosaic_gpu_kernel", "attention"),
-        ("moc_key_gradients_mosaic_gpu_kernel", "attention"),
+        (f"{flash.NAME}_mosaic_gpu_kernel", "attention"),
+        (f"{flash_backward.NAME}_mosaic_gpu_kernel", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6_64x128x64", "attention"),
         ("moc_router_mosaic_gpu_kernel", "other"),
         ("nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT", "products"),

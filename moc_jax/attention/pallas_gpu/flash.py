@@ -45,6 +45,8 @@ from moc_jax.attention.pallas_gpu.multiprocessor import (
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, Way, each_tile
 from moc_jax.shapes import Array, Float, Float32, Int, typed
 
+NAME = "moc_forward"
+
 
 @typed
 def forward(
@@ -69,7 +71,7 @@ def forward(
     job = Job.of(q, k, tiles, backend, tiling, over_keys=True, sorted_rows=sorted_rows)
     rows = tiles.count * TILE
     return launch(
-        "moc_forward",
+        NAME,
         _attend,
         _copy,
         job,

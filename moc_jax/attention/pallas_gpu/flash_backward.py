@@ -43,6 +43,8 @@ from moc_jax.attention.pallas_gpu.multiprocessor import (
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, each_tile, walk
 from moc_jax.shapes import Array, Float, Float32, Int
 
+NAME = "moc_gradients"
+
 
 class Inputs(NamedTuple):
     """What gradients follow from. Rows of queries are in memory order, or sorted by chunk (`sorted_rows`)."""
@@ -80,7 +82,7 @@ def gradients(
     shares = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
     shares = plgpu.SMEM((2, COMPUTE, tiling.block, columns), jnp.float32, transforms=shares)
     return launch(
-        "moc_gradients",
+        NAME,
         _compute,
         _copy,
         job,
