@@ -221,8 +221,13 @@ def gelu(x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
 
 
 def _gelu_gradient(x, d_out):
-    _, vjp = jax.vjp(functools.partial(nnx.gelu, approximate=True), x.astype(jnp.float32))
-    return (vjp(d_out.astype(jnp.float32))[0].astype(x.dtype),)
+    y, d = x.astype(jnp.float32), d_out.astype(jnp.float32)
+    # 1/2 + 1/2 tanh(u) is the logistic function of 2 u.
+    slope, cube = 2 * math.sqrt(2 / math.pi), 0.044715
+    phi = jax.nn.sigmoid(slope * (y + cube * y**3))
+    d_x = d * (phi + y * phi * (1 - phi) * slope * (1 + 3 * cube * y**2))
+    # The bias before sums what comes out. In one pass with it, XLA for GPUs takes twice the time of two.
+    return (jax.lax.platform_dependent(d_x.astype(x.dtype), cuda=jax.lax.optimization_barrier, default=lambda x: x),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)

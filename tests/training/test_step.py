@@ -154,7 +154,8 @@ def test_one_compilation_per_bucket_and_chunk_size(traces):
     assert [config.moc_at(step).chunk.size for step in range(6)] == [1, 1, 2, 2, 1, 1]
     mesh = mesh_of(1)
     blueprint = blueprint_of(config, mesh)
-    step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh)
+    loss_fn = step_module.flow_loss  # the one that counts
+    step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, loss_fn=loss_fn)
     validate = make_validation_step(config.train, config.diffusion, blueprint, mesh)
     state, number = blueprint.abstract, jax.ShapeDtypeStruct((), jnp.int32)
     for batch, traced in enumerate([1, 1, 2, 2, 2, 2]):  # going back to a size of before traces nothing
