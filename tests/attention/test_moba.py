@@ -43,6 +43,7 @@ def naive_moba(q, k, v, chunk, top_k, *, token_causal):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.slow_interpreted(1)
+@pytest.mark.long_interpreted(3)
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_moba_is_a_special_case(backend, top_k):
     cfg = MoCConfig(top_k=top_k - 1, self_anchor="chunk")

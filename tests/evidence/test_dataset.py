@@ -57,6 +57,7 @@ def table_of(data, arm):
     return chunk_table(scene.lengths, shape, arm.moc.chunk)
 
 
+@pytest.mark.long
 def test_dense_is_every_chunk_picked(encoded):
     """The arm's attention is MoC's with as many picks as there are chunks, to float32's rounding."""
     arm = ARMS["dense"]

@@ -117,6 +117,7 @@ def test_a_preview_that_is_left_costs_no_step(config, batches):
     assert rows(config)[-1] == (2, True)
 
 
+@pytest.mark.long
 def test_a_compilation_is_left_and_what_was_trained_is_saved(config, monkeypatch, capfd):
     """That of the validation, which comes after two steps; then that of the first step, before which nothing is."""
     waiting = threading.Event()
@@ -139,6 +140,7 @@ def test_a_compilation_is_left_and_what_was_trained_is_saved(config, monkeypatch
     waiting.set()
 
 
+@pytest.mark.long
 def test_a_run_whose_workdir_was_taken_over_saves_nothing(config):
     class Lost:
         def check(self, *, now=False):
@@ -171,6 +173,7 @@ def test_a_close_that_fails_stops_no_other(config, monkeypatch):
     assert closed == ["checkpoints"] * 2
 
 
+@pytest.mark.long
 def test_long_steps_are_waited_for(config, monkeypatch):
     """So that from a signal to the save at most one of them passes."""
     plain = changed(config, train={"validate_every": 0, "preview_every": 0, "steps": 4})
