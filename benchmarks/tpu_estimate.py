@@ -116,6 +116,8 @@ def estimate(chip: str, way: Pass, timeout: float) -> dict[str, Any]:
 def pair(names: Sequence[str], calls: Sequence[Call]) -> Iterator[tuple[str, Call]]:
     """The compiled kernels and the calls that they are: of each name in the order of XLA's numbers.
 
+    What several calls have in common is compiled, and listed, once.
+
     Raises:
         ValueError: there are more or fewer of a name.
     """
@@ -124,9 +126,12 @@ def pair(names: Sequence[str], calls: Sequence[Call]) -> Iterator[tuple[str, Cal
         compiled[re.sub(r"\..*", "", name)].append(name)
     for name in dict.fromkeys([*compiled, *(call.name for call in calls)]):
         own = [call for call in calls if call.name == name]
-        if len(own) != len(compiled[name]):
-            raise ValueError(f"{name}: {len(own)} calls are traced, but compiled are {compiled[name]}")
-        yield from zip(compiled[name], own)
+        listed = compiled[name]
+        if len(listed) == 1 and len({call.code for call in own}) == 1:
+            listed *= len(own)
+        if len(own) != len(listed):
+            raise ValueError(f"{name}: {len(own)} calls are traced, but compiled are {listed}")
+        yield from zip(listed, own)
 
 
 def splash_ms(chip: str, way: Pass, folder: pathlib.Path = results.FOLDER) -> tuple[float, list[dict[str, Any]]]:

@@ -39,6 +39,11 @@ class Call:
         return self.params["name"]
 
     @property
+    def code(self) -> str:
+        """All that it is compiled from."""
+        return f"{self.params['jaxpr']} {self.mapping}"
+
+    @property
     def mapping(self):
         """Its grid, and which blocks a step has."""
         return self.params["grid_mapping"]

@@ -147,6 +147,13 @@ def test_other_loops_and_kernels_are_refused(counted):
         list(tpu_estimate.pair(["moc_move.1", "moc_move.2"], [call]))
 
 
+def test_equal_kernels_are_listed_once():
+    one, other = (Call({"name": "moc_ranks", "jaxpr": code, "grid_mapping": ()}, [], 1) for code in "ab")
+    assert list(tpu_estimate.pair(["moc_ranks.2"], [one, one])) == [("moc_ranks.2", one)] * 2
+    with pytest.raises(ValueError, match="moc_ranks: 2 calls are traced"):
+        list(tpu_estimate.pair(["moc_ranks.2"], [one, other]))
+
+
 def test_splash_at_its_best(tmp_path):
     entries = {}
     for q, kv, cycles in ((1024, 1024, 5000), (2048, 1024, 9000), (512, 512, 1500)):
