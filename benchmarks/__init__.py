@@ -2,6 +2,7 @@
 
 python -m benchmarks.attention      one layer's attention in the published settings, and how it scales
 python -m benchmarks.model          one denoising and one training step of a whole model
+python -m benchmarks.codec          what the codec loses on videos
 python -m benchmarks.tpu_schedule   what the TPU compiler expects of attention kernels; needs libtpu, not a TPU
 python -m benchmarks.tpu_memory     what attention needs in a TPU's memory; needs libtpu, not a TPU
 python -m benchmarks.report         tables and plot of the results, which lie in benchmarks/results as JSON

@@ -138,7 +138,7 @@ class PcaConfig(Settings, at="codec"):
     """Video <-> latents by principal components, which a run fits and its checkpoints hold."""
 
     name: Literal["pca"] = "pca"
-    """`pca`: linear autoencoder of space-time patches, fitted in closed form on the training clips."""
+    """`pca`: linear autoencoder of overlapping windows, fitted in closed form on the training clips."""
     stride: tuple[Stride, Stride, Stride] = (4, 8, 8)
     """Frames, rows and columns per latent; the first frame stands alone, so clips have stride * n + 1 frames."""
     channels: Size = 16

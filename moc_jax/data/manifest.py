@@ -23,7 +23,7 @@ from moc_jax.progress import track
 from moc_jax.reading import parse_json
 from moc_jax.showing import printable, shown
 
-VERSION = 3
+VERSION = 4
 MANIFEST, CODEC = "manifest.json", "codec.npz"
 COUNTS = {"files", "shots", "short_shots", "frames", "cut_frames", "latent_frames"}
 

@@ -51,9 +51,9 @@ def distance(a, b):
 
 
 def make_picture(path, seed=0):
-    """A picture that the codec can hold, as a file, and its latent."""
+    """A picture that the codec can hold, with no pixel to be clipped, as a file, and its latent."""
     codec, random = make_codec(), np.random.default_rng(seed)
-    coarse = np.kron(random.uniform(-1, 1, (1, 2, 4, 3)), np.ones((1, 8, 8, 1))).astype(np.float32)
+    coarse = np.kron(random.uniform(-0.4, 0.4, (1, 2, 4, 3)), np.ones((1, 8, 8, 1))).astype(np.float32)
     pixels = pixels_from_unit(codec.decode(codec.encode(coarse)))[0]
     Image.fromarray(pixels).save(path)
     return codec.encode(pixels_to_unit(pixels[None]))[0]
