@@ -22,7 +22,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ from benchmarks.tpu.real_sizes import SCENES
 
 _SCENE = SCENES["multi_shot"]
 _PARTS: dict[Pass, str] = {"forward": "forward", "backward": "gradients"}
+_KERNEL = re.compile(r"%(moc_[\w.\-]+) = ")
 _BYTES = re.compile(r'%(?P<name>moc_[\w.\-]+) = .*"bytes_accessed":"(?P<bytes>\d+)"')
 
 
@@ -82,8 +83,8 @@ def estimate(chip: str, way: Pass, timeout: float) -> dict[str, Any]:
         text = _compile(chip, way, folder, timeout)
         sizes = {found["name"]: int(found["bytes"]) for found in _BYTES.finditer(text)}
         kernels: dict[str, dict[str, float]] = {}
-        for kernel, call in pair(listing.kernels(folder, "moc_"), calls):
-            bundles, slots = (path.read_text() for path in listing.find(folder, kernel))
+        for (kernel, call), listed in listings(pair(_KERNEL.findall(text), calls), listing.kernels(folder, "moc_")):
+            bundles, slots = (path.read_text() for path in listing.find(folder, listed))
             cycles = call.times * walks.cycles(call.name, turns(call), bundles, slots, target.granule)
             compute = 1e3 * cycles / target.cores / target.clock
             moving = 1e3 * sizes.get(kernel, 0) * call.times / rate
@@ -116,8 +117,6 @@ def estimate(chip: str, way: Pass, timeout: float) -> dict[str, Any]:
 def pair(names: Sequence[str], calls: Sequence[Call]) -> Iterator[tuple[str, Call]]:
     """The compiled kernels and the calls that they are: of each name in the order of XLA's numbers.
 
-    What several calls have in common is compiled, and listed, once.
-
     Raises:
         ValueError: there are more or fewer of a name.
     """
@@ -126,12 +125,23 @@ def pair(names: Sequence[str], calls: Sequence[Call]) -> Iterator[tuple[str, Cal
         compiled[re.sub(r"\..*", "", name)].append(name)
     for name in dict.fromkeys([*compiled, *(call.name for call in calls)]):
         own = [call for call in calls if call.name == name]
-        listed = compiled[name]
-        if len(listed) == 1 and len({call.code for call in own}) == 1:
-            listed *= len(own)
-        if len(own) != len(listed):
-            raise ValueError(f"{name}: {len(own)} calls are traced, but compiled are {listed}")
-        yield from zip(listed, own)
+        if len(own) != len(compiled[name]):
+            raise ValueError(f"{name}: {len(own)} calls are traced, but compiled are {compiled[name]}")
+        yield from zip(compiled[name], own)
+
+
+def listings(pairs: Iterable[tuple[str, Call]], listed: Sequence[str]) -> Iterator[tuple[tuple[str, Call], str]]:
+    """With each compiled kernel the one whose listing it has: of those with the same code the compiler lists one.
+
+    Raises:
+        ValueError: none is listed.
+    """
+    pairs = list(pairs)
+    of_code = {call.code: name for name, call in pairs if name in listed}
+    for name, call in pairs:
+        if name not in listed and call.code not in of_code:
+            raise ValueError(f"{name} is compiled, but listed are {sorted(listed)}")
+        yield (name, call), name if name in listed else of_code[call.code]
 
 
 def splash_ms(chip: str, way: Pass, folder: pathlib.Path = results.FOLDER) -> tuple[float, list[dict[str, Any]]]:

@@ -149,9 +149,12 @@ def test_other_loops_and_kernels_are_refused(counted):
 
 def test_equal_kernels_are_listed_once():
     one, other = (Call({"name": "moc_ranks", "jaxpr": code, "grid_mapping": ()}, [], 1) for code in "ab")
-    assert list(tpu_estimate.pair(["moc_ranks.2"], [one, one])) == [("moc_ranks.2", one)] * 2
-    with pytest.raises(ValueError, match="moc_ranks: 2 calls are traced"):
-        list(tpu_estimate.pair(["moc_ranks.2"], [one, other]))
+    pairs = list(tpu_estimate.pair(["moc_ranks.2", "moc_ranks.10", "moc_ranks.3"], [one, other, one]))
+    assert pairs == [("moc_ranks.2", one), ("moc_ranks.3", other), ("moc_ranks.10", one)]
+    found = tpu_estimate.listings(pairs, ["moc_ranks.3", "moc_ranks.10"])
+    assert [name for _, name in found] == ["moc_ranks.10", "moc_ranks.3", "moc_ranks.10"]
+    with pytest.raises(ValueError, match=r"moc_ranks\.3 is compiled, but listed are"):
+        list(tpu_estimate.listings(pairs, ["moc_ranks.2"]))
 
 
 def test_splash_at_its_best(tmp_path):
