@@ -199,7 +199,16 @@ def _normed_heads_gradients(saved, d_out):
         inverse = jax.lax.rsqrt(square + _EPSILON)
         d_weights.append(summed(d * (x * inverse), (0, 1, 2)))
         d_qkv.append((inverse * (d_y - x * (along * inverse**2))).astype(qkv.dtype))
-    return jnp.stack([*d_qkv, d_out[2]], axis=3), *d_weights, None
+    return _side_by_side(*d_qkv, d_out[2]), *d_weights, None
+
+
+def _side_by_side(*parts: Float[Array, "B N H D"]) -> Float[Array, "B N H 3 D"]:
+    """XLA writes four numbers at a time of parts that follow each other along an axis, and one of parts along a new."""
+
+    def default(*parts):
+        return jnp.concatenate(parts, axis=-1).reshape(*parts[0].shape[:-1], len(parts), parts[0].shape[-1])
+
+    return jax.lax.platform_dependent(*parts, tpu=lambda *parts: jnp.stack(parts, axis=3), default=default)
 
 
 normed_heads.defvjp(
