@@ -203,10 +203,14 @@ def _normed_heads_gradients(saved, d_out):
 
 
 def _side_by_side(*parts: Float[Array, "B N H D"]) -> Float[Array, "B N H 3 D"]:
-    """XLA writes four numbers at a time of parts that follow each other along an axis, and one of parts along a new."""
+    """XLA writes four numbers at a time of parts that follow each other along an axis, and one of parts along a new.
+
+    It is written once: XLA would rather compute it twice, for the bias's gradient.
+    """
 
     def default(*parts):
-        return jnp.concatenate(parts, axis=-1).reshape(*parts[0].shape[:-1], len(parts), parts[0].shape[-1])
+        joined = jax.lax.optimization_barrier(jnp.concatenate(parts, axis=-1))
+        return joined.reshape(*parts[0].shape[:-1], len(parts), parts[0].shape[-1])
 
     return jax.lax.platform_dependent(*parts, tpu=lambda *parts: jnp.stack(parts, axis=3), default=default)
 
