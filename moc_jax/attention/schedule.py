@@ -14,7 +14,7 @@ from jax import lax
 
 from moc_jax.shapes import Array, Int, typed
 
-_COMPARE = 2**24  # comparisons that take less time than launching a search
+_COMPARE = 2**25  # comparisons that take less time than launching a search
 
 
 @jax.tree_util.register_dataclass

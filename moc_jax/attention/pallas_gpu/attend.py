@@ -147,7 +147,8 @@ def _attend_backward(backend: Hopper, residuals, d_out):
     q, k, v, work, out, lse = residuals
     d_out = jnp.where(work.query_valid[..., None, None], d_out, 0).astype(q.dtype)
     delta = jnp.swapaxes(row_dot(d_out, out), 1, 2)  # [B, H, Q]
-    return *_gradients(q, k, v, work, d_out, lse, delta, backend), None
+    # Their sums end here, in q's type: else XLA writes them in float32, where what follows reads them more than once.
+    return *lax.optimization_barrier(_gradients(q, k, v, work, d_out, lse, delta, backend)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -14,7 +14,6 @@ its place in its group, are how many tiles add to the block's dq before it.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -146,9 +145,10 @@ def pick_tiles(routes: Int[Array, "B H Q K"], table: ChunkTable) -> PickTiles | 
     # An empty chunk is as good as none: its tile would have no keys.
     length = jnp.take_along_axis(table.length[:, None, None], jnp.maximum(routes, 0), axis=3)
     routes = jnp.where(length > 0, routes, -1)
-    sort = functools.partial(group_by_chunk, chunks=table.kind.shape[1], tile=TILE)
-    one_scene = routes.shape[0] == 1
-    schedule = jax.tree.map(lambda x: x[None], sort(routes[0])) if one_scene else jax.vmap(sort)(routes)
+    scenes, heads, *of_head = routes.shape
+    # One flat sort serves all scenes too: XLA takes its radix sort for one array of such a length, not for several.
+    schedule = group_by_chunk(routes.reshape(scenes * heads, *of_head), table.kind.shape[1], TILE)
+    schedule = jax.tree.map(lambda x: x.reshape(scenes, heads, *x.shape[1:]), schedule)
 
     def of_tile(x):  # [B, C] -> [B, H, G]
         return jnp.take_along_axis(x[:, None], schedule.tile_chunk, axis=2)
