@@ -202,7 +202,7 @@ def random_picks(
     def one(mask, key):  # [C], key of one query
         score = jnp.where(mask, jax.random.uniform(jax.random.fold_in(key, _RANDOM), mask.shape), -1.0)
         picks = _largest(score, min(cfg.top_k, mask.shape[0]))
-        return jnp.where(mask[picks], picks, _NOTHING)
+        return jnp.where(jnp.arange(picks.size) < jnp.sum(mask), picks, _NOTHING)
 
     def one_block(_, candidates, token):
         def one_head(mask, key):
@@ -310,9 +310,9 @@ def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) 
         kept = jnp.where(held & (_rank(order) >= drop), picks, _NOTHING)
 
         free = mask & ~jnp.any(picks[:, None] == jnp.arange(chunks)[None], axis=0)
-        more = jnp.sum(jax.random.uniform(count) >= below)
+        more = jnp.minimum(jnp.sum(jax.random.uniform(count) >= below), jnp.sum(free))
         added = _largest(jnp.where(free, jax.random.uniform(priority, (chunks,)), -1.0), most)
-        added = jnp.where(free[added] & (jnp.arange(most) < more), added, _NOTHING)
+        added = jnp.where(jnp.arange(most) < more, added, _NOTHING)
         return jnp.concatenate([kept, added])
 
     def one_head(picks, mask, key):  # [N, K], [N, C]
