@@ -184,8 +184,8 @@ def _hopper(case: Case) -> list[Part]:
         raise ValueError(f"{tokens} tokens: the kernels' profile wants a multiple of {ALIGN}; change the setting")
     backend = resolve(case.backend, case.cfg, q, chunks=case.table.kind.shape[1])
     assert isinstance(backend, Hopper)
-    plan = jax.jit(anchor_tiles, static_argnames=("cfg", "text_readers"))
-    anchors = plan(queries_of(case.table), case.table, cfg=case.cfg, text_readers=backend.tiles.text_readers)
+    plan = jax.jit(anchor_tiles, static_argnames=("cfg", "heads", "backend"))
+    anchors = plan(queries_of(case.table), case.table, cfg=case.cfg, heads=heads, backend=backend)
     all_heads, size = Heads(0, heads), q.nbytes
     zero = jnp.zeros(1, jnp.int32)
     lse = jnp.full((batch, heads, tokens), math.log2(tokens), jnp.float32)  # of small weights, as the real one
@@ -218,8 +218,7 @@ def _hopper(case: Case) -> list[Part]:
     if case.cfg.top_k:
         picks = jax.jit(pick_tiles)(case.routes, case.table)
         assert picks is not None
-        schedule = picks.schedule
-        rows = attend.queries_of_slots(schedule, all_heads)
+        rows = picks.query_of_slot
         gather = functools.partial(attend.take_rows, heads=all_heads)
         q_rows, d_rows = (jax.jit(gather)(x, rows) for x in (q, d_out))
         scalars = (jnp.full(rows.shape, x, jnp.float32) for x in (math.log2(tokens), 0.0))
@@ -228,7 +227,7 @@ def _hopper(case: Case) -> list[Part]:
         found.append(Part(name="gather of q", function=gather, inputs=(q, rows), flops=0, bytes=2 * count * size))
 
         def merge(rows, lse):
-            slots = attend.slots_of_pairs(schedule, all_heads)
+            slots = attend.slots_of_pairs(picks, all_heads)
             return attend.merge([attend.Part(rows, slot, slot >= 0, 0, lse) for slot in slots], heads, q.dtype)
 
         log_sums = jnp.zeros(rows.shape, jnp.float32)

@@ -90,6 +90,13 @@ SETTINGS = {
     "routed_512_k8": _routed(184_320, 512, 8, 99.8, 156.0),
     "routed_1536_k3": _routed(32_704, 1536, 3, 6.2, 17.3),
     "routed_256_k3": _routed(6_144, 256, 3, 1.4, 2.0),
+    "short_shots": Setting(
+        moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=1), top_k=5),
+        shots=20,
+        frames=4,
+        frame_tokens=900,
+        caption=56,
+    ),
     "wan": Setting(
         moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=1), top_k=3, self_anchor="chunk", causal_routing=False),
         frames=21,

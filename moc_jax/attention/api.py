@@ -23,7 +23,7 @@ from moc_jax.scene import ChunkTable
 from moc_jax.shapes import Array, Float, Int, Key
 
 _Vectors = Array | jax.ShapeDtypeStruct
-_DROP_BLOCK = 4096  # queries whose picks are dropped at a time
+_DRAWN = 2**23  # numbers that are drawn at a time: one for each candidate of a query
 
 
 def moc_attention(
@@ -113,15 +113,17 @@ def _route(
     if key is not None and key.ndim == 0:
         key = scene_keys(key, q.shape[0], q.shape[2])
     q, k = jax.lax.stop_gradient((q, k))
+    of_query = q.shape[0] * q.shape[2] * table.kind.shape[1]
+    block = max(_DRAWN // of_query // 1024, 1) * 1024
     if cfg.routing == "random":
         drawn = scene_keys(jax.random.key(0), q.shape[0], q.shape[2]) if key is None else key
-        picks = routing.random_picks(queries, table, cfg, drawn, block=_DROP_BLOCK)
+        picks = routing.random_picks(queries, table, cfg, drawn, block=block)
     elif cfg.routing == "recent":
         picks = routing.recent_picks(queries, table, cfg, q.shape[2])
     else:
         picks = implementation(value).select(q, k, queries, table, cfg, value)
     if key is not None:
-        picks = routing.drop(picks, queries, table, cfg, key, block=_DROP_BLOCK)
+        picks = routing.drop(picks, queries, table, cfg, key, block=block)
     return named_routes(picks)
 
 

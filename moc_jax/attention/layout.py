@@ -150,7 +150,7 @@ def cut(begin: Int[Array, "B C"], end: Int[Array, "B C"], tile: int, *, rows: in
     """
     first = begin - begin % ALIGN
     counts = jnp.where(begin < end, -(-(end - first) // tile), 0)
-    ends = jnp.cumsum(counts, axis=1)
+    ends = running_sum(counts)
     before = ends - counts
     index = jnp.arange((rows + owners * (tile + ALIGN - 2)) // tile)
     owner = jnp.sum(ends[:, None, :] <= index[None, :, None], axis=-1, dtype=jnp.int32)
@@ -170,9 +170,12 @@ class Tiles:
 
     A line names the tile's rows, as the kernel says, and then begin and end of each run that they read; a run with
     begin >= end is empty. The second axis is 1 where all heads share their tiles.
+
+    `deal`: how they are dealt to thread blocks, if some take much longer than others (pallas_gpu/tiles.py).
     """
 
     table: Int[Array, "B H G W"]
+    deal: Int[Array, "3"] | None = None
 
     @property
     def count(self) -> int:
@@ -286,6 +289,11 @@ def split_in_parts(x: Float32[Array, "*shape"], dtype, parts: int = 3) -> list[A
         found.append(part.astype(dtype))
         x = jnp.where(jnp.isfinite(part), x - part, 0.0)
     return found
+
+
+def running_sum(x: Int[Array, "*rows C"]) -> Int[Array, "*rows C"]:
+    """The cumulative sum of short rows, each element's by itself: a GPU launches it once, and a scan several times."""
+    return jnp.sum(jnp.where(jnp.tri(x.shape[-1], dtype=bool), x[..., None, :], 0), axis=-1, dtype=x.dtype)
 
 
 def round_up(x, unit: int):

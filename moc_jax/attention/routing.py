@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moc_jax.attention.layout import Queries
+from moc_jax.attention.layout import Queries, running_sum
 from moc_jax.config import MoCConfig
 from moc_jax.scene import GLOBAL, PAD, TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
@@ -120,11 +120,11 @@ def descriptors(k: Float[Array, "B N H D"], table: ChunkTable) -> Float32[Array,
     few = jnp.minimum(table.length, FEW)
     near = _sum_rows(k, table.start, few, FEW) / jnp.maximum(few, 1)[:, :, None, None]
     sums, start, length, less = k, table.start, table.length, near
-    longest = min(max(table.max_chunk, table.text_tokens), k.shape[1])
-    while less is not None or longest > 1:
+    longest = max(1, min(max(table.max_chunk, table.text_tokens), k.shape[1]))
+    while longest > block:
         sums, start, length = _sum_blocks(sums, start, length, block, less)
         longest, less = -(-longest // block), None
-    mean = near + _rows(sums, start) / jnp.maximum(table.length, 1)[:, :, None, None]
+    mean = near + _sum_rows(sums, start, length, longest, less) / jnp.maximum(table.length, 1)[:, :, None, None]
     return jnp.swapaxes(jnp.where((table.length > 0)[:, :, None, None], mean, 0.0), 1, 2)
 
 
@@ -135,10 +135,10 @@ def _sum_blocks(x: Array, start: Array, length: Array, block: int, less: Array |
     """
     runs = start.shape[1]
     counts = -(-length // block)
-    ends = jnp.cumsum(counts, axis=1)
+    ends = running_sum(counts)
     index = jnp.arange(x.shape[1] // block + runs)
-    ended = jax.vmap(lambda end: jnp.zeros(index.size, jnp.int32).at[end].add(1, mode="drop"))(ends)
-    of = jnp.minimum(jnp.cumsum(ended, axis=1), runs - 1)  # each block's run: as many have ended before
+    ended = jnp.sum(ends[:, None, :] <= index[None, :, None], axis=-1, dtype=jnp.int32)
+    of = jnp.minimum(ended, runs - 1)  # each block's run: as many have ended before
     begin, size, before = (jnp.take_along_axis(i, of, axis=1) for i in (start, length, ends - counts))
     inside = (index[None] - before) * block  # from the run's start on; beyond its end where there is no block
     less = None if less is None else _rows(less, of)
@@ -202,7 +202,7 @@ def random_picks(
     def one(mask, key):  # [C], key of one query
         score = jnp.where(mask, jax.random.uniform(jax.random.fold_in(key, _RANDOM), mask.shape), -1.0)
         picks = _largest(score, min(cfg.top_k, mask.shape[0]))
-        return jnp.where(mask[picks], picks, _NOTHING)
+        return jnp.where(jnp.arange(picks.size) < jnp.sum(mask), picks, _NOTHING)
 
     def one_block(_, candidates, token):
         def one_head(mask, key):
@@ -310,9 +310,9 @@ def _drop(picks: Array, mask: Array, keys: Array, token: Array, cfg: MoCConfig) 
         kept = jnp.where(held & (_rank(order) >= drop), picks, _NOTHING)
 
         free = mask & ~jnp.any(picks[:, None] == jnp.arange(chunks)[None], axis=0)
-        more = jnp.sum(jax.random.uniform(count) >= below)
+        more = jnp.minimum(jnp.sum(jax.random.uniform(count) >= below), jnp.sum(free))
         added = _largest(jnp.where(free, jax.random.uniform(priority, (chunks,)), -1.0), most)
-        added = jnp.where(free[added] & (jnp.arange(most) < more), added, _NOTHING)
+        added = jnp.where(jnp.arange(most) < more, added, _NOTHING)
         return jnp.concatenate([kept, added])
 
     def one_head(picks, mask, key):  # [N, K], [N, C]

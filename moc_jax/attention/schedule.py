@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moc_jax.attention.layout import running_sum
 from moc_jax.shapes import Array, Int, typed
 
-_COMPARE = 2**24  # comparisons that take less time than launching a search
+_COMPARE = 2**25  # comparisons that take less time than launching a search
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +42,7 @@ def _take(x: Array, index: Array) -> Array:
     return x.at[index].get(**_IN_BOUNDS)
 
 
+@jax.named_scope("moc_sort")
 @typed
 def group_by_chunk(routes: Int[Array, "H Q K"], chunks: int, tile: int) -> Schedule:
     """A stable sort of each head's pairs by chunk: within a chunk, queries stay in order.
@@ -67,13 +69,13 @@ def group_by_chunk(routes: Int[Array, "H Q K"], chunks: int, tile: int) -> Sched
         edges = edges.reshape(heads, groups)
     begins, counts = edges[:, :-1], jnp.diff(edges)
     tile_counts = -(-counts // tile)
-    tile_ends = jnp.cumsum(tile_counts, axis=1)
+    tile_ends = running_sum(tile_counts)
     tile_begins = tile_ends - tile_counts
 
     index = jnp.arange(tiles, dtype=jnp.int32)
     tile_chunk = jnp.sum(tile_ends[:, None, :] <= index[None, :, None], axis=-1, dtype=jnp.int32)
     tile_chunk = jnp.where(tile_chunk < chunks, tile_chunk, 0)
-    begin, count, first = (jnp.take_along_axis(x, tile_chunk, axis=1) for x in (begins, counts, tile_begins))
+    begin, count, first = (_take(x.reshape(-1), head * chunks + tile_chunk) for x in (begins, counts, tile_begins))
     inside = (index[None] - first)[:, :, None] * tile + jnp.arange(tile, dtype=jnp.int32)[None, None]
     used = (index[None] < tile_ends[:, -1:])[:, :, None] & (inside < count[:, :, None])
     pair = _take(order, jnp.where(used, begin[:, :, None] + inside, 0)) - head[:, :, None] * pairs

@@ -3,9 +3,11 @@
 import functools
 
 import jax.numpy as jnp
+from jax import lax
 
 from moc_jax.shapes import Array, Float32
 
+_WRITTEN = 32  # partial sums of a row that are written: one GPU thread for all of a row reads it number by number
 Part = tuple[Array, Array]  # output [B, Q, H, D], natural log-sum-exp [B, H, Q] in float32; 0 and -inf of no keys
 
 
@@ -39,4 +41,6 @@ def row_dot(a: Array, b: Array) -> Float32[Array, "*rows"]:
     while size > 1:
         size //= 2
         x = x[..., :size] + x[..., size:]
+        if size == _WRITTEN:
+            x = lax.platform_dependent(x, tpu=lambda x: x, default=lax.optimization_barrier)
     return x[..., 0]

@@ -199,7 +199,20 @@ def _normed_heads_gradients(saved, d_out):
         inverse = jax.lax.rsqrt(square + _EPSILON)
         d_weights.append(summed(d * (x * inverse), (0, 1, 2)))
         d_qkv.append((inverse * (d_y - x * (along * inverse**2))).astype(qkv.dtype))
-    return jnp.stack([*d_qkv, d_out[2]], axis=3), *d_weights, None
+    return _side_by_side(*d_qkv, d_out[2]), *d_weights, None
+
+
+def _side_by_side(*parts: Float[Array, "B N H D"]) -> Float[Array, "B N H 3 D"]:
+    """XLA writes four numbers at a time of parts that follow each other along an axis, and one of parts along a new.
+
+    It is written once: XLA would rather compute it twice, for the bias's gradient.
+    """
+
+    def default(*parts):
+        joined = jax.lax.optimization_barrier(jnp.concatenate(parts, axis=-1))
+        return joined.reshape(*parts[0].shape[:-1], len(parts), parts[0].shape[-1])
+
+    return jax.lax.platform_dependent(*parts, tpu=lambda *parts: jnp.stack(parts, axis=3), default=default)
 
 
 normed_heads.defvjp(
@@ -217,17 +230,37 @@ class HeadNorm(nnx.Module):
 @jax.custom_vjp
 def gelu(x: Float[Array, "B N width"]) -> Float[Array, "B N width"]:
     """x Phi(x) by its tanh approximation; its gradient is float32 inside, and is given x alone."""
-    return nnx.gelu(x, approximate=True)
+    return jax.lax.platform_dependent(x, tpu=_approximate, default=lambda x: _sigmoid_gelu(x)[0])
+
+
+_approximate = functools.partial(nnx.gelu, approximate=True)
+
+
+def _sigmoid_gelu(x):
+    """The same and its derivative, float32 inside: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)).
+
+    A GPU takes longer to compute this than to read x: so in few operations, and all but the last of both are the same.
+    """
+    y, scale = x.astype(jnp.float32), 2 * math.sqrt(2 / math.pi)
+    square, cubic = y**2, 0.044715 * scale
+    share = jax.lax.logistic(y * (scale + cubic * square))
+    out = y * share
+    return out.astype(x.dtype), share + out * (1 - share) * (scale + 3 * cubic * square)
 
 
 def _gelu_gradient(x, d_out):
-    y, d = x.astype(jnp.float32), d_out.astype(jnp.float32)
-    # 1/2 + 1/2 tanh(u) is the logistic function of 2 u.
-    slope, cube = 2 * math.sqrt(2 / math.pi), 0.044715
-    phi = jax.nn.sigmoid(slope * (y + cube * y**3))
-    d_x = d * (phi + y * phi * (1 - phi) * slope * (1 + 3 * cube * y**2))
-    # The bias before sums what comes out. In one pass with it, XLA for GPUs takes twice the time of two.
-    return (jax.lax.platform_dependent(d_x.astype(x.dtype), cuda=jax.lax.optimization_barrier, default=lambda x: x),)
+    def default(x, d_out):
+        return (d_out.astype(jnp.float32) * _sigmoid_gelu(x)[1]).astype(x.dtype)
+
+    def cuda(x, d_out):
+        # The bias before sums what comes out. In one pass with it, XLA for GPUs takes longer than in two.
+        return jax.lax.optimization_barrier(default(x, d_out))
+
+    def tpu(x, d_out):
+        _, vjp = jax.vjp(_approximate, x.astype(jnp.float32))
+        return vjp(d_out.astype(jnp.float32))[0].astype(x.dtype)
+
+    return (jax.lax.platform_dependent(x, d_out, tpu=tpu, cuda=cuda, default=default),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)

@@ -14,8 +14,8 @@ import numpy as np
 
 from moc_jax.shapes import Array, Float32, Int, typed
 
-Turns = tuple[Float32[Array, "B N half"], Float32[Array, "B N half"]]
-"""Cosine and sine of the angle of each pair."""
+Turns = tuple[Float32[Array, "B N D"], Float32[Array, "B N D"]]
+"""What each component of a head is multiplied by, and its pair's other one: cosines, and sines with their signs."""
 
 
 def axis_sizes(head_dim: int) -> tuple[int, int, int]:
@@ -35,14 +35,14 @@ def rope_angles(positions: Int[Array, "B N 3"], head_dim: int, theta: float) -> 
 
 
 def turns_of(angles: Float32[Array, "B N half"]) -> Turns:
-    """Their cosines and sines, which every layer uses."""
-    return jnp.cos(angles), jnp.sin(angles)
+    """As every layer uses them: for whole heads, so that no layer puts halves together for each number it turns."""
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x: Float32[Array, "B N H D"], turns: Turns) -> Float32[Array, "B N H D"]:
     """Turns every pair of every head."""
-    cos, sin = turns
-    cos, sin = jnp.concatenate([cos, cos], axis=-1)[:, :, None], jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    cos, sin = (each[:, :, None] for each in turns)
     return x * cos + jax.lax.platform_dependent(x, tpu=_permuted, default=_flipped) * sin
 
 

@@ -23,6 +23,8 @@ from moc_jax.training.optimizer import learning_rate
 from moc_jax.training.state import Blueprint, TrainState
 
 _ROUTED = RoutedAttention()
+# What a loop over layers writes whole, layer after layer, is not filled with zeros before.
+_OPTIONS = {"gpu": {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}}
 Loss = Callable[[VelocityFn, Scene, Key[Array, ""], DiffusionConfig], tuple[Float[Array, ""], Float[Array, "B S"]]]
 """What a step descends, and each shot's own; as `flow_loss`."""
 
@@ -83,6 +85,7 @@ def make_train_step(
         donate_argnums=0,
         in_shardings=(blueprint.shardings, batch_sharding(mesh)),
         out_shardings=(blueprint.shardings, replicated(mesh)),
+        compiler_options=_OPTIONS.get(mesh.devices.flat[0].platform),
     )
 
 

@@ -30,17 +30,17 @@ def modulated_equation(x, scale, shift):
     return y * (1 + per_token(scale)) + per_token(shift)
 
 
-def turned_equation(x, weight, cos, sin):
+def turned_equation(x, weight, turns):
     y = x / jnp.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * weight[None, None, None]
-    return rotate(y, (cos, sin))
+    return rotate(y, turns)
 
 
-def heads_equation(qkv, q_weight, k_weight, cos, sin):
+def heads_equation(qkv, q_weight, k_weight, turns):
     q, k, v = jnp.moveaxis(qkv, 3, 0)
-    return jnp.stack([turned_equation(q, q_weight, cos, sin), turned_equation(k, k_weight, cos, sin), v])
+    return jnp.stack([turned_equation(q, q_weight, turns), turned_equation(k, k_weight, turns), v])
 
 
-ANGLES = normal(5, B, N, D // 2)
+TURNS = rope.turns_of(normal(5, B, N, D // 2))
 CASES = {
     "modulated_norm": (
         lambda x, scale, shift: modulated_norm(x, scale, shift, x.dtype),
@@ -53,8 +53,8 @@ CASES = {
         (normal(0, B, N, M), normal(1, B, GROUPS, M), normal(2, B, N, M)),
     ),
     "normed_heads": (
-        lambda qkv, *weights: jnp.stack(normed_heads(qkv, *weights, (jnp.cos(ANGLES), jnp.sin(ANGLES)))),
-        lambda qkv, *weights: heads_equation(qkv, *weights, jnp.cos(ANGLES), jnp.sin(ANGLES)),
+        lambda qkv, *weights: jnp.stack(normed_heads(qkv, *weights, TURNS)),
+        lambda qkv, *weights: heads_equation(qkv, *weights, TURNS),
         (normal(0, B, N, H, 3, D), normal(1, D), normal(2, D)),
     ),
     "gelu": (gelu, functools.partial(nnx.gelu, approximate=True), (2 * normal(0, B, N, M),)),

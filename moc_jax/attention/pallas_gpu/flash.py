@@ -110,7 +110,8 @@ def _attend(refs: Refs, job: Job, warpgroup):
         wide(jnp.zeros((ROWS, job.tiling.block), refs.input_gmem_refs[2].dtype)),
         *_nothing(),
     )
-    used, state = each_tile(refs.table_gmem_ref, job, functools.partial(_tile, refs, job, warpgroup), start)
+    tile = functools.partial(_tile, refs, job, warpgroup)
+    used, state = each_tile(refs.table_gmem_ref, job, tile, start, refs.first_head_gmem_ref)
     pl.when(used > 0)(functools.partial(_finish, refs, job, warpgroup, used, state))
 
 

@@ -70,8 +70,7 @@ def gradients(
     `tiles`: which rows of k each tile takes, and which runs of q read them.
     """
     tiling = backend.tiles.gradients
-    if not inputs.sorted_rows:  # sorted ones come in tiles
-        inputs = _whole_blocks(inputs, tiling.block)
+    inputs = whole_blocks(inputs, backend)
     q, k = inputs.q, inputs.k
     job = Job.of(q, k, tiles, backend, tiling, over_keys=False, sorted_rows=inputs.sorted_rows)
     columns = job.dim // COMPUTE  # of dq, for each warpgroup
@@ -105,8 +104,11 @@ def gradients(
     )
 
 
-def _whole_blocks(inputs: Inputs, block: int) -> Inputs:
-    more = (0, -inputs.q.shape[1] % block)
+def whole_blocks(inputs: Inputs, backend: Hopper) -> Inputs:
+    """With padding behind the queries, up to a multiple of a block; sorted ones come in tiles."""
+    if inputs.sorted_rows:
+        return inputs
+    more = (0, -inputs.q.shape[1] % backend.tiles.gradients.block)
     q, d_out = (jnp.pad(x, ((0, 0), more, (0, 0), (0, 0))) for x in (inputs.q, inputs.d_out))
     lse, delta = (jnp.pad(x, ((0, 0), (0, 0), more)) for x in (inputs.lse, inputs.delta))
     return inputs._replace(q=q, d_out=d_out, lse=lse, delta=delta)

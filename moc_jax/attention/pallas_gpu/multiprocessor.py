@@ -33,7 +33,7 @@ class Refs(NamedTuple):
 
     input_gmem_refs: tuple[Ref, ...]  # q, k, v and what else it reads
     table_gmem_ref: Ref  # of tiles
-    first_head_gmem_ref: Ref  # of k and v, the kernel's first
+    first_head_gmem_ref: Ref  # of k and v, the kernel's first; then how tiles are dealt
     output_gmem_refs: tuple[Ref, ...]
     tile_smem_refs: tuple[Ref, ...]  # what belongs to a tile
     ring_smem_refs: tuple[Ref, ...]  # what comes block after block
@@ -95,6 +95,7 @@ def launch(
         return tuple(plgpu.Barrier(num_barriers=count, num_arrivals=a) for a in arrivals)
 
     of_tile, of_block = (barriers(n, a) for n, a in zip((job.tiling.buffers, job.tiling.stages), arrivals, strict=True))
+    deal = tiles.deal if job.dealt else None
     call = plgpu.kernel(
         kernel,
         out_type=outputs,
@@ -109,7 +110,7 @@ def launch(
     )
     if keep:  # vmap would share the counters
         call = jax.custom_batching.sequential_vmap(call)
-    return call(*inputs, tiles.table, first_head)
+    return call(*inputs, tiles.table, first_head if deal is None else jnp.concatenate([first_head, deal]))
 
 
 def _split_roles(refs: Refs, job: Job, compute, copy, keep) -> None:
@@ -125,7 +126,8 @@ def _split_roles(refs: Refs, job: Job, compute, copy, keep) -> None:
     def _():
         plgpu.set_max_registers(job.tiling.copy_registers, action="decrease")
         first_head = refs.first_head_gmem_ref[0]
-        each_tile(refs.table_gmem_ref, job, functools.partial(copy, refs, job, first_head), jnp.int32(0))
+        copy_one = functools.partial(copy, refs, job, first_head)
+        each_tile(refs.table_gmem_ref, job, copy_one, jnp.int32(0), refs.first_head_gmem_ref)
 
     if keep:
 

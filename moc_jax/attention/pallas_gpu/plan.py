@@ -15,6 +15,7 @@ its place in its group, are how many tiles add to the block's dq before it.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,9 +33,10 @@ from moc_jax.attention.layout import (
     segments,
     text_tiles,
 )
-from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE
+from moc_jax.attention.pallas_gpu.device import Hopper
+from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, deal
 from moc_jax.attention.runs import anchor_runs, reader_runs
-from moc_jax.attention.schedule import Schedule, group_by_chunk
+from moc_jax.attention.schedule import group_by_chunk
 from moc_jax.config import MoCConfig
 from moc_jax.scene import TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Int
@@ -68,13 +70,16 @@ class AnchorTiles:
 class PickTiles:
     """What the picks' kernels walk: each head its own."""
 
-    schedule: Schedule  # arrays [B, H, ...]
+    query_of_slot: Int[Array, "B H S"]  # 0: an empty slot
+    slot_of_pair: Int[Array, "B K Q H"]  # -1: the pair picks nothing
     queries: Tiles  # sorted queries over the chunk that each tile picks
     keys: Tiles  # chunks over the sorted queries that pick them
     key_row: Int[Array, "B N"]
 
 
-def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_readers: int) -> AnchorTiles | None:
+def anchor_tiles(
+    queries: Queries, table: ChunkTable, cfg: MoCConfig, heads: int, backend: Hopper
+) -> AnchorTiles | None:
     """The anchors' tiles; None if nothing has any, whatever the lengths.
 
     Rows of queries and tokens are multiples of 8, at least a tile's, and the tokens at least the text's tiles'.
@@ -89,13 +94,16 @@ def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_reade
     # The kernels over keys want at least one; a query without anchors needs no tile.
     used = tiles.used & jnp.take_along_axis(some, tiles.owner, axis=1)
     query_tiles = _lines(tiles.row, used, run_lines(runs, tiles.owner, used))
+    steps = [-(-(runs.end[:, i] - runs.begin[:, i]) // backend.tiles.forward.block) for i in range(runs.end.shape[1])]
+    steps = jnp.where(used, jnp.take_along_axis(functools.reduce(jnp.add, steps), tiles.owner, axis=1), 0)
+    dealt = deal(steps, tokens // (4 * backend.tiles.forward.block), heads, backend.thread_blocks)
     query_row = _row_of_token(own.begin, own.end, tiles, of)
     anchored = (of >= 0) & jnp.take_along_axis(some, jnp.maximum(of, 0), axis=1)
 
     own, text_end = segments(table, table, cfg), jnp.zeros((table.kind.shape[0], 1), jnp.int32)
     of, copies, lines, groups, sizes = own.of(table), 0, [], [], []
     if all_read_text(table, cfg):  # first, so that no thread block is left with a tile of text at the end
-        copies = min(-(-rows // text_readers), _MOST_SHARES)
+        copies = min(-(-rows // backend.tiles.text_readers), _MOST_SHARES)
         first, text_end, shares = text_tiles(readers, table, TILE, copies, rows, ROWS)
         count = first.shape[1] // copies
         share, place = jnp.divmod(jnp.arange(first.shape[1])[None], count)
@@ -113,7 +121,7 @@ def anchor_tiles(queries: Queries, table: ChunkTable, cfg: MoCConfig, text_reade
     video = jnp.take_along_axis(table.kind, jnp.maximum(queries.chunk_of, 0), axis=1) == VIDEO
     token, before = jnp.arange(tokens)[None], sum(x.shape[1] for x in lines[:-1]) * TILE
     return AnchorTiles(
-        queries=Tiles(query_tiles[:, None]),
+        queries=Tiles(query_tiles[:, None], dealt),
         query_row=query_row,
         anchored=anchored,
         keys=Tiles(jnp.concatenate(lines, axis=1)[:, None]),
@@ -145,27 +153,51 @@ def pick_tiles(routes: Int[Array, "B H Q K"], table: ChunkTable) -> PickTiles | 
         return None
     # An empty chunk is as good as none: its tile would have no keys.
     length = jnp.take_along_axis(table.length[:, None, None], jnp.maximum(routes, 0), axis=3)
-    routes = jnp.where(length > 0, routes, -1)
-    sort = functools.partial(group_by_chunk, chunks=table.kind.shape[1], tile=TILE)
-    one_scene = routes.shape[0] == 1
-    schedule = jax.tree.map(lambda x: x[None], sort(routes[0])) if one_scene else jax.vmap(sort)(routes)
-
-    def of_tile(x):  # [B, C] -> [B, H, G]
-        return jnp.take_along_axis(x[:, None], schedule.tile_chunk, axis=2)
+    pairs = _sorted(jnp.where(length > 0, routes, -1), table.kind.shape[1])
 
     begin, end = table.start, table.start + table.length
-    slot = jnp.arange(schedule.tile_chunk.shape[2], dtype=jnp.int32) * TILE
-    runs = jnp.stack([of_tile(begin), of_tile(end)], axis=-1)
-    queries = _lines(slot[None, None], schedule.pair_of_slot[..., 0] >= 0, runs)
+    slot = jnp.arange(pairs.tile_chunk.shape[2], dtype=jnp.int32)[None, None] * TILE
+    runs = jnp.stack([jnp.take_along_axis(x[:, None], pairs.tile_chunk, axis=2) for x in (begin, end)], axis=-1)
+    queries = _lines(slot, slot < jnp.take_along_axis(pairs.end, pairs.tile_chunk, axis=2), runs)
 
     tiles = _cut(begin, end, table.chunk_of.shape[1])
     owner = jnp.broadcast_to(tiles.owner[:, None], (*routes.shape[:2], tiles.owner.shape[1]))
-    readers = (jnp.take_along_axis(x, owner, axis=2) for x in (schedule.chunk_begin, schedule.chunk_end))
+    readers = (jnp.take_along_axis(x, owner, axis=2) for x in (pairs.begin, pairs.end))
     row, used, place, first, last = (
         x[:, None] for x in (tiles.row, tiles.used, _places(tiles), tiles.begin, tiles.end)
     )
     keys = _lines(row, used, jnp.stack([*readers], axis=-1), 0, place, first, last)
-    return PickTiles(schedule, Tiles(queries), Tiles(keys), _row_of_token(begin, end, tiles, table.chunk_of))
+    row = _row_of_token(begin, end, tiles, table.chunk_of)
+    return PickTiles(pairs.query_of_slot, pairs.slot_of_pair, Tiles(queries), Tiles(keys), row)
+
+
+class _Pairs(NamedTuple):
+    """The pairs in their slots: those of a chunk by their queries."""
+
+    query_of_slot: Int[Array, "B H S"]
+    slot_of_pair: Int[Array, "B K Q H"]
+    tile_chunk: Int[Array, "B H G"]  # 0: an unused tile
+    begin: Int[Array, "B H C"]  # first slot of each chunk's queries
+    end: Int[Array, "B H C"]
+
+
+def _sorted(routes: Int[Array, "B H Q K"], chunks: int) -> _Pairs:
+    """By a radix sort, of all scenes at once."""
+    batch, heads, queries, picks = routes.shape
+    made = group_by_chunk(routes.reshape(batch * heads, queries, picks), chunks, TILE)
+    made = jax.tree.map(lambda x: x.reshape(batch, heads, *x.shape[1:]), made)
+    query = (jnp.maximum(made.pair_of_slot, 0) // picks).reshape(batch, heads, -1)
+    slot = _transposed(made.slot_of_pair, (0, 3, 2, 1))
+    return _Pairs(query, slot, made.tile_chunk, made.chunk_begin, made.chunk_end)
+
+
+def _transposed(x: Array, axes: tuple[int, ...]) -> Array:
+    """x.transpose(axes) as a gather: XLA would write a transposition once for each of its readers."""
+    index = jnp.zeros((1,) * x.ndim, jnp.int32)
+    for i, n in zip(jnp.ogrid[*map(slice, x.shape)], x.shape, strict=True):
+        index = index * n + i
+    index = index.transpose(axes)
+    return x.reshape(-1).at[index.reshape(-1)].get(mode="promise_in_bounds").reshape(index.shape)
 
 
 def _cut(begin, end, rows: int) -> Cut:

@@ -115,8 +115,12 @@ def select(
     q = jnp.pad(q, ((0, 0), (0, -rows % ALIGN), (0, 0), (0, 0)))
     tiling = tiling or RouterTiling.of(batch * heads * rows, chunks, head_dim)
     programs = -(-rows // (_TILE * tiling.tiles))
-    runs = candidate_rows(candidate_runs(table, cfg), queries, programs * tiling.tiles * _TILE)
-    used = -(-jnp.max(runs[:, 2].reshape(batch, -1, _TILE), axis=-1) // tiling.columns)  # [B, programs * tiles]
+    runs = candidate_runs(table, cfg)
+    row, start, end = jnp.arange(programs * tiling.tiles) * _TILE, queries.start, queries.start + queries.length
+    blocks = jnp.where(start < end, -(-runs[2] // tiling.columns), 0)  # that hold candidates of a chunk's queries
+    here = (start[:, None] < row[None, :, None] + _TILE) & (row[None, :, None] < end[:, None])
+    used = jnp.max(jnp.where(here, blocks[:, None], 0), axis=2).astype(jnp.int32)  # [B, programs * tiles]
+    runs = candidate_rows(runs, queries, programs * tiling.tiles * _TILE)
     picks = plgpu.kernel(
         functools.partial(_kernel, tiling=tiling, split=candidates_are_split(cfg)),
         out_type=jax.ShapeDtypeStruct((batch, heads, top_k, round_up(rows, _ROWS)), jnp.int32),

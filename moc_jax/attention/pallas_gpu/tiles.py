@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from moc_jax.attention.layout import ALIGN, Tiles
 from moc_jax.attention.pallas_gpu.device import COMPUTE, Hopper, KernelTiling
-from moc_jax.shapes import Array
+from moc_jax.shapes import Array, Int
 
 CACHE = 40 * 2**20  # bytes of keys and values that stay in the level-2 cache (50 MiB on an H100, 60 on an H200)
 ROWS = 64  # of one warpgroup: the smallest height of a Hopper matrix product
@@ -41,6 +41,7 @@ class Job:
     sorted_rows: bool  # whether q is [B, H, S, D] and not [B, Q, H, D]
     heads_first: bool  # whether tiles go through all heads before the next tile's turn comes
     in_turn: bool  # whether tiles wait for those before them
+    dealt: bool  # whether the table of tiles says how they are dealt
     interpret: Hashable | None  # the interpreter's parameters
 
     @classmethod
@@ -67,6 +68,7 @@ class Job:
             sorted_rows=sorted_rows,
             heads_first=2 * k.nbytes <= batch * CACHE or not over_keys,
             in_turn=not over_keys,
+            dealt=over_keys and tiles.deal is not None and 2 * k.nbytes <= batch * CACHE,
             interpret=backend.interpret,
         )
 
@@ -75,14 +77,16 @@ class Job:
         return (scene, head, rows) if self.sorted_rows else (scene, rows, head)
 
 
-def each_tile(table_gmem_ref, job: Job, body, carry):
+def each_tile(table_gmem_ref, job: Job, body, carry, deal_gmem_ref=None):
     """Folds body(item, first row, its line of the table, tiles before it, carry) -> carry over the used tiles of this
     thread block, in an order that all its warpgroups share; (tiles, carry). An item is (scene, head, tile).
     """
+    deal = [deal_gmem_ref[i] for i in range(1, 4)] if deal_gmem_ref is not None and job.dealt else None
+    looks = _looks(job) if deal is None else _dealt_looks(deal, job)
 
     def one(i, before):
         used, carry = before
-        item, there = _item(i, lax.axis_index("block"), job)
+        item, there = _item(i, lax.axis_index("block"), job, deal)
         line = table_gmem_ref.at[item[0], item[1] if job.per_head else 0, item[2]]
         start = line[0]
         return lax.cond(
@@ -91,7 +95,25 @@ def each_tile(table_gmem_ref, job: Job, body, carry):
             lambda: (used, carry),
         )
 
-    return lax.fori_loop(0, _looks(job), one, (jnp.int32(0), carry))
+    return lax.fori_loop(0, looks, one, (jnp.int32(0), carry))
+
+
+def deal(loads: Int[Array, "B G"], longest: int, heads: int, thread_blocks: int) -> Int[Array, "3"]:
+    """How tiles are dealt that are so much work each, the same for all heads: (first, long, rounds).
+
+    Tiles that are more than `longest` and follow each other, from tile `first` on, are dealt first, one to each of
+    `long` thread blocks, which then sit out `rounds` rounds of all others. If there are too many, none count as long.
+    """
+    loads = loads.reshape(-1)
+    index, is_long = jnp.arange(loads.size), loads > longest
+    count, first = jnp.sum(is_long), jnp.min(jnp.where(is_long, index, loads.size))
+    last = jnp.max(jnp.where(is_long, index, 0))
+    others, work = jnp.sum((loads > 0) & ~is_long), jnp.sum(jnp.where(is_long, 0, loads))
+    rounds_of_long = jnp.max(loads) * others // jnp.maximum(work, 1)
+    count = jnp.where((last - first + 1 == count) & (2 * count * heads <= thread_blocks), count, 0)
+    most = -(-others * heads // (thread_blocks - count * heads))  # after which there are no others
+    dealt = jnp.stack([first, count * heads, jnp.minimum(rounds_of_long, most)])
+    return jnp.where(count > 0, dealt, 0).astype(jnp.int32)
 
 
 def _looks(job: Job) -> int:
@@ -101,7 +123,14 @@ def _looks(job: Job) -> int:
     return job.batch * job.heads * -(-job.tiles // job.thread_blocks)
 
 
-def _item(i, block, job: Job):
+def _dealt_looks(deal, job: Job):
+    """The same for dealt tiles."""
+    _, long, rounds = deal
+    others = job.batch * job.heads * job.tiles - long - rounds * (job.thread_blocks - long)
+    return rounds + 1 + lax.div(jnp.maximum(others, 0) + job.thread_blocks - 1, job.thread_blocks)
+
+
+def _item(i, block, job: Job, deal=None):
     """The i-th item of a thread block, and whether it exists.
 
     Neighbours in time share a head's keys, which then come from the cache: heads follow each other, and a head's tiles
@@ -110,14 +139,23 @@ def _item(i, block, job: Job):
     get such a tile in every head and end late.
 
     Where all heads' keys fit the cache, or tiles take turns, tiles follow each other and heads go round: those of text,
-    which take longest, come first, and few tiles wait for each other at once, since heads don't. As each thread block
-    takes its tiles in their order, and all thread blocks run at once, the first tile that is not done never waits.
+    which take longest, come first, and few tiles wait for each other at once, since heads don't. Where the table says
+    so (`deal`), whoever has one of these gets fewer of the others. As each thread block takes its tiles in their order,
+    and all thread blocks run at once, the first tile that is not done never waits.
     """
     rows = job.batch * job.heads
     if job.heads_first:
-        index = block + i * job.thread_blocks
+        index, first = block + i * job.thread_blocks, 0
+        if deal is not None:
+            first, long, rounds = deal
+            has_long = jnp.where(block < long, 1, 0)
+            turn = i - has_long + rounds * has_long  # of the others, which those with a long tile join late
+            early = turn * (job.thread_blocks - long) + block - long
+            late = rounds * (job.thread_blocks - long) + (turn - rounds) * job.thread_blocks + block
+            index = jnp.where((i == 0) & (block < long), block, long + jnp.where(turn < rounds, early, late))
         tile_row, head = lax.div(index, job.heads), lax.rem(index, job.heads)
         there = index < rows * job.tiles
+        tile_row = lax.rem(tile_row + first, job.batch * job.tiles)
         scene, tile = lax.div(tile_row, job.tiles), lax.rem(tile_row, job.tiles)
     else:
         rounds = -(-job.tiles // job.thread_blocks)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from moc_jax.config import MMDiTConfig
 from moc_jax.models.layers import (
@@ -88,6 +89,7 @@ class Block(nnx.Module):
         size = text.shape[1]
         (shift, scale, *text_rest), (video_shift, video_scale, *video_rest) = map(of_groups, modulations, slots)
         text_qkv = self.text.before(text, shift, scale, tuple(x[:, :size] for x in turns))
+        text_qkv = lax.optimization_barrier(text_qkv)  # else XLA reads and writes video one by one, too
         video_qkv = self.video.before(video, video_shift, video_scale, tuple(x[:, size:] for x in turns))
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, video_qkv, strict=True))
         attended, routes = attend(q, k, v, key)

@@ -16,7 +16,7 @@ def parts(*there, lse=LSE):
         mine = np.asarray(mine, bool)
         rows = jnp.asarray(np.where(mine[:, None], rows, np.nan))
         sums = jnp.asarray(np.where(mine, sums, np.nan))[None, None]
-        found.append(Part(rows, jnp.arange(4)[None, None], jnp.asarray(mine)[None, None], 0, sums))
+        found.append(Part(rows, jnp.arange(4)[None, :, None], jnp.asarray(mine)[None, :, None], 0, sums))
     return found
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moc_jax.attention import routing
 from moc_jax.attention.layout import ALIGN, queries_of
 from moc_jax.attention.pallas_gpu import plan as planning
-from moc_jax.attention.pallas_gpu.device import HopperTiling
+from moc_jax.attention.pallas_gpu.device import Hopper, HopperTiling
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE
 from tests.attention.configs import COVERING, EVERY, half_long, name
 from tests.attention.oracle import Chunk
@@ -45,7 +45,8 @@ def padded(x, most=TILE):
 def compiled(cfg, text_readers):
     def run(table, query_chunk):
         queries = padded(queries_of(table, query_chunk))
-        made = planning.anchor_tiles(queries, padded(table, max(table.text_tokens, TILE)), cfg, text_readers)
+        backend = Hopper(multiprocessors=132, tiling=HopperTiling(text_readers=text_readers))
+        made = planning.anchor_tiles(queries, padded(table, max(table.text_tokens, TILE)), cfg, 2, backend)
         there = [(x > 0)[:, None] for x in (queries.length, table.length)]
         seen = routing.anchor_chunks(table, cfg) & jnp.swapaxes(there[0], 1, 2) & there[1]
         return made, seen, queries.chunk_of
@@ -205,9 +206,9 @@ def test_sorted_tiles_read_the_picked_chunks_and_chunks_their_pickers(scenes):
     for b in range(len(scenes)):
         routes[b][~np.isin(routes[b], np.flatnonzero(video[b]))] = -1
     made = jax.tree.map(np.asarray, picks_plan(table, jnp.asarray(routes, jnp.int32)))
-    schedule, tiles, readers = made.schedule, made.queries, made.keys
+    tiles, readers = made.queries, made.keys
     for b, h in np.ndindex(len(scenes), heads):
-        lines, slots = tiles.table[b, h], schedule.slot_of_pair[b, h]
+        lines, slots = tiles.table[b, h], made.slot_of_pair[b, ..., h].T
         placed = slots >= 0
         length = np.asarray(table.length)[b]
         np.testing.assert_array_equal(placed, (routes[b, h] >= 0) & (length[np.maximum(routes[b, h], 0)] > 0))

@@ -10,7 +10,7 @@ from moc_jax.attention.pallas_gpu.device import KernelTiling
 from moc_jax.attention.pallas_gpu.tiles import Job
 
 
-def items(batch, heads, count, *, blocks=132, heads_first=False):
+def items(batch, heads, count, *, blocks=132, heads_first=False, deal=None):
     """(block, scene, head, tile) of each item, as thread blocks take them."""
     job = Job(
         tiling=KernelTiling(),
@@ -26,10 +26,12 @@ def items(batch, heads, count, *, blocks=132, heads_first=False):
         sorted_rows=True,
         heads_first=heads_first,
         in_turn=heads_first,
+        dealt=deal is not None,
         interpret=None,
     )
-    looks, block = jnp.meshgrid(jnp.arange(tiles._looks(job)), jnp.arange(blocks), indexing="ij")
-    (scene, head, tile), there = jax.jit(jax.vmap(lambda i, block: tiles._item(i, block, job)))(
+    count = tiles._looks(job) if deal is None else int(tiles._dealt_looks(deal, job))
+    looks, block = jnp.meshgrid(jnp.arange(count), jnp.arange(blocks), indexing="ij")
+    (scene, head, tile), there = jax.jit(jax.vmap(lambda i, block: tiles._item(i, block, job, deal)))(
         looks.reshape(-1), block.reshape(-1)
     )
     return np.stack([block.reshape(-1), scene, head, tile], axis=1)[np.asarray(there)]
@@ -75,3 +77,23 @@ def test_tiles_of_other_lengths_are_spread_over_all_blocks(heads, count, first, 
     assert each.max() - each.min() <= 2
     work = np.bincount(block, np.where(odd, steps, 12), minlength=132)
     assert work.max() - work.mean() <= 2 * max(steps, 12)
+
+
+@pytest.mark.parametrize("blocks", [66, 132])
+@pytest.mark.parametrize("long", [slice(0), slice(0, 1), slice(2, 4)])
+def test_whoever_has_a_long_tile_gets_fewer_of_the_others(long, blocks):
+    """Text queries that read everything, before, between or without others: 60 steps beside 5, and unused tiles."""
+    heads, loads = 12, np.full(76, 5)
+    loads[60:] = 0
+    loads[long] = 60
+    deal = tiles.deal(jnp.asarray(loads)[None], 12, heads, blocks)
+    found = items(1, heads, 76, blocks=blocks, heads_first=True, deal=deal)
+    want = np.stack(np.unravel_index(np.arange(heads * 76), (1, heads, 76)), axis=1)
+    np.testing.assert_array_equal(found[np.lexsort(found[:, :0:-1].T)][:, 1:], want)
+    work = np.bincount(found[:, 0], loads[found[:, 3]], minlength=blocks)
+    assert work.max() <= max(loads.max(), work.mean() + 10)
+
+
+@pytest.mark.parametrize("loads", [[5, 60, 5, 60], [60] * 6, [60] * 12 + [5] * 60], ids=["apart", "all", "many"])
+def test_long_tiles_that_nobody_can_be_spared_for(loads):
+    np.testing.assert_array_equal(tiles.deal(jnp.asarray(loads)[None], 12, 12, 132), 0)
