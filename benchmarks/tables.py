@@ -51,6 +51,8 @@ def summary_table(attention: Iterable[Entry], model: Iterable[Entry]) -> list[st
                 continue
             size = f"model of {e['parameters'] / 1e9:.1f} B parameters"
             for step, found in e["steps"].items():
+                if "ratio" not in found:  # measured with one of them alone
+                    continue
                 times = (_seconds(found.get(name)) for name in ("moc", "dense"))
                 ratio = number(found.get("ratio"), ".2f", "x")
                 rows.append([f"{size}, a {step} step", file["card"], *times, ratio])
