@@ -2,8 +2,8 @@
 
     python -m evidence.run --arms dense "moc 8x6" --seeds 0 1 2 --learning-rates 5e-4 1e-3 2e-3 --minutes 4
 
-Several GPUs: as many processes, each with its own CUDA_VISIBLE_DEVICES and its --part i/n. The first one renders and
-encodes the stories on all cores, into --cache; the others wait for it.
+With --gpus 4 as many processes do it, each a part of the list on a GPU of its own. The first one renders and encodes
+the stories on all cores, into --cache; the others wait for it.
 """
 
 import dataclasses
@@ -12,10 +12,11 @@ import json
 import os
 import pathlib
 import shlex
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,6 +59,8 @@ class Arguments:
     """An arm's training at most, compilation and the tests in between included; its last test comes after it."""
     updates: int | None = None
     """An arm's updates at most; none given: the setting's."""
+    gpus: int = 1
+    """More than one: as many processes, each with one of them and its part of the runs."""
     part: str = "1/1"
     """i/n: every n-th run of the list, from the i-th on."""
     final: bool = False
@@ -109,6 +112,19 @@ def main(args: Arguments, command: str) -> None:
     for run in left:
         updates = setting.updates if args.updates is None else args.updates
         _run(setting, run, arms[run.arm], also, data, exam, rows, updates, args.minutes * 60, folder, about)
+
+
+def side_by_side(argv: Sequence[str], environments: Sequence[Mapping[str, str]]) -> str | None:
+    """The runs of a command line, a part in each of the environments; what went wrong, or None."""
+    parts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "evidence.run", *argv, f"--part={i}/{len(environments)}"],
+            env=os.environ | environment,
+        )
+        for i, environment in enumerate(environments, start=1)
+    ]
+    failed = [i for i, process in enumerate(parts, start=1) if process.wait()]
+    return f"parts {failed} of {len(parts)} failed" if failed else None
 
 
 def _finished(path: pathlib.Path) -> bool:
@@ -266,8 +282,11 @@ def save_sheet(path: pathlib.Path, exam: Exam, latents: np.ndarray, rows: Sequen
 
 def run(argv: Sequence[str]) -> None:
     """The command line."""
-    command = "python -m evidence.run " + " ".join(map(shlex.quote, argv))
-    main(tyro.cli(Arguments, args=list(argv), description=__doc__), command)
+    args = tyro.cli(Arguments, args=list(argv), description=__doc__)
+    if args.gpus > 1:
+        environments = [{"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in range(args.gpus)]
+        sys.exit(side_by_side([*argv, "--gpus=1"], environments))
+    main(args, "python -m evidence.run " + " ".join(map(shlex.quote, argv)))
 
 
 if __name__ == "__main__":

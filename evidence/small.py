@@ -7,15 +7,14 @@ chance and that of the own shot alone does not.
 """
 
 import dataclasses
-import os
 import pathlib
-import subprocess
 import sys
 from collections.abc import Sequence
 
 import tyro
 
 from evidence.results import Result, finished
+from evidence.run import side_by_side
 from evidence.world import CANDIDATES
 
 ARMS = MOC, OWN = "moc 4x2", "own shot"
@@ -34,16 +33,15 @@ class Arguments:
 
 def main(args: Arguments) -> str | None:
     """Trains what has no result yet; what is wrong with the results, or None."""
-    shared = [f"--out={args.out}", f"--cache={args.cache}", f"--learning-rates={RATE}", "--setting=small"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "evidence.run", *shared, "--arms", *ARMS, f"--part={i}/2", "--processes=2"],
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        )
-        for i in (1, 2)
+    argv = [
+        "--setting=small",
+        f"--out={args.out}",
+        f"--cache={args.cache}",
+        f"--learning-rates={RATE}",
+        "--processes=2",
     ]
-    if any([process.wait() for process in processes]):
-        return "a run failed"
+    if wrong := side_by_side([*argv, "--arms", *ARMS], [{"JAX_PLATFORMS": "cpu"}] * 2):
+        return wrong
     by_arm = {result["arm"]: result for result in finished(args.out / "small")}
     for arm in ARMS:
         test = by_arm[arm]["test"]["all"]

@@ -138,6 +138,29 @@ def test_plots_and_sheets_are_drawn_and_the_page_is_rewritten(folder):
             assert picture.width > 700
 
 
+def test_several_gpus_share_the_runs(monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, command, env):
+            started.append((command, env["CUDA_VISIBLE_DEVICES"]))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(run.subprocess, "Popen", Process)
+    with pytest.raises(SystemExit) as end:
+        run.run(["--arms", "dense", "moc 8x6", "--gpus", "2"])
+    assert end.value.code is None
+    words = ["-m", "evidence.run", "--arms", "dense", "moc 8x6", "--gpus", "2", "--gpus=1"]
+    assert [(command[1:], gpu) for command, gpu in started] == [
+        ([*words, "--part=1/2"], "0"),
+        ([*words, "--part=2/2"], "1"),
+    ]
+    args = run.tyro.cli(run.Arguments, args=started[0][0][3:])
+    assert (args.gpus, args.part, args.arms) == (1, "1/2", ("dense", "moc 8x6"))
+
+
 def test_final_stories_are_others_than_those_of_training_and_choices():
     seeds, rows = settings.final_seeds()
     assert len(seeds) >= 200
