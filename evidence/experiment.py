@@ -15,6 +15,7 @@ from flax import nnx
 
 from evidence.arms import Arm
 from evidence.dataset import Dataset, MarkedScene
+from evidence.recolor import Recolorings, recolored
 from moc_jax.config import DiffusionConfig, MeshConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from moc_jax.diffusion.conditioning import Denoising, Known
 from moc_jax.diffusion.process import VelocityFn, add_noise, sample_timesteps, shot_mask, velocity_target
@@ -86,7 +87,8 @@ def _per_shot(errors: Float[Array, "B F Y X"], weights: Array, scene: Scene) -> 
 class Trainer:
     """Trains one arm from one seed on `data`; `state` is where it stands."""
 
-    def __init__(self, task: Task, arm: Arm, seed: int, data: Dataset):
+    def __init__(self, task: Task, arm: Arm, seed: int, data: Dataset, colors: Recolorings | None = None):
+        """With `colors`, stories are trained on in any of them."""
         self._task, self._arm, self.data = task, arm, data
         self._mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
         train = TrainConfig(seed=seed, steps=task.updates, ema_decay=0.99)  # lags by 100 updates, not by 1000
@@ -95,8 +97,11 @@ class Trainer:
         rows_key = jax.random.fold_in(jax.random.key(seed), task.updates)  # a number that no step has
 
         def drawn(data: Dataset, step: Int[Array, ""]) -> MarkedScene:
-            key = jax.random.fold_in(rows_key, step)
-            return data.scenes(jax.random.randint(key, (task.batch,), 0, len(data.seeds)))
+            key, color_key = jax.random.split(jax.random.fold_in(rows_key, step))
+            scene = data.scenes(jax.random.randint(key, (task.batch,), 0, len(data.seeds)))
+            if colors is None:
+                return scene
+            return recolored(scene, colors, jax.random.randint(color_key, (task.batch,), 0, len(colors.matrix)))
 
         self._drawn, self._chosen = jax.jit(drawn), jax.jit(Dataset.scenes)
         self._sample, self._probe = jax.jit(self._sampled, static_argnums=0), jax.jit(self._probed)

@@ -30,6 +30,7 @@ from evidence import dataset
 from evidence.arms import ARMS, Arm, arm_of
 from evidence.exam import Exam, Recall, frames_of, grade, make_exam
 from evidence.experiment import Task, Trainer, interval
+from evidence.recolor import recolorings
 from evidence.results import RESULTS, name_of
 from evidence.settings import CHOICES, FINAL, SETTINGS, Setting, final_seeds
 from moc_jax.attention.accounting import account
@@ -170,7 +171,7 @@ def _run(
         batch=setting.batch,
         box_weight=setting.box_weight,
     )
-    trainer = Trainer(task, arm, run.seed, data)
+    trainer = Trainer(task, arm, run.seed, data, recolorings(exam.codec) if setting.world.still else None)
     weights = jax.tree.map(jnp.copy, trainer.state.sampling_params)
     warm = threading.Thread(target=trainer.warm_up, args=(weights,))  # compiles the tests while training does
     warm.start()
@@ -185,9 +186,12 @@ def _run(
         spent += took if curve else 0.0  # the first ones are compiled
         warm.join()
         recalls = grade(quick, trainer.sample(quick.data, jax.random.key(1)))
-        curve.append({"updates": done, "loss": float(losses.mean()), "seconds": took} | share(recalls))
+        probe = probed(trainer, quick, LEVELS[-1])
+        picks = {name: probe[name] for name in ("box_error", "into_reveal") if name in probe}
+        curve.append({"updates": done, "loss": float(losses.mean()), "seconds": took} | share(recalls) | picks)
         write_text(folder / f"{run.name}.json", json.dumps(result, indent=1) + "\n")
-        print(f"{run.name}: {curve[-1]}", flush=True)
+        low, high = (100 * curve[-1][name] for name in ("low", "high"))
+        print(f"{run.name}: {done} updates, loss {losses.mean():.4f}, {low:.0f}..{high:.0f} % correct", flush=True)
     latents = trainer.sample(exam.data, jax.random.key(0))
     recalls = grade(exam, latents)
     milliseconds = 1e3 * spent / max(done - curve[0]["updates"], 1)

@@ -47,31 +47,37 @@ FULL = Setting(
     diffusion=DiffusionConfig(t_mean=2.0, t_std=1.5),
     sample=SampleConfig(solver="euler", schedule="wan-dpm++", steps=12, shift=1.0, history_noise=0.02),
     batch=64,
-    box_weight=4.0,
+    box_weight=10.0,
     warmup=100,
     updates=20_000,
     every=250,
-    stories=12_000,
+    stories=30_000,
     held_out=200,
     quick=64,
 )
 
 SETTINGS: dict[str, Setting] = {
     "full": FULL,
-    "still": dataclasses.replace(FULL, world=World(still=True, split=TRAINING)),
+    "still": dataclasses.replace(
+        FULL,
+        world=World(still=True, split=TRAINING),
+        diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5),
+        box_weight=20.0,
+        stories=12_000,  # each in 48 colorings
+    ),
     "small": Setting(
         world=World(shots=4, frames=5, characters=2, places=2, still=True, split=TRAINING),
         codec=PcaConfig(),
         text=HashConfig(dim=64),
         model=MMDiTConfig(
-            dim=64, depth=3, heads=2, mlp_ratio=2.0, patch=(1, 4, 4), text_dim=64, dtype="float32", remat="none"
+            dim=64, depth=2, heads=2, mlp_ratio=2.0, patch=(1, 4, 4), text_dim=64, dtype="float32", remat="none"
         ),
-        diffusion=DiffusionConfig(t_mean=3.0),
+        diffusion=DiffusionConfig(t_mean=4.0),
         sample=SampleConfig(solver="euler", schedule="wan-dpm++", steps=1, shift=1.0, history_noise=0.02),
         batch=16,
-        box_weight=4.0,
+        box_weight=20.0,
         warmup=50,
-        updates=6_000,
+        updates=2_500,
         every=500,
         stories=3_000,
         held_out=200,

@@ -18,7 +18,7 @@ from evidence.run import side_by_side
 from evidence.world import CANDIDATES
 
 ARMS = MOC, OWN = "moc 4x2", "own shot"
-RATE = 3e-3
+RATE = 6e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from evidence import dataset
 from evidence.arms import arm_of, every_chunk
 from evidence.exam import grade, make_exam
 from evidence.experiment import Task, Trainer, interval, levels
+from evidence.recolor import recolored, recolorings
 from evidence.world import World, boxes, render_shot
 from moc_jax.attention.api import moc_attention
 from moc_jax.codecs import pixels_to_unit
@@ -74,6 +75,22 @@ def test_characters_and_reveals_are_marked(encoded):
         ):
             touched = exact.reshape(4, 8, 8).any(-1)
             np.testing.assert_array_equal(found.reshape(4, 2, 8).any(1), touched)
+
+
+def test_other_colors_are_those_of_the_frames(encoded):
+    """To what the codec leaves of a story whose pixels are permuted and inverted."""
+    codec, data = encoded
+    colors = recolorings(codec)
+    assert colors.matrix.shape == (48, 2, 8, 8)
+    scene = data.scenes(jnp.array([0, 1]))
+    found = recolored(scene, colors, jnp.array([0, 6 + 1]))  # none; and green and blue exchanged, then blue inverted
+    np.testing.assert_allclose(found.video[0], scene.video[0], atol=2e-3)
+    kept = codec.decode(np.asarray(scene.video[1][6:8]))[..., [0, 2, 1]]
+    inside = np.abs(kept).max((0, 3)) < 1  # where nothing was clipped
+    want = codec.encode(kept * np.array([1, 1, -1], np.float32))
+    cells = inside.reshape(8, 8, 8, 8).all((1, 3))
+    assert cells.mean() > 0.5
+    np.testing.assert_allclose(found.video[1][6:8][:, cells], want[:, cells], atol=5e-3)
 
 
 def test_what_was_encoded_is_found_again(encoded, tmp_path, monkeypatch):
