@@ -181,3 +181,8 @@ def test_the_small_evidence_fails_without_memory_and_with_a_leak():
     assert "something but memory tells" in small.verdict(good, good)
     for name in small.ARMS:
         arm_of(name)
+
+
+def test_the_page_shows_the_committed_results():
+    text = (report.ROOT / report.PAGE).read_text()
+    assert report.with_block(text, report.page_block(report.RESULTS), report.BEGIN, report.END) == text
