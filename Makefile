@@ -21,7 +21,7 @@ ifeq ($(filter $(ACCELERATOR),cpu cuda cuda12 tpu),)
 $(error ACCELERATOR is $(ACCELERATOR); it must be cpu, cuda, cuda12 or tpu)
 endif
 
-.PHONY: demo test test-long test-tpu test-slow test-gpu test-wheel lint types pictures docs setup clean
+.PHONY: demo evidence-small test test-long test-tpu test-slow test-gpu test-wheel lint types pictures docs setup clean
 setup: $(VENV)/ready $(VENV)/$(ACCELERATOR)
 
 $(VENV)/ready: requirements.lock pyproject.toml
@@ -49,6 +49,10 @@ demo: $(CLIP) $(VENV)/$(ACCELERATOR)
 	$(BIN)/moc-train --config demo
 	$(BIN)/moc-sample --checkpoint out/demo --training-scene 0 --overwrite --out out/demo/sample.mp4 \
 		--contact-sheet out/demo/contact_sheet.png --routing-picture out/demo/routing.png
+
+# Recall, learned in minutes on the processor; see docs/evidence.md.
+evidence-small: $(VENV)/ready
+	$(BIN)/python -m evidence.small
 
 # Tests of a file share what they compiled. On two cores no other plan was faster.
 test: $(VENV)/ready

@@ -154,16 +154,16 @@ def _provenance_of_files(files: Sequence[dict[str, Any]]) -> list[str]:
     return _provenance([entry for file in files for entry in file["entries"].values()])
 
 
-def with_block(text: str, block: str) -> str:
+def with_block(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with `block` between its markers.
 
     Raises:
         ValueError: the markers are not there, once and in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file must hold {BEGIN} once and, after it, {END} once")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file must hold {begin} once and, after it, {end} once")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
 def draw(folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path | None:

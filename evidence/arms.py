@@ -5,6 +5,8 @@ video of earlier shots can tell how a character looks.
 """
 
 import dataclasses
+import re
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ class Arm:
     """One way to attend."""
 
     moc: MoCConfig
-    attention: SceneAttention = text_apart(RoutedAttention())
+    attention: SceneAttention
 
 
 def _moc(size: int, top_k: int, **changed) -> MoCConfig:
@@ -55,14 +57,48 @@ def every_chunk(q, k, v, table, cfg, *, key=None):
     return out, jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
 
 
-ARMS: dict[str, Arm] = {
-    "dense": Arm(moc=_moc(8, 0), attention=text_apart(every_chunk)),
-    "own shot": Arm(moc=_moc(8, 0)),
-    "moc 8x6": Arm(moc=_moc(8, 6)),
-    "moc 16x3": Arm(moc=_moc(16, 3)),
-    "random 8x6": Arm(moc=_moc(8, 6, routing="random")),
-    "recent 8x6": Arm(moc=_moc(8, 6, routing="recent")),
-    "moc 8x6, no drop-off or drop-in": Arm(moc=_moc(8, 6, drop_off_max=0.0, max_drop_in=0)),
-    "moc 8x12, no self anchor": Arm(moc=_moc(8, 12, self_anchor="none", causal_routing=False)),
+_PICKING = re.compile(r"(moc|random|recent) (\d+)x(\d+)(?:, (.+))?")
+_ROUTING: dict[str, Literal["keys", "random", "recent"]] = {"moc": "keys", "random": "random", "recent": "recent"}
+_CHANGED = {
+    None: {},
+    "no drop-off or drop-in": {"drop_off_max": 0.0, "max_drop_in": 0},
+    "no self anchor": {"self_anchor": "none", "causal_routing": False},
 }
-"""By name: chunk in tokens x picks, where there are picks."""
+
+
+def arm_of(name: str, backend: str = "auto") -> Arm:
+    """The arm of a name: "dense", "own shot", or what picks, chunk in tokens x picks, and what is changed: "moc 8x6",
+    "random 8x6", "moc 8x12, no self anchor".
+
+    Raises:
+        ValueError: there is no such arm.
+    """
+    if name == "dense":
+        return Arm(moc=_moc(8, 0), attention=text_apart(every_chunk))
+    attention = text_apart(RoutedAttention(backend=backend))
+    if name == "own shot":
+        return Arm(moc=_moc(8, 0), attention=attention)
+    found = _PICKING.fullmatch(name)
+    if found is None or found[4] not in _CHANGED:
+        raise ValueError(
+            f"no arm is named {name!r}; there are dense, own shot, and moc, random or recent with a chunk's tokens "
+            f"and picks, as in 'moc 8x6', and after it{' or'.join(f' ", {how}"' for how in _CHANGED if how)}"
+        )
+    picks = _moc(int(found[2]), int(found[3]), routing=_ROUTING[found[1]], **_CHANGED[found[4]])
+    return Arm(moc=picks, attention=attention)
+
+
+ARMS = (
+    "dense",
+    "own shot",
+    "moc 8x6",
+    "moc 16x3",
+    "moc 8x3",
+    "moc 4x6",
+    "random 8x6",
+    "random 8x3",
+    "recent 8x6",
+    "moc 8x6, no drop-off or drop-in",
+    "moc 8x12, no self anchor",
+)
+"""Those of the evidence."""

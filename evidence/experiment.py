@@ -5,7 +5,8 @@ noise level. The loss counts the later shots alone.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,13 @@ import numpy as np
 from flax import nnx
 
 from evidence.arms import Arm
-from evidence.dataset import Dataset
-from evidence.measures import candidates, dynamic_degree, identify, psnr
-from evidence.world import World, boxes, render_shot
-from moc_jax.codecs import Codec, pixels_from_unit, pixels_to_unit
+from evidence.dataset import Dataset, MarkedScene
+from evidence.recolor import Recolorings, recolored
 from moc_jax.config import DiffusionConfig, MeshConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 from moc_jax.diffusion.conditioning import Denoising, Known
-from moc_jax.diffusion.process import VelocityFn, flow_loss, sample_timesteps
+from moc_jax.diffusion.process import VelocityFn, add_noise, sample_timesteps, shot_mask, velocity_target
+from moc_jax.models.family import Routed
+from moc_jax.models.patches import tokens_of
 from moc_jax.scene import Scene
 from moc_jax.shapes import Array, Bool, Float, Int, Key, typed
 from moc_jax.sharding import Params, make_mesh
@@ -38,6 +39,22 @@ class Task:
     """How the later shots are sampled; `history_noise` is t_c in training too."""
     updates: int
     batch: int = 64
+    box_weight: float = 4.0
+    """How much more a latent in a character's box counts in the loss than one outside."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What one call of the model showed, by story and shot; the reveals' entries mean nothing."""
+
+    box_error: Float[
+        np.ndarray | Array, "n S"
+    ]  # mean squared error of the velocity in the character's box; 0 without one
+    error: Float[np.ndarray | Array, "n S"]  # in the whole shot
+    into_reveal: Float[
+        np.ndarray | Array, "n depth H S"
+    ]  # share of the box's picks that lie in the revealing shot; or NaN
 
 
 @typed
@@ -53,22 +70,41 @@ def _revealed(scene: Scene, reveals: int) -> Bool[Array, "B S"]:
     return jnp.broadcast_to(jnp.arange(shots.shape[1]) < reveals, shots.shape)
 
 
+def _errors(velocity_fn: VelocityFn, scene: Scene, key: Key[Array, ""], t: Array) -> Float[Array, "B F Y X"]:
+    """The squared error of each latent's velocity."""
+    noise = jax.random.normal(key, scene.video.shape)
+    velocity = velocity_fn(add_noise(scene.video, noise, t, scene.lengths), t)
+    return jnp.square(velocity - velocity_target(scene.video, noise)).mean(axis=-1)
+
+
+def _per_shot(errors: Float[Array, "B F Y X"], weights: Array, scene: Scene) -> Float[Array, "B S"]:
+    """Their weighted mean over each shot; 0 where no latent weighs anything."""
+    mine = shot_mask(scene.lengths, errors.shape[1]).astype(errors.dtype)  # [B, S, F]
+    total, weight = (jnp.einsum("bsf,bfyx->bs", mine, of) for of in (errors * weights, weights))
+    return total / jnp.maximum(weight, 1e-9)
+
+
 class Trainer:
     """Trains one arm from one seed on `data`; `state` is where it stands."""
 
-    def __init__(self, task: Task, arm: Arm, seed: int, data: Dataset):
+    def __init__(self, task: Task, arm: Arm, seed: int, data: Dataset, colors: Recolorings | None = None):
+        """With `colors`, stories are trained on in any of them."""
         self._task, self._arm, self.data = task, arm, data
         self._mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        train = TrainConfig(seed=seed, steps=task.updates)
+        train = TrainConfig(seed=seed, steps=task.updates, ema_decay=0.99)  # lags by 100 updates, not by 1000
         blueprint = make_blueprint(task.model, task.optimizer, train, self._mesh)
         self._graph, self.state = blueprint.graph, create_state(blueprint)
         rows_key = jax.random.fold_in(jax.random.key(seed), task.updates)  # a number that no step has
 
-        def scenes(data: Dataset, step: Int[Array, ""]) -> Scene:
-            key = jax.random.fold_in(rows_key, step)
-            return data.scenes(jax.random.randint(key, (task.batch,), 0, len(data.seeds)))
+        def drawn(data: Dataset, step: Int[Array, ""]) -> MarkedScene:
+            key, color_key = jax.random.split(jax.random.fold_in(rows_key, step))
+            scene = data.scenes(jax.random.randint(key, (task.batch,), 0, len(data.seeds)))
+            if colors is None:
+                return scene
+            return recolored(scene, colors, jax.random.randint(color_key, (task.batch,), 0, len(colors.matrix)))
 
-        self._scenes, self._sample = jax.jit(scenes), jax.jit(self._sampled)
+        self._drawn, self._chosen = jax.jit(drawn), jax.jit(Dataset.scenes)
+        self._sample, self._probe = jax.jit(self._sampled, static_argnums=0), jax.jit(self._probed)
         self._step = make_train_step(
             train, task.optimizer, task.diffusion, blueprint, self._mesh, arm.attention, self._loss
         )
@@ -78,28 +114,54 @@ class Trainer:
         losses = []
         with jax.set_mesh(self._mesh):
             for _ in range(count):
-                scene = self._scenes(self.data, self.state.step)
+                scene = self._drawn(self.data, self.state.step)
                 self.state, metrics = self._step(self.state, scene, self._arm.moc)
                 losses.append(metrics.loss)
         return np.asarray(jax.device_get(losses))
 
-    def sample(self, data: Dataset, rows: Int[Array, " B"], key: Key[Array, ""]) -> Float[np.ndarray, "B F Y X Z"]:
-        """Stories with the reveals given and the later shots sampled, with the averaged weights."""
-        with jax.set_mesh(self._mesh):
-            return np.asarray(self._sample(self.state.sampling_params, data, rows, key))
+    def sample(self, data: Dataset, key: Key[Array, ""], arm: Arm | None = None) -> Float[np.ndarray, "n F Y X Z"]:
+        """All stories with the reveals given and the later shots sampled, with the averaged weights; with `arm` as if
+        they were that one's."""
+        of_arm = functools.partial(self._sample, self._arm if arm is None else arm)
+        return np.concatenate(list(self._batches(of_arm, self.state.sampling_params, data, key)))
+
+    def probe(self, data: Dataset, level: float, key: Key[Array, ""]) -> Probe:
+        """One call of the model with all later shots at one noise level, with the averaged weights."""
+        at_level = functools.partial(self._probe, jnp.float32(level))
+        found = list(self._batches(at_level, self.state.sampling_params, data, key))
+        return jax.tree.map(lambda *of: np.concatenate(of), *found)
+
+    def warm_up(self, params: Params) -> None:
+        """Compiles `sample` and `probe`; for a thread beside `run`, with weights of its own, as `run` takes the
+        state's."""
+        sample, probe = (functools.partial(*of) for of in ((self._sample, self._arm), (self._probe, jnp.float32(0.5))))
+        for of_scenes in (sample, probe):
+            next(self._batches(of_scenes, params, self.data, jax.random.key(0)))
+
+    def _batches[T](
+        self, of_scenes: Callable[[Params, MarkedScene, Array], T], params: Params, data: Dataset, key: Key[Array, ""]
+    ) -> Iterator[T]:
+        """What a compiled function gives for one batch after another; the last one is filled up, then cut."""
+        for first in range(0, len(data.seeds), self._task.batch):
+            rows = np.arange(first, first + self._task.batch).clip(max=len(data.seeds) - 1)
+            with jax.set_mesh(self._mesh):
+                scene = self._chosen(data, jnp.asarray(rows))
+                found = of_scenes(params, scene, jax.random.fold_in(key, first))
+            yield jax.tree.map(lambda x, real=len(data.seeds) - first: np.asarray(x)[:real], found)
 
     def _loss(
         self, velocity_fn: VelocityFn, scene: Scene, key: Key[Array, ""], cfg: DiffusionConfig
     ) -> tuple[Float[Array, ""], Float[Array, "B S"]]:
+        assert isinstance(scene, MarkedScene)
         level_key, noise_key = jax.random.split(key)
         reveals = self.data.world.characters
-        t = levels(level_key, scene, reveals, self._task)
-        _, per_shot = flow_loss(velocity_fn, scene, noise_key, cfg, t=t)
+        errors = _errors(velocity_fn, scene, noise_key, levels(level_key, scene, reveals, self._task))
+        weights = jnp.where(scene.characters, self._task.box_weight, 1.0)
+        per_shot = _per_shot(errors, weights, scene)
         return per_shot[:, reveals:].mean(), per_shot
 
-    def _sampled(self, params: Params, data: Dataset, rows: Int[Array, " B"], key: Key[Array, ""]):
-        scene, model = data.scenes(rows), nnx.merge(self._graph, params)
-        revealed = _revealed(scene, data.world.characters)
+    def _sampled(self, arm: Arm, params: Params, scene: MarkedScene, key: Key[Array, ""]) -> Float[Array, "B F Y X Z"]:
+        revealed = _revealed(scene, self.data.world.characters)
         noise, history_noise = jax.random.normal(key, (2, *scene.video.shape))
         denoising = Denoising(
             noise=noise,
@@ -109,9 +171,10 @@ class Trainer:
             cfg=self._task.sample,
         )
         z_0, solver = denoising.begin(), denoising.solver
+        model = nnx.merge(self._graph, params)
 
         def velocity(z, t):
-            return model(z, scene.text, t, scene.lengths, self._arm.moc, attention=self._arm.attention)
+            return model(z, scene.text, t, scene.lengths, arm.moc, attention=arm.attention)
 
         def call(carried, at):
             return denoising.call(velocity, 0, z_0, carried, at), None
@@ -119,59 +182,36 @@ class Trainer:
         carried, _ = jax.lax.scan(call, solver.start(noise), tuple(map(jnp.asarray, solver.constants)))
         return denoising.end(0, z_0, carried)
 
+    def _probed(self, level: Float[Array, ""], params: Params, scene: MarkedScene, key: Key[Array, ""]) -> Probe:
+        model = nnx.merge(self._graph, params)
+        found: list[Routed] = []
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recall:
-    """What one sampled recall showed."""
+        def velocity(z, t):
+            found.append(model.routed(z, scene.text, t, scene.lengths, self._arm.moc, attention=self._arm.attention))
+            return found[0].velocity
 
-    story: int
-    gap: int  # shots since the reveal
-    correct: bool  # the nearest of 16 candidates is the character
-    of_story: bool  # it is one of the story's
-    box_psnr: float  # against the codec's reconstruction of the truth
-    background_psnr: float
-    dynamic_degree: float
-
-
-def recalls_of(latents: Float[np.ndarray, "F Y X Z"], world: World, seed: int, codec: Codec) -> Iterator[Recall]:
-    """Every recall of one sampled story."""
-    story = world.story(seed)
-    shots = np.split(latents, world.shots)
-    looks = candidates(story, seed)
-
-    def reconstruct(frames: np.ndarray) -> np.ndarray:
-        return pixels_from_unit(codec.decode(codec.encode(pixels_to_unit(frames))))
-
-    for shot, reveal in story.recalls:
-        frames = pixels_from_unit(codec.decode(shots[shot].astype(np.float32)))
-        truth, box = reconstruct(render_shot(story, shot)), boxes(story.shots[shot])
-        found = identify(frames, story, shot, looks, reconstruct)
-        yield Recall(
-            story=seed,
-            gap=shot - reveal,
-            correct=found == story.shots[shot].character,
-            of_story=found < len(story.looks),
-            box_psnr=psnr(frames, truth, box),
-            background_psnr=psnr(frames, truth, ~box),
-            dynamic_degree=dynamic_degree(frames),
+        t = jnp.where(_revealed(scene, self.data.world.characters), self._task.sample.history_noise, level)
+        errors = _errors(velocity, scene, key, t)
+        return Probe(
+            box_error=_per_shot(errors, scene.characters.astype(errors.dtype), scene),
+            error=_per_shot(errors, jnp.ones_like(errors), scene),
+            into_reveal=_into_reveal(found[0], scene, self._task.model.patch),
         )
 
 
-def evaluate(trainer: Trainer, data: Dataset, codec: Codec, batch: int = 64) -> list[Recall]:
-    """Every recall of held-out stories.
-
-    Raises:
-        ValueError: they are of the split that was trained on.
-    """
-    if data.world.split == trainer.data.world.split:
-        raise ValueError(f"stories of split {data.world.split} were trained on; give World(split=...) another one")
-    found: list[Recall] = []
-    for first in range(0, len(data.seeds), batch):
-        rows = np.arange(first, min(first + batch, len(data.seeds)))
-        latents = trainer.sample(data, jnp.asarray(rows), jax.random.key(first))
-        for row, scene in zip(rows, latents):
-            found += recalls_of(scene, data.world, data.seeds[row], codec)
-    return found
+def _into_reveal(routed: Routed, scene: MarkedScene, patch: tuple[int, int, int]) -> Float[Array, "B depth H S"]:
+    """Of the picks of the tokens in each character's box, the share that lies in the shot that showed it."""
+    table, text = routed.table, routed.table.text_tokens
+    box = tokens_of(scene.characters[..., None].astype(jnp.float32), patch).any(axis=-1)  # [B, V]
+    shot = table.token_shot[:, text:]
+    wanted = jnp.take_along_axis(scene.reveals, jnp.maximum(shot, 0), axis=1)  # [B, V]
+    picks = routed.routes  # [depth, B, H, V, K]
+    read = jax.vmap(lambda shots, picks: shots[jnp.maximum(picks, 0)], in_axes=(0, 1), out_axes=1)(table.shot, picks)
+    asks = (box & (wanted >= 0))[None, :, None, :, None] & (picks >= 0)
+    right = asks & (read == wanted[None, :, None, :, None])
+    of_shot = jax.nn.one_hot(shot, scene.reveals.shape[1])
+    right, asks = (jnp.einsum("lbhvk,bvs->blhs", of.astype(jnp.float32), of_shot) for of in (right, asks))
+    return right / asks  # NaN where nothing was picked
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:

@@ -7,37 +7,23 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from evidence.world import Look, Story, boxes, distinct_looks, render_shot
+from evidence.world import Look, Story, boxes, render_shot
 from moc_jax.shapes import Bool, UInt8, typed
-
-CANDIDATES = 16
 
 Reconstruct = Callable[[np.ndarray], np.ndarray]  # frames -> frames, through the codec
 
 
-def candidates(story: Story, seed: int) -> tuple[Look, ...]:
-    """The story's looks, then looks of no scene, up to `CANDIDATES`: chance is 1 of `CANDIDATES`, and 1 of the story's
-    characters for who knows the scene but not which of them."""
-    random = np.random.default_rng((seed, CANDIDATES))
-    return *story.looks, *distinct_looks(random, CANDIDATES - len(story.looks), story.looks)
+def drawn(story: Story, shot: int, looks: Sequence[Look], reconstruct: Reconstruct) -> UInt8[np.ndarray, "n P 3"]:
+    """The pixels of the box around the shot's character, as if it had each of `looks`, in the shot's motion, place and
+    light."""
+    box = boxes(story.shots[shot])
+    return np.stack([reconstruct(render_shot(story, shot, look))[box] for look in looks])
 
 
 @typed
-def identify(
-    frames: UInt8[np.ndarray, "F Y X 3"],
-    story: Story,
-    shot: int,
-    looks: Sequence[Look],
-    reconstruct: Reconstruct = lambda frames: frames,
-) -> int:
-    """Which of `looks` is nearest to what `frames` show in the box around the shot's character.
-
-    Frames are those of shot `shot`, whose motion, place and light the candidates share.
-    """
-    box = boxes(story.shots[shot])
-    shown = frames[box].astype(np.float32)
-    drawn = (reconstruct(render_shot(story, shot, look))[box].astype(np.float32) for look in looks)
-    return int(np.argmin([np.mean((shown - candidate) ** 2) for candidate in drawn]))
+def nearest(shown: UInt8[np.ndarray, "P 3"], looks: UInt8[np.ndarray, "n P 3"]) -> int:
+    """Which of `looks` the pixels are nearest to."""
+    return int(np.argmin([np.mean((shown.astype(np.float32) - look) ** 2) for look in looks]))
 
 
 @typed

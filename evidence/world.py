@@ -22,13 +22,17 @@ from moc_jax.shapes import Bool, Float32, UInt8
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gwen", "Hugo")
 SPOTS = ("harbor", "mill", "garden", "station", "market", "bridge", "tower", "quarry")
 MOVES = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+ROWS = {"top": -7.0, "center": 0.0, "bottom": 7.0}
+COLUMNS = {"left": -7.0, "middle": 0.0, "right": 7.0}
 LIGHTS = {"day": (1.0, 1.0, 1.0), "evening": (1.0, 0.86, 0.7), "night": (0.55, 0.62, 0.85)}
 
 SIZE = 64  # rows and columns of a frame
 _MARGIN = 32  # pixels of panorama around a frame, for the camera
 _BOX = 28  # rows and columns of the box around a character
 _FRAMES = 15  # of a shot, in which the fastest character stays inside
-_APART = 0.35  # between the first colors of two characters, in RGB's unit cube
+_APART = 0.3  # between the first colors of two looks, in RGB's unit cube
+CANDIDATES = 16
+"""Looks that a story has: its characters', and strangers' that nobody sees, to tell the characters from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ class Story:
 
     caption: str
     looks: tuple[Look, ...]
+    strangers: tuple[Look, ...]
+    """Of no character; exchangeable with `looks`, so that without memory each candidate is as likely as any other."""
     places: tuple[Place, ...]
     shots: tuple[Shot, ...]
 
@@ -91,6 +97,8 @@ class World:
     """Of each shot."""
     characters: int = 4
     places: int = 3
+    still: bool = False
+    """Nothing moves, it is always day, and characters stand upright in the middle: to find the look is all there is."""
     split: int = 0
     """Stories of different splits have nothing in common."""
 
@@ -105,18 +113,24 @@ class World:
         if not 1 <= self.frames <= _FRAMES:
             raise ValueError(f"{self.frames} frames; choose 1..{_FRAMES}, since characters leave the picture")
 
+    @property
+    def text_tokens(self) -> int:
+        """Enough for all captions of any story, with a begin token each."""
+        return (5 if self.still else 16) * (1 + self.shots)
+
     def story(self, seed: int) -> Story:
         """The story of that number: the reveals, then recalls and empty places in any order."""
         random = np.random.default_rng((self.split, seed))
         names, spots = (list(map(str, random.permutation(of))) for of in (NAMES, SPOTS))
-        looks = distinct_looks(random, self.characters)
+        looks = distinct_looks(random)
         places = tuple(draw_place(random) for _ in range(self.places))
         everyone = range(self.characters)
         later = [*everyone, *[None] * (self.shots - 2 * self.characters)]
         cast = [*random.permutation(self.characters).tolist(), *(later[i] for i in random.permutation(len(later)))]
         return Story(
             caption=f"A story of {', '.join(names[who] for who in everyone)}.",
-            looks=looks,
+            looks=looks[: self.characters],
+            strangers=looks[self.characters :],
             places=places,
             shots=tuple(self._shot(random, who, names, spots) for who in cast),
         )
@@ -126,9 +140,21 @@ class World:
         move, pan = random.choice(list(MOVES), 2)
         light = str(random.choice(list(LIGHTS)))
         steps = np.arange(self.frames, dtype=np.float32)[:, None] - (self.frames - 1) / 2
-        middle = SIZE / 2 + random.uniform(-8, 8, 2)
+        row, column = str(random.choice(list(ROWS))), str(random.choice(list(COLUMNS)))
+        middle = SIZE / 2 + np.array([COLUMNS[column], ROWS[row]]) + random.uniform(-1, 1, 2)
         corner = _MARGIN + random.uniform(-10, 10, 2)
-        subject = "Nobody is" if who is None else f"{names[who]} moves {move}"
+        if self.still:
+            return Shot(
+                caption="Nobody." if who is None else f"{names[who]}.",
+                place=place,
+                character=who,
+                path=np.full((self.frames, 2), SIZE / 2, np.float32),
+                spin=np.zeros(self.frames, np.float32),
+                radius=11.5,
+                camera=np.full((self.frames, 2), _MARGIN, np.float32),
+                light=LIGHTS["day"],
+            )
+        subject = "Nobody is" if who is None else f"{names[who]} moves {move}, {row} {column},"
         return Shot(
             caption=f"{subject} in the {spots[place]}, by {light}. The camera moves {pan}.",
             place=place,
@@ -141,16 +167,15 @@ class World:
         )
 
 
-def distinct_looks(random: np.random.Generator, count: int, others: Sequence[Look] = ()) -> tuple[Look, ...]:
-    """So many looks, of which no two of these and `others` have near colors."""
-    found = list(others)
-    while len(found) < len(others) + count:
+def distinct_looks(random: np.random.Generator) -> tuple[Look, ...]:
+    """`CANDIDATES` looks in random order, of which no two have near colors."""
+    found: list[Look] = []
+    while len(found) < CANDIDATES:
         look = draw_look(random)
-        # The more there are, the nearer they must lie.
-        apart = _APART * min(1.0, 6 / (len(found) + 1))
-        if all(np.linalg.norm(look.colors[0] - other.colors[0]) > apart for other in found):
+        if all(np.linalg.norm(look.colors[0] - other.colors[0]) > _APART for other in found):
             found.append(look)
-    return tuple(found[len(others) :])
+    # The later ones had to keep clear of the earlier ones: in their own order, the place would tell something.
+    return tuple(found[i] for i in random.permutation(CANDIDATES))
 
 
 def draw_look(random: np.random.Generator) -> Look:

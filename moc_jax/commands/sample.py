@@ -66,6 +66,8 @@ class Arguments(Settings):
     """Also write a PNG with a few frames of each shot."""
     routing_picture: File | None = None
     """Also write a PNG of which shots each shot reads from, per layer."""
+    routing_atlas: File | None = None
+    """Also write an HTML page in which a click on a patch shows what its heads read, per layer and noise level."""
     overwrite: bool = False
     """Replace files that exist."""
     attention: AttentionConfig = AttentionConfig()
@@ -88,6 +90,8 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     png = {"suffix": ".png", "overwrite": args.overwrite}
     sheets = target_files(args.contact_sheet, names, **png, setting="--contact-sheet")
     routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
+    html = {"suffix": ".html", "overwrite": args.overwrite}
+    atlases = target_files(args.routing_atlas, names, **html, setting="--routing-atlas")
     find_steps(args.checkpoint, args.step)
     phases.done("settings")
     with contextlib.nullcontext() if signals is None else signals.deferred(line=""), garbage_left():  # see `cli.run`
@@ -98,7 +102,7 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
             wake_devices(MeshConfig(), signals.leave)  # while the rest is imported
         from moc_jax.commands.videos import Files, make_videos
     phases.done("imports")
-    make_videos(args, boards, Files(videos=videos, sheets=sheets, routings=routings), signals, phases)
+    make_videos(args, boards, Files(videos=videos, sheets=sheets, routings=routings, atlases=atlases), signals, phases)
 
 
 def configure(config: Config, step: int, args: Arguments) -> Config:

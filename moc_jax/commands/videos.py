@@ -15,6 +15,7 @@ from moc_jax.config import ConfigError, MeshConfig
 from moc_jax.data import write_video
 from moc_jax.phases import Phases
 from moc_jax.processes import join
+from moc_jax.sampling.atlas import LEVELS, atlas, save_atlas
 from moc_jax.sampling.compare import mean_psnr, training_scene
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
@@ -31,6 +32,7 @@ class Files:
     videos: Sequence[Path]
     sheets: Sequence[Path]
     routings: Sequence[Path]
+    atlases: Sequence[Path]
 
 
 def make_videos(args: Arguments, boards: Sequence[Storyboard], files: Files, stop: Stop | None, phases: Phases) -> None:
@@ -45,8 +47,9 @@ def make_videos(args: Arguments, boards: Sequence[Storyboard], files: Files, sto
 def _make(args: Arguments, boards: Sequence[Storyboard], files: Files, stop: Stop | None, phases: Phases) -> None:
     checkpoint = load_for_sampling(args.checkpoint, args.step)
     config = configure(checkpoint.config, checkpoint.step, args)
-    if files.routings and config.moc.mode == "dense":
-        raise ConfigError("--routing-picture: dense attention routes nothing; drop it or --dense")
+    for asked, setting in ((files.routings, "--routing-picture"), (files.atlases, "--routing-atlas")):
+        if asked and config.moc.mode == "dense":
+            raise ConfigError(f"{setting}: dense attention routes nothing; drop it or --dense")
     codec, scene = load_codec(config.codec, checkpoint.codec_state), None
     if args.training_scene is not None:
         scene = training_scene(config, codec, args.training_scene)
@@ -56,6 +59,7 @@ def _make(args: Arguments, boards: Sequence[Storyboard], files: Files, stop: Sto
     with jax.set_mesh(make_mesh(MeshConfig())):
         samples = sampler(params := sampler.placed(checkpoint.params), boards)
         shares = [sampler.routing(params, sample) for sample, _ in zip(samples, files.routings)]
+        picks = [sampler.picks(params, sample, LEVELS) for sample, _ in zip(samples, files.atlases)]
     for sample, path in zip(samples, files.videos):
         write_video(path, sample.video, fps)
         print(f"{printable(str(path))}: {len(sample.shots)} shots, {len(sample.video)} frames at {fps:g} fps")
@@ -66,5 +70,7 @@ def _make(args: Arguments, boards: Sequence[Storyboard], files: Files, stop: Sto
         save_picture(contact_sheet(rows, captions, title=sample.storyboard.caption, notes=notes, fps=fps), path)
     for share, path in zip(shares, files.routings):
         save_picture(routing_picture(share), path)
+    for sample, of_sample, path in zip(samples, picks, files.atlases):
+        save_atlas(atlas(sample, of_sample), path)
     if scene:
         print(scene.comparison(samples[0].shots))

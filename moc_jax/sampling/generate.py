@@ -28,8 +28,8 @@ from moc_jax.phases import Phases
 from moc_jax.progress import Progress
 from moc_jax.sampling.scenes import Canvas, Request, make_request
 from moc_jax.sampling.storyboard import Storyboard
-from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Float, Float32, Int, UInt8, typed
+from moc_jax.scene import VIDEO, ChunkTable
+from moc_jax.shapes import Array, Float, Float32, Int, Int32, UInt8, typed
 from moc_jax.sharding import RULES, Params, batch_shards, replicated
 from moc_jax.signals import Signals, Stop
 from moc_jax.text import TextEncoder, build_text_encoder
@@ -60,6 +60,23 @@ class Sample:
     def video(self) -> UInt8[np.ndarray, "F Y X 3"]:
         """All shots but reference pictures, one after another."""
         return np.concatenate([f for f, shot in zip(self.shots, self.storyboard.shots) if not shot.is_reference])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picks:
+    """What each token of a sampled scene reads."""
+
+    levels: tuple[float, ...]
+    """Noise levels that the sample was shown at."""
+    routes: Int[np.ndarray, "T depth H V K"]
+    """Chunks; -1 where a slot is empty."""
+    shot: Int32[np.ndarray, " C"]
+    start: Int32[np.ndarray, " C"]
+    """First token of each chunk in the video."""
+    length: Int32[np.ndarray, " C"]
+    """Tokens; 0 for captions and padding."""
+    grid: tuple[int, int, int]
+    """Frames, rows and columns of tokens."""
 
 
 class Sampler:
@@ -108,7 +125,7 @@ class Sampler:
             "call": jax.jit(self._call, donate_argnums=5),
             "end": jax.jit(self._end),
         }
-        self._route = jax.jit(self._routing)
+        self._route, self._shares = jax.jit(self._routed), jax.jit(self._routing)
 
     @explain_memory("the weights", SamplingError, _remedies)
     def placed(self, params: Params) -> Params:
@@ -151,12 +168,37 @@ class Sampler:
         Raises:
             ConfigError: the attention is dense, so nothing is picked.
         """
+        return np.asarray(self._shares(params, *_placed((self._of(sample), np.float32(t)))))[:, 0]
+
+    @explain_memory("sampling", SamplingError, _remedies)
+    def picks(self, params: Params, sample: Sample, levels: Sequence[float]) -> Picks:
+        """Which chunks each token picks when the sample is shown at these noise levels.
+
+        Raises:
+            ConfigError: the attention is dense, so nothing is picked.
+        """
+        request = self._of(sample)
+        seen = [jax.device_get(self._route(params, *_placed((request, np.float32(t))))) for t in levels]
+        table = seen[0][1]
+        frames, patch = int(request.lengths.shot_frames.sum()), self.config.model.patch
+        rows, columns = self._canvas.latent_size
+        is_video = table.kind[0] == VIDEO
+        return Picks(
+            levels=tuple(levels),
+            routes=np.stack([routes[:, 0] for routes, _ in seen]),
+            shot=np.where(is_video, table.shot[0], -1),
+            start=np.where(is_video, table.start[0] - table.text_tokens, 0),
+            length=np.where(is_video, table.length[0], 0),
+            grid=(frames // patch[0], rows // patch[1], columns // patch[2]),
+        )
+
+    def _of(self, sample: Sample) -> Request:
+        """The sample as a request all of whose video is known."""
         if self.config.moc.mode == "dense":
             raise ConfigError("moc.mode is dense: nothing is routed, so there is no routing to picture")
         request = make_request([sample.storyboard], self._canvas, self.config.sample, self._encoder)
         video = cast(Array, np.concatenate(sample.latents)[None])
-        request = dataclasses.replace(request, known=dataclasses.replace(request.known, video=video))
-        return np.asarray(self._route(params, *_placed((request, np.float32(t)))))[:, 0]
+        return dataclasses.replace(request, known=dataclasses.replace(request.known, video=video))
 
     def _run(self, params: Params, request: Request) -> Float32[np.ndarray, "B F Y X Z"]:
         placed = _placed(request)
@@ -223,11 +265,17 @@ class Sampler:
         return _everywhere(denoising.end(now, z_0, carried)), _split(denoising.solver.start(noises[0]))
 
     def _routing(self, params: Params, request: Request, t: Float[Array, ""]) -> Float[Array, "depth B S S"]:
+        return _everywhere(routing_shares(*self._routed(params, request, t), request.lengths.shot_frames.shape[1]))
+
+    def _routed(
+        self, params: Params, request: Request, t: Float[Array, ""]
+    ) -> tuple[Int[Array, "depth B H V K"], ChunkTable]:
+        """The picks of the video shown at noise level `t`."""
         levels = jnp.full(request.lengths.shot_frames.shape, t)
         z_t = add_noise(request.known.video, _noises(request)[0], levels, request.lengths)
         model = nnx.merge(self._graph, params)
         seen = model.routed(z_t, request.text, levels, request.lengths, self.config.moc, attention=self._attention)
-        return _everywhere(routing_shares(seen.routes, seen.table, levels.shape[1]))
+        return _everywhere(seen.routes), jax.tree.map(_everywhere, seen.table)
 
 
 @typed

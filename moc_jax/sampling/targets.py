@@ -25,7 +25,7 @@ def target_files(
     if path is None:
         return []
     if os.path.isdir(path) or len(names) > 1:
-        if path.suffix in (".mp4", ".png") and not os.path.isdir(path):
+        if path.suffix in (".mp4", ".png", ".html") and not os.path.isdir(path):
             raise ConfigError(f"{path} is one file, but there are {len(names)} storyboards; give a folder")
         targets = [path / f"{name}{suffix}" for name in names]
     else:

@@ -284,10 +284,27 @@ def test_routing_shares(causal):
         np.testing.assert_allclose(shares[:, 1, 0], 1)
 
 
+def test_picks_are_those_that_the_shares_count():
+    (sample,) = run(THREE)
+    sampler, params = Sampler(with_moc(causal_routing=True), make_codec()), make_params()
+    picks = sampler.picks(params, sample, (0.9, 0.5))
+    assert picks.routes.shape[:2] == (2, 2)
+    assert picks.routes.shape[3] == np.prod(picks.grid) == picks.length.sum()
+    tokens = np.repeat(picks.shot, picks.length)  # chunks are in the video's order
+    np.testing.assert_array_equal(picks.start[picks.length > 0], np.cumsum([0, *picks.length[picks.length > 0]])[:-1])
+    read = np.where(picks.routes >= 0, picks.shot[picks.routes], -1)[1]  # [depth, H, V, K]
+    for shot in range(3):
+        of = read[:, :, tokens == shot].reshape(2, -1)
+        shares = [(of == other).sum(1) / np.maximum((of >= 0).sum(1), 1) for other in range(3)]
+        np.testing.assert_allclose(sampler.routing(params, sample, t=0.5)[:, shot], np.array(shares).T, atol=1e-6)
+
+
 def test_dense_attention_has_no_routes():
     (sample,) = run(THREE)
-    with pytest.raises(ConfigError, match="nothing is routed"):
-        Sampler(with_moc(mode="dense"), make_codec()).routing(make_params(), sample)
+    sampler = Sampler(with_moc(mode="dense"), make_codec())
+    for show in (sampler.routing, lambda *of: sampler.picks(*of, (0.5,))):
+        with pytest.raises(ConfigError, match="nothing is routed"):
+            show(make_params(), sample)
 
 
 def test_routing_shares_count_picks_by_shot():

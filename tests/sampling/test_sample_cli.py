@@ -72,6 +72,7 @@ def read(path):
 def test_from_checkpoint_and_storyboard_to_video_and_pictures(run_folder, boards, capsys):
     words = ["--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", "--seed", 3]
     pictures = ["--contact-sheet", boards / "sheet.png", "--routing-picture", boards / "routes.png"]
+    pictures += ["--routing-atlas", boards / "atlas.html"]
     call(run_folder, *words, *pictures)
     video, fps = read(boards / "a.mp4")
     assert video.shape == (14, 16, 32, 3)  # 5 and 9 frames
@@ -80,6 +81,7 @@ def test_from_checkpoint_and_storyboard_to_video_and_pictures(run_folder, boards
     for name in ("sheet.png", "routes.png"):
         with Image.open(boards / name) as image:
             assert min(image.size) > 100
+    assert '"levels": [0.9, 0.5, 0.1]' in (boards / "atlas.html").read_text()
 
     before = (boards / "a.mp4").read_bytes()
     call(run_folder, *words, "--overwrite")

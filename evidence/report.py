@@ -1,0 +1,224 @@
+"""Tables, plots and contact sheets of results.
+
+python -m evidence.report            # all tables
+python -m evidence.report --write    # also: plots and sheets, and what stands between the markers of docs/evidence.md
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from benchmarks.report import with_block
+from benchmarks.tables import markdown
+from evidence import plots
+from evidence.experiment import interval
+from evidence.results import RESULTS, Result, best_rates, finished, updates_to
+from evidence.world import CANDIDATES
+from moc_jax.sampling.pictures import save_picture
+
+BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE, PICTURES = "docs/evidence.md", "docs/pictures"
+TITLES = {
+    "full-final": "The final table",
+    "full": "Stories for choices",
+    "still-final": "The still world, final stories",
+    "still": "The still world",
+    "small-final": "The small world, final stories",
+    "small": "The small world",
+}
+"""Of each folder of results, in the page's order."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Where results are, and what is written of them."""
+
+    results: pathlib.Path = RESULTS
+    write: bool = False
+    """Rewrite what stands between the markers of docs/evidence.md, and draw plots and sheets."""
+    root: pathlib.Path = ROOT
+    """The repository that --write changes."""
+
+
+def main(args: Arguments) -> None:
+    """Prints all tables; asked to, writes the page's block and its pictures."""
+    block = page_block(args.results)
+    print(block)
+    if not args.write:
+        return
+    page = args.root / PAGE
+    page.write_text(with_block(page.read_text(), block, BEGIN, END))
+    for folder in _folders(args.results):
+        for name, picture in pictures(folder).items():
+            save_picture(picture, args.root / PICTURES / name)
+
+
+def _folders(results: pathlib.Path) -> list[pathlib.Path]:
+    return [results / name for name in TITLES if finished(results / name)]
+
+
+def page_block(results: pathlib.Path) -> str:
+    """What docs/evidence.md shows."""
+    lines = []
+    for folder in _folders(results):
+        found = finished(folder)
+        best = best_rates(found)
+        chosen = [result for result in found if best[result["arm"]] == result["learning_rate"]]
+        lines += [f"## {TITLES[folder.name]}", "", *_about(found), "", *main_table(chosen, found), ""]
+        lines += ["P(correct) by the gap, in shots:", "", *gap_table(chosen), ""]
+        for name in pictures_of(folder):
+            lines += [f"![{name.removesuffix('.png')}](pictures/{name})", ""]
+        lines += ["Picks into the revealing shot, of tokens in the character's box:", "", *picks_table(chosen), ""]
+        lines += ["Squared error of the velocity in the character's box, by noise level:", "", *level_table(chosen), ""]
+        lines += ["P(correct) at each learning rate:", "", *rate_table(found), ""]
+        if switched := switched_table(chosen):
+            lines += ["P(correct) of weights trained as one arm and tested as another:", "", *switched, ""]
+    return "\n".join(lines).strip() or "*Not measured yet.*"
+
+
+def _about(found: Sequence[Result]) -> list[str]:
+    first = found[0]
+    commands = sorted({f"`{r['command']}`, {r['date']}, {r['device']}, jax {r['versions']['jax']}" for r in found})
+    return [
+        f"{first['stories']:,} stories to train on, {first['held_out']} held out; "
+        f"one of {CANDIDATES} candidates by chance. "
+        f"The truth moves by {first['truth_dynamic_degree']:.4f} a frame.",
+        "",
+        *(f"- {command}" for command in commands),
+    ]
+
+
+def arms_of(found: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by arm, best arm first."""
+    by_arm: dict[str, list[Result]] = {}
+    for result in found:
+        by_arm.setdefault(result["arm"], []).append(result)
+    return dict(sorted(by_arm.items(), key=lambda item: -_share([r["test"]["all"] for r in item[1]])[0]))
+
+
+def _share(entries: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
+    """Of all seeds together: the share and Wilson's interval."""
+    correct, trials = (sum(entry[name] for entry in entries) for name in ("correct", "trials"))
+    return (correct / trials, *interval(correct, trials))
+
+
+def _percent(entries: Sequence[dict[str, Any]]) -> str:
+    share, low, high = _share(entries)
+    return f"{100 * share:.0f} ({100 * low:.0f}..{100 * high:.0f})"
+
+
+def _mean(results: Sequence[Result], name: str) -> float:
+    return float(np.mean([r["test"]["all"][name] for r in results]))
+
+
+def main_table(chosen: Sequence[Result], found: Sequence[Result]) -> list[str]:
+    """One row per arm at its best learning rate."""
+    head = ["arm", "pairs skipped", "seeds", "rate", "updates", "ms", "P(correct), %", "each seed", "of its story, %"]
+    head += ["updates to 50 %", "box, dB", "background, dB", "motion"]
+    rates = {arm: len({r["learning_rate"] for r in rs}) for arm, rs in arms_of(found).items()}
+    rows = []
+    for arm, results in arms_of(chosen).items():
+        tests = [r["test"]["all"] for r in results]
+        reached = [updates_to(r, 0.5) for r in results]
+        rows.append(
+            [
+                arm,
+                f"{100 * results[0]['skipped']:.0f} %",
+                str(len(results)),
+                f"{results[0]['learning_rate']:g} of {rates[arm]}",
+                f"{min(r['updates'] for r in results):,}",
+                f"{np.mean([r['milliseconds'] for r in results]):.0f}",
+                _percent(tests),
+                ", ".join(f"{100 * test['share']:.0f}" for test in tests),
+                f"{100 * _mean(results, 'of_story'):.0f}",
+                ", ".join("-" if n is None else f"{n:,}" for n in reached),
+                f"{_mean(results, 'box_psnr'):.1f}",
+                f"{_mean(results, 'background_psnr'):.1f}",
+                f"{_mean(results, 'dynamic_degree'):.4f}",
+            ]
+        )
+    return markdown(head, rows)
+
+
+def gap_table(chosen: Sequence[Result]) -> list[str]:
+    """P(correct) of each arm, by gap."""
+    gaps = sorted({gap for r in chosen for gap in r["test"]["by_gap"]}, key=int)
+    rows = [
+        [arm, *(_percent([r["test"]["by_gap"][gap] for r in results]) for gap in gaps)]
+        for arm, results in arms_of(chosen).items()
+    ]
+    return markdown(["arm", *gaps], rows)
+
+
+def picks_table(chosen: Sequence[Result]) -> list[str]:
+    """Mean and best head of each layer at each noise level, beside chance."""
+    rows = []
+    for arm, results in arms_of(chosen).items():
+        for levels in zip(*(r["levels"] for r in results)):
+            if "into_reveal" in levels[0]:
+                picks = np.mean([level["into_reveal"] for level in levels], axis=0)  # [depth, H]
+                layers = (f"{100 * layer.mean():.0f} ({100 * layer.max():.0f})" for layer in picks)
+                chance = f"{100 * levels[0]['into_reveal_by_chance']:.0f}"
+                rows.append([arm, f"{levels[0]['level']:g}", chance, *layers])
+    depth = max((len(row) for row in rows), default=3) - 3
+    head = ["arm", "t", "chance, %", *(f"layer {n + 1}, % (best head)" for n in range(depth))]
+    return markdown(head, rows)
+
+
+def level_table(chosen: Sequence[Result]) -> list[str]:
+    """Validation loss."""
+    levels = [f"t = {level['level']:g}" for level in chosen[0]["levels"]]
+    rows = [
+        [arm, *(f"{np.mean([level['box_error'] for level in of]):.3f}" for of in zip(*(r["levels"] for r in results)))]
+        for arm, results in arms_of(chosen).items()
+    ]
+    return markdown(["arm", *levels], rows)
+
+
+def switched_table(chosen: Sequence[Result]) -> list[str]:
+    """Weights under other arms, without training."""
+    rows = []
+    for arm, results in arms_of(chosen).items():
+        for other in dict.fromkeys(name for r in results for name in r.get("also", {})):
+            rows.append([arm, other, _percent([r["also"][other] for r in results if other in r["also"]])])
+    return markdown(["trained as", "tested as", "P(correct), %"], rows)
+
+
+def rate_table(found: Sequence[Result]) -> list[str]:
+    """P(correct) of each arm and learning rate."""
+    rates = sorted({r["learning_rate"] for r in found})
+    rows = []
+    for arm, results in arms_of(found).items():
+        of_rates = ([r["test"]["all"] for r in results if r["learning_rate"] == rate] for rate in rates)
+        rows.append([arm, *(_percent(tests) if tests else "" for tests in of_rates)])
+    return markdown(["arm", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def pictures_of(folder: pathlib.Path) -> list[str]:
+    """Names of what `pictures` draws."""
+    return [f"evidence_{folder.name}_{kind}.png" for kind in ("updates", "gap", "sheet")]
+
+
+def pictures(folder: pathlib.Path) -> dict[str, Image.Image]:
+    """The plots and the contact sheet of a folder of results, by file name."""
+    found = finished(folder)
+    best = best_rates(found)
+    arms = arms_of([r for r in found if best[r["arm"]] == r["learning_rate"]])
+    drawn = (plots.over_updates(arms), plots.over_gap(arms), plots.sheet(folder, arms))
+    return dict(zip(pictures_of(folder), drawn))
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command line."""
+    main(tyro.cli(Arguments, args=list(argv), description=__doc__))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

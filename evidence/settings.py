@@ -1,0 +1,92 @@
+"""The experiments: what world, which model, how long, and on which stories."""
+
+import dataclasses
+import json
+import pathlib
+
+from evidence.world import World
+from moc_jax.config import CodecConfig, DiffusionConfig, HashConfig, MMDiTConfig, ModelConfig, PcaConfig, SampleConfig
+
+TRAINING, CHOICES, FINAL = 0, 1, 2
+"""Splits: what is trained on, what choices are made on, and what only the final table is made of."""
+
+FINAL_FILE = pathlib.Path(__file__).parent / "final.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """All that the arms of an experiment have in common."""
+
+    world: World
+    codec: CodecConfig
+    text: HashConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    sample: SampleConfig
+    batch: int
+    box_weight: float
+    warmup: int
+    updates: int
+    """At most; the minutes may end training sooner."""
+    every: int
+    """Updates between two tests."""
+    stories: int
+    """To train on."""
+    held_out: int
+    """Stories for choices."""
+    quick: int
+    """As many of them are asked while training goes on."""
+    codec_stories: int = 64
+
+
+FULL = Setting(
+    world=World(split=TRAINING),
+    codec=PcaConfig(),
+    text=HashConfig(dim=256),
+    model=MMDiTConfig(dim=256, depth=6, heads=4, patch=(1, 2, 2), remat="none"),
+    diffusion=DiffusionConfig(t_mean=2.0, t_std=1.5),
+    sample=SampleConfig(solver="euler", schedule="wan-dpm++", steps=12, shift=1.0, history_noise=0.02),
+    batch=64,
+    box_weight=10.0,
+    warmup=100,
+    updates=20_000,
+    every=250,
+    stories=30_000,
+    held_out=200,
+    quick=64,
+)
+
+SETTINGS: dict[str, Setting] = {
+    "full": FULL,
+    "still": dataclasses.replace(
+        FULL,
+        world=World(still=True, split=TRAINING),
+        diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5),
+        box_weight=20.0,
+        stories=12_000,  # each in 48 colorings
+    ),
+    "small": Setting(
+        world=World(shots=4, frames=5, characters=2, places=2, still=True, split=TRAINING),
+        codec=PcaConfig(),
+        text=HashConfig(dim=64),
+        model=MMDiTConfig(
+            dim=64, depth=2, heads=2, mlp_ratio=2.0, patch=(1, 4, 4), text_dim=64, dtype="float32", remat="none"
+        ),
+        diffusion=DiffusionConfig(t_mean=4.0),
+        sample=SampleConfig(solver="euler", schedule="wan-dpm++", steps=1, shift=1.0, history_noise=0.02),
+        batch=16,
+        box_weight=20.0,
+        warmup=50,
+        updates=1_000,
+        every=250,
+        stories=3_000,
+        held_out=200,
+        quick=50,
+    ),
+}
+
+
+def final_seeds() -> tuple[range, list[int]]:
+    """The stories of the final table, and the rows of those on the contact sheet."""
+    found = json.loads(FINAL_FILE.read_text())
+    return range(found["first"], found["first"] + found["count"]), found["contact_sheet"]
