@@ -113,11 +113,13 @@ def test_the_readme_shows_the_worst_case_of_the_largest_setting(folder):
         "| one layer's attention, forward | Card | 10 ms ± 0.1 | 52 ms ± 0.52 | 5.20x |",
         "| one layer's attention, forward and backward | Card | 10 ms ± 0.1 | 52 ms ± 0.52 | 5.20x |",
     ]
-    shared = {"parameters": 3.1e9, "steps": {"training": {"moc": timing(1e4)}}}
+    training = {"moc": timing(1e4), "dense": timing(5e4), "ratio": 5.0}
+    shared = {"parameters": 3.1e9, "steps": {"training": training, "denoising": {"moc": timing(1e4)}}}
     entries = {name: {**shared, "tokens": tokens} for name, tokens in (("same scene", 1000), ("another", 999))}
     (folder / "model-card.json").write_text(json.dumps({"card": "Card", "entries": entries}))
     _, _, *rows = report.readme_block(folder).split("\n")
-    assert rows[2:] == ["| model of 3.1 B parameters, a training step | Card | 10 s |  |  |"]
+    # Not the step that was measured without dense attention.
+    assert rows[2:] == ["| model of 3.1 B parameters, a training step | Card | 10 s | 50 s | 5.00x |"]
 
 
 def test_files_are_rewritten_between_their_markers(folder, tmp_path):

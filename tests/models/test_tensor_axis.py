@@ -71,7 +71,7 @@ def test_projections_move_nothing_between_the_heads_devices(sizes):
     batch, heads = NamedSharding(mesh, BATCH), NamedSharding(mesh, HEADS)
     h, attended = (jax.ShapeDtypeStruct((4, TOKENS, *shape), jnp.float32) for shape in ((48,), (4, 12)))
 
-    turns = jnp.ones((4, TOKENS, 6)), jnp.zeros((4, TOKENS, 6))
+    turns = jnp.ones((4, TOKENS, 12)), jnp.zeros((4, TOKENS, 12))
 
     def project(weights, h):
         return nnx.merge(graph, weights).project(h, turns)
