@@ -80,8 +80,8 @@ SETTINGS: dict[str, Setting] = {
         updates=1_000,
         every=250,
         stories=3_000,
-        held_out=200,
-        quick=50,
+        held_out=800,
+        quick=100,
     ),
 }
 
