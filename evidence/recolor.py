@@ -2,7 +2,7 @@
 
 A still world's colors are drawn alike in red, green and blue, and alike above and below gray. So a story whose channels
 are permuted and inverted, in all shots alike, is as likely as the story itself; there are 48 of each. The codec of
-principal components is linear, hence so is what becomes of latents:
+principal components is linear, and its windows overlap in each channel alike, hence latents become
 
     z' = A z + c        with A and c of their own for a shot's first latent frame and for the others
 """
@@ -14,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from evidence.dataset import MarkedScene
-from moc_jax.codecs import Codec
+from moc_jax.codecs.pca import PCACodec
 from moc_jax.shapes import Array, Float, Int
-
-_STEP = 0.1  # latents so small that no pixel is clipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +26,19 @@ class Recolorings:
     offset: Float[np.ndarray, "n 2 Z"]
 
 
-def recolorings(codec: Codec) -> Recolorings:
-    """Those of a linear codec."""
-    z = np.concatenate([np.zeros((1, codec.channels)), np.eye(codec.channels) * _STEP]).astype(np.float32)
-    pixels = codec.decode(np.broadcast_to(z[None], (2, *z.shape))[:, :, None].astype(np.float32))  # one latent a row
-    found = []
-    for signs in itertools.product((1, -1), repeat=3):
-        for order in itertools.permutations(range(3)):
-            found.append(codec.encode(pixels[..., order] * np.array(signs, np.float32))[:, :, 0])
-    latents = np.stack(found)  # [n, 2, 1 + Z, Z]
+def recolorings(codec: PCACodec) -> Recolorings:
+    """Those of a linear codec: of what its basis holds of a picture, and so without what its decoder adds to that."""
+    state, found = codec.state(), []
+    for part in ("first", "rest"):
+        mean, basis, scale = (state[f"{part}_{name}"] for name in ("mean", "basis", "scale"))
+        pixels = np.stack([mean, *(mean + basis / scale[:, None])]).reshape(1 + len(scale), -1, 3)  # of 0 and of units
+        for signs in itertools.product((1, -1), repeat=3):
+            for order in itertools.permutations(range(3)):
+                other = (pixels[..., order] * np.array(signs, np.float32)).reshape(len(pixels), -1)
+                found.append((other - mean) @ (basis * scale[:, None]).T)
+    latents = np.stack(found).reshape(2, -1, *found[0].shape).swapaxes(0, 1)  # [n, 2, 1 + Z, Z]
     offset = latents[:, :, 0]
-    return Recolorings(matrix=(latents[:, :, 1:] - offset[:, :, None]) / _STEP, offset=offset)
+    return Recolorings(matrix=latents[:, :, 1:] - offset[:, :, None], offset=offset)
 
 
 def recolored(scene: MarkedScene, of: Recolorings, which: Int[Array, " B"]) -> MarkedScene:
