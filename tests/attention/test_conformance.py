@@ -122,6 +122,7 @@ def test_no_gradient_flows_through_scores(backend):
     assert not np.any(jax.jvp(lambda q: routing(q, k, table, cfg, backend=backend).astype(float), (q,), (q,))[1])
 
 
+@pytest.mark.long_interpreted
 def test_permuting_tokens_within_an_unselected_chunk_changes_nothing(backend):
     cfg = SINGLE_SHOT
     q, k, v = qkv(0, TWO_SHOTS, backend=backend)
@@ -189,6 +190,7 @@ def test_padding_is_never_read(backend):
 
 
 @pytest.mark.slow_interpreted("bfloat16")
+@pytest.mark.long_interpreted("float32")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_padding_may_hold_anything(backend, dtype):
     """The largest numbers of a type, of text and of video, with which products overflow; NaN for output gradients."""
@@ -368,6 +370,7 @@ CORNERS = {
 
 
 @pytest.mark.slow_interpreted("one chunk", "one token", "text alone", "full", "empty shots")
+@pytest.mark.long_interpreted("nothing at all")
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corner_scenes(backend, corner):
     scenes = CORNERS[corner]

@@ -77,10 +77,10 @@ def test_edits_are_found(folder, change):
         b"[]",
         b"3",
         b"{",
-        b'{"version": 3}',
+        b'{"version": 4}',
         b"[" * 100_000,
         b"9" * 5000,
-        b'{"version": 3}x',
+        b'{"version": 4}x',
         b"\0",
     ],
     ids=lambda content: repr(content[:12]),
@@ -91,7 +91,7 @@ def test_damage_is_named(folder, content):
         load_manifest(folder)
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, None, "3", [3], {}])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, None, "4", [4], {}])
 def test_other_versions_are_refused(folder, version):
     _edit(folder, lambda m: m.update(version=version))
     with pytest.raises(DataError, match=r"manifest.json was written by another version of this program; delete"):
