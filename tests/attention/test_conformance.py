@@ -242,6 +242,7 @@ def test_nan_reaches_who_reads_it_and_nobody_else(backend):
     assert (routes[1] >= 0).any()
 
 
+@pytest.mark.long_interpreted
 def test_scenes_and_heads_know_nothing_of_each_other(backend):
     cfg = SINGLE_SHOT
     q, k, v = qkv(0, TWO_SHOTS, backend=backend)
@@ -270,6 +271,7 @@ def test_a_later_shot_never_influences_an_earlier_ones_routes(backend, self_anch
 
 
 @pytest.mark.slow_interpreted(PAST[1])
+@pytest.mark.long_interpreted(PAST[0])
 @pytest.mark.parametrize("cfg", PAST, ids=name)
 def test_past_visibility_shuts_out_later_shots(backend, cfg):
     q, k, v = qkv(0, PAIR, backend=backend)
@@ -370,7 +372,7 @@ CORNERS = {
 
 
 @pytest.mark.slow_interpreted("one chunk", "one token", "text alone", "full", "empty shots")
-@pytest.mark.long_interpreted("nothing at all")
+@pytest.mark.long_interpreted("nothing at all", "single tokens")
 @pytest.mark.parametrize("corner", CORNERS)
 def test_corner_scenes(backend, corner):
     scenes = CORNERS[corner]

@@ -89,6 +89,7 @@ def counted():
     return {call.name: turns(call) for call in reversed(calls)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kernel", ["moc_forward_text", "moc_forward_anchors", "moc_forward_picks"])
 def test_walks_cover_all_pairs(counted, kernel):
     blocks = tuning.blocks(SETTING.moc, SETTING.table(), 128, jnp.bfloat16, Chip("v5p"))
@@ -108,12 +109,14 @@ def test_walks_cover_all_pairs(counted, kernel):
     assert found.tiles <= found.steps
 
 
+@pytest.mark.long
 def test_picks_come_from_earlier_shots(counted):
     routes = walks.random_routes(SETTING, 128)
     video = SETTING.frames * SETTING.frame_tokens
     assert (routes >= 0).sum() == SETTING.moc.top_k * video * (SETTING.shots - 1)
 
 
+@pytest.mark.long
 def test_loops_are_counted_by_the_kernels_own_code(counted):
     """Of two heads and two spans of 8192 rows, whose second reaches beyond the queries."""
     chunks, spans = SETTING.table().kind.shape[1], 2
@@ -134,6 +137,7 @@ def test_what_the_compiler_did_without_does_not_count():
         found.of_loops(0)
 
 
+@pytest.mark.long
 def test_other_loops_and_kernels_are_refused(counted):
     listings = _listings(("LB: > { a }", 1), ("  : > { b }", 1))
     with pytest.raises(ValueError, match="kernel moc_merge: 0 loops, but 5"):
