@@ -24,7 +24,11 @@ from moc_jax.attention.api import moc_attention
 
 _CALLS = 10  # in a profile
 _STAGES = ("route", "sort", "plan", "gather", "merge")  # named scopes
-_KERNELS = {"moc_router": "route", "moc_": "attend"}  # ours, whose launches have names of their own
+_KERNELS = {
+    "moc_router": "route",
+    "moc_ranks": "sort",
+    "moc_": "attend",
+}  # ours, whose launches have names of their own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -216,7 +216,7 @@ def _hopper(case: Case) -> list[Part]:
         flops = heads * case.cost(case.anchored).flops_attention
         kernels("anchors", (q, k, v, d_out, lse, delta), anchors.queries, anchors.keys, flops, 1, False)
     if case.cfg.top_k:
-        picks = jax.jit(pick_tiles)(case.routes, case.table)
+        picks = jax.jit(pick_tiles, static_argnums=2)(case.routes, case.table, backend)
         assert picks is not None
         rows = picks.query_of_slot
         gather = functools.partial(attend.take_rows, heads=all_heads)

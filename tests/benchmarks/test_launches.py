@@ -13,6 +13,7 @@ from benchmarks.launches import launches, stage_of
         ("loop_add_fusion", "jit(run)/transpose(jvp(moc_attention))/moc_plan/moc_sort/add", "sort"),
         ("loop_add_fusion", "jit(run)/jvp(moc_attention)/moc_merge/add", "merge"),
         ("loop_add_fusion", "jit(run)/jvp(moc_attention)/add", "other"),
+        ("moc_ranks_mosaic_gpu_kernel", "", "sort"),
         ("moc_forward_mosaic_gpu_kernel", "", "attend"),
         ("memcpy32_post", "", "other"),
     ],

@@ -122,7 +122,7 @@ def _prepared(q, k, v, routes, queries: Queries, table: ChunkTable, cfg: MoCConf
     with jax.named_scope("moc_plan"):
         work = _Work(
             anchor_tiles(queries, table, cfg, q.shape[2], backend) if anchors else None,
-            None if routes is None else pick_tiles(more(routes, 2, rows, -1), table),
+            None if routes is None else pick_tiles(more(routes, 2, rows, -1), table, backend),
             queries.valid,
             table.valid,
         )

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moc_jax.attention.layout import Tiles
-from moc_jax.attention.pallas_gpu.device import COMPUTE
+from moc_jax.attention.pallas_gpu.device import COMPUTE, Hopper
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, Job, Ref, each_tile, walk
 from moc_jax.shapes import Array
 
@@ -193,7 +193,7 @@ class _Registers:
         self.value = value
 
 
-def with_accumulators(function: Callable[..., None], job: Job, accumulators, others=()) -> tuple[Array, ...]:
+def with_accumulators(function: Callable[..., None], job: Job | Hopper, accumulators, others=()) -> tuple[Array, ...]:
     """What `accumulators` (float32 matrices) and `others` hold after function(*refs of them all)."""
     if job.interpret is not None:
         refs = [_Registers(x) for x in (*accumulators, *others)]
@@ -231,6 +231,6 @@ def result(acc_ref: Ref, pending: int) -> Array:
     return plgpu.wgmma_accumulator_load(acc_ref, wait_n=pending)
 
 
-def multiplied(acc: Array, a: Array, b_smem_ref: Ref, job: Job) -> Array:
+def multiplied(acc: Array, a: Array, b_smem_ref: Ref, job: Job | Hopper) -> Array:
     """acc + a @ b."""
     return with_accumulators(lambda acc_ref: multiply(acc_ref, a, b_smem_ref), job, [acc])[0]

@@ -30,13 +30,15 @@ from moc_jax.attention.layout import (
     has_anchors,
     round_up,
     run_lines,
+    running_sum,
     segments,
     text_tiles,
 )
 from moc_jax.attention.pallas_gpu.device import Hopper
+from moc_jax.attention.pallas_gpu.ranks import MOST_CHUNKS, ranks
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE, deal
 from moc_jax.attention.runs import anchor_runs, reader_runs
-from moc_jax.attention.schedule import group_by_chunk
+from moc_jax.attention.schedule import group_by_chunk, tile_capacity
 from moc_jax.config import MoCConfig
 from moc_jax.scene import TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Int
@@ -147,13 +149,14 @@ def _places(tiles: Cut) -> Int[Array, "B G"]:
     return jnp.arange(tiles.owner.shape[1])[None] - jnp.take_along_axis(tiles.before, tiles.owner, axis=1)
 
 
-def pick_tiles(routes: Int[Array, "B H Q K"], table: ChunkTable) -> PickTiles | None:
+def pick_tiles(routes: Int[Array, "B H Q K"], table: ChunkTable, backend: Hopper) -> PickTiles | None:
     """The picks' pairs, sorted by chunk; None if there are no slots."""
     if routes.shape[-1] == 0:
         return None
     # An empty chunk is as good as none: its tile would have no keys.
     length = jnp.take_along_axis(table.length[:, None, None], jnp.maximum(routes, 0), axis=3)
-    pairs = _sorted(jnp.where(length > 0, routes, -1), table.kind.shape[1])
+    sort = _counted if table.kind.shape[1] <= MOST_CHUNKS else _sorted
+    pairs = sort(jnp.where(length > 0, routes, -1), table.kind.shape[1], backend)
 
     begin, end = table.start, table.start + table.length
     slot = jnp.arange(pairs.tile_chunk.shape[2], dtype=jnp.int32)[None, None] * TILE
@@ -172,7 +175,7 @@ def pick_tiles(routes: Int[Array, "B H Q K"], table: ChunkTable) -> PickTiles | 
 
 
 class _Pairs(NamedTuple):
-    """The pairs in their slots: those of a chunk by their queries."""
+    """The pairs in their slots: those of a chunk by their queries, those of a query in order."""
 
     query_of_slot: Int[Array, "B H S"]
     slot_of_pair: Int[Array, "B K Q H"]
@@ -181,7 +184,35 @@ class _Pairs(NamedTuple):
     end: Int[Array, "B H C"]
 
 
-def _sorted(routes: Int[Array, "B H Q K"], chunks: int) -> _Pairs:
+@jax.named_scope("moc_sort")
+def _counted(routes: Int[Array, "B H Q K"], chunks: int, backend: Hopper) -> _Pairs:
+    """By a counting sort."""
+    batch, heads, queries, picks = routes.shape
+    routes = routes.swapaxes(2, 3)
+    rank, counts, rows = ranks(routes, chunks, backend)
+    count = jnp.sum(counts, axis=2)  # [B, H, C]
+    ends = running_sum(-(-count // TILE))
+    begin = ends * TILE - round_up(count, TILE)
+    tiles = tile_capacity(queries * picks, chunks, TILE)
+    tile_chunk = jnp.sum(ends[:, :, None] <= jnp.arange(tiles)[None, None, :, None], axis=-1, dtype=jnp.int32)
+    tile_chunk = jnp.where(tile_chunk < chunks, tile_chunk, 0)
+
+    earlier = running_sum(counts.swapaxes(2, 3)).swapaxes(2, 3) - counts
+    base = (begin[:, :, None] + earlier).reshape(-1)
+    head = jnp.arange(batch * heads, dtype=jnp.int32).reshape(batch, heads, 1, 1)
+    query = jnp.arange(queries, dtype=jnp.int32)[None, None, None]
+    place = (head * counts.shape[2] + query // rows) * chunks + jnp.maximum(routes, 0)
+    slot = jnp.where(routes < 0, -1, base.at[place].get(mode="promise_in_bounds") + rank[..., :queries])
+    slots = tiles * TILE
+    nowhere = batch * heads * slots + jnp.arange(routes.size).reshape(routes.shape)  # each its own
+    target = jnp.where(slot < 0, nowhere, head * slots + slot)
+    query_of_slot = jnp.zeros(batch * heads * slots, jnp.int32)
+    query_of_slot = query_of_slot.at[target].set(jnp.broadcast_to(query, slot.shape), mode="drop", unique_indices=True)
+    slot_of_pair = _transposed(slot, (0, 2, 3, 1))
+    return _Pairs(query_of_slot.reshape(batch, heads, slots), slot_of_pair, tile_chunk, begin, begin + count)
+
+
+def _sorted(routes: Int[Array, "B H Q K"], chunks: int, _: Hopper) -> _Pairs:
     """By a radix sort, of all scenes at once."""
     batch, heads, queries, picks = routes.shape
     made = group_by_chunk(routes.reshape(batch * heads, queries, picks), chunks, TILE)

@@ -5,6 +5,7 @@ For all tokens as queries, and for slices of them that begin anywhere: in text, 
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -191,7 +192,27 @@ def test_every_config(cfg, text_readers, scenes, begin):
 
 @jax.jit
 def picks_plan(table, routes):
-    return planning.pick_tiles(routes, table)
+    with mock.patch.object(planning, "MOST_CHUNKS", 0):  # by the radix sort, which needs no kernel
+        return planning.pick_tiles(routes, table, Hopper(multiprocessors=132))
+
+
+@pytest.mark.parametrize(("queries", "chunks"), [(300, 61), (200, 7)])
+def test_counting_and_sorting_give_the_same_slots(hopper, queries, chunks):
+    """Some picks twice, which nobody should."""
+    routes = np.random.default_rng(0).integers(-1, chunks, (2, 2, queries, 3), np.int32)
+    routes = jnp.asarray(np.where(routes == 3, -1, routes))
+    counted, by_sort = (jax.jit(f, static_argnums=(1, 2)) for f in (planning._counted, planning._sorted))
+    for got, want in zip(counted(routes, chunks, hopper), by_sort(routes, chunks, hopper), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(("shape", "chunks"), [((1, 12, 6304, 3), 26), ((4, 8, 2448, 6), 64)])
+def test_counting_lowers_for_hopper(shape, chunks):
+    count = jax.jit(planning._counted, static_argnums=(1, 2)).trace
+    lowered = count(jax.ShapeDtypeStruct(shape, jnp.int32), chunks, Hopper(multiprocessors=132)).lower(
+        lowering_platforms=("cuda",)
+    )
+    assert lowered.as_text().count("mosaic_gpu") >= 1
 
 
 @settings(deadline=None, max_examples=15)
