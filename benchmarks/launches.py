@@ -9,10 +9,8 @@ the time from call to call: what it is longer by, the device waited.
 import collections
 import dataclasses
 import functools
-import pathlib
 import re
 import sys
-import tempfile
 
 import jax
 import tyro
@@ -20,6 +18,7 @@ import tyro
 from benchmarks.inputs import make_inputs
 from benchmarks.measure import Effort, both_ways, time_launches
 from benchmarks.settings import SETTINGS
+from benchmarks.trace import kernels, profiled
 from moc_jax.attention.api import moc_attention
 
 _CALLS = 10  # in a profile
@@ -50,26 +49,19 @@ def launches(compiled: jax.stages.Compiled, inputs) -> list[tuple[str, str, floa
     names = dict(re.findall(r'%?([\w.\-]+) = [^\n]*op_name="([^"]*)"', compiled.as_text() or ""))
     names = {name.replace(".", "_").replace("-", "_"): op for name, op in names.items()}
     jax.block_until_ready(compiled(*inputs))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(_CALLS):
-                out = compiled(*inputs)
-            jax.block_until_ready(out)
-        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        profile = jax.profiler.ProfileData.from_file(str(path))
     counts, times = collections.Counter(), collections.Counter()
-    for plane in profile.planes:
-        if not plane.name.startswith("/device:GPU"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith("Stream"):
-                continue
-            for event in line.events:
-                stats = {key: value for key, value in event.stats if key}
-                ops = [str(x).replace(".", "_").replace("-", "_") for x in (event.name, stats.get("hlo_op", ""))]
-                key = stage_of(event.name, next((names[op] for op in ops if op in names), "")), event.name[:60]
-                counts[key] += 1
-                times[key] += event.duration_ns / 1e3
+
+    def calls():
+        for _ in range(_CALLS - 1):
+            compiled(*inputs)
+        return compiled(*inputs)
+
+    for event in kernels(profiled(calls)):
+        stats = {key: value for key, value in event.stats if key}
+        ops = [str(x).replace(".", "_").replace("-", "_") for x in (event.name, stats.get("hlo_op", ""))]
+        key = stage_of(event.name, next((names[op] for op in ops if op in names), "")), event.name[:60]
+        counts[key] += 1
+        times[key] += event.duration_ns / 1e3
     return [(*key, counts[key] / _CALLS, time / _CALLS) for key, time in times.most_common()]
 
 

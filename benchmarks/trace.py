@@ -5,10 +5,10 @@ import dataclasses
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
-from jax.profiler import ProfileData, ProfileOptions
+from jax.profiler import ProfileData, ProfileEvent, ProfileOptions
 
 from moc_jax.attention.pallas_gpu import flash, flash_backward
 
@@ -36,6 +36,11 @@ def traced(launch: Callable[[], object]) -> Split:
     Raises:
         ValueError: the profiler saw nothing of a GPU.
     """
+    return split_of(profiled(launch))
+
+
+def profiled(launch: Callable[[], object]) -> ProfileData:
+    """A profile of all that the devices do for a launch."""
     options = ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -43,7 +48,16 @@ def traced(launch: Callable[[], object]) -> Split:
         jax.block_until_ready(launch())
         jax.profiler.stop_trace()
         (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        return split_of(ProfileData.from_file(str(file)))
+        return ProfileData.from_file(str(file))
+
+
+def kernels(profile: ProfileData) -> Iterator[ProfileEvent]:
+    """What ran on the streams of the first GPU, copies included."""
+    for plane in profile.planes:
+        if plane.name == "/device:GPU:0":
+            for line in plane.lines:
+                if (line.name or "").startswith("Stream"):
+                    yield from line.events
 
 
 def split_of(profile: ProfileData) -> Split:
@@ -53,18 +67,12 @@ def split_of(profile: ProfileData) -> Split:
         ValueError: there is none.
     """
     kinds, longest, count = collections.Counter(), collections.Counter(), 0
-    for plane in profile.planes:
-        if plane.name != "/device:GPU:0":
-            continue
-        for line in plane.lines:
-            if not (line.name or "").startswith("Stream"):
-                continue
-            for event in line.events:
-                kind = kind_of(event.name)
-                kinds[kind] += event.duration_ns / 1e6
-                count += 1
-                if kind == "other":
-                    longest[event.name] += event.duration_ns / 1e6
+    for kernel in kernels(profile):
+        kind = kind_of(kernel.name)
+        kinds[kind] += kernel.duration_ns / 1e6
+        count += 1
+        if kind == "other":
+            longest[kernel.name] += kernel.duration_ns / 1e6
     if not count:
         raise ValueError("the profiler saw no kernel of a GPU")
     return Split(

@@ -114,3 +114,11 @@ def test_each_compiler_is_given_its_way(name):
         return jax.jit(function).trace(*inputs).lower(lowering_platforms=(platform,)).as_text()
 
     assert ["dot_general" in lowered(platform) for platform in ("tpu", "cuda")] == [True, False]
+
+
+def test_gelus_gradient_is_written_before_it_is_summed_on_gpus_alone():
+    x = jax.ShapeDtypeStruct((B, N, M), jnp.bfloat16)
+    gradient = jax.jit(lambda x, d: jax.vjp(gelu, x)[1](d))
+    text = [gradient.trace(x, x).lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "cpu", "tpu")]
+    assert ["optimization_barrier" in found for found in text] == [True, False, False]
+    assert ["tanh" in found for found in text] == [False, False, True]
