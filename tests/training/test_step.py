@@ -135,6 +135,14 @@ def traces(monkeypatch):
     return count
 
 
+def test_this_xla_knows_the_options_of_gpus():
+    """Any of its compilers reads them all; one that it doesn't know would end every run on a GPU."""
+    lowered = jax.jit(jnp.sin).lower(1.0)
+    lowered.compile(compiler_options=step_module._OPTIONS["gpu"])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        lowered.compile(compiler_options={"xla_gpu_enable_nothing": True})
+
+
 def test_no_step_calls_back_into_python():
     """Such a program is never kept, and would be compiled at every start."""
     mesh, blueprint, step = program()
