@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -75,6 +76,17 @@ class Arguments:
     """Where encoded stories are kept."""
     processes: int = os.cpu_count() or 1
     """That render and encode stories."""
+
+    def __post_init__(self):
+        if self.setting not in SETTINGS:
+            raise ValueError(f"--setting {self.setting}: known are {', '.join(SETTINGS)}")
+        part = re.fullmatch(r"(\d+)/(\d+)", self.part)
+        if part is None or not 1 <= int(part[1]) <= int(part[2]):
+            raise ValueError(f"--part {self.part}: must be i/n with i from 1 to n, such as 2/4")
+        least = {"gpus": self.gpus, "processes": self.processes, "updates": 1 if self.updates is None else self.updates}
+        for name, given in least.items():
+            if given < 1:
+                raise ValueError(f"--{name} {given}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

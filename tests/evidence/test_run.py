@@ -67,6 +67,26 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
     assert sheet.width > 256
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["--setting", "ful"], "--setting ful: known are full, still, small"),
+        (["--part", "3/2"], "--part 3/2: must be i/n"),
+        (["--part", "0/2"], "--part 0/2: must be i/n"),
+        (["--updates", "0"], "--updates 0: must be at least 1"),
+        (["--gpus", "0"], "--gpus 0: must be at least 1"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_is_done(wrong, says, tmp_path, capsys):
+    folders = ["--out", f"{tmp_path}/out", "--cache", f"{tmp_path}/kept"]
+    with pytest.raises(SystemExit):
+        run.run([*wrong, *folders])
+    assert says in capsys.readouterr().err
+    with pytest.raises(ValueError, match="moc8x6"):
+        run.run(["--arms", "moc8x6", *folders])
+    assert not list(tmp_path.iterdir())
+
+
 def result(arm, rate, seed, correct, trials=200):
     low, high = interval(correct, trials)
     test = {"correct": correct, "trials": trials, "share": correct / trials, "low": low, "high": high, "of_story": 0.5}
