@@ -31,6 +31,11 @@ $(VENV)/ready: requirements.lock pyproject.toml
 	$(PIP) --no-deps -e .
 	touch $@
 
+# What tests, lint and types need besides.
+$(VENV)/dev: requirements-dev.lock $(VENV)/ready
+	$(PIP) --no-deps -r requirements-dev.lock
+	touch $@
+
 $(VENV)/cpu: $(VENV)/ready
 	touch $@
 
@@ -55,15 +60,15 @@ evidence-small: $(VENV)/ready
 	$(BIN)/python -m evidence.small
 
 # Tests of a file share what they compiled. On two cores no other plan was faster.
-test: $(VENV)/ready
+test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # What takes longest; CI runs it too.
-test-long: $(VENV)/ready
+test-long: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'long and not slow'
 
 # Kernels and programs of real sizes by the compiler for TPUs, which exists for x86-64; no TPU is needed.
-test-tpu: $(VENV)/tpu
+test-tpu: $(VENV)/tpu $(VENV)/dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 2 -m 'tpu_compiler and not slow'
 
 # On a Hopper GPU, with the jax that is installed there: `make test-gpu BIN=/usr/bin` takes the machine's Python.
@@ -72,17 +77,17 @@ test-gpu:
 	MOC_TEST_PLATFORM=gpu $(BIN)/python3 -m pytest -n 16 tests/attention --ignore tests/attention/pallas_tpu
 
 # The wheel as a stranger gets it: in an empty environment, first alone, then with the extra that the programs need.
-test-wheel: $(VENV)/ready
+test-wheel: $(VENV)/dev
 	PYTHON="$(PYTHON)" .ci/wheel $(BIN)/python
 
-test-slow: $(VENV)/tpu
+test-slow: $(VENV)/tpu $(VENV)/dev
 	$(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/ready
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/ready
+types: $(VENV)/dev
 	$(BIN)/pyrefly check
 
 # The documentation's pictures.

@@ -5,16 +5,17 @@ of patches that do not overlap, with as many channels. PSNR is the mean over sho
 """
 
 import argparse
-import dataclasses
+import tempfile
 
 import numpy as np
 from einops import rearrange
 
 from moc_jax.codecs import crop_frames, fit_codec, pixels_from_unit, pixels_to_unit
 from moc_jax.config import DataConfig, PcaConfig
+from moc_jax.data.encode import shots_of
+from moc_jax.data.film import Film
 from moc_jax.data.quality import psnr
 from moc_jax.data.sources import find_sources
-from moc_jax.data.survey import Survey
 
 _FITTED = 0.6  # of a shot's frames
 
@@ -31,7 +32,7 @@ def main() -> None:
 
     height, width = args.size
     data = DataConfig(source=tuple(args.source), height=height, width=width, fps=args.fps, max_shot_frames=args.most)
-    files = {source.name: _shots(data, source.path) for source in find_sources(data)}
+    files = {source.name: _shots(data, source) for source in find_sources(data)}
     for channels in args.channels:
         cfg = PcaConfig(channels=channels)
         least = 2 * (2 * cfg.stride[0] + 1)
@@ -49,10 +50,15 @@ def main() -> None:
             print(f"{name:24} {row[0]:19.2f} {row[1]:12.2f} {row[2]:20.2f} {row[3]:12.2f}")
 
 
-def _shots(data, path):
-    alone = dataclasses.replace(data, source=(str(path),))
-    survey = Survey(alone, find_sources(alone), stride=1, patch=1)
-    return [pixels_from_unit(clip) for clip in survey.clips()]
+def _shots(data, source):
+    """How each shot begins."""
+    shots = []
+    with tempfile.TemporaryFile() as file:
+        film = Film(file, data.height, data.width)
+        for shot in shots_of(source, data, film, []):
+            shots.append(np.array(shot[: data.max_shot_frames]))
+            film.forget()
+    return shots
 
 
 def _parts(cfg, shot):

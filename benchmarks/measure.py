@@ -8,13 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from moc_jax.chips import chip_of
 from moc_jax.timing import Effort, Timing, time_launches
-
-# Peak bf16 FLOP/s without sparsity and bytes/s, from the makers' data sheets.
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
-    "NVIDIA H200": (989e12, 4.8e12),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,10 +100,10 @@ def measure_ceilings(effort: Effort) -> Ceilings:
     programs = compile_all({"product": (jnp.matmul, (a, b)), "copy": (lambda x: x + 1, (x,))})
     product = programs["product"].time((a, b), effort).median_ms
     copy = programs["copy"].time((x,), effort).median_ms
-    flops, moved = PEAKS.get(jax.devices()[0].device_kind, (None, None))
+    chip = chip_of(jax.devices()[0].device_kind)
     return Ceilings(
-        peak_flops=flops,
-        peak_bytes=moved,
+        peak_flops=None if chip is None else chip.flops,
+        peak_bytes=None if chip is None else chip.bandwidth,
         measured_flops=2e3 * size**3 / product,
         measured_bytes=2e3 * x.nbytes / copy,
     )

@@ -3,6 +3,7 @@
     python -m benchmarks.model                                  # 30 layers, 1536 wide, 8 shots of 22 500 tokens
     python -m benchmarks.model --model.depth 20 --steps training   # fewer layers where memory is short: time is linear
     python -m benchmarks.model --case base --scenes 8           # a named model and scene, and what differs from it
+    python -m benchmarks.model --case wan21-1.3b                # Wan's transformer at 480p, in its published size
     python -m benchmarks.model --case small --steps training --attend moc --profile   # and where the time goes
 
 Both columns are the same model, weights, scene and step functions; only the attention inside differs, and dense
@@ -34,7 +35,6 @@ from flax import nnx
 
 from benchmarks import results
 from benchmarks.measure import (
-    PEAKS,
     Effort,
     Memory,
     Program,
@@ -49,6 +49,7 @@ from moc_jax import models
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import SceneAttention, routed_attention
 from moc_jax.attention.backends import resolve
+from moc_jax.chips import chip_of
 from moc_jax.config import (
     AttentionConfig,
     ChunkConfig,
@@ -66,7 +67,8 @@ from moc_jax.diffusion.samplers import sigmas, solve
 from moc_jax.models import matrix_flops, parameter_count
 from moc_jax.scene import Scene, SceneLengths, chunk_table
 from moc_jax.sharding import make_mesh
-from moc_jax.training.remat import choose, device_memory
+from moc_jax.training.held import state_bytes, training_bytes
+from moc_jax.training.remat import choose, device_memory, policies
 from moc_jax.training.state import TrainState, create_state, make_blueprint
 from moc_jax.training.step import make_train_step
 
@@ -119,10 +121,19 @@ def _own_videos(preset: str, rows: int, columns: int) -> Arguments:
     )
 
 
+def _wan(preset: str, frames: int, rows: int, columns: int, chunk: int) -> Arguments:
+    """One shot, of whose chunks each query reads its own and 3 more."""
+    chunks = ChunkConfig(unit="frames", size=chunk)
+    moc = MoCConfig(chunk=chunks, top_k=3, self_anchor="chunk", causal_routing=False)
+    return Arguments(model=PRESETS[preset], moc=moc, shots=1, frames=frames, rows=rows, columns=columns, caption=128)
+
+
 CASES = {
     "multi_shot": Arguments(),
     "base": dataclasses.replace(_own_videos("base", 24, 40), scenes=2),  # 192x320 pixels, 9 648 tokens a scene
     "small": dataclasses.replace(_own_videos("small", 12, 20), scenes=4),  # 96x160 pixels, 2 448 tokens a scene
+    "wan21-1.3b": _wan("wan21-1.3b", 21, 60, 104, 1),  # 5 s of 480x832 pixels, 32 760 tokens
+    "wan22-5b": _wan("wan22-5b", 31, 44, 80, 2),  # 5 s of 704x1280 pixels, 27 280 tokens
 }
 
 
@@ -189,8 +200,8 @@ def measure(args: Arguments) -> dict[str, Any]:
 def _rate(flops: float, timing: Timing) -> dict[str, float]:
     """Useful TFLOP/s, and which share of the data sheet's that is where there is one."""
     rate = flops / timing.median_ms * 1e3
-    peak = PEAKS.get(jax.devices()[0].device_kind, (None,))[0]
-    return {"tflops": rate / 1e12, **({} if peak is None else {"share_of_peak": rate / peak})}
+    chip = chip_of(jax.devices()[0].device_kind)
+    return {"tflops": rate / 1e12, **({} if chip is None else {"share_of_peak": rate / chip.flops})}
 
 
 def dense(q, k, v, table, cfg, *, key=None):
@@ -226,7 +237,7 @@ def denoising(
         return solve(velocity, z, levels, "euler")
 
     inputs = state.params, scene.video, scene.text, scene.lengths
-    program = _fitting(step.lower(*inputs), config.model)
+    program = fitting(step.lower(*inputs), config.model)
     return _measured(lambda: program(*inputs), program, effort, profile)
 
 
@@ -242,7 +253,7 @@ def training(
     """One update; every launch continues from the state of the one before, which it overwrites."""
     blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
     step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, attention)
-    program = _fitting(step.lower(state, scene, config.moc), config.model)
+    program = fitting(step.lower(state, scene, config.moc), config.model)
 
     def launch():
         nonlocal state
@@ -275,15 +286,17 @@ def with_policy(args: Arguments) -> Arguments:
     if model.remat != "auto":
         return args
     shape, _ = models.scene_shape(model, scene.video.shape, scene.text.shape, scene.lengths)
-    tokens = scene.video.shape[0] * (shape.text_tokens + shape.video_tokens)
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    state = make_blueprint(model, OptimizerConfig(), TrainConfig(ema_decay=0.0), mesh).abstract
-    policy, why = choose(model, args.moc, state, tokens, device_memory())
+    mesh = make_mesh(MeshConfig(data=1), device := jax.devices()[:1])
+    state = state_bytes(make_blueprint(model, OptimizerConfig(), TrainConfig(ema_decay=0.0), mesh).abstract)
+    of = scene.video.shape[0], state, dict(mesh.shape), chip_of(device[0].device_kind)
+    needs = {policy: training_bytes(model, policy, args.moc, shape, *of).total for policy in policies(model)}
+    policy, why = choose(needs, device_memory())
     print(f"model.remat {policy}: {why}")
     return dataclasses.replace(args, model=dataclasses.replace(model, remat=policy))
 
 
-def _fitting(lowered: jax.stages.Lowered, model: ModelConfig) -> Program:
+def fitting(lowered: jax.stages.Lowered, model: ModelConfig) -> Program:
+    """The step compiled; DoesNotFit if it needs more than the device has."""
     program = Program(lowered)
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None and program.memory.peak > limit:
@@ -298,7 +311,7 @@ def _describe(args: Arguments, scene: Scene) -> dict[str, Any]:
     model = args.model
     shape, lengths = models.scene_shape(model, scene.video.shape, scene.text.shape, scene.lengths)
     cost = account(chunk_table(lengths, shape, args.moc.chunk), args.moc, model.head_dim)
-    matrices = args.scenes * matrix_flops(model, shape.text_tokens, shape.video_tokens)
+    matrices = args.scenes * matrix_flops(model, scene.text.shape[1], shape.video_tokens)
     heads = model.depth * model.heads
     attended = 4 * cost.expected_pairs * model.head_dim + cost.flops_pool + cost.flops_route
     flops = {"moc": matrices + heads * attended, "dense": matrices + heads * cost.flops_dense}
@@ -321,7 +334,8 @@ def run(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--case", choices=CASES, default="multi_shot")
     chosen, rest = parser.parse_known_args(argv)
-    args = tyro.cli(Arguments, args=rest, default=CASES[chosen.case], description=__doc__)
+    one_kind = (tyro.conf.AvoidSubcommands,)  # of model: the case's
+    args = tyro.cli(Arguments, args=rest, default=CASES[chosen.case], description=__doc__, config=one_kind)
     main(args, shlex.join(["python", "-m", "benchmarks.model", *argv]))
 
 

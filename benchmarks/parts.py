@@ -192,13 +192,15 @@ def _hopper(case: Case) -> list[Part]:
     delta = jnp.zeros_like(lse)
     found = []
 
-    def kernels(where, inputs, queries, keys, flops, rows, order):
+    def kernels(where, inputs, queries, keys, flops, rows, order, backend=backend):
         """Both kernels on q, k, v, d_out, lse, delta; `rows`: arrays as large as q that q's side fills."""
         names = ("forward", "gradients")
         earlier = jnp.zeros((batch, 1, 1), jnp.int32) if order else anchors.earlier
         functions = (
             lambda q, k, v, d_out, lse, delta: flash.forward(q, k, v, queries, zero, backend, sorted_rows=order),
-            lambda *x: flash_backward.gradients(flash_backward.Inputs(*x, earlier, zero, order), keys, backend),
+            lambda q, k, v, d_out, lse, delta: flash_backward.gradients(
+                flash_backward.Inputs(q, k, v, d_out, lse, delta, earlier, zero, order), keys, backend
+            ),
         )
         moved = (2 + 2 * rows, 4 + 4 * rows)  # dq is in float32
         for name, function, share, arrays in zip(names, functions, (1, 2.5), moved, strict=True):

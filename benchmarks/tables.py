@@ -209,8 +209,8 @@ def schedule_table(files: Iterable[Entry], sizes: Iterable[tuple[str, int, int]]
             ]
             theirs = min(alike, key=lambda s: s["tile_cycles"], default=None)
             for name in ("tile_cycles", "step_cycles"):
-                ratio = None if theirs is None else e[name] / theirs[name]
-                row += [f"{e[name]:,}", number(theirs and theirs[name], ","), number(ratio, ".2f")]
+                other, ratio = (None, None) if theirs is None else (theirs[name], e[name] / theirs[name])
+                row += [f"{e[name]:,}", number(other, ","), number(ratio, ".2f")]
             row += [f"{e['matrix_fill']:.0%}", _spills(e), _EMPTY if theirs is None else _spills(theirs)]
             transfer = f"{e['transfer_microseconds']:.2f} us" + ("" if e["hidden"] else ", not hidden")
             rows.append([*row, f"{e['bytes_moved'] / 1e6:.2f}", transfer, f"{e['tile_microseconds']:.2f} us"])

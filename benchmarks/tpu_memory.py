@@ -53,7 +53,9 @@ def main(args: Arguments, command: str) -> None:
     """Compiles, prints and stores."""
     work = list(itertools.product(args.chips, args.programs))
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for (chip, name), found in zip(work, pool.map(lambda one: ask(*one, args.timeout), work), strict=True):
+        for (chip, name), found in zip(
+            work, pool.map(lambda one: ask(one[0], one[1], args.timeout), work), strict=True
+        ):
             results.store(args.out, "tpu_memory", name, command, entry(chip, name, found), chip=f"TPU {chip}")
             gib = {what: round(size / 2**30, 2) for what, size in found.get("memory", {}).items()}
             print(f"{chip} ({device.Chip(chip).memory / 2**30:.0f} GiB) {name}: {gib or found['error']}", flush=True)

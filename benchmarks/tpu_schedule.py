@@ -22,7 +22,7 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
 import jax
 import tyro
@@ -94,9 +94,10 @@ def own_sizes(chip: str, kernel: str, way: Pass, asked: Blocks, head_dim: int) -
     """The blocks asked for; ours compute at once what the chip's table says."""
     if kernel == "splash":
         return asked
+    ours = cast(Literal["anchors", "picks"], kernel)
     if way == "forward":
-        return Blocks.of(tuning.forward_tiling(Chip(chip), kernel, asked.q, asked.kv))
-    return Blocks.of(tuning.backward_tiling(Chip(chip), kernel, asked.q, asked.kv, head_dim), asked.kv)
+        return Blocks.of(tuning.forward_tiling(Chip(chip), ours, asked.q, asked.kv))
+    return Blocks.of(tuning.backward_tiling(Chip(chip), ours, asked.q, asked.kv, head_dim), asked.kv)
 
 
 def measure(chip: str, kernel: str, way: Pass, blocks: Blocks, *, head_dim: int, timeout: float) -> dict[str, Any]:

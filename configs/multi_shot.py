@@ -3,7 +3,7 @@
 Each query reads its own shot, all captions and 5 chunks of earlier shots. Chunks shrink while training, from 10 240 to
 1 280 tokens; at the end 84.5 % of the pairs are skipped (`python -m moc_jax.attention.accounting`).
 
-    moc-train --config multi_shot --data.source videos/ --workdir runs/multi --mesh.distributed True
+    moc-train --config multi_shot --data.source videos/ --workdir runs/multi
 
 The published schedule: 20 000 iterations at a learning rate of 9e-5, after single-shot training.
 """

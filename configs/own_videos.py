@@ -5,8 +5,8 @@ has 115 M parameters and wants one accelerator; on a processor, add `--model.dim
 
     moc-train --config own_videos --data.source my_videos/ --workdir runs/mine
 
-Shots longer than 8 seconds are cut off (`--data.max-shot-frames`). Look at `runs/mine/previews` early: blur that does
-not sharpen wants more steps, noise wants a lower learning rate.
+Shots longer than 8 seconds become parts that continue one another (`--data.max-shot-frames`). Look at
+`runs/mine/previews` early: blur that does not sharpen wants more steps, noise wants a lower learning rate.
 """
 
 from moc_jax.config import ChunkConfig, Config, DataConfig, MoCConfig, OptimizerConfig, PcaConfig, TrainConfig

@@ -1,18 +1,19 @@
 """What is compared: equal weights, data, text and updates; only what a query may read differs.
 
-In all arms a shot's video reads no caption but its own and the global one, and captions read no video. So nothing but
-video of earlier shots can tell how a character looks.
+In all arms but those with "all captions", a shot's video reads no caption but its own and the global one, and captions
+read no video. So nothing but video of earlier shots can tell how a character looks.
 """
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
+from evidence.dense import dense_attention
+from evidence.masked import MOST, masked_attention
 from moc_jax.attention.api import RoutedAttention, SceneAttention
-from moc_jax.attention.routing import anchor_chunks, candidate_chunks
 from moc_jax.config import ChunkConfig, MoCConfig
 from moc_jax.scene import GLOBAL
 
@@ -40,52 +41,66 @@ class Arm:
 
     moc: MoCConfig
     attention: SceneAttention
+    captions_apart: bool
+    """Whether `text_apart` holds."""
+    every_chunk: bool = False
+    """Whether `attention` is dense whatever `moc` picks, which then stands for the counts alone."""
 
 
-def _moc(size: int, top_k: int, **changed) -> MoCConfig:
-    chunk = ChunkConfig(unit="tokens", size=size)
-    return MoCConfig(chunk=chunk, top_k=top_k, text_anchor="own+global", **changed)
-
-
-def every_chunk(q, k, v, table, cfg, *, key=None):
-    """As if all candidates were picked, later ones too: dense attention over the video, and the arms' own text."""
-    every = dataclasses.replace(cfg, causal_routing=False)
-    seen = anchor_chunks(table, every) | candidate_chunks(table, every)  # [B, C, C]
-    of = jnp.maximum(table.chunk_of, 0)
-    mask = jax.vmap(lambda seen, of: seen[of][:, of])(seen, of) & table.valid[:, None, :]
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-    return out, jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
-
-
-_PICKING = re.compile(r"(moc|random|recent) (\d+)x(\d+)(?:, (.+))?")
+_PICKING = re.compile(r"(moc|random|recent) (\d+)x(\d+)")
 _ROUTING: dict[str, Literal["keys", "random", "recent"]] = {"moc": "keys", "random": "random", "recent": "recent"}
-_CHANGED = {
-    None: {},
-    "no drop-off or drop-in": {"drop_off_max": 0.0, "max_drop_in": 0},
-    "no self anchor": {"self_anchor": "none", "causal_routing": False},
+_CHANGES: dict[str, Callable[[MoCConfig], MoCConfig]] = {
+    "no drop-off or drop-in": lambda moc: dataclasses.replace(moc, drop_off_max=0.0, max_drop_in=0),
+    "first frame": lambda moc: dataclasses.replace(moc, sink_chunks=-(-_FRAME // moc.chunk.size)),
+    "two descriptors": lambda moc: dataclasses.replace(moc, descriptors=2),
+    "no self anchor": lambda moc: dataclasses.replace(moc, self_anchor="none", causal_routing=False),
+    "all captions": lambda moc: dataclasses.replace(moc, text_anchor="all"),
 }
+_ALL = 2**20  # picks
+_FRAME = 16  # tokens of a latent frame, in all worlds but the small one and the long ones
 
 
 def arm_of(name: str, backend: str = "auto") -> Arm:
-    """The arm of a name: "dense", "own shot", or what picks, chunk in tokens x picks, and what is changed: "moc 8x6",
-    "random 8x6", "moc 8x12, no self anchor".
+    """The arm of a name: "dense", "own shot", or what picks, chunk in tokens x picks; then what is changed: "moc 8x6",
+    "random 8x6", "moc 8x12, no self anchor". With "all captions" these read video and are read by all, as the library
+    has it.
 
     Raises:
         ValueError: there is no such arm.
     """
-    if name == "dense":
-        return Arm(moc=_moc(8, 0), attention=text_apart(every_chunk))
-    attention = text_apart(RoutedAttention(backend=backend))
-    if name == "own shot":
-        return Arm(moc=_moc(8, 0), attention=attention)
-    found = _PICKING.fullmatch(name)
-    if found is None or found[4] not in _CHANGED:
+    base, *changes = name.split(", ")
+    found = _PICKING.fullmatch(base)
+    if not (found or base in ("dense", "own shot")) or not set(changes) <= set(_CHANGES):
         raise ValueError(
             f"no arm is named {name!r}; there are dense, own shot, and moc, random or recent with a chunk's tokens "
-            f"and picks, as in 'moc 8x6', and after it{' or'.join(f' ", {how}"' for how in _CHANGED if how)}"
+            f"and picks, as in 'moc 8x6', and after it{' or'.join(f' ", {how}"' for how in _CHANGES)}"
         )
-    picks = _moc(int(found[2]), int(found[3]), routing=_ROUTING[found[1]], **_CHANGED[found[4]])
-    return Arm(moc=picks, attention=attention)
+    size, top_k = (int(found[2]), int(found[3])) if found else (8, _ALL if base == "dense" else 0)
+    moc = MoCConfig(
+        chunk=ChunkConfig(unit="tokens", size=size),
+        top_k=top_k,
+        routing=_ROUTING[found[1]] if found else "keys",
+        causal_routing=base != "dense",
+        text_anchor="own+global",
+    )
+    for change in changes:
+        moc = _CHANGES[change](moc)
+    apart, every = moc.text_anchor == "own+global", base == "dense"
+    if every and not apart:
+        moc, every = dataclasses.replace(moc, mode="dense"), False
+    attention = dense_attention(backend) if every else RoutedAttention(backend=backend)
+    if backend == "auto":
+        attention = _by_size(masked_attention(every_chunk=every), attention)
+    return Arm(
+        moc=moc, attention=text_apart(attention) if apart else attention, captions_apart=apart, every_chunk=every
+    )
+
+
+def _by_size(small: SceneAttention, large: SceneAttention) -> SceneAttention:
+    def attend(q, k, v, table, cfg, *, key=None):
+        return (small if q.shape[1] <= MOST else large)(q, k, v, table, cfg, key=key)
+
+    return attend
 
 
 ARMS = (
@@ -100,5 +115,9 @@ ARMS = (
     "recent 8x6",
     "moc 8x6, no drop-off or drop-in",
     "moc 8x12, no self anchor",
+    "moc 8x6, all captions",
+    "own shot, all captions",
+    "moc 8x6, first frame",
+    "moc 8x6, two descriptors",
 )
 """Those of the evidence."""

@@ -4,29 +4,27 @@ A scene of 12 shots of 3 latent frames of 8 x 8 x 16 takes 74 kB in float16, so 
 gather then replaces the data pipeline, and an update waits for nobody.
 """
 
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
-import multiprocessing
-import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from evidence.cache import Arrays, kept
-from evidence.world import Story, World, boxes, render
+from evidence.spread import ALONE, Spread
+from evidence.stories import Stories, Story
 from moc_jax.codecs import Codec, fit_codec, load_codec, pixels_to_unit
-from moc_jax.config import CodecConfig, HashConfig
+from moc_jax.codecs.pca import PCACodec
+from moc_jax.config import CodecConfig, HashConfig, PcaConfig
 from moc_jax.scene import Scene, SceneLengths
-from moc_jax.shapes import Array, Bool, Float, Int
+from moc_jax.shapes import Array, Bool, Float, Int, UInt8
 from moc_jax.text import build_text_encoder
 
-PER_STORY = "latents", "characters", "reveals", "words", "lengths"
-"""Fields of a `Dataset` with a row for each story."""
+_PER_STORY = "latents", "characters", "reveals", "words", "lengths"  # fields of a `Dataset` with a row for each story
+_WORDS = 128  # rows of a table of words are a multiple of it
 
 
 @jax.tree_util.register_dataclass
@@ -49,8 +47,13 @@ class Dataset:
     words: Int[Array, "n L"]  # of all captions, as rows of `embeddings`; row 0 is padding
     lengths: Int[Array, "n P"]
     embeddings: Float[Array, "words E"]
-    world: World = dataclasses.field(metadata={"static": True})
+    world: Stories = dataclasses.field(metadata={"static": True})
     seeds: range = dataclasses.field(metadata={"static": True})  # of the n stories
+
+    def first(self, stories: int) -> "Dataset":
+        """The first of them."""
+        arrays = {name: getattr(self, name)[:stories] for name in _PER_STORY}
+        return dataclasses.replace(self, **arrays, seeds=self.seeds[:stories])
 
     def scenes(self, rows: Int[Array, " B"]) -> MarkedScene:
         """Some of them as a batch."""
@@ -66,97 +69,134 @@ class Dataset:
         )
 
 
-def fit(world: World, cfg: CodecConfig, stories: int = 64, folder: pathlib.Path | None = None) -> Codec:
+def shapes(world: Stories, cfg: PcaConfig, text: HashConfig, seeds: range) -> Dataset:
+    """A ShapeDtypeStruct in place of each array of what `make` makes, for a world of less than `_WORDS` words."""
+    time, *space = cfg.stride
+    stories, frames = len(seeds), world.shots * (1 + (world.frames - 1) // time)
+    places = stories, frames, *(world.size // side for side in space)
+
+    def empty() -> Dataset:
+        return Dataset(
+            latents=jnp.zeros((*places, cfg.channels), jnp.float16),
+            characters=jnp.zeros(places, bool),
+            reveals=jnp.zeros((stories, world.shots), jnp.int32),
+            words=jnp.zeros((stories, world.text_tokens), jnp.int32),
+            lengths=jnp.zeros((stories, 1 + world.shots), jnp.int32),
+            embeddings=jnp.zeros((_WORDS, text.dim)),
+            world=world,
+            seeds=seeds,
+        )
+
+    return jax.eval_shape(empty)
+
+
+def fit(
+    world: Stories,
+    cfg: CodecConfig,
+    stories: int = 64,
+    spread: Spread = ALONE,
+    folder: pathlib.Path | None = None,
+) -> Codec:
     """The codec of a world, fitted on the first stories of its split; test on another split."""
-    clips = (clip for seed in range(stories) for clip in _clips(world.story(seed)))
-    return load_codec(cfg, kept(folder, "codec", (world, cfg, stories), lambda: fit_codec(cfg, clips).state()))
+    state = kept(
+        folder,
+        "codec",
+        (world.identity, cfg, stories),
+        lambda _: spread.once(functools.partial(_fitted, world, cfg, stories)),
+    )
+    return load_codec(cfg, state)
+
+
+def _fitted(world: Stories, cfg: CodecConfig, stories: int) -> Arrays:
+    shots = (story.render_shot(shot) for story in map(world.story, range(stories)) for shot in range(world.shots))
+    return fit_codec(cfg, map(pixels_to_unit, shots)).state()
 
 
 def make(
-    world: World, codec: Codec, text: HashConfig, seeds: range, processes: int, folder: pathlib.Path | None = None
+    world: Stories,
+    codec: Codec,
+    text: HashConfig,
+    seeds: range,
+    spread: Spread = ALONE,
+    folder: pathlib.Path | None = None,
 ) -> Dataset:
-    """The stories of these seeds; so many processes share the work, or with 1 this one does it."""
+    """The stories of these seeds."""
 
-    def arrays() -> Arrays:
-        encoded = spread(functools.partial(_encode, world, codec), seeds, processes)
-        latents, characters, reveals = (np.stack([of[i] for of in encoded]) for i in range(3))
+    def arrays(place: pathlib.Path) -> Arrays:
+        file = place / "latents.npy"
+        open_rows(world, codec, file, seeds)
+        encoded = spread(functools.partial(encode, world, codec, file, seeds), seeds)
+        characters, reveals = (np.stack([of[i] for of in encoded]) for i in range(2))
         words, lengths, embeddings = _text([captions for *_, captions in encoded], text, world.text_tokens)
         return {
-            "latents": latents,
             "characters": characters,
-            "reveals": reveals,
-            "words": words,
-            "lengths": lengths,
+            "reveals": reveals.astype(np.int32),
+            "words": words.astype(np.int32),
+            "lengths": lengths.astype(np.int32),
             "embeddings": embeddings,
         }
 
-    found = kept(folder, "stories", (world, codec.fingerprint, text, seeds), arrays)
+    found = kept(folder, "stories", (world.identity, codec.fingerprint, text, seeds), arrays)
     return Dataset(**jax.tree.map(jnp.asarray, found), world=world, seeds=seeds)
-
-
-def spread[T](work: Callable[[int], T], seeds: range, processes: int) -> list[T]:
-    """`work` of each seed, by so many processes of one thread each."""
-    if processes == 1:
-        return list(map(work, seeds))
-    with (
-        _environment(**_ALONE),
-        concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool,
-    ):
-        return list(pool.map(work, seeds, chunksize=max(1, min(32, len(seeds) // processes))))
-
-
-# A matrix product of one clip is too small to be shared: each process's threads would wait for all others'.
-_ALONE = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")} | {"JAX_PLATFORMS": "cpu"}
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    """What processes that start meanwhile find in their environment."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _text(captions: Sequence[Sequence[str]], cfg: HashConfig, limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each story's captions as rows of a table, their lengths, and the table: padding's zeros, then every word once."""
-    encoder = functools.lru_cache(maxsize=None)(build_text_encoder(cfg))
+    encoder = build_text_encoder(cfg)
     rows: dict[bytes, int] = {bytes(4 * cfg.dim): 0}
+
+    @functools.cache  # stories have most captions in common
+    def rows_of(caption: str) -> list[int]:
+        return [rows.setdefault(word.tobytes(), len(rows)) for word in encoder(caption)]
+
     tokens, lengths = [], []
     for story in captions:
-        embedded = [encoder(caption) for caption in story]
-        words = [rows.setdefault(word.tobytes(), len(rows)) for word in np.concatenate(embedded)]
+        of_captions = [rows_of(caption) for caption in story]
+        words = [row for of_caption in of_captions for row in of_caption]
         if len(words) > limit:
             raise ValueError(f"the story {story[0]!r} has {len(words)} words; the limit is {limit}")
         tokens.append(words + [0] * (limit - len(words)))
-        lengths.append([len(caption) for caption in embedded])
-    return np.array(tokens), np.array(lengths), np.stack([np.frombuffer(word, np.float32) for word in rows])
+        lengths.append([len(of_caption) for of_caption in of_captions])
+    table = np.zeros((-(-len(rows) // _WORDS) * _WORDS, cfg.dim), np.float32)
+    table[: len(rows)] = np.frombuffer(b"".join(rows), np.float32).reshape(len(rows), cfg.dim)
+    return np.array(tokens), np.array(lengths), table
 
 
-def _encode(world: World, codec: Codec, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """A story's latents, which of them lie in a character's box, each shot's reveal, and its captions."""
+def open_rows(world: Stories, codec: Codec, file: pathlib.Path, seeds: range) -> None:
+    """Makes the file that `encode` writes to."""
+    first = _latents(world.story(seeds[0]), codec)
+    np.lib.format.open_memmap(file, "w+", first.dtype, (len(seeds), *first.shape))
+
+
+def encode(
+    world: Stories, codec: Codec, file: pathlib.Path, seeds: range, seed: int
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Writes a story's latents into their row of a file, and returns which of them lie in a character's box, each
+    shot's reveal, and the captions."""
     story = world.story(seed)
-    latents = np.concatenate([codec.encode(clip) for clip in _clips(story)]).astype(np.float16)
-    inside = np.concatenate([_cells(boxes(s) & (s.character is not None), codec.stride) for s in story.shots])
+    np.lib.format.open_memmap(file, "r+")[seeds.index(seed)] = _latents(story, codec)
+    inside = np.concatenate([_cells(s.box & (s.character is not None), codec.stride) for s in story.shots])
     reveals = np.array([dict(story.recalls).get(shot, -1) for shot in range(world.shots)])
-    return latents, inside, reveals, [story.caption, *(shot.caption for shot in story.shots)]
+    return inside, reveals, [story.caption, *(shot.caption for shot in story.shots)]
+
+
+def _latents(story: Story, codec: Codec) -> np.ndarray:
+    """Of all shots, in float16."""
+    shots = (story.render_shot(shot) for shot in range(len(story.shots)))
+    return np.concatenate([_encoded(codec, frames) for frames in shots]).astype(np.float16)
+
+
+def _encoded(codec: Codec, frames: UInt8[np.ndarray, "F Y X 3"]) -> Float[np.ndarray, "f y x Z"]:
+    """A clip's latents; of a still, those of its first frames, as a codec that sees each latent frame alone has it."""
+    alike = 1 + codec.stride[0] if isinstance(codec, PCACodec) and (frames[1:] == frames[0]).all() else len(frames)
+    latents = codec.encode(pixels_to_unit(frames[:alike]))
+    return latents[np.minimum(np.arange(codec.latent_frames(len(frames))), len(latents) - 1)]
 
 
 def _cells(inside: Bool[np.ndarray, "F Y X"], stride: tuple[int, int, int]) -> Bool[np.ndarray, "f y x"]:
     """The latents that have one of these pixels; the first frame stands alone."""
-    time, *space = stride
+    time, height, width = stride
     frames = np.repeat(inside[:1], time - 1, axis=0)
-    blocks = np.concatenate([frames, inside]).reshape(
-        -1, time, inside.shape[1] // space[0], space[0], inside.shape[2] // space[1], space[1]
-    )
-    return blocks.any(axis=(1, 3, 5))
-
-
-def _clips(story: Story) -> Iterator[np.ndarray]:
-    return iter(np.split(pixels_to_unit(render(story)), len(story.shots)))
+    found = np.concatenate([frames, inside]).reshape(-1, time, *inside.shape[1:]).any(axis=1)
+    found = found.reshape(len(found), -1, height, inside.shape[2]).any(axis=2)
+    return found.reshape(*found.shape[:2], -1, width).any(axis=3)  # axis by axis, the long ones first: much faster

@@ -1,16 +1,19 @@
 """The test: held-out stories with their recalls, and what each sampled recall showed."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from evidence.cache import Arrays, kept
-from evidence.dataset import PER_STORY, Dataset, make, spread
-from evidence.measures import drawn, dynamic_degree, nearest, psnr
-from evidence.world import World, boxes
+from evidence.dataset import Dataset, make
+from evidence.measures import consistency, drawn, dynamic_degree, nearest, psnr
+from evidence.spread import ALONE, Spread
+from evidence.stories import Stories
 from moc_jax.codecs import Codec, pixels_from_unit, pixels_to_unit
 from moc_jax.config import HashConfig
 from moc_jax.shapes import Bool, Float, UInt8
@@ -38,9 +41,15 @@ class Exam:
 
     def first(self, stories: int) -> "Exam":
         """The first stories' part of it."""
-        arrays = {name: getattr(self.data, name)[:stories] for name in PER_STORY}
-        data = dataclasses.replace(self.data, **arrays, seeds=self.data.seeds[:stories])
-        return Exam(data=data, codec=self.codec, questions=[q for q in self.questions if q.row < stories])
+        questions = [question for question in self.questions if question.row < stories]
+        return Exam(data=self.data.first(stories), codec=self.codec, questions=questions)
+
+    @functools.cached_property
+    def truth(self) -> list[UInt8[np.ndarray, "F Y X 3"]]:
+        """Each question's shot after the codec's reconstruction."""
+        latents = np.asarray(self.data.latents)
+        with _threads() as pool:
+            return list(pool.map(lambda q: frames_of(self, latents[q.row], q.shot), self.questions))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,20 +63,26 @@ class Recall:
     box_psnr: float  # against the codec's reconstruction of the truth
     background_psnr: float
     dynamic_degree: float
+    consistency: float
 
 
 def make_exam(
-    world: World, codec: Codec, text: HashConfig, seeds: range, processes: int, folder: pathlib.Path | None = None
+    world: Stories,
+    codec: Codec,
+    text: HashConfig,
+    seeds: range,
+    spread: Spread = ALONE,
+    folder: pathlib.Path | None = None,
 ) -> Exam:
     """The stories of these seeds with all that grading needs; the same processes and files as `make`."""
 
-    def arrays() -> Arrays:
-        looks = spread(functools.partial(_looks, world, codec), seeds, processes)
+    def arrays(_: pathlib.Path) -> Arrays:
+        looks = spread(functools.partial(candidates, world, codec), seeds)
         flat = [of_recall for of_story in looks for of_recall in of_story]
         sizes = [of_recall.shape[1] for of_recall in flat]
         return {"looks": np.concatenate(flat, axis=1), "ends": np.cumsum(sizes)}
 
-    found = kept(folder, "looks", (world, codec.fingerprint, seeds), arrays)
+    found = kept(folder, "looks", (world.identity, codec.fingerprint, seeds), arrays)
     looks = iter(np.split(found["looks"], found["ends"][:-1], axis=1))
     questions = []
     for row, seed in enumerate(seeds):
@@ -81,27 +96,38 @@ def make_exam(
                     shot=shot,
                     reveal=reveal,
                     character=of_shot.character,
-                    box=boxes(of_shot),
+                    box=of_shot.box,
                     looks=next(looks),
                 )
             )
-    data = make(world, codec, text, seeds, processes, folder)
+    data = make(world, codec, text, seeds, spread, folder)
     return Exam(data=data, codec=codec, questions=questions)
 
 
-def _looks(world: World, codec: Codec, seed: int) -> list[np.ndarray]:
+def candidates(world: Stories, codec: Codec, seed: int) -> list[UInt8[np.ndarray, "n P 3"]]:
+    """For each recall of a story, the box's pixels with each candidate's look."""
     story = world.story(seed)
     looks = (*story.looks, *story.strangers)
 
     def reconstruct(frames: np.ndarray) -> np.ndarray:
         return pixels_from_unit(codec.decode(codec.encode(pixels_to_unit(frames))))
 
-    return [drawn(story, shot, looks, reconstruct) for shot, _ in story.recalls]
+    return [drawn(story, shot, looks, reconstruct, max(codec.stride[1:])) for shot, _ in story.recalls]
 
 
 def grade(exam: Exam, latents: Float[np.ndarray, "n F Y X Z"]) -> list[Recall]:
     """What each recall shows, of all stories' sampled latents."""
-    return [_graded(exam, question, latents[question.row]) for question in exam.questions]
+
+    def one(question: Question, truth: np.ndarray) -> Recall:
+        return _graded(exam, question, frames_of(exam, latents[question.row], question.shot), truth)
+
+    truth = exam.truth
+    with _threads() as pool:
+        return list(pool.map(one, exam.questions, truth))
+
+
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 
 def frames_of(exam: Exam, latents: Float[np.ndarray, "F Y X Z"], shot: int) -> UInt8[np.ndarray, "F Y X 3"]:
@@ -110,9 +136,7 @@ def frames_of(exam: Exam, latents: Float[np.ndarray, "F Y X Z"], shot: int) -> U
     return pixels_from_unit(exam.codec.decode(of_shot.astype(np.float32)))
 
 
-def _graded(exam: Exam, question: Question, latents: np.ndarray) -> Recall:
-    frames = frames_of(exam, latents, question.shot)
-    truth = frames_of(exam, np.asarray(exam.data.latents[question.row]), question.shot)
+def _graded(exam: Exam, question: Question, frames: np.ndarray, truth: np.ndarray) -> Recall:
     found = nearest(frames[question.box], question.looks)
     return Recall(
         story=exam.data.seeds[question.row],
@@ -122,4 +146,5 @@ def _graded(exam: Exam, question: Question, latents: np.ndarray) -> Recall:
         box_psnr=psnr(frames, truth, question.box),
         background_psnr=psnr(frames, truth, ~question.box),
         dynamic_degree=dynamic_degree(frames),
+        consistency=consistency(frames),
     )

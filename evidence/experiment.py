@@ -4,28 +4,45 @@ In training, as in the test, a story's reveals are known but for a little noise 
 noise level. The loss counts the later shots alone.
 """
 
+import concurrent.futures
 import dataclasses
-import functools
+import math
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from evidence.arms import Arm
 from evidence.dataset import Dataset, MarkedScene
 from evidence.recolor import Recolorings, recolored
-from moc_jax.config import DiffusionConfig, MeshConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+from evidence.stories import Stories
+from evidence.watch import MOST, READ, apart, watched
+from moc_jax import models
+from moc_jax.attention.routing import candidate_chunks
+from moc_jax.config import (
+    DiffusionConfig,
+    MeshConfig,
+    MoCConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from moc_jax.diffusion.conditioning import Denoising, Known
 from moc_jax.diffusion.process import VelocityFn, add_noise, sample_timesteps, shot_mask, velocity_target
 from moc_jax.models.family import Routed
 from moc_jax.models.patches import tokens_of
-from moc_jax.scene import Scene
+from moc_jax.phases import garbage_left
+from moc_jax.scene import ChunkTable, Scene
 from moc_jax.shapes import Array, Bool, Float, Int, Key, typed
-from moc_jax.sharding import Params, make_mesh
-from moc_jax.training.state import create_state, make_blueprint
-from moc_jax.training.step import make_train_step
+from moc_jax.sharding import Params, make_mesh, replicated
+from moc_jax.training.state import TrainState, create_state, make_blueprint
+from moc_jax.training.step import compiler_options, train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,12 +50,12 @@ class Task:
     """What all arms have in common."""
 
     model: ModelConfig
-    optimizer: OptimizerConfig
     diffusion: DiffusionConfig = DiffusionConfig(t_mean=1.0)
     sample: SampleConfig = SampleConfig(solver="euler", schedule="wan-dpm++", steps=12, shift=1.0, history_noise=0.02)
     """How the later shots are sampled; `history_noise` is t_c in training too."""
-    updates: int
     batch: int = 64
+    warmup: int = 100
+    """Updates over which the learning rate rises."""
     box_weight: float = 4.0
     """How much more a latent in a character's box counts in the loss than one outside."""
 
@@ -55,6 +72,8 @@ class Probe:
     into_reveal: Float[
         np.ndarray | Array, "n depth H S"
     ]  # share of the box's picks that lie in the revealing shot; or NaN
+    by_chance: Float[np.ndarray | Array, "n S"]  # the same if all that may be picked is as likely; or NaN
+    read: Float[np.ndarray | Array, "n depth H S 3"]  # means of `watch.READ` over the box; or NaN
 
 
 @typed
@@ -84,134 +103,265 @@ def _per_shot(errors: Float[Array, "B F Y X"], weights: Array, scene: Scene) -> 
     return total / jnp.maximum(weight, 1e-9)
 
 
-class Trainer:
-    """Trains one arm from one seed on `data`; `state` is where it stands."""
+class Programs:
+    """What is compiled for one arm of a task, once for all seeds, learning rates and weights."""
 
-    def __init__(self, task: Task, arm: Arm, seed: int, data: Dataset, colors: Recolorings | None = None):
-        """With `colors`, stories are trained on in any of them."""
-        self._task, self._arm, self.data = task, arm, data
-        self._mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        train = TrainConfig(seed=seed, steps=task.updates, ema_decay=0.99)  # lags by 100 updates, not by 1000
-        blueprint = make_blueprint(task.model, task.optimizer, train, self._mesh)
-        self._graph, self.state = blueprint.graph, create_state(blueprint)
-        rows_key = jax.random.fold_in(jax.random.key(seed), task.updates)  # a number that no step has
-
-        def drawn(data: Dataset, step: Int[Array, ""]) -> MarkedScene:
-            key, color_key = jax.random.split(jax.random.fold_in(rows_key, step))
-            scene = data.scenes(jax.random.randint(key, (task.batch,), 0, len(data.seeds)))
-            if colors is None:
-                return scene
-            return recolored(scene, colors, jax.random.randint(color_key, (task.batch,), 0, len(colors.matrix)))
-
-        self._drawn, self._chosen = jax.jit(drawn), jax.jit(Dataset.scenes)
-        self._sample, self._probe = jax.jit(self._sampled, static_argnums=0), jax.jit(self._probed)
-        self._step = make_train_step(
-            train, task.optimizer, task.diffusion, blueprint, self._mesh, arm.attention, self._loss
+    def __init__(self, task: Task, arm: Arm, world: Stories):
+        self.task, self.arm, self._world = task, arm, world
+        self.mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+        self._train = TrainConfig(ema_decay=0.99)  # lags by 100 updates, not by 1000
+        self._optimizer = OptimizerConfig(learning_rate=1.0, warmup_steps=task.warmup)  # times a run's own rate
+        self._blueprint = make_blueprint(task.model, self._optimizer, self._train, self.mesh)
+        self._update = jax.jit(
+            self._updated,
+            donate_argnums=0,
+            out_shardings=(self._blueprint.shardings, replicated(self.mesh)),
+            compiler_options=compiler_options(self.mesh),
         )
+        self._chosen, self._fresh = jax.jit(Dataset.scenes), jax.jit(self._initial)
+        self._sample, self._probe = jax.jit(self._sampled), jax.jit(self._probed)
+        self._ahead: dict[Callable[..., Any], tuple[Any, concurrent.futures.Future[jax.stages.Compiled]]] = {}
 
-    def run(self, count: int) -> Float[np.ndarray, " count"]:
-        """So many updates; their losses."""
-        losses = []
-        with jax.set_mesh(self._mesh):
-            for _ in range(count):
-                scene = self._drawn(self.data, self.state.step)
-                self.state, metrics = self._step(self.state, scene, self._arm.moc)
-                losses.append(metrics.loss)
-        return np.asarray(jax.device_get(losses))
+    def compile(self, data: Dataset, colors: Recolorings | None, *, fresh: bool = True) -> None:
+        """Begins to compile all that training on such data, or data of such shapes, and testing take, beside what goes
+        on; without `fresh`, what starts from given weights."""
+        key, one = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.float32)
+        rows, count = jax.ShapeDtypeStruct((self.task.batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        scene, weights = jax.eval_shape(Dataset.scenes, data, rows), self.abstract_weights
+        wanted = {
+            self._fresh: (key,),
+            self._update: (self._blueprint.abstract, data, colors, key, one, count),
+            self._sample: (weights, scene, key),
+            self._probe: (one, weights, scene, key),
+        }
+        traced = threading.Lock()  # what is needed first is not to wait for the others
 
-    def sample(self, data: Dataset, key: Key[Array, ""], arm: Arm | None = None) -> Float[np.ndarray, "n F Y X Z"]:
-        """All stories with the reveals given and the later shots sampled, with the averaged weights; with `arm` as if
-        they were that one's."""
-        of_arm = functools.partial(self._sample, self._arm if arm is None else arm)
-        return np.concatenate(list(self._batches(of_arm, self.state.sampling_params, data, key)))
+        def build(function: jax.stages.Wrapped, args: tuple[Any, ...]) -> jax.stages.Compiled:
+            with traced, jax.set_mesh(self.mesh), garbage_left():
+                lowered = function.lower(*args)
+            return lowered.compile()
 
-    def probe(self, data: Dataset, level: float, key: Key[Array, ""]) -> Probe:
-        """One call of the model with all later shots at one noise level, with the averaged weights."""
-        at_level = functools.partial(self._probe, jnp.float32(level))
-        found = list(self._batches(at_level, self.state.sampling_params, data, key))
+        pool = concurrent.futures.ThreadPoolExecutor(len(wanted))
+        for function, args in wanted.items():
+            if fresh or function is not self._fresh:
+                self._ahead[function] = _kinds(args), pool.submit(build, function, args)
+        pool.shutdown(wait=False)
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """By the program that was compiled ahead, if it is for such arguments."""
+        kinds, program = self._ahead.get(function, (None, None))
+        with jax.set_mesh(self.mesh):
+            return (program.result() if program and kinds == _kinds(args) else function)(*args)
+
+    def state(self, seed: int, weights: Params | None = None) -> TrainState:
+        """The state before the first update, with these weights or a seed's."""
+        weights = self._call(self._fresh, jax.random.key(seed)) if weights is None else weights
+        with jax.set_mesh(self.mesh):
+            return create_state(self._blueprint, weights)
+
+    @property
+    def abstract_weights(self) -> Params:
+        """A ShapeDtypeStruct in place of every weight."""
+        return self._blueprint.abstract.params
+
+    def update(
+        self, state: TrainState, data: Dataset, colors: Recolorings | None, key: Key[Array, ""], rate: float, count: int
+    ) -> tuple[TrainState, Float[Array, ""]]:
+        """So many updates in one call, and their mean loss; takes the state's memory. With `colors`, stories are
+        trained on in any of them."""
+        return self._call(self._update, state, data, colors, key, jnp.float32(rate), jnp.int32(count))
+
+    def sample(self, weights: Params, data: Dataset, key: Key[Array, ""]) -> Float[np.ndarray, "n F Y X Z"]:
+        """All stories with the reveals given and the later shots sampled."""
+        return np.concatenate(list(self._batches(self._sample, data, key, weights)))
+
+    def probe(self, weights: Params, data: Dataset, level: float, key: Key[Array, ""]) -> Probe:
+        """One call of the model with all later shots at one noise level."""
+        found = list(self._batches(self._probe, data, key, jnp.float32(level), weights))
         return jax.tree.map(lambda *of: np.concatenate(of), *found)
 
-    def warm_up(self, params: Params) -> None:
-        """Compiles `sample` and `probe`; for a thread beside `run`, with weights of its own, as `run` takes the
-        state's."""
-        sample, probe = (functools.partial(*of) for of in ((self._sample, self._arm), (self._probe, jnp.float32(0.5))))
-        for of_scenes in (sample, probe):
-            next(self._batches(of_scenes, params, self.data, jax.random.key(0)))
-
-    def _batches[T](
-        self, of_scenes: Callable[[Params, MarkedScene, Array], T], params: Params, data: Dataset, key: Key[Array, ""]
-    ) -> Iterator[T]:
+    def _batches(self, of_scenes: Callable[..., Any], data: Dataset, key: Key[Array, ""], *first: Any) -> Iterator[Any]:
         """What a compiled function gives for one batch after another; the last one is filled up, then cut."""
-        for first in range(0, len(data.seeds), self._task.batch):
-            rows = np.arange(first, first + self._task.batch).clip(max=len(data.seeds) - 1)
-            with jax.set_mesh(self._mesh):
+        for begin in range(0, len(data.seeds), self.task.batch):
+            rows = np.arange(begin, begin + self.task.batch).clip(max=len(data.seeds) - 1)
+            with jax.set_mesh(self.mesh):
                 scene = self._chosen(data, jnp.asarray(rows))
-                found = of_scenes(params, scene, jax.random.fold_in(key, first))
-            yield jax.tree.map(lambda x, real=len(data.seeds) - first: np.asarray(x)[:real], found)
+            found = self._call(of_scenes, *first, scene, jax.random.fold_in(key, begin))
+            yield jax.tree.map(lambda x, real=len(data.seeds) - begin: np.asarray(x)[:real], found)
+
+    def _initial(self, key: Key[Array, ""]) -> Params:
+        return nnx.to_pure_dict(nnx.state(models.build(self.task.model, rngs=nnx.Rngs(key)), nnx.Param))
+
+    def _updated(
+        self,
+        state: TrainState,
+        data: Dataset,
+        colors: Recolorings | None,
+        key: Key[Array, ""],
+        rate: Float[Array, ""],
+        count: Int[Array, ""],
+    ) -> tuple[TrainState, Float[Array, ""]]:
+        blueprint = dataclasses.replace(self._blueprint, optimizer=_scaled(self._blueprint.optimizer, rate))
+        settings = self._train, self._optimizer, self.task.diffusion, blueprint
+        step = train_step(*settings, self.arm.attention, self._loss)
+
+        def one(_, carried):
+            state, total = carried
+            state, metrics = step(state, self._drawn(data, colors, key, state.step), self.arm.moc, key)
+            return state, total + metrics.loss
+
+        state, total = jax.lax.fori_loop(0, count, one, (state, jnp.zeros(())))
+        return state, total / count
+
+    def _drawn(
+        self, data: Dataset, colors: Recolorings | None, key: Key[Array, ""], step: Int[Array, ""]
+    ) -> MarkedScene:
+        rows_key = jax.random.fold_in(key, 2**32 - 1)  # a number that no step has
+        row_key, color_key = jax.random.split(jax.random.fold_in(rows_key, step))
+        scene = data.scenes(jax.random.randint(row_key, (self.task.batch,), 0, len(data.seeds)))
+        if colors is None:
+            return scene
+        which = jax.random.randint(color_key, (self.task.batch,), 0, len(colors.matrix))
+        return recolored(scene, colors, which)
 
     def _loss(
         self, velocity_fn: VelocityFn, scene: Scene, key: Key[Array, ""], cfg: DiffusionConfig
     ) -> tuple[Float[Array, ""], Float[Array, "B S"]]:
         assert isinstance(scene, MarkedScene)
         level_key, noise_key = jax.random.split(key)
-        reveals = self.data.world.characters
-        errors = _errors(velocity_fn, scene, noise_key, levels(level_key, scene, reveals, self._task))
-        weights = jnp.where(scene.characters, self._task.box_weight, 1.0)
+        reveals = self._world.characters
+        errors = _errors(velocity_fn, scene, noise_key, levels(level_key, scene, reveals, self.task))
+        weights = jnp.where(scene.characters, self.task.box_weight, 1.0)
         per_shot = _per_shot(errors, weights, scene)
         return per_shot[:, reveals:].mean(), per_shot
 
-    def _sampled(self, arm: Arm, params: Params, scene: MarkedScene, key: Key[Array, ""]) -> Float[Array, "B F Y X Z"]:
-        revealed = _revealed(scene, self.data.world.characters)
+    def _sampled(self, params: Params, scene: MarkedScene, key: Key[Array, ""]) -> Float[Array, "B F Y X Z"]:
+        revealed = _revealed(scene, self._world.characters)
         noise, history_noise = jax.random.normal(key, (2, *scene.video.shape))
         denoising = Denoising(
             noise=noise,
             history_noise=history_noise,
             known=Known(scene.video, revealed, jnp.zeros_like(revealed)),
             lengths=scene.lengths,
-            cfg=self._task.sample,
+            cfg=self.task.sample,
         )
         z_0, solver = denoising.begin(), denoising.solver
-        model = nnx.merge(self._graph, params)
+        model = nnx.merge(self._blueprint.graph, params)
 
         def velocity(z, t):
-            return model(z, scene.text, t, scene.lengths, arm.moc, attention=arm.attention)
+            return model(z, scene.text, t, scene.lengths, self.arm.moc, attention=self.arm.attention)
 
         def call(carried, at):
             return denoising.call(velocity, 0, z_0, carried, at), None
 
-        carried, _ = jax.lax.scan(call, solver.start(noise), tuple(map(jnp.asarray, solver.constants)))
+        carried, _ = jax.lax.scan(call, solver.start(noise), tuple(map(jnp.asarray, denoising.constants)))
         return denoising.end(0, z_0, carried)
 
     def _probed(self, level: Float[Array, ""], params: Params, scene: MarkedScene, key: Key[Array, ""]) -> Probe:
-        model = nnx.merge(self._graph, params)
+        model = nnx.merge(self._blueprint.graph, params)
+        tokens = scene.text.shape[1] + scene.characters[0].size // math.prod(self.task.model.patch)
+        attention = watched(self.arm, scene.reveals) if tokens <= MOST else self.arm.attention
         found: list[Routed] = []
 
         def velocity(z, t):
-            found.append(model.routed(z, scene.text, t, scene.lengths, self._arm.moc, attention=self._arm.attention))
+            found.append(model.routed(z, scene.text, t, scene.lengths, self.arm.moc, attention=attention))
             return found[0].velocity
 
-        t = jnp.where(_revealed(scene, self.data.world.characters), self._task.sample.history_noise, level)
+        t = jnp.where(_revealed(scene, self._world.characters), self.task.sample.history_noise, level)
         errors = _errors(velocity, scene, key, t)
+        (routed,) = found
+        routes, read = apart(routed.routes) if tokens <= MOST else (routed.routes, None)
+        asked = _asked(routed.table, scene, self.task.model.patch)
+        into_reveal = _into_reveal(routes[..., : self.arm.moc.top_k], routed.table, scene, asked)  # without sinks
         return Probe(
             box_error=_per_shot(errors, scene.characters.astype(errors.dtype), scene),
             error=_per_shot(errors, jnp.ones_like(errors), scene),
-            into_reveal=_into_reveal(found[0], scene, self._task.model.patch),
+            into_reveal=into_reveal,
+            by_chance=_by_chance(routed.table, self.arm.moc, scene, asked),
+            read=jnp.full((*into_reveal.shape, len(READ)), jnp.nan) if read is None else _in_boxes(read, asked),
         )
 
 
-def _into_reveal(routed: Routed, scene: MarkedScene, patch: tuple[int, int, int]) -> Float[Array, "B depth H S"]:
-    """Of the picks of the tokens in each character's box, the share that lies in the shot that showed it."""
-    table, text = routed.table, routed.table.text_tokens
-    box = tokens_of(scene.characters[..., None].astype(jnp.float32), patch).any(axis=-1)  # [B, V]
-    shot = table.token_shot[:, text:]
-    wanted = jnp.take_along_axis(scene.reveals, jnp.maximum(shot, 0), axis=1)  # [B, V]
-    picks = routed.routes  # [depth, B, H, V, K]
+def _scaled(
+    optimizer: optax.GradientTransformationExtraArgs, rate: Float[Array, ""]
+) -> optax.GradientTransformationExtraArgs:
+    """One of learning rate 1 as one of this rate, which so is data."""
+
+    def update(updates, state, params=None, **extra):
+        updates, state = optimizer.update(updates, state, params, **extra)
+        return jax.tree.map(lambda x: rate * x, updates), state
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _kinds(args: tuple[Any, ...]) -> tuple[Any, list[tuple[tuple[int, ...], Any]]]:
+    """Of arguments, all that decides which program takes them."""
+    leaves, structure = jax.tree.flatten(args)
+    return structure, [(x.shape, x.dtype) for x in leaves]
+
+
+class Trainer:
+    """Trains one arm from one seed, or from `weights`, on `data`, in any of `colors`; `state` is where it stands."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        data: Dataset,
+        seed: int,
+        rate: float,
+        weights: Params | None = None,
+        colors: Recolorings | None = None,
+    ):
+        self._programs, self.data, self._colors = programs, data, colors
+        self._key, self._rate = jax.random.key(seed), rate
+        self.state = programs.state(seed, weights)
+
+    @property
+    def weights(self) -> Params:
+        """The averaged ones, which are tested."""
+        return self.state.sampling_params
+
+    def run(self, count: int) -> float:
+        """So many updates; their mean loss."""
+        self.state, loss = self._programs.update(self.state, self.data, self._colors, self._key, self._rate, count)
+        return float(loss)
+
+
+def _asked(table: ChunkTable, scene: MarkedScene, patch: tuple[int, int, int]) -> Float[Array, "B V S"]:
+    """1 for each token in the box of a recalled character, at its shot."""
+    shot = table.token_shot[:, table.text_tokens :]
+    box = tokens_of(scene.characters[..., None].astype(jnp.float32), patch).any(axis=-1)
+    recalled = jnp.take_along_axis(scene.reveals, jnp.maximum(shot, 0), axis=1) >= 0
+    return jax.nn.one_hot(shot, scene.reveals.shape[1]) * (box & recalled)[..., None]
+
+
+def _in_boxes(read: Float[Array, "depth B H V n"], asked: Float[Array, "B V S"]) -> Float[Array, "B depth H S n"]:
+    """Means over each shot's tokens that are asked about; NaN where there are none."""
+    return jnp.einsum("lbhvn,bvs->blhsn", read, asked) / asked.sum(axis=1)[:, None, None, :, None]
+
+
+def _into_reveal(
+    picks: Int[Array, "depth B H V K"], table: ChunkTable, scene: MarkedScene, asked: Float[Array, "B V S"]
+) -> Float[Array, "B depth H S"]:
+    """Of the picks of the tokens that are asked about, the share that lies in the shot that showed the character."""
+    wanted = jnp.take_along_axis(scene.reveals, jnp.maximum(table.token_shot[:, table.text_tokens :], 0), axis=1)
     read = jax.vmap(lambda shots, picks: shots[jnp.maximum(picks, 0)], in_axes=(0, 1), out_axes=1)(table.shot, picks)
-    asks = (box & (wanted >= 0))[None, :, None, :, None] & (picks >= 0)
-    right = asks & (read == wanted[None, :, None, :, None])
-    of_shot = jax.nn.one_hot(shot, scene.reveals.shape[1])
-    right, asks = (jnp.einsum("lbhvk,bvs->blhs", of.astype(jnp.float32), of_shot) for of in (right, asks))
-    return right / asks  # NaN where nothing was picked
+    made = picks >= 0
+    right = made & (read == wanted[None, :, None, :, None])
+    right, made = (jnp.einsum("lbhvk,bvs->blhs", of.astype(jnp.float32), asked) for of in (right, made))
+    return right / made  # NaN where nothing was picked
+
+
+def _by_chance(
+    table: ChunkTable, moc: MoCConfig, scene: MarkedScene, asked: Float[Array, "B V S"]
+) -> Float[Array, "B S"]:
+    """Of the tokens that are asked about, the share of what they may pick that lies in the shot that showed the
+    character."""
+    wanted = jnp.take_along_axis(scene.reveals, jnp.maximum(table.shot, 0), axis=1)
+    candidates = candidate_chunks(table, moc)
+    right = (candidates & (table.shot[:, None, :] == wanted[:, :, None])).sum(axis=2) / candidates.sum(axis=2)
+    of_token = jnp.take_along_axis(right, jnp.maximum(table.chunk_of[:, table.text_tokens :], 0), axis=1)
+    return jnp.einsum("bv,bvs->bs", jnp.nan_to_num(of_token), asked) / asked.sum(axis=1)
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:
@@ -220,4 +370,4 @@ def interval(successes: int, trials: int) -> tuple[float, float]:
     share = successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return float(middle - half), float(middle + half)
+    return float(min(middle - half, share)), float(max(middle + half, share))  # all of n: 1 but for rounding

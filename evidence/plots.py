@@ -2,7 +2,7 @@
 
 import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,104 @@ _GAP, _HEAD = 14, 26
 
 def over_updates(arms: Arms) -> Image.Image:
     """P(correct) over updates, the seeds' mean and their range."""
+    return _over(
+        arms, "updates", lambda result, test: test["updates"], "Recall over updates, at the best learning rate"
+    )
+
+
+def over_flops(arms: Arms) -> Image.Image:
+    """The same over what was paid for attention."""
+
+    def paid(result: Result, test: dict[str, Any]) -> float:
+        return test["updates"] * result["attention_flops"] / result["dense_flops"]
+
+    return _over(arms, "attended FLOPs, in updates of dense attention", paid, "Recall over attended FLOPs")
+
+
+def over_seconds(arms: Arms) -> Image.Image:
+    """The same over the time that training takes, without compilation and tests."""
+
+    def paid(result: Result, test: dict[str, Any]) -> float:
+        return test["updates"] * result["milliseconds"] / 1e3
+
+    return _over(arms, "seconds of training", paid, "Recall over seconds")
+
+
+def reading(arms: Arms) -> Image.Image:
+    """The share of its softmax that the best head of a character's tokens has in the right shot, over updates."""
+
+    def value(test: dict[str, Any]) -> float:
+        return 100 * test["read"]["reveal"] if "read" in test else np.nan
+
+    title = "Attention of a character's tokens"
+    label = "in the right shot, best head, %"
+    return _over(arms, "updates", lambda result, test: test["updates"], title, value, label=label, dotted=None)
+
+
+def picks(arms: Arms) -> Image.Image:
+    """The share of its picks that the best head of a character's tokens has in the right shot, over updates."""
+
+    def value(test: dict[str, Any]) -> float:
+        return 100 * float(np.max(test["into_reveal"])) if "into_reveal" in test else np.nan
+
+    chance = [of[0]["levels"][-1].get("into_reveal_by_chance") for of in arms.values()]
+    dotted = next((100 * share for share in chance if share), None)
+    title, label = "Picks of a character's tokens", "in the right shot, best head, %; dotted: chance"
+    return _over(arms, "updates", lambda result, test: test["updates"], title, value, label=label, dotted=dotted)
+
+
+def switched(results: Sequence[Result]) -> Image.Image:
+    """P(correct) of dense weights as MoC over the pairs skipped, at once and after some training; dashed: as dense."""
+
+    def draw(axes: Any) -> None:
+        names = dict.fromkeys(name for r in results for name in r["switched"])
+        for when, colour, label in (("zero_shot", _COLOURS[0], "at once"), ("tuned", _COLOURS[1], "after 5 % more")):
+            for name in names:
+                found = [r["switched"][name] for r in results if when in r["switched"].get(name, {})]
+                if not found:
+                    continue
+                share, low, high = _pooled([of[when] for of in found])
+                at = 100 * found[0]["skipped"]
+                axes.errorbar(at, share, [[share - low], [high - share]], color=colour, marker="o", label=label)
+                axes.annotate(name, (at, share), textcoords="offset points", xytext=(5, 5), fontsize=7, color=FAINT)
+                label = None  # one entry in the legend
+        axes.axhline(_pooled([r["test"]["all"] for r in results])[0], color=FAINT, linestyle="--", linewidth=1)
+        axes.set_xlabel("pairs skipped, %; dashed: dense", color=FAINT)
+
+    return _plot(draw, "A dense model, switched")
+
+
+def _pooled(entries: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
+    """Share and interval of all seeds together, in percent."""
+    correct, trials = (sum(entry[name] for entry in entries) for name in ("correct", "trials"))
+    low, high = interval(correct, trials)
+    return 100 * correct / trials, 100 * low, 100 * high
+
+
+def _share(test: dict[str, Any]) -> float:
+    return 100 * test["share"]
+
+
+def _over(
+    arms: Arms,
+    over: str,
+    at: Callable[[Result, dict[str, Any]], float],
+    title: str,
+    value: Callable[[dict[str, Any]], float] = _share,
+    **how: Any,
+) -> Image.Image:
+    """Of the tests during training, the seeds' mean and their range."""
 
     def draw(axes: Any) -> None:
         for (arm, results), colour in zip(arms.items(), _COLOURS * 2):
             length = min(len(r["curve"]) for r in results)
-            updates = [test["updates"] for test in results[0]["curve"][:length]]
-            shares = np.array([[100 * test["share"] for test in r["curve"][:length]] for r in results])
-            axes.plot(updates, shares.mean(axis=0), color=colour, linewidth=1.8, label=arm)
-            axes.fill_between(updates, shares.min(axis=0), shares.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        axes.set_xlabel("updates", color=FAINT)
+            places = np.mean([[at(r, test) for test in r["curve"][:length]] for r in results], axis=0)
+            values = np.array([[value(test) for test in r["curve"][:length]] for r in results])
+            axes.plot(places, values.mean(axis=0), color=colour, linewidth=1.8, label=arm)
+            axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        axes.set_xlabel(over, color=FAINT)
 
-    return _plot(draw, "Recall over updates, each arm at its best learning rate")
+    return _plot(draw, title, **how)
 
 
 def over_gap(arms: Arms) -> Image.Image:
@@ -52,7 +139,9 @@ def over_gap(arms: Arms) -> Image.Image:
     return _plot(draw, "Recall over the gap")
 
 
-def _plot(draw: Any, title: str) -> Image.Image:
+def _plot(
+    draw: Any, title: str, label: str = "correct, %; dotted: chance", dotted: float | None = 100 / CANDIDATES
+) -> Image.Image:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -60,9 +149,10 @@ def _plot(draw: Any, title: str) -> Image.Image:
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.4), dpi=160, layout="constrained", facecolor=PAPER)
     draw(axes)
-    axes.axhline(100 / CANDIDATES, color=FAINT, linestyle=":", linewidth=1)
+    if dotted is not None:
+        axes.axhline(dotted, color=FAINT, linestyle=":", linewidth=1)
     axes.set_ylim(0, 100)
-    axes.set_ylabel("correct, %; dotted: chance", color=FAINT)
+    axes.set_ylabel(label, color=FAINT)
     axes.set_facecolor(PAPER)
     axes.grid(visible=True, color="#e4e4e8", linewidth=0.8)
     axes.tick_params(colors=FAINT, length=0)

@@ -10,23 +10,31 @@ principal components is linear, and its windows overlap in each channel alike, h
 import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from evidence.dataset import MarkedScene
-from moc_jax.codecs.pca import PCACodec
+from moc_jax.codecs import Codec
 from moc_jax.shapes import Array, Float, Int
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Recolorings:
     """All of them, the first being none."""
 
-    matrix: Float[np.ndarray, "n 2 Z Z"]  # of first latent frames, and of the others
-    offset: Float[np.ndarray, "n 2 Z"]
+    matrix: Float[np.ndarray | Array, "n 2 Z Z"]  # of first latent frames, and of the others
+    offset: Float[np.ndarray | Array, "n 2 Z"]
 
 
-def recolorings(codec: PCACodec) -> Recolorings:
+def shapes(channels: int) -> Recolorings:
+    """A ShapeDtypeStruct in place of each array of what `recolorings` gives."""
+    of = (48, 2, channels)
+    return jax.eval_shape(lambda: Recolorings(jnp.zeros((*of, channels)), jnp.zeros(of)))
+
+
+def recolorings(codec: Codec) -> Recolorings:
     """Those of a linear codec: of what its basis holds of a picture, and so without what its decoder adds to that."""
     state, found = codec.state(), []
     for part in ("first", "rest"):

@@ -17,8 +17,9 @@ from PIL import Image
 from benchmarks.report import with_block
 from benchmarks.tables import markdown
 from evidence import plots
+from evidence.claims import claims
 from evidence.experiment import interval
-from evidence.results import RESULTS, Result, best_rates, finished, updates_to
+from evidence.results import RESULTS, Result, by_arm, chosen_of, finished, pace, updates_to
 from evidence.world import CANDIDATES
 from moc_jax.sampling.pictures import save_picture
 
@@ -30,6 +31,12 @@ TITLES = {
     "full": "Stories for choices",
     "still-final": "The still world, final stories",
     "still": "The still world",
+    "video-final": "The video world, final stories",
+    "video": "The video world",
+    "long-final": "Long scenes of the full world, final stories",
+    "long": "Long scenes of the full world",
+    "long-still-final": "Long scenes of the still world, final stories",
+    "long-still": "Long scenes of the still world",
     "small-final": "The small world, final stories",
     "small": "The small world",
 }
@@ -58,6 +65,9 @@ def main(args: Arguments) -> None:
     for folder in _folders(args.results):
         for name, picture in pictures(folder).items():
             save_picture(picture, args.root / PICTURES / name)
+    for claim in claims(args.results):
+        for name, picture in claim.pictures.items():
+            save_picture(picture(), args.root / PICTURES / f"{name}.png")
 
 
 def _folders(results: pathlib.Path) -> list[pathlib.Path]:
@@ -66,11 +76,14 @@ def _folders(results: pathlib.Path) -> list[pathlib.Path]:
 
 def page_block(results: pathlib.Path) -> str:
     """What docs/evidence.md shows."""
-    lines = []
+    if not _folders(results):
+        return "*Not measured yet.*"
+    lines = ["## Claims and verdicts", ""]
+    for claim in claims(results):
+        lines += claim.lines()
     for folder in _folders(results):
         found = finished(folder)
-        best = best_rates(found)
-        chosen = [result for result in found if best[result["arm"]] == result["learning_rate"]]
+        chosen = _chosen(folder)
         lines += [f"## {TITLES[folder.name]}", "", *_about(found), "", *main_table(chosen, found), ""]
         lines += ["P(correct) by the gap, in shots:", "", *gap_table(chosen), ""]
         for name in pictures_of(folder):
@@ -79,8 +92,14 @@ def page_block(results: pathlib.Path) -> str:
         lines += ["Squared error of the velocity in the character's box, by noise level:", "", *level_table(chosen), ""]
         lines += ["P(correct) at each learning rate:", "", *rate_table(found), ""]
         if switched := switched_table(chosen):
-            lines += ["P(correct) of weights trained as one arm and tested as another:", "", *switched, ""]
-    return "\n".join(lines).strip() or "*Not measured yet.*"
+            lines += ["P(correct) of weights trained as one arm and switched to another:", "", *switched, ""]
+    return "\n".join(lines).strip()
+
+
+def _chosen(folder: pathlib.Path) -> list[Result]:
+    """Each arm's results at its best rate, on stories for choices."""
+    found, choices = finished(folder), finished(folder.with_name(folder.name.removesuffix("-final")))
+    return chosen_of(found, choices or found)
 
 
 def _about(found: Sequence[Result]) -> list[str]:
@@ -93,14 +112,6 @@ def _about(found: Sequence[Result]) -> list[str]:
         "",
         *(f"- {command}" for command in commands),
     ]
-
-
-def arms_of(found: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by arm, best arm first."""
-    by_arm: dict[str, list[Result]] = {}
-    for result in found:
-        by_arm.setdefault(result["arm"], []).append(result)
-    return dict(sorted(by_arm.items(), key=lambda item: -_share([r["test"]["all"] for r in item[1]])[0]))
 
 
 def _share(entries: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
@@ -122,9 +133,9 @@ def main_table(chosen: Sequence[Result], found: Sequence[Result]) -> list[str]:
     """One row per arm at its best learning rate."""
     head = ["arm", "pairs skipped", "seeds", "rate", "updates", "ms", "P(correct), %", "each seed", "of its story, %"]
     head += ["updates to 50 %", "box, dB", "background, dB", "motion"]
-    rates = {arm: len({r["learning_rate"] for r in rs}) for arm, rs in arms_of(found).items()}
+    rates = {arm: len({r["learning_rate"] for r in rs}) for arm, rs in by_arm(found).items()}
     rows = []
-    for arm, results in arms_of(chosen).items():
+    for arm, results in by_arm(chosen).items():
         tests = [r["test"]["all"] for r in results]
         reached = [updates_to(r, 0.5) for r in results]
         rows.append(
@@ -134,7 +145,7 @@ def main_table(chosen: Sequence[Result], found: Sequence[Result]) -> list[str]:
                 str(len(results)),
                 f"{results[0]['learning_rate']:g} of {rates[arm]}",
                 f"{min(r['updates'] for r in results):,}",
-                f"{np.mean([r['milliseconds'] for r in results]):.0f}",
+                pace(results),
                 _percent(tests),
                 ", ".join(f"{100 * test['share']:.0f}" for test in tests),
                 f"{100 * _mean(results, 'of_story'):.0f}",
@@ -152,7 +163,7 @@ def gap_table(chosen: Sequence[Result]) -> list[str]:
     gaps = sorted({gap for r in chosen for gap in r["test"]["by_gap"]}, key=int)
     rows = [
         [arm, *(_percent([r["test"]["by_gap"][gap] for r in results]) for gap in gaps)]
-        for arm, results in arms_of(chosen).items()
+        for arm, results in by_arm(chosen).items()
     ]
     return markdown(["arm", *gaps], rows)
 
@@ -160,7 +171,7 @@ def gap_table(chosen: Sequence[Result]) -> list[str]:
 def picks_table(chosen: Sequence[Result]) -> list[str]:
     """Mean and best head of each layer at each noise level, beside chance."""
     rows = []
-    for arm, results in arms_of(chosen).items():
+    for arm, results in by_arm(chosen).items():
         for levels in zip(*(r["levels"] for r in results)):
             if "into_reveal" in levels[0]:
                 picks = np.mean([level["into_reveal"] for level in levels], axis=0)  # [depth, H]
@@ -177,25 +188,37 @@ def level_table(chosen: Sequence[Result]) -> list[str]:
     levels = [f"t = {level['level']:g}" for level in chosen[0]["levels"]]
     rows = [
         [arm, *(f"{np.mean([level['box_error'] for level in of]):.3f}" for of in zip(*(r["levels"] for r in results)))]
-        for arm, results in arms_of(chosen).items()
+        for arm, results in by_arm(chosen).items()
     ]
     return markdown(["arm", *levels], rows)
 
 
 def switched_table(chosen: Sequence[Result]) -> list[str]:
-    """Weights under other arms, without training."""
+    """Weights under other arms: at once, and after some training as these."""
     rows = []
-    for arm, results in arms_of(chosen).items():
-        for other in dict.fromkeys(name for r in results for name in r.get("also", {})):
-            rows.append([arm, other, _percent([r["also"][other] for r in results if other in r["also"]])])
-    return markdown(["trained as", "tested as", "P(correct), %"], rows)
+    for arm, results in by_arm(chosen).items():
+        for other in dict.fromkeys(name for r in results for name in r.get("switched", {})):
+            found = [r["switched"][other] for r in results if other in r.get("switched", {})]
+            tuned = [of for of in found if "tuned" in of]
+            after = [_percent([of["tuned"] for of in tuned]), f"{tuned[0]['updates']:,}"] if tuned else ["", ""]
+            skipped = f"{100 * found[0]['skipped']:.0f} %"
+            rows.append([arm, other, skipped, _percent([of["zero_shot"] for of in found]), *after])
+    head = [
+        "trained as",
+        "tested as",
+        "pairs skipped",
+        "P(correct), %, at once",
+        "after training as it",
+        "updates of it",
+    ]
+    return markdown(head, rows) if rows else []
 
 
 def rate_table(found: Sequence[Result]) -> list[str]:
     """P(correct) of each arm and learning rate."""
     rates = sorted({r["learning_rate"] for r in found})
     rows = []
-    for arm, results in arms_of(found).items():
+    for arm, results in by_arm(found).items():
         of_rates = ([r["test"]["all"] for r in results if r["learning_rate"] == rate] for rate in rates)
         rows.append([arm, *(_percent(tests) if tests else "" for tests in of_rates)])
     return markdown(["arm", *(f"{rate:g}" for rate in rates)], rows)
@@ -208,9 +231,7 @@ def pictures_of(folder: pathlib.Path) -> list[str]:
 
 def pictures(folder: pathlib.Path) -> dict[str, Image.Image]:
     """The plots and the contact sheet of a folder of results, by file name."""
-    found = finished(folder)
-    best = best_rates(found)
-    arms = arms_of([r for r in found if best[r["arm"]] == r["learning_rate"]])
+    arms = by_arm(_chosen(folder))
     drawn = (plots.over_updates(arms), plots.over_gap(arms), plots.sheet(folder, arms))
     return dict(zip(pictures_of(folder), drawn))
 

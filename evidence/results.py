@@ -1,5 +1,6 @@
 """Results on disk: one JSON file per arm, learning rate and seed, in a folder per setting; see `evidence.run`."""
 
+import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -21,18 +22,56 @@ def name_of(arm: str, learning_rate: float, seed: int) -> str:
 def finished(folder: pathlib.Path) -> list[Result]:
     """All results of a folder that are more than half-way ones."""
     found = [parse_json(path.read_bytes()) for path in sorted(folder.glob("*.json"))]
-    return [result for result in found if result["finished"]]
+    return [_numbers(result) for result in found if result["finished"]]
+
+
+def _numbers(tree: Any) -> Any:
+    """NaN for null, which stands for it in JSON."""
+    if isinstance(tree, dict):
+        return {name: _numbers(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_numbers(value) for value in tree]
+    return float("nan") if tree is None else tree
 
 
 def best_rates(found: Sequence[Result]) -> dict[str, float]:
-    """Each arm's learning rate with the most correct answers, over its seeds."""
-    shares: dict[tuple[str, float], list[float]] = {}
+    """Each arm's learning rate with the most correct answers, over its seeds; of equal ones, that which had half of
+    them correct first."""
+    runs: dict[tuple[str, float], list[Result]] = {}
     for result in found:
-        shares.setdefault((result["arm"], result["learning_rate"]), []).append(result["test"]["all"]["share"])
-    best: dict[str, float] = {}
-    for arm, rate in sorted(shares, key=lambda run: np.mean(shares[run])):
-        best[arm] = rate
-    return best
+        runs.setdefault((result["arm"], result["learning_rate"]), []).append(result)
+
+    def worth(run: tuple[str, float]) -> tuple[float, float]:
+        until = [updates_to(result, 0.5) or math.inf for result in runs[run]]
+        return np.mean([result["test"]["all"]["share"] for result in runs[run]]), -np.mean(until)
+
+    return dict(sorted(runs, key=worth))  # the best rate comes last, and stays
+
+
+def chosen_of(found: Sequence[Result], choices: Sequence[Result]) -> list[Result]:
+    """Of the results, each arm's at the rate that was best on stories for choices; an arm without such keeps all."""
+    best = best_rates(choices)
+    return [result for result in found if best.get(result["arm"], result["learning_rate"]) == result["learning_rate"]]
+
+
+def by_arm(found: Sequence[Result]) -> dict[str, list[Result]]:
+    """Results by arm, the one with most correct answers first."""
+    arms: dict[str, list[Result]] = {}
+    for result in found:
+        arms.setdefault(result["arm"], []).append(result)
+    shares = {arm: np.mean([r["test"]["all"]["share"] for r in results]) for arm, results in arms.items()}
+    return dict(sorted(arms.items(), key=lambda item: -shares[item[0]]))
+
+
+def alone(result: Result) -> bool:
+    """Whether the run had a GPU for itself, so that its times mean something."""
+    return re.search(r"--per-gpu[ =](?!1\b)", result["command"]) is None
+
+
+def pace(results: Sequence[Result]) -> str:
+    """Milliseconds of an update, of the runs that had a GPU for themselves."""
+    times = [result["milliseconds"] for result in results if alone(result)]
+    return f"{np.mean(times):.0f}" if times else "-"
 
 
 def updates_to(result: Result, share: float) -> int | None:

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import pathlib
 
+from evidence.stories import Stories
+from evidence.video import VideoWorld
 from evidence.world import World
-from moc_jax.config import CodecConfig, DiffusionConfig, HashConfig, MMDiTConfig, ModelConfig, PcaConfig, SampleConfig
+from moc_jax.config import DiffusionConfig, HashConfig, MMDiTConfig, ModelConfig, PcaConfig, SampleConfig
 
 TRAINING, CHOICES, FINAL = 0, 1, 2
 """Splits: what is trained on, what choices are made on, and what only the final table is made of."""
@@ -17,8 +19,8 @@ FINAL_FILE = pathlib.Path(__file__).parent / "final.json"
 class Setting:
     """All that the arms of an experiment have in common."""
 
-    world: World
-    codec: CodecConfig
+    world: Stories
+    codec: PcaConfig
     text: HashConfig
     model: ModelConfig
     diffusion: DiffusionConfig
@@ -37,6 +39,15 @@ class Setting:
     quick: int
     """As many of them are asked while training goes on."""
     codec_stories: int = 64
+    codec_world: Stories | None = None
+    """Whose stories the codec is fitted on, where it is not `world`: that of the weights that are started from."""
+    final: int = 256
+    """As many of the final stories, at most."""
+
+    @property
+    def seeds(self) -> range:
+        """Of the stories to train on, which are others than those that the codec is fitted on."""
+        return range(self.codec_stories, self.codec_stories + self.stories)
 
 
 FULL = Setting(
@@ -51,20 +62,47 @@ FULL = Setting(
     warmup=100,
     updates=20_000,
     every=250,
-    stories=30_000,
+    stories=12_000,
     held_out=200,
     quick=64,
 )
 
+STILL = dataclasses.replace(
+    FULL,
+    world=World(still=True, split=TRAINING),
+    diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5),
+    box_weight=20.0,
+    stories=12_000,  # each in 48 colorings
+    every=100,
+)
+
+
+def long(setting: Setting) -> Setting:
+    """The same with shots of 41 frames of 256 x 256: 33,792 video tokens, of which characters take a sixteenth of the
+    share; to be started from its weights."""
+    assert isinstance(setting.world, World)
+    return dataclasses.replace(
+        setting,
+        world=dataclasses.replace(setting.world, size=256, frames=41),
+        codec_world=setting.world,
+        batch=2,
+        box_weight=16 * setting.box_weight,
+        warmup=50,
+        updates=2_000,
+        every=200,
+        stories=512,
+        held_out=48,
+        quick=16,
+        final=48,
+    )
+
+
 SETTINGS: dict[str, Setting] = {
     "full": FULL,
-    "still": dataclasses.replace(
-        FULL,
-        world=World(still=True, split=TRAINING),
-        diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5),
-        box_weight=20.0,
-        stories=12_000,  # each in 48 colorings
-    ),
+    "still": STILL,
+    "long": long(FULL),
+    "long-still": long(STILL),
+    "video": dataclasses.replace(FULL, world=VideoWorld(split=TRAINING), box_weight=2.0),  # boxes are larger
     "small": Setting(
         world=World(shots=4, frames=5, characters=2, places=2, still=True, split=TRAINING),
         codec=PcaConfig(),
@@ -86,7 +124,14 @@ SETTINGS: dict[str, Setting] = {
 }
 
 
-def final_seeds() -> tuple[range, list[int]]:
-    """The stories of the final table, and the rows of those on the contact sheet."""
+def final_seeds(most: int = 256) -> tuple[range, list[int]]:
+    """The first so many stories of the final table, and the rows of those on the contact sheet."""
     found = json.loads(FINAL_FILE.read_text())
-    return range(found["first"], found["first"] + found["count"]), found["contact_sheet"]
+    count = min(found["count"], most)
+    rows = [row for row in found["contact_sheet"] if row < count]
+    return range(found["first"], found["first"] + count), rows
+
+
+def final_training_seeds() -> tuple[int, ...]:
+    """Of the runs of the final table."""
+    return tuple(json.loads(FINAL_FILE.read_text())["training_seeds"])

@@ -15,7 +15,7 @@ import tyro
 
 from evidence.results import Result, finished
 from evidence.run import side_by_side
-from evidence.world import CANDIDATES
+from evidence.stories import CANDIDATES
 
 ARMS = MOC, OWN = "moc 4x2", "own shot"
 RATE = 6e-3

@@ -13,26 +13,23 @@ least `_APART` from each other, so that telling them apart does not hang on a sh
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
-from moc_jax.shapes import Bool, Float32, UInt8
+from evidence.stories import CANDIDATES, COLUMNS, MOVES, ROWS, SIZE, Shot, Stories, Story
+from moc_jax.shapes import Bool, Float, Float32, UInt8
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gwen", "Hugo")
 SPOTS = ("harbor", "mill", "garden", "station", "market", "bridge", "tower", "quarry")
-MOVES = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
-ROWS = {"top": -7.0, "center": 0.0, "bottom": 7.0}
-COLUMNS = {"left": -7.0, "middle": 0.0, "right": 7.0}
 LIGHTS = {"day": (1.0, 1.0, 1.0), "evening": (1.0, 0.86, 0.7), "night": (0.55, 0.62, 0.85)}
 
-SIZE = 64  # rows and columns of a frame
-_MARGIN = 32  # pixels of panorama around a frame, for the camera
 _BOX = 28  # rows and columns of the box around a character
-_FRAMES = 15  # of a shot, in which the fastest character stays inside
+_FRAMES = 15  # of a shot, in which the fastest character stays inside of the smallest frames
+_WALK, _PAN = 1.4, 1.6  # the most pixels from frame to frame, of a character and of the camera
 _APART = 0.3  # between the first colors of two looks, in RGB's unit cube
-CANDIDATES = 16
-"""Looks that a story has: its characters', and strangers' that nobody sees, to tell the characters from."""
+_TOGETHER = 2**17  # values that are drawn at a time: what they need stays in the cache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,130 +46,202 @@ class Look:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
-    """A panorama that the camera looks at."""
+class Ground:
+    """What a place shows above or below its horizon: waves from one color towards another."""
 
-    panorama: Float32[np.ndarray, "rows columns 3"]
+    colors: Float32[np.ndarray, "2 3"]
+    slope: tuple[float, float]  # of the waves' phase along columns and rows, in radians per `SIZE` pixels
+    phase: float
+    sharp: bool
+
+    def waves(
+        self, x: Float[np.ndarray, " columns"], y: Float[np.ndarray, " rows"]
+    ) -> Float32[np.ndarray, "rows columns"]:
+        """At these places: sin(a + b) = sin a cos b + cos a sin b."""
+        a, b = self.slope[0] * x, self.slope[1] * y + self.phase
+        of_columns, of_rows = np.array([np.sin(a), np.cos(a)]), np.array([np.cos(b), np.sin(b)])
+        wave = of_rows.T.astype(np.float32) @ of_columns.astype(np.float32)
+        return np.copysign(np.sqrt(np.abs(wave)), wave) if self.sharp else wave
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shot:
-    """What happens in one shot; `caption` says all of it but the looks."""
+class Place:
+    """A panorama that the camera looks at."""
 
-    caption: str
+    horizon: tuple[float, float, float, float]  # its row, and its waves' height, slope and phase
+    above: Ground
+    below: Ground
+
+    def panorama(self, rows: range, columns: range) -> Float32[np.ndarray, "rows columns*3"]:
+        """Part of it, the colors of a pixel side by side."""
+        x, y = np.array(columns) / SIZE, np.array(rows) / SIZE
+        row, height, slope, phase = self.horizon
+        below = y[:, None] > row + height * np.sin(slope * x + phase)
+        share = np.where(below, self.below.waves(x, y), self.above.waves(x, y)).repeat(3, axis=1)
+        below = below.repeat(3, axis=1)
+        (base, tint), (of_base, of_tint) = (np.tile(ground.colors, len(x)) for ground in (self.above, self.below))
+        share *= np.where(below, np.float32(0.18) * (of_tint - of_base), np.float32(0.18) * (tint - base))
+        share += np.where(below, of_base, base)
+        return np.clip(share, 0, 1, out=share)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawnShot(Shot):
+    """One shot of a character, or of a place alone."""
+
     place: int
-    character: int | None
+    size: int  # rows and columns of a frame
     path: Float32[np.ndarray, "F 2"]  # the character's middle, column and row, in pixels
     spin: Float32[np.ndarray, " F"]  # radians
     radius: float  # pixels
     camera: Float32[np.ndarray, "F 2"]  # the frame's corner in the panorama, column and row
     light: tuple[float, float, float]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Story:
-    """A scene before it is rendered."""
-
-    caption: str
-    looks: tuple[Look, ...]
-    strangers: tuple[Look, ...]
-    """Of no character; exchangeable with `looks`, so that without memory each candidate is as likely as any other."""
-    places: tuple[Place, ...]
-    shots: tuple[Shot, ...]
+    still: bool  # all frames are the first
 
     @property
-    def recalls(self) -> list[tuple[int, int]]:
-        """(recall, reveal): both shots of each character, by recall."""
-        cast = [shot.character for shot in self.shots]
-        pairs = ((shot, cast.index(who)) for shot, who in enumerate(cast) if who is not None)
-        return [(shot, reveal) for shot, reveal in pairs if shot != reveal]
+    def box(self) -> Bool[np.ndarray, "F Y X"]:
+        """Around the character, of equal size in all shots."""
+        at = np.arange(self.size)
+        rows, columns = (np.abs(at - self.path[:, [axis]]) <= _BOX / 2 for axis in (1, 0))
+        return rows[:, :, None] & columns[:, None, :]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class World:
-    """Which stories there are. Equal seeds give equal stories, whatever was rendered before."""
+class DrawnStory(Story[Look]):
+    """A story of drawn characters in drawn places."""
 
-    shots: int = 12
-    frames: int = 9
-    """Of each shot."""
-    characters: int = 4
+    places: tuple[Place, ...]
+    shots: tuple[DrawnShot, ...]
+
+    def render_shot(self, index: int, look: Look | None = None) -> UInt8[np.ndarray, "F Y X 3"]:
+        """One shot's frames; with `look`, as if its character looked so."""
+        shot = self.shots[index]
+        who = None if shot.character is None else self.looks[shot.character] if look is None else look
+        frames = 1 if shot.still else len(shot.camera)
+        left, top = np.floor(shot.camera[:frames].min(axis=0)).astype(int)
+        right, bottom = np.floor(shot.camera[:frames].max(axis=0)).astype(int) + shot.size + 1
+        panorama = self.places[shot.place].panorama(range(top, bottom), range(left, right))
+        light = np.tile(np.float32(255) * np.array(shot.light, np.float32), shot.size)
+        drawn = np.empty((frames, shot.size, 3 * shot.size), np.uint8)
+        together = max(1, _TOGETHER // (3 * shot.size**2))
+        for first in range(0, frames, together):
+            some = slice(first, min(first + together, frames))
+            view = _views(panorama, shot.camera[some] - (left, top), shot.size)
+            if who is not None:
+                _draw(view, shot, some, who)
+            view *= light
+            view += np.float32(0.5)
+            drawn[some] = view
+        return drawn.reshape(frames, shot.size, shot.size, 3).repeat(len(shot.camera) // frames, axis=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World(Stories):
+    """Rendered stories."""
+
     places: int = 3
+    size: int = SIZE
+    """Rows and columns of a frame, in pixels. Characters are as large in any, and anywhere in it."""
     still: bool = False
     """Nothing moves, it is always day, and characters stand upright in the middle: to find the look is all there is."""
-    split: int = 0
-    """Stories of different splits have nothing in common."""
 
     def __post_init__(self):
-        if not 1 <= self.characters <= min(len(NAMES), self.shots // 2):
-            raise ValueError(
-                f"{self.characters} characters in {self.shots} shots: each needs a reveal and a recall, and there are "
-                f"{len(NAMES)} names; try {min(len(NAMES), self.shots // 2)}"
-            )
+        self._check_cast(len(NAMES))
         if not 1 <= self.places <= len(SPOTS):
             raise ValueError(f"{self.places} places; choose 1..{len(SPOTS)}, since each has a name")
-        if not 1 <= self.frames <= _FRAMES:
-            raise ValueError(f"{self.frames} frames; choose 1..{_FRAMES}, since characters leave the picture")
+        if self.size < SIZE:
+            raise ValueError(f"frames of {self.size} pixels; choose {SIZE} or more, since characters take {_BOX}")
+        most = _FRAMES + int((self.size - SIZE) / _WALK)
+        if not 1 <= self.frames <= most:
+            raise ValueError(f"{self.frames} frames; choose 1..{most}, since characters leave the picture")
 
     @property
     def text_tokens(self) -> int:
         """Enough for all captions of any story, with a begin token each."""
         return (5 if self.still else 16) * (1 + self.shots)
 
-    def story(self, seed: int) -> Story:
+    @property
+    def recolorable(self) -> bool:
+        """Still worlds alone: all colors are drawn alike, and there is no light to change them."""
+        return self.still
+
+    @property
+    def _more(self) -> int:
+        """Frames of a shot beyond those that the smallest frames and panoramas have room for."""
+        return max(self.frames - _FRAMES, 0)
+
+    @property
+    def _margin(self) -> int:
+        """Pixels of panorama around a frame, for the camera."""
+        return 32 + int(np.ceil(_PAN / 2 * self._more))
+
+    def story(self, seed: int) -> DrawnStory:
         """The story of that number: the reveals, then recalls and empty places in any order."""
         random = np.random.default_rng((self.split, seed))
         names, spots = (list(map(str, random.permutation(of))) for of in (NAMES, SPOTS))
         looks = distinct_looks(random)
-        places = tuple(draw_place(random) for _ in range(self.places))
-        everyone = range(self.characters)
-        later = [*everyone, *[None] * (self.shots - 2 * self.characters)]
-        cast = [*random.permutation(self.characters).tolist(), *(later[i] for i in random.permutation(len(later)))]
-        return Story(
-            caption=f"A story of {', '.join(names[who] for who in everyone)}.",
+        places = tuple(draw_place(random, self.size, self._margin) for _ in range(self.places))
+        cast = self._cast(random)
+        return DrawnStory(
+            caption=f"A story of {', '.join(names[: self.characters])}.",
             looks=looks[: self.characters],
             strangers=looks[self.characters :],
             places=places,
             shots=tuple(self._shot(random, who, names, spots) for who in cast),
         )
 
-    def _shot(self, random: np.random.Generator, who: int | None, names: Sequence[str], spots: Sequence[str]) -> Shot:
+    def _shot(
+        self, random: np.random.Generator, who: int | None, names: Sequence[str], spots: Sequence[str]
+    ) -> DrawnShot:
         place = int(random.integers(self.places))
-        move, pan = random.choice(list(MOVES), 2)
-        light = str(random.choice(list(LIGHTS)))
+        move, pan = _one_of(random, MOVES), _one_of(random, MOVES)
+        light = _one_of(random, LIGHTS)
         steps = np.arange(self.frames, dtype=np.float32)[:, None] - (self.frames - 1) / 2
-        row, column = str(random.choice(list(ROWS))), str(random.choice(list(COLUMNS)))
-        middle = SIZE / 2 + np.array([COLUMNS[column], ROWS[row]]) + random.uniform(-1, 1, 2)
-        corner = _MARGIN + random.uniform(-10, 10, 2)
+        row, column = _one_of(random, ROWS), _one_of(random, COLUMNS)
+        reach = 1 + ((self.size - SIZE) - _WALK * self._more) / (2 * ROWS["bottom"])
+        middle = self.size / 2 + reach * np.array([COLUMNS[column], ROWS[row]]) + random.uniform(-1, 1, 2)
+        corner = self._margin + random.uniform(-10, 10, 2)
         if self.still:
-            return Shot(
+            return DrawnShot(
                 caption="Nobody." if who is None else f"{names[who]}.",
                 place=place,
+                size=self.size,
                 character=who,
-                path=np.full((self.frames, 2), SIZE / 2, np.float32),
+                path=np.full((self.frames, 2), self.size / 2, np.float32),
                 spin=np.zeros(self.frames, np.float32),
                 radius=11.5,
-                camera=np.full((self.frames, 2), _MARGIN, np.float32),
+                camera=np.full((self.frames, 2), self._margin, np.float32),
                 light=LIGHTS["day"],
+                still=True,
             )
         subject = "Nobody is" if who is None else f"{names[who]} moves {move}, {row} {column},"
-        return Shot(
+        return DrawnShot(
             caption=f"{subject} in the {spots[place]}, by {light}. The camera moves {pan}.",
             place=place,
+            size=self.size,
             character=who,
-            path=(middle + steps * np.array(MOVES[move]) * random.uniform(0.6, 1.4)).astype(np.float32),
+            path=(middle + steps * np.array(MOVES[move]) * random.uniform(0.6, _WALK)).astype(np.float32),
             spin=(random.uniform(0, 2 * np.pi) + steps[:, 0] * random.uniform(-0.12, 0.12)).astype(np.float32),
             radius=float(random.uniform(8.5, 11.5)),
-            camera=(corner + steps * np.array(MOVES[pan]) * random.uniform(0.8, 1.6)).astype(np.float32),
+            camera=(corner + steps * np.array(MOVES[pan]) * random.uniform(0.8, _PAN)).astype(np.float32),
             light=LIGHTS[light],
+            still=False,
         )
+
+
+def _one_of(random: np.random.Generator, names: Iterable[str]) -> str:
+    among = list(names)
+    return among[int(random.integers(len(among)))]
 
 
 def distinct_looks(random: np.random.Generator) -> tuple[Look, ...]:
     """`CANDIDATES` looks in random order, of which no two have near colors."""
     found: list[Look] = []
+    colors = np.empty((CANDIDATES, 3), np.float32)
     while len(found) < CANDIDATES:
         look = draw_look(random)
-        if all(np.linalg.norm(look.colors[0] - other.colors[0]) > _APART for other in found):
+        if (np.linalg.norm(colors[: len(found)] - look.colors[0], axis=1) > _APART).all():
+            colors[len(found)] = look.colors[0]
             found.append(look)
     # The later ones had to keep clear of the earlier ones: in their own order, the place would tell something.
     return tuple(found[i] for i in random.permutation(CANDIDATES))
@@ -191,72 +260,70 @@ def draw_look(random: np.random.Generator) -> Look:
     )
 
 
-def draw_place(random: np.random.Generator) -> Place:
-    """Any panorama."""
-    side = SIZE + 2 * _MARGIN
-    y, x = np.mgrid[:side, :side].astype(np.float32) / SIZE
-    horizon = random.uniform(0.6, 1.3) + 0.06 * np.sin(x * random.uniform(3, 9) + random.uniform(0, 6))
-    panorama = np.empty((side, side, 3), np.float32)
-    for below in (False, True):
-        base, tint = random.uniform(0.1, 0.9, (2, 3)).astype(np.float32)
-        angle, length = random.uniform(0, np.pi), random.uniform(6, 26)
-        wave = np.sin(length * (x * np.cos(angle) + y * np.sin(angle)) + random.uniform(0, 6))
-        share = np.where(random.random() < 0.5, wave, np.sign(wave) * np.sqrt(np.abs(wave)))[..., None]
-        part = (y > horizon) == below
-        panorama[part] = (base + 0.18 * share * (tint - base))[part]
-    return Place(panorama=np.clip(panorama, 0, 1))
+def draw_place(random: np.random.Generator, size: int, margin: int) -> Place:
+    """Any panorama, for frames of this size with a margin around the first."""
+    row = (margin - size / 2 + random.uniform(0.6, 1.3) * size) / SIZE
+    slope, phase = random.uniform(3, 9), random.uniform(0, 6)
+    return Place(horizon=(row, 0.06, slope, phase), above=_draw_ground(random), below=_draw_ground(random))
 
 
-def render(story: Story) -> UInt8[np.ndarray, "F Y X 3"]:
-    """All shots' frames, one shot after another."""
-    return np.concatenate([render_shot(story, shot) for shot in range(len(story.shots))])
+def _draw_ground(random: np.random.Generator) -> Ground:
+    colors = random.uniform(0.1, 0.9, (2, 3)).astype(np.float32)
+    angle, length, phase = random.uniform(0, np.pi), random.uniform(6, 26), random.uniform(0, 6)
+    slope = length * np.cos(angle), length * np.sin(angle)
+    return Ground(colors=colors, slope=slope, phase=phase, sharp=random.random() >= 0.5)
 
 
-def render_shot(story: Story, index: int, look: Look | None = None) -> UInt8[np.ndarray, "F Y X 3"]:
-    """One shot's frames; with `look`, as if its character looked so."""
-    shot = story.shots[index]
-    frames = _background(story.places[shot.place].panorama, shot.camera)
-    if shot.character is not None:
-        _draw(frames, shot, story.looks[shot.character] if look is None else look)
-    frames *= np.float32(255) * np.array(shot.light, np.float32)
-    return (frames + np.float32(0.5)).astype(np.uint8)
-
-
-def boxes(shot: Shot) -> Bool[np.ndarray, "F Y X"]:
-    """Where the shot's character may be: the box around it, of equal size in all shots."""
-    at = np.arange(SIZE)
-    rows, columns = (np.abs(at - shot.path[:, [axis]]) <= _BOX / 2 for axis in (1, 0))
-    return rows[:, :, None] & columns[:, None, :]
-
-
-def _background(panorama: np.ndarray, camera: np.ndarray) -> Float32[np.ndarray, "F Y X 3"]:
+def _views(
+    panorama: Float32[np.ndarray, "rows columns*3"], camera: Float[np.ndarray, "F 2"], size: int
+) -> Float32[np.ndarray, "F Y X*3"]:
     """The panorama at the camera's corners, between pixels."""
     whole = np.floor(camera).astype(int)
-    frames = np.empty((len(camera), SIZE, SIZE, 3), np.float32)
-    for frame, (x, y), (u, v) in zip(frames, whole, camera - whole):
-        cut = panorama[y : y + SIZE + 1, x : x + SIZE + 1]
-        rows = cut[:-1] + v * (cut[1:] - cut[:-1])
-        frame[:] = rows[:, :-1] + u * (rows[:, 1:] - rows[:, :-1])
-    return frames
+    u, v = (camera - whole).astype(np.float32).T[..., None, None]
+    cut = sliding_window_view(panorama, (size + 1, 3 * (size + 1)))[whole[:, 1], 3 * whole[:, 0]]
+    rows = cut[:, 1:] - cut[:, :-1]
+    rows *= v
+    rows += cut[:, :-1]
+    views = rows[:, :, 3:] - rows[:, :, :-3]
+    views *= u
+    views += rows[:, :, :-3]
+    return views
 
 
-def _draw(frames: np.ndarray, shot: Shot, look: Look) -> None:
-    """Puts the character into its box of every frame."""
-    corner = np.ceil(shot.path - _BOX / 2).astype(int)  # so that all of it lies in `boxes`
+def _draw(views: Float32[np.ndarray, "F Y X*3"], shot: DrawnShot, frames: slice, look: Look) -> None:
+    """The character, into views of these frames."""
+    path = shot.path[frames]
+    corner = np.ceil(path - _BOX / 2)  # so that all of it lies in `box`
     at = np.arange(_BOX, dtype=np.float32)
-    x = (at + (corner[:, :1] - shot.path[:, :1]))[:, None, :] / np.float32(shot.radius)
-    y = (at + (corner[:, 1:] - shot.path[:, 1:]))[:, :, None] / np.float32(shot.radius)
-    cos, sin = np.cos(shot.spin)[:, None, None], np.sin(shot.spin)[:, None, None]
+    x, y = (at + (corner - path).T[..., None]) / np.float32(shot.radius)  # [F, box]
+    cos, sin = np.cos(shot.spin[frames])[:, None, None], np.sin(shot.spin[frames])[:, None, None]
+    x, y = x[:, None, :], y[:, :, None]
     x, y = x * cos + y * sin, y * cos - x * sin  # [F, box, box], in radii, turned with the character
-    distance = np.hypot(x, y)
-    edge = 1 + look.depth * np.cos(look.lobes * np.arctan2(y, x))
-    inside = np.clip((edge - distance) * np.float32(shot.radius) + 0.5, 0, 1)[..., None]
-    share = _pattern(look, x, y, distance)[..., None]
-    spot = (np.hypot(x - look.spot[0], y - look.spot[1]) < 0.28)[..., None]
-    body = np.where(spot, look.colors[2], look.colors[0] + share * (look.colors[1] - look.colors[0]))
-    for frame, (left, top), alpha, color in zip(frames, corner, inside, body):
-        cut = frame[top : top + _BOX, left : left + _BOX]
-        cut += alpha * (color - cut)
+    distance = np.sqrt(x * x + y * y)
+    edge = 1 + look.depth * _cosine_of_multiple(look.lobes, x / np.maximum(distance, np.float32(1e-6)))
+    inside, share, spot = (
+        of.repeat(3, axis=2)
+        for of in (
+            np.clip((edge - distance) * np.float32(shot.radius) + np.float32(0.5), 0, 1),
+            _pattern(look, x, y, distance),
+            (x - np.float32(look.spot[0])) ** 2 + (y - np.float32(look.spot[1])) ** 2 < 0.28**2,
+        )
+    )
+    first, second, of_spot = np.tile(look.colors, _BOX)  # as the colors of a row lie in `views`
+    body = np.where(spot, of_spot, first + share * (second - first))
+    left, top = corner.astype(int).T
+    boxes = sliding_window_view(views, (_BOX, 3 * _BOX), axis=(1, 2), writeable=True)
+    where = np.arange(len(views)), top, 3 * left
+    behind = boxes[where]
+    boxes[where] = behind + inside * (body - behind)
+
+
+def _cosine_of_multiple(n: int, cosine: np.ndarray) -> np.ndarray:
+    """cos(n a), of cos(a), by cos((n + 1) a) = 2 cos(a) cos(n a) - cos((n - 1) a)."""
+    before, found = np.ones_like(cosine), cosine
+    for _ in range(n - 1):
+        before, found = found, 2 * cosine * found - before
+    return found
 
 
 def _pattern(look: Look, x: np.ndarray, y: np.ndarray, distance: np.ndarray) -> Float32[np.ndarray, "F box box"]:

@@ -1,6 +1,6 @@
 """Checkpoints: weights, optimizer, moving average, place in the data, codec and config under one step, or none of it.
 
-    workdir/checkpoints/<step>/{params, ema, optimizer, codec, meta}
+    workdir/checkpoints/<step>/{params, ema, optimizer, codec, meta, README.md}
 
 Orbax (imported nowhere else) writes in the background and commits a step by one rename. Beside the arrays lie digests
 of their bits, computed on the devices and independent of the mesh, so that any damage is seen on restore: the
@@ -17,19 +17,19 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from etils import epath
-from flax import nnx
 
 import moc_jax
-from moc_jax import models
+from moc_jax.checkpoint_base import Checkpoint, trained_like, with_base
 from moc_jax.checkpoint_layout import (
     FATAL,
     FORMAT,
+    Base,
     Meta,
     Tree,
     check_shapes,
@@ -42,6 +42,7 @@ from moc_jax.checkpoint_names import (
     CheckpointError,
     absolute,
     damaged_in,
+    few,
     foreign_in,
     free_aside,
     steps_in,
@@ -49,9 +50,11 @@ from moc_jax.checkpoint_names import (
 )
 from moc_jax.config import Config, TrainConfig
 from moc_jax.config_json import config_to_json
-from moc_jax.digest import array_digest, text_digest, tree_digests
+from moc_jax.digest import array_digest, text_digest, tree_digests, weights_digest
 from moc_jax.errors import disk_full, out_of_memory
+from moc_jax.files import write_text
 from moc_jax.processes import attempt, gather, sync
+from moc_jax.sharding import Params
 
 try:  # public since orbax-checkpoint 0.13; the same API under its older name before
     from orbax.checkpoint import v1 as ocp
@@ -73,20 +76,7 @@ class Restored:
     data_state: Tree  # this process's data iterator
     config: Config
     codec_state: dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What sampling needs of a checkpoint."""
-
-    config: Config
-    params: Tree  # nested, float32, on one device; the moving average where the run kept one
-    codec_state: dict[str, np.ndarray]
-    step: int
-
-    def model(self) -> models.VideoModel:
-        """The transformer with these weights."""
-        return nnx.merge(models.abstract(self.config.model)[0], self.params)
+    base: Base | None
 
 
 # ------------------------------------------------------------------------------------------------ a run's checkpoints
@@ -95,15 +85,17 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one run. All processes call every method together."""
 
-    def __init__(self, directory: str, cfg: TrainConfig):
+    def __init__(self, directory: str, cfg: TrainConfig, card: Callable[[int, str], str] = lambda step, digest: ""):
         """`directory` is created if necessary; what an interrupted save left there is named in a warning and removed.
+
+        `card`: the text for people that will lie beside the arrays, of a step and its weights' digest.
 
         Raises:
             CheckpointError: `directory` is something else.
         """
         self.directory = absolute(directory)
-        self._cfg = cfg
-        self._pending: tuple[int, Any] | None = None
+        self._cfg, self._card = cfg, card
+        self._pending: tuple[int, str, Any] | None = None
         if not self.directory.is_dir() and (self.directory.exists() or os.path.lexists(self.directory)):
             raise CheckpointError(f"{self.directory} is not a folder: move it, or give another --workdir")
         for name in self._remove_unfinished():
@@ -111,7 +103,7 @@ class Checkpoints:
         foreign = foreign_in(self.directory)
         if foreign:
             warnings.warn(
-                f"{self.directory} holds entries that are not checkpoints: {_few(foreign)}; left alone", stacklevel=2
+                f"{self.directory} holds entries that are not checkpoints: {few(foreign)}; left alone", stacklevel=2
             )
 
     @functools.cached_property
@@ -136,12 +128,14 @@ class Checkpoints:
         config: Config,
         codec_state: Mapping[str, np.ndarray],
         data_state: Tree,
+        base: Base | None = None,
     ) -> None:
         """Starts to write a checkpoint; returns as soon as the arrays may be reused.
 
         Args:
             state: trees of arrays by name: `params`, `optimizer`, and `ema` where one is kept.
             data_state: this process's data iterator, as JSON.
+            base: what the weights that `state` does not hold are.
 
         Raises:
             CheckpointError: this save, or the one before it, found the disk full.
@@ -156,14 +150,17 @@ class Checkpoints:
             "shapes": {name: shapes_of(tree) for name, tree in state.items()},
             "digests": {name: tree_digests(tree) for name, tree in state.items()},
             "codec": {name: array_digest(array) for name, array in codec_state.items()},
+            "base": dataclasses.asdict(base) if base else {},
             "versions": {"moc_jax": moc_jax.__version__}
             | {name: importlib.metadata.version(name) for name in ("jax", "flax", "orbax-checkpoint")},
         }
         text = json.dumps(body)
         fitted = {"codec": codec_state} if codec_state else {}  # nothing is what Orbax does not write
         items = {**state, **fitted, "meta": {"body": text, "sha256": text_digest(text)}}
+        weights = body["digests"]["ema" if "ema" in state else "params"] | (base.digests if base else {})
+        card = self._card(step, weights_digest(weights))
         try:
-            self._pending = step, self._checkpointer.save_checkpointables_async(step, items, force=True)
+            self._pending = step, card, self._checkpointer.save_checkpointables_async(step, items, force=True)
         except Exception as error:
             self._failed(step, error)
 
@@ -180,9 +177,11 @@ class Checkpoints:
         """
         if self._pending is None:
             return
-        (step, response), self._pending = self._pending, None
+        (step, card, response), self._pending = self._pending, None
         try:
             response.result()
+            if card and jax.process_index() == 0:
+                write_text(self.directory / str(step) / "README.md", card)
         except Exception as error:
             self._failed(step, error)
 
@@ -239,7 +238,8 @@ class Checkpoints:
         saved, problem = attempt(lambda: _read_arrays(path, meta, target), FATAL)
         if saved is None:
             return None, problem
-        return Restored(step, {name: saved[name] for name in target}, data_state, meta.config, saved["codec"]), ""
+        state = {name: saved[name] for name in target}
+        return Restored(step, state, data_state, meta.config, saved["codec"], meta.base), ""
 
     def _set_aside(self, step: int, problem: str, whole: int) -> None:
         path, aside = self.directory / str(step), free_aside(self.directory, step)
@@ -283,48 +283,58 @@ def has_checkpoint(directory: str) -> bool:
 
 
 def newest_config(directory: str) -> Config | None:
-    """The config of the newest checkpoint of a run's workdir; None where it is damaged, which `restore` will say.
+    """The config of the newest checkpoint of a run's workdir; else as `newest_meta`."""
+    return meta.config if (meta := newest_meta(directory)) else None
+
+
+def newest_meta(directory: str) -> Meta | None:
+    """What the newest checkpoint of a run's workdir says; None where it is damaged, which `restore` will say.
 
     Raises:
         CheckpointError: it is of a format that this version does not read.
         ConfigError: its config is none that this version reads.
     """
     root = absolute(directory) / "checkpoints"
-    meta, _ = attempt(lambda: _read_meta(root / str(steps_in(root)[-1])), FATAL)
-    return meta.config if meta else None
+    return attempt(lambda: _read_meta(root / str(steps_in(root)[-1])), FATAL)[0]
 
 
 def saved_config(directory: str, step: int | None = None) -> tuple[Config, int]:
     """Config and step of a checkpoint, of which no array is read; arguments and errors of `load_for_sampling`."""
-
-    def load(path: epath.Path) -> tuple[Config, int]:
-        meta = _read_meta(path)
-        return meta.config, meta.step
-
-    return newest_readable(directory, step, load)
+    return newest_readable(directory, step, lambda path: ((meta := _read_meta(path)).config, meta.step))
 
 
-def load_for_sampling(directory: str, step: int | None = None, *, shardings: object = None) -> Checkpoint:
+def load_for_sampling(
+    directory: str,
+    step: int | None = None,
+    *,
+    shardings: Params | None = None,
+    adapters: Literal["merged", "apart", "alone"] = "merged",
+    base: str = "",
+) -> Checkpoint:
     """Config, weights and codec of one checkpoint.
 
     Args:
         directory: a run's workdir, its `checkpoints` folder, or the folder of one step.
         step: which one; None takes the newest that is whole.
         shardings: where the weights go, a tree like theirs; None: on one device. All processes load together.
+        adapters: become part of the weights that they are beside, or stay apart, or come `alone`.
+        base: where these weights lie now; empty: where they lay.
 
     Raises:
-        CheckpointError: no such checkpoint, a damaged one, or one whose weights do not fit its model's config.
+        CheckpointError: no such checkpoint, a damaged one, one whose weights do not fit its model's config, or one
+            of adapters whose base is gone or another.
     """
 
     def load(path: epath.Path) -> Checkpoint:
         meta = _read_meta(path)
         name = "ema" if "ema" in meta.digests else "params"
-        weights = nnx.to_pure_dict(models.abstract(meta.config.model)[1])
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        places = jax.tree.map(lambda _: device, weights) if shardings is None else shardings
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), weights, places)
-        saved = _read_arrays(path, meta, {name: target})
-        return Checkpoint(meta.config, saved[name], saved["codec"], meta.step)
+        saved = _read_arrays(path, meta, {name: trained_like(meta.config.model, shardings)})
+        digests = meta.digests[name]
+        found = Checkpoint(meta.config, saved[name], saved["codec"], meta.step, weights_digest(digests))
+        if adapters == "alone" or not found.config.model.lora.rank:
+            return found
+        of_run = functools.partial(load_for_sampling, adapters="alone")
+        return with_base(found, digests, meta.base, base, shardings, of_run, merge=adapters == "merged")
 
     return newest_readable(directory, step, load)
 
@@ -385,8 +395,3 @@ def _read_arrays(path: epath.Path, meta: Meta, target: Tree) -> Tree:
     if meta.codec != {name: array_digest(array) for name, array in saved["codec"].items()}:
         raise ValueError("codec: the digest does not match")
     return saved
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(map(repr, names[:5])) + more

@@ -52,6 +52,14 @@ def newest_readable[T](directory: str, step: int | None, load: Callable[[epath.P
 # ------------------------------------------------------------------------------------------------ meta
 
 
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The frozen weights that a checkpoint's adapters are beside, none of which it holds."""
+
+    place: str  # where they lay: public weights, or the folder of another run's checkpoint
+    digests: dict[str, int]  # by array
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Meta:
     """What a checkpoint says about itself."""
@@ -62,15 +70,17 @@ class Meta:
     shapes: dict[str, dict[str, list[int]]]  # by tree and array
     digests: dict[str, dict[str, int]]
     codec: dict[str, str]  # digests, by array
+    base: Base | None
 
 
-_FIELDS: Tree = {  # [x]: a list of x; {str: x}: an object of x
+_FIELDS: Tree = {  # [x]: a list of x; {str: x}: an object of x; {"a": x, "b": y}: one of these fields, or empty
     "step": int,
     "config": str,
     "data": [str],
     "shapes": {str: {str: [int]}},
     "digests": {str: {str: int}},
     "codec": {str: str},
+    "base": {"place": str, "digests": {str: int}},
 }
 
 
@@ -88,6 +98,7 @@ def parse_meta(saved: Any, path: epath.Path) -> Meta:
         raise ValueError("meta: the digest does not match")
     body = parse_json(saved["body"])
     _check_format(body, path)
+    body = body | {"base": body.get("base") or {}} if isinstance(body, dict) else body  # most have none
     for name, kind in _FIELDS.items():
         if not isinstance(body, dict) or not _fits(body.get(name), kind):
             raise ValueError(f"meta: {name} is missing or not what is written there")
@@ -99,7 +110,8 @@ def parse_meta(saved: Any, path: epath.Path) -> Meta:
     if not data or not all(isinstance(state, dict) for state in data):
         raise ValueError("meta: data must hold an object per process")
     config = config_from_json(body["config"], name=f"the config saved in {path}")
-    return Meta(**{name: body[name] for name in _FIELDS} | {"data": data, "config": config})
+    base = Base(body["base"]["place"], body["base"]["digests"]) if body["base"] else None
+    return Meta(**{name: body[name] for name in _FIELDS} | {"data": data, "config": config, "base": base})
 
 
 def _check_format(body: object, path: epath.Path) -> None:
@@ -125,8 +137,11 @@ def _check_format(body: object, path: epath.Path) -> None:
 def _fits(value: object, kind: object) -> bool:
     if isinstance(kind, list):
         return isinstance(value, list) and all(_fits(inner, kind[0]) for inner in value)
-    if isinstance(kind, dict):
+    if isinstance(kind, dict) and str in kind:
         return isinstance(value, dict) and all(_fits(inner, kind[str]) for inner in value.values())
+    if isinstance(kind, dict):
+        whole = isinstance(value, dict) and value.keys() in (kind.keys(), set())
+        return whole and all(_fits(inner, kind[name]) for name, inner in value.items())
     return type(value) is kind
 
 

@@ -5,6 +5,7 @@ Without jax, so that a wrong path is reported at once.
 
 import os
 import re
+from collections.abc import Sequence
 
 from etils import epath
 
@@ -59,6 +60,12 @@ def free_aside(root: epath.Path, step: int) -> epath.Path:
     return root / name
 
 
+def few(names: Sequence[str]) -> str:
+    """Some of them, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more
+
+
 def _entries(root: epath.Path) -> list[epath.Path]:
     return sorted(root.iterdir(), key=lambda path: path.name) if root.is_dir() else []
 
@@ -82,7 +89,8 @@ def find_steps(directory: str, step: int | None) -> tuple[epath.Path, list[int],
     steps = steps_in(root)
     if not steps:
         raise CheckpointError(
-            f"no checkpoint in {directory}; give a run's workdir, its checkpoints folder, or one step's folder"
+            f"no checkpoint in {directory}; give a run's workdir, its checkpoints folder, one step's folder, "
+            "or a folder of public weights"
         )
     if step is not None and step not in steps:
         raise CheckpointError(f"no checkpoint of step {step} in {root}; there are steps {steps}")

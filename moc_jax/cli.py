@@ -43,6 +43,8 @@ __all__ = [
     "clean_exit",
     "load_config",
     "parse",
+    "plan",
+    "prepare",
     "read_config_file",
     "run",
     "sample",
@@ -135,7 +137,10 @@ def read_config_file(file: str) -> tuple[Config, str]:
 
 
 def _records_rule(info: "tyro.constructors.PrimitiveTypeInfo") -> "tyro.constructors.PrimitiveConstructorSpec | None":
-    """tuple[Record, ...], Record being a dataclass of ints, as words `1:2:3` in the order of its fields."""
+    """tuple[Record, ...], Record being a dataclass of ints, as words `1:2:3` in the order of its fields.
+
+    Where only some have defaults, these may be left out.
+    """
     import tyro
 
     arguments = typing.get_args(info.type)
@@ -145,11 +150,12 @@ def _records_rule(info: "tyro.constructors.PrimitiveTypeInfo") -> "tyro.construc
     if not dataclasses.is_dataclass(record):
         return None
     kinds = field_kinds(typing.cast(type, record))
-    names = list(kinds)
+    names, fields = list(kinds), dataclasses.fields(typing.cast(type, record))
+    least = sum(field.default is dataclasses.MISSING for field in fields) or len(names)
 
     def read(word: str):
         values = word.split(":")
-        if len(values) != len(names) or not all(v.removeprefix("-").isdecimal() for v in values):
+        if not least <= len(values) <= len(names) or not all(v.removeprefix("-").isdecimal() for v in values):
             raise ValueError(f"{word!r} must be whole numbers {':'.join(names)}")
         return record(**{name: int(value) for name, value in zip(names, values)})
 
@@ -188,6 +194,16 @@ def clean_exit(*failures: type[Exception]) -> Iterator[None]:
 def train() -> NoReturn:
     """`moc-train`, and train.py."""
     run("moc_jax.commands.train")
+
+
+def prepare() -> NoReturn:
+    """`moc-prepare`, and prepare.py."""
+    run("moc_jax.commands.prepare")
+
+
+def plan() -> NoReturn:
+    """`moc-plan`, and plan.py."""
+    run("moc_jax.commands.plan")
 
 
 def sample() -> NoReturn:

@@ -1,7 +1,10 @@
 """Digests: short numbers that tell whether arrays are still, bit for bit, what they were."""
 
+import functools
 import hashlib
+import json
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +14,27 @@ from jax import lax
 from moc_jax.sharding import key_path
 
 
-def tree_digests(tree: object) -> dict[str, int]:
-    """A 32-bit digest of every array, by its path; computed on the devices, and the same however they share it."""
+def tree_digests(tree: object, types: object = None) -> dict[str, int]:
+    """A 32-bit digest of every array, by its path; computed on the devices, and the same however they share it.
+
+    Args:
+        types: arrays, or what stands in their place: digests are those of `tree` in their types.
+    """
     leaves = jax.tree.leaves_with_path(tree)
-    digests = jax.device_get(_digests([x for _, x in leaves]))
+    kinds = tuple(x.dtype for x in jax.tree.leaves(tree if types is None else types))
+    digests = jax.device_get(_digests([x for _, x in leaves], kinds))
     return {"/".join(key_path(path)): int(digest) for (path, _), digest in zip(leaves, digests)}
 
 
-@jax.jit  # one program for all arrays: its kernels are compiled side by side, and a later start loads it at once
-def _digests(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [_digest(x) for x in arrays]
+def weights_digest(digests: Mapping[str, int]) -> str:
+    """SHA-256 of `tree_digests` of weights: what names them, wherever they lie."""
+    return text_digest(json.dumps(digests, sort_keys=True))
+
+
+# One program for all arrays: its kernels are compiled side by side, and a later start loads it at once.
+@functools.partial(jax.jit, static_argnums=1)
+def _digests(arrays: list[jax.Array], kinds: tuple[jnp.dtype, ...]) -> list[jax.Array]:
+    return [_digest(x.astype(kind)) for x, kind in zip(arrays, kinds, strict=True)]
 
 
 def _digest(x: jax.Array) -> jax.Array:

@@ -39,11 +39,15 @@ def is_address(path: str | os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike, *, lasting: bool = True) -> Iterator[Path]:
     """Where to write what will be at `path`: it appears there when the block succeeds; else nothing is left.
 
     A local file is written as `.<name>.<process>.tmp` in its own folder; for an address it is made on the local disk
     and copied. What a killed process leaves is removed by `remove_leftovers`.
+
+    Args:
+        path: of the finished file.
+        lasting: also after a power failure; False: who reads it finds that out by a checksum, and makes it again.
 
     Raises:
         OSError: the folder or the file cannot be made.
@@ -59,7 +63,8 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         try:
             stack.enter_context(_locked(partial))
             yield partial
-            _flush(partial)
+            if lasting:
+                _flush(partial)
             os.replace(partial, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -158,13 +163,19 @@ def _in_use(partial: Path, pid: int) -> bool:
         return True
     file = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        return is_locked(file)
+    finally:
+        os.close(file)
+
+
+def is_locked(file: int) -> bool:
+    """Whether another process holds a lock on an open file; where a file system has no locks, no."""
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
-    finally:
-        os.close(file)
     return False
 
 
@@ -252,11 +263,10 @@ def _write_probe(probe: Path) -> None:
 
 def _cause(error: Exception, text: str) -> str:
     if is_address(text):
-        scheme = text.split("://")[0]
         if isinstance(error, KeyError):
-            return f"addresses that begin with {scheme}:// are not known; gs://, s3:// and az:// are, or give a path"
+            return f"addresses that begin with {text.split('://')[0]}:// are not known; give one of gs://, or a path"
         if isinstance(error, ImportError):
-            return f"{error}. Install that package, or give a path of a file system"
+            return f"{error}. Install what buckets need, pip install 'moc_jax[gcs]', or give a path of a file system"
         return f"{error or type(error).__name__}. Check the address and your access to it"
     if isinstance(error, (FileExistsError, NotADirectoryError)):
         return f"{_in_the_way(text)} is a file; give another name"

@@ -22,6 +22,11 @@ class Phases:
             self._seconds[what] = self._seconds.get(what, 0.0) + now - self._last
             self._last = now
 
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.perf_counter() - self._begin
+
     def total(self, what: str) -> str:
         """`done(what)`, then all of it in words, but parts below 0.1 s: `14.2 s (imports 3.1, data 0.4, ...)`."""
         self.done(what)

@@ -6,9 +6,11 @@ fail on one process alone, is waited for through the key-value store of jax's co
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
+import re
 import secrets
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from jax._src import distributed  # the one private part of jax here; tests/test_processes.py names what is gone of it
+from jax._src import clusters, distributed  # the private parts of jax here; tests/test_processes.py names what is gone
 from jax.experimental import multihost_utils
 
 from moc_jax.config import ConfigError, MeshConfig
@@ -28,10 +30,68 @@ from moc_jax.errors import Failure, root_cause
 _PATIENCE = 1000  # ms per request: between two, a signal is heard
 _VERDICT = 10  # s after the heartbeat, at most, until the watchers say who is lost
 _JOINING = 60_000  # ms for what process 0 does at once
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")  # how XLA's errors begin
+_CLUSTERS = {
+    "OmpiCluster": "Open MPI",
+    "SlurmCluster": "SLURM",
+    "GkeTpuCluster": "a slice of TPUs (its environment)",
+    "GceTpuCluster": "a slice of TPUs (its metadata)",
+    "K8sCluster": "a Kubernetes job",
+}
 
 
 class ProcessError(Failure):
     """Another process failed: says which one, at what, and why."""
+
+
+# ------------------------------------------------------------------------------------------------ joining
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What started this process, alone or with others."""
+
+    name: str
+    """As users know it."""
+    processes: int
+    process: int
+    alone: bool
+    """The only process on its host: all of the host's devices are for it. (Else jax gives each process one GPU.)"""
+
+
+def recognised() -> Cluster | None:
+    """The cluster that this process is part of; None on a machine of its own.
+
+    Raises:
+        ConfigError: there is one, but it doesn't tell which of its processes this is.
+    """
+    kind = next((kind for kind in clusters.ClusterEnv._cluster_types if _present(kind)), None)
+    if kind is None:
+        return None
+    name = _CLUSTERS.get(kind.__name__, kind.__name__)
+    try:
+        return Cluster(name, kind.get_process_count(), kind.get_process_id(), _alone())
+    except Exception as error:
+        raise ConfigError(
+            f"{name} started this process, but does not say which of how many it is: {error}. Give --mesh.coordinator "
+            "host:port, --mesh.num-processes and --mesh.process-id; or --mesh.distributed False if it is the only one"
+        ) from error
+
+
+def _present(kind: type[clusters.ClusterEnv]) -> bool:
+    if kind.opt_in_only_method:
+        return False
+    if kind is clusters.K8sCluster and "JOB_COMPLETION_INDEX" not in os.environ:
+        return False  # any pod of Kubernetes: only those of indexed jobs have a number
+    try:
+        return kind.is_env_present()
+    except Exception:  # no answer from where it would be asked
+        return False
+
+
+def _alone() -> bool:
+    per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    return re.fullmatch(r"1(\(x\d+\))?", per_node) is not None or os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def join(cfg: MeshConfig) -> None:
@@ -40,10 +100,12 @@ def join(cfg: MeshConfig) -> None:
     From then on a watcher (moc_jax/watcher.py) reports a process that is lost, and ends this one.
 
     Raises:
-        ConfigError: neither of them tells all that is needed, or this machine has no such devices.
+        ConfigError: neither of them tells all that is needed, the others did not come, or this machine has no such
+            devices.
     """
-    if cfg.distributed:
-        _join_cluster(cfg)
+    joins, cluster = _to_join(cfg)
+    if joins:
+        _join_cluster(cfg, cluster)
     try:
         jax.devices()
     except RuntimeError as error:
@@ -54,6 +116,11 @@ def join(cfg: MeshConfig) -> None:
             f"JAX_PLATFORMS is {asked!r}, which can't be used here: {error}. Set it to what this machine has (cpu, "
             "cuda, tpu), or unset it"
         ) from error
+    if jax.process_count() > 1 and distributed.global_state.client is None:
+        raise ConfigError(
+            f"these devices belong to {jax.process_count()} processes, which only work together: start the same "
+            "command on each host, with mesh.distributed True"
+        )
 
 
 def wake_devices(cfg: MeshConfig, leave: Callable[[threading.Thread], None]) -> None:
@@ -66,21 +133,35 @@ def wake_devices(cfg: MeshConfig, leave: Callable[[threading.Thread], None]) -> 
         with contextlib.suppress(RuntimeError):  # which `join` meets again, and reports
             jax.devices()
 
-    if not cfg.distributed:
+    if not _to_join(cfg)[0]:
         thread = threading.Thread(target=wake, name="devices", daemon=True)
         thread.start()
         leave(thread)
 
 
-def _join_cluster(cfg: MeshConfig) -> None:
+def _to_join(cfg: MeshConfig) -> tuple[bool, Cluster | None]:
+    """Whether there are other processes to join, and the cluster that knows them."""
+    told = bool(cfg.coordinator and cfg.num_processes and cfg.process_id != -1)
+    cluster = recognised() if cfg.distributed and not told else None
+    return cfg.located or (cluster is not None and cluster.processes > 1), cluster
+
+
+def _join_cluster(cfg: MeshConfig, cluster: Cluster | None) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # until training, SIGTERM ends a process as usual
+    if cluster and cluster.process == 0:
+        line = f"{cluster.processes} processes, started by {cluster.name}, join in one run"
+        print(f"{line}; with --mesh.distributed False each runs alone", flush=True)
+    own = list(cfg.local_device_ids)
     try:
-        jax.distributed.initialize(
-            cfg.coordinator or None,
-            cfg.num_processes or None,
-            None if cfg.process_id == -1 else cfg.process_id,
-            heartbeat_timeout_seconds=cfg.heartbeat,
-        )
+        with _limited(cfg.initialization_timeout):
+            jax.distributed.initialize(
+                cfg.coordinator or None,
+                cfg.num_processes or None,
+                None if cfg.process_id == -1 else cfg.process_id,
+                own if own or (cluster and cluster.alone) else None,  # none by name are all
+                initialization_timeout=cfg.initialization_timeout + _VERDICT,
+                heartbeat_timeout_seconds=cfg.heartbeat,
+            )
     except ValueError as error:
         raise ConfigError(
             f"mesh.distributed: {error} Nothing in its environment says so; give --mesh.coordinator host:port, "
@@ -89,6 +170,30 @@ def _join_cluster(cfg: MeshConfig) -> None:
     state = distributed.global_state  # jax's public functions start the devices, which needs all other processes
     if state.client is not None and state.num_processes > 1:
         _watch(state.process_id, str(state.coordinator_address), cfg.heartbeat)
+
+
+@contextlib.contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Ends the process when joining takes longer; jax would abort it, with a trace of C++ functions."""
+
+    def give_up() -> None:
+        state = distributed.global_state
+        print(
+            f"error: process {state.process_id} waited {seconds:g} s at {state.coordinator_address}, but not all "
+            f"{state.num_processes} processes came. Do all run, and can they reach that address? "
+            "--mesh.initialization-timeout waits longer",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _watch(process: int, coordinator: str, heartbeat: float) -> None:
@@ -126,16 +231,20 @@ def _watch(process: int, coordinator: str, heartbeat: float) -> None:
     atexit.register(say, "goodbye")
 
 
+# ------------------------------------------------------------------------------------------------ together
+
+
 @contextlib.contextmanager
 def losses_reported(heartbeat: float) -> Iterator[None]:
     """Where a collective fails because another process is lost, it is the watcher that says so and ends this process.
 
-    An error of jax with several processes is therefore held back for as long as that may take.
+    An error of XLA with several processes is therefore held back for as long as that may take.
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() > 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # ValueError: it failed while it was dispatched
+        of_xla = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
+        if of_xla and jax.process_count() > 1:
             seconds = heartbeat + _VERDICT
             line = f"\n{root_cause(error)}\nwaiting up to {seconds} s for a report of a lost process"
             print(line, file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from moc_jax.config import ChunkConfig
 from moc_jax.config.base import INT32, Natural, Settings, check
-from moc_jax.shapes import Array, Bool, Float, Int, as_array, concrete
+from moc_jax.shapes import Array, Bool, Float, Int, as_array, concrete, typed
 
 PAD, TEXT, VIDEO = 0, 1, 2  # kinds of chunk
 GLOBAL, NO_SHOT = -1, -2  # `shot` of the global caption, and of padding
@@ -55,6 +55,8 @@ class SceneLengths:
 
     shot_frames: Int[Array, "B S"]  # token frames of each shot; 0: no shot there
     text_lengths: Int[Array, "B P"]  # tokens of the global caption, then of each shot's
+    continues: Bool[Array, "B S"] | None = None  # shots that continue the one before, a long take in parts; None: none
+    clean_first: Bool[Array, "B S"] | None = None  # shots whose first frame is given and stands at t = 0; None: none
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +70,8 @@ class Scene:
     video: Float[Array, "B F Y X Z"]  # latents of all shots, one after another along F, then zeros
     text: Float[Array, "B L E"]  # embeddings of all captions, the global one first, then zeros
     lengths: SceneLengths
+    # What is given of the video, to models with `condition_channels`.
+    condition: Float[Array, "B F Y X C"] | None = dataclasses.field(default=None, kw_only=True)
 
 
 @jax.tree_util.register_dataclass
@@ -207,7 +211,7 @@ def _checked(lengths: SceneLengths, shape: SceneShape) -> SceneLengths:
         )
     for name, limit in given.items():
         _check_lengths(name, getattr(lengths, name), limit)
-    return SceneLengths(**arrays)
+    return dataclasses.replace(lengths, **arrays)
 
 
 def _check_lengths(name: str, lengths: Array, limit: int) -> None:
@@ -253,11 +257,28 @@ def frame_shot(shot_frames: Int[Array, "B S"], frames: int) -> Int[Array, "B F"]
     return jnp.where(shot < shot_frames.shape[1], shot, NO_SHOT)
 
 
+@typed
+def clean_frames(lengths: SceneLengths, frames: int) -> Bool[Array, "B {frames}"]:
+    """Which of `frames` frames are given first frames that stand at t = 0, whatever their shots' noise level."""
+    if lengths.clean_first is None:
+        return jnp.zeros((lengths.shot_frames.shape[0], frames), bool)
+    begin = jnp.cumsum(lengths.shot_frames, axis=1) - lengths.shot_frames
+    mine = lengths.clean_first & (lengths.shot_frames > 0)
+    return (mine[:, None] & (begin[:, None] == jnp.arange(frames)[None, :, None])).any(axis=-1)
+
+
+@typed
+def noisiest(t: Float[Array, "B S"], lengths: SceneLengths) -> Float[Array, " B"]:
+    """The highest noise level of each scene's shots, which decides among experts by noise level."""
+    return jnp.max(jnp.where(lengths.shot_frames > 0, t, 0), axis=1)
+
+
 def positions(lengths: SceneLengths, shape: SceneShape) -> Int[Array, "B N 3"]:
     """Interleaved 3-D rotary positions (t, h, w) of every token, text block first (LCT, section 3.2).
 
     Text advances all three together; a shot's video starts where its caption ended on that diagonal, and the next
-    group starts past the video's largest extent, so no two tokens of a scene share a position.
+    group starts past the video's largest extent, so no two tokens of a scene share a position. A shot that continues
+    the one before without a caption of its own starts a frame after that one's last.
 
     Raises:
         TypeError, ValueError: as `chunk_table`.
@@ -265,8 +286,11 @@ def positions(lengths: SceneLengths, shape: SceneShape) -> Int[Array, "B N 3"]:
     lengths = _checked(lengths, shape)
     frame = shape.rows * shape.columns
 
-    def one(shot_frames, text_lengths):
+    def one(shot_frames, text_lengths, continues):
         extent = jnp.where(shot_frames > 0, jnp.maximum(shot_frames, max(shape.rows, shape.columns)), 0)
+        if continues is not None:
+            runs_on = jnp.append(continues & (shot_frames > 0) & (text_lengths[1:] == 0), False)[1:]
+            extent = jnp.where(runs_on, shot_frames, extent)
         advance = text_lengths + jnp.concatenate([jnp.zeros(1, extent.dtype), extent])  # [P]
         begin = jnp.cumsum(advance) - advance  # where each caption starts on the diagonal
 
@@ -283,4 +307,4 @@ def positions(lengths: SceneLengths, shape: SceneShape) -> Int[Array, "B N 3"]:
         video = jnp.stack([t, token % frame // shape.columns, token % shape.columns], axis=-1) + corner[:, None]
         return jnp.concatenate([jnp.stack([text] * 3, axis=-1), video])
 
-    return jax.vmap(one)(lengths.shot_frames, lengths.text_lengths)
+    return jax.vmap(one)(lengths.shot_frames, lengths.text_lengths, lengths.continues)

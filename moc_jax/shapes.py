@@ -11,7 +11,7 @@
 | D | size of a head |
 | M | width of the model |
 | C | chunks in the chunk table |
-| K | slots for the picks of a query (top_k, and in training those of drop-in) |
+| K | slots for the picks of a query (top_k, in training those of drop-in, then sinks) |
 | S | shots |
 | P | captions: the global one, then one per shot (S + 1) |
 | F | frames of a scene, all shots one after another (latent frames unless said otherwise) |
@@ -29,6 +29,8 @@
 | anchor | a chunk that a query always attends to |
 | candidate | a chunk that it may pick |
 | pick | a chunk that it picked |
+| sink | a pick that all queries of later shots have: one of the first `sink_chunks` of a shot |
+| column | a descriptor of a chunk, as routers know it: `descriptors` for each chunk |
 | pair | a query and one of its picks |
 | run | rows [begin, end) that lie one after another in memory |
 | segment | the run of queries that share their anchors: a caption, a shot or a chunk |

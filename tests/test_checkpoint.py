@@ -18,7 +18,7 @@ from flax import nnx
 from moc_jax import __version__, checkpoint, models
 from moc_jax.checkpoint import CheckpointError, Checkpoints, load_for_sampling
 from moc_jax.config import Config, ConfigError, HashConfig, MeshConfig, MMDiTConfig, PcaConfig, TrainConfig
-from moc_jax.digest import tree_digests
+from moc_jax.digest import tree_digests, weights_digest
 from moc_jax.sharding import logical_axes, make_mesh, tree_shardings
 
 CONFIG = Config(
@@ -79,7 +79,7 @@ def folder(tmp_path):
 @pytest.fixture(scope="session")
 def saved_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "checkpoints"
-    checkpoints = Checkpoints(str(folder), TrainConfig())
+    checkpoints = Checkpoints(str(folder), TrainConfig(), lambda step, digest: f"step {step} {digest}")
     for step in (3, 5):
         save(checkpoints, step, state_on(mesh_of(1), seed=step)[0])
     checkpoints.close()
@@ -170,7 +170,10 @@ def zero(path):
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # tensorstore's reads of the other arrays
-@pytest.mark.parametrize("damage", [cut, flip, pathlib.Path.unlink])
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(cut, marks=pytest.mark.long), flip, pytest.param(pathlib.Path.unlink, marks=pytest.mark.long)],
+)
 def test_whatever_file_is_damaged_the_numbers_are_right(two, tmp_path, damage):
     """Each file of the newest checkpoint in turn: either it still reads exactly, or the one before is used."""
     (state_3, target), (state_5, _) = (state_on(mesh_of(1), seed=seed) for seed in (3, 5))
@@ -191,12 +194,20 @@ def test_whatever_file_is_damaged_the_numbers_are_right(two, tmp_path, damage):
         assert (copy / "damaged-5").exists() == (restored.step == 3)
         fell_back += [str(file.relative_to(two / "5"))] if named else []
         shutil.rmtree(copy)
-    gc.collect()  # what Orbax left of its failed reads must be told in this test, where it is expected
+    gc.collect()  # what Orbax left of its failed reads must be reported in this test, where it is expected
     data = [f for f in fell_back if "/d/" in f]
     assert "meta/data.json" in fell_back
     assert len(fell_back) < len(files_of(two / "5"))  # some files nobody reads
     assert any(f.startswith("params") for f in data)
     assert any(f.startswith("codec") for f in data)
+
+
+def test_a_card_lies_beside_each_checkpoint(two):
+    """It says which weights these are, and is no part of what is restored."""
+    digest = weights_digest(tree_digests(state_on(mesh_of(1), seed=5)[0]["ema"]))
+    assert (two / "5" / "README.md").read_text() == f"step 5 {digest}"
+    (two / "5" / "README.md").write_text("edited")
+    assert Checkpoints(str(two), TrainConfig()).restore(state_on(mesh_of(1))[1], accept).step == 5
 
 
 def test_training_goes_on_over_a_damaged_step(two):

@@ -12,6 +12,7 @@ import pytest
 from moc_jax import config as config_module
 from moc_jax.cli import clean_exit, load_config, parse, show_warning
 from moc_jax.config import BucketConfig, ChunkStage, Config, ConfigError, DataConfig, MoCConfig, TrainConfig
+from moc_jax.config.base import kinds_of
 from moc_jax.config_json import config_from_json, config_to_json, differences
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -93,8 +94,9 @@ def test_help_shows_every_field_with_its_comment(file, capsys, monkeypatch):
     def check(kind, prefix):
         for field in dataclasses.fields(kind):
             name = f"{prefix}{field.name.replace('_', '-')}"
-            if dataclasses.is_dataclass(field.type):
-                check(field.type, f"{name}.")
+            default = next(iter(kinds_of(field.type).values()), field.type)
+            if dataclasses.is_dataclass(default):
+                check(default, f"{name}.")
             else:
                 assert f"--{name} " in shown or f"--{name}," in shown, name
 

@@ -70,7 +70,7 @@ any_chunk = st.tuples(st.integers(0, 6), st.sampled_from([P, T, V]), st.integers
 any_cuts = st.lists(any_chunk, min_size=8, max_size=8)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 @given(one=any_cuts, other=any_cuts)
 def test_any_cuts_are_laid_out(one, other):
     lengths, kinds, steps = np.moveaxis(np.array([one, other]), 2, 0)

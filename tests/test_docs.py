@@ -10,6 +10,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import subprocess
 import tomllib
 import typing
 
@@ -17,10 +18,12 @@ import pytest
 import yaml
 
 from moc_jax.cli import load_config, parse
+from moc_jax.commands import plan, prepare
 from moc_jax.commands.sample import Arguments
 from moc_jax.config import Config, DataConfig
 from moc_jax.config.base import Settings
 from moc_jax.data.captions import load_captions
+from moc_jax.planning.topology import topology
 from moc_jax.sampling.storyboard import load_storyboard
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -98,7 +101,8 @@ def test_the_readme_stays_short():
 def test_commands_work(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = [line for block in _blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
-    named = [code for code in _inline(page) if re.match(r"(python3? -m |make |moc-(train|sample) |pip )", code)]
+    ours = r"(python3? -m |make |moc-(train|sample|prepare|plan) |pip )"
+    named = [code for code in _inline(page) if re.match(ours, code)]
     for line in [*shown, *named]:
         words = shlex.split(line, comments=True)
         if words:
@@ -119,6 +123,10 @@ def _check_command(words: list[str], where: str) -> None:
             _check_module(rest[1], rest[2:], where)
         case "moc-train":
             _parsed(lambda: load_config(rest), where)
+        case "moc-prepare":
+            _parsed(lambda: prepare.options(rest), where)
+        case "moc-plan":
+            _parsed(lambda: topology(plan.options(rest)[0].topology), where)
         case "moc-sample":
             complete = "--checkpoint" in rest and "--out" in rest
             _parsed(lambda: parse(Arguments, rest if complete else [*rest, "--checkpoint", "x", "--out", "y"]), where)
@@ -126,10 +134,61 @@ def _check_command(words: list[str], where: str) -> None:
             extras = set(re.findall(r"\w+", "".join(re.findall(r"\.\[(.*?)\]", where))))
             known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert extras <= set(known), where
+        case _ if program.startswith("launch/"):
+            assert (ROOT / program).is_file(), where
+            assert not rest or re.search(rf"(?m)^  {rest[0]}\)", (ROOT / program).read_text()), where
+        case "sbatch":
+            assert (ROOT / rest[-1]).is_file(), where
         case "cp":
             shutil.copy(ROOT / rest[0], rest[1])
         case _:
-            assert program in ("source", "cd", "git", "export", ".ci/run"), f"{where}: no such command"
+            assert program in ("source", "cd", "git", "export", ".ci/run", "scancel", "xpk"), (
+                f"{where}: no such command"
+            )
+
+
+LAUNCH = sorted((ROOT / "launch").iterdir())
+
+
+@pytest.mark.parametrize("script", LAUNCH, ids=lambda path: path.name)
+def test_scripts_that_launch_runs_give_commands_that_work(script):
+    """With the settings that they come with; what is the shell's own is bash's and shellcheck's to judge."""
+    if script.name == "Dockerfile":
+        return
+    text = script.read_text()
+    assert subprocess.run(["bash", "-n", script], capture_output=True, check=False).returncode == 0
+    if tool := shutil.which("shellcheck"):
+        done = subprocess.run([tool, "-x", script], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+    defaults = dict(re.findall(r"(?m)^(\w+)=\$\{\1:-(.*?)\}", (ROOT / "launch" / "settings.sh").read_text()))
+    defaults |= {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}
+    code = re.sub(r"(?m)^\s*#.*\n", "", text).replace("\\\n", " ")
+    commands = re.findall(r"((?:moc-(?:train|prepare)|python -m benchmarks\.\w+) [^&\n]*)", code)
+    assert len(commands) == {"tpu_vm.sh": 3, "xpk.sh": 3, "slurm.sbatch": 2}.get(script.name, 0)
+    for command in commands:
+        line = re.sub(r"\$\{?(\w+)\}?", lambda found: defaults[found[1]], command).replace('"', "").replace("'", "")
+        _check_command(shlex.split(line), f"{script.name}: {line}")
+
+
+STOPPED = """
+trap 'echo saved, the same command resumes from here; exit' TERM
+echo on
+while :; do sleep 0.1; done
+"""
+
+
+def test_a_run_that_was_stopped_is_a_failure_to_schedulers_one_that_is_done_is_not():
+    with contextlib.ExitStack() as stack:
+
+        def start(command: str) -> subprocess.Popen[str]:
+            words = ["bash", str(ROOT / "launch" / "until_done.sh"), "bash", "-c", command]
+            return stack.enter_context(subprocess.Popen(words, stdout=subprocess.PIPE, text=True))
+
+        done, failed, stopped = start("echo done"), start("exit 3"), start(STOPPED)
+        assert stopped.stdout is not None
+        assert stopped.stdout.readline() == "on\n"
+        stopped.terminate()
+        assert [process.wait(60) for process in (done, failed, stopped)] == [0, 3, 1]
 
 
 def _parsed(read: typing.Callable, where: str) -> None:
@@ -161,7 +220,11 @@ def _names(module: str) -> set[str]:
 def _check_module(module: str, arguments: list[str], where: str) -> None:
     if module in ("pytest", "pip", "venv") or module.endswith("..."):
         return
-    assert importlib.util.find_spec(module) is not None, f"{where}: there is no module {module}"
+    spec = importlib.util.find_spec(module)
+    assert spec is not None, f"{where}: there is no module {module}"
+    module += ".__main__" if spec.submodule_search_locations else ""
+    if module == "moc_jax.planning.saving":
+        return _parsed(lambda: load_config(arguments), where)
     for word in arguments:
         if word.startswith("--"):
             name = word.removeprefix("--").partition("=")[0].partition(".")[0].replace("-", "_")
@@ -187,7 +250,8 @@ def _settings(kind: type, prefix: str = "") -> set[str]:
 def test_settings_and_flags_exist(page):
     settings, sample = _settings(Config), set(typing.get_type_hints(Arguments))
     sections = "|".join(sorted(name for name in settings if any(s.startswith(f"{name}.") for s in settings)))
-    own = {"config", "preset", "help", *_names("benchmarks.report")}
+    own = {"config", "preset", "help", "processes", "part", "prune"}
+    own |= _names("benchmarks.report") | _names("evidence.run")
     for code in _inline(page):
         if re.fullmatch(rf"(?:{sections})\.[a-z_.]+", code) and not code.endswith((".py", ".md")):
             assert code in settings, f"{page.name}: there is no setting {code}"
@@ -200,7 +264,7 @@ def test_settings_and_flags_exist(page):
 def test_files_exist(page):
     for code in _inline(page):
         path = code.split("::")[0].removesuffix("/")
-        if re.fullmatch(r"(?:moc_jax|configs|tests|docs|benchmarks|\.ci|\.github)/[\w./-]+", path):
+        if re.fullmatch(r"(?:moc_jax|configs|tests|docs|benchmarks|launch|\.ci|\.github)/[\w./-]+", path):
             assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
 
 

@@ -105,7 +105,7 @@ def test_an_address_without_its_package_names_the_package(monkeypatch):
 
     monkeypatch.setattr("etils.epath.gpath.PosixGPath.mkdir", missing)
     with pytest.raises(
-        ConfigError, match=r"workdir gs://b/run .* install gcsfs .*Install that package, or give a path"
+        ConfigError, match=r"workdir gs://b/run .* install gcsfs .*pip install 'moc_jax\[gcs\]', or give a path"
     ):
         prove_folder("gs://b/run", setting="workdir")
 

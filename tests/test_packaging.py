@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
@@ -66,6 +67,21 @@ def test_locks_for_accelerators_are_for_the_jax_that_is_locked(extra, name):
         asked = Requirement(line)
         if asked.marker and asked.marker.evaluate({"extra": extra}) and asked.name != "requests":
             assert asked.specifier.contains((main | more)[asked.name]), line
+
+
+def test_what_programs_need_is_in_one_lock_and_what_else_tests_need_in_another():
+    """`make demo` installs the first alone."""
+    main, dev = lock(), lock("-dev")
+    assert not main.keys() & dev.keys()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for locked, lines in (
+        (main, project["dependencies"] + extras["train"]),
+        (main | dev, extras["dev"] + extras["wan"]),
+    ):
+        for asked in map(Requirement, lines):
+            if asked.name != "moc_jax":
+                assert asked.specifier.contains(locked[asked.name.lower().replace("_", "-")]), asked
 
 
 def test_the_version_is_the_same_everywhere():

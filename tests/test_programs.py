@@ -1,4 +1,4 @@
-"""moc-train and moc-sample, as train.py and sample.py: whatever happens ends with a line, never with a traceback."""
+"""The programs, as train.py, sample.py and prepare.py: whatever happens ends with a line, never with a traceback."""
 
 import importlib.metadata
 import os
@@ -156,7 +156,8 @@ def test_a_reader_that_is_gone_is_no_traceback(words):
 
 
 MODULES = ["moc_jax.attention.accounting", "moc_jax.data.demo_clip", "moc_jax.models.presets"]
-PROGRAMS = [["-S", "train.py"], ["-S", "sample.py"], ["-IS", "train.py"], *(["-S", "-m", module] for module in MODULES)]
+PROGRAMS = [["-S", f"{name}.py"] for name in ("train", "sample", "prepare")]
+PROGRAMS += [["-IS", "train.py"], *(["-S", "-m", module] for module in MODULES)]
 
 
 @pytest.mark.parametrize("words", PROGRAMS, ids=" ".join)

@@ -1,5 +1,6 @@
 """Scenes become chunks and positions exactly as a plain loop over shots makes them."""
 
+import dataclasses
 import itertools
 
 import hypothesis
@@ -221,6 +222,30 @@ def test_positions_follow_the_diagonal_and_are_distinct(one, other):
         np.testing.assert_array_equal(got[b, : len(text)], np.reshape(text, (-1, 3)))
         np.testing.assert_array_equal(got[b, SHAPE.text_tokens :][: len(video)], np.reshape(video, (-1, 3)))
         assert len({*text, *video}) == len(text) + len(video)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@given(scene=any_scene, continues=st.lists(st.booleans(), min_size=SHAPE.shots, max_size=SHAPE.shots))
+@example(scene=([2, 3, 1, 0], [1, 2, 0, 0, 0]), continues=[False, True, True, False])
+@example(scene=([2, 0, 1, 2], [1, 2, 0, 0, 0]), continues=[False, True, False, True])
+def test_a_shot_that_continues_another_runs_on_where_it_has_no_caption(scene, continues):
+    shot_frames, text_lengths = scene
+    lengths = dataclasses.replace(lengths_of(scene), continues=jnp.asarray([continues]))
+    got = np.asarray(positions_compiled(lengths, SHAPE))[0]
+    tokens = sum(shot_frames) * SHAPE.rows * SHAPE.columns
+    assert len(np.unique(got[: sum(text_lengths)], axis=0)) == sum(text_lengths)
+    video = got[SHAPE.text_tokens :][:tokens].reshape(-1, SHAPE.rows * SHAPE.columns, 3)
+    assert len(np.unique(np.concatenate([got[: sum(text_lengths)], video.reshape(-1, 3)]), axis=0)) == (
+        sum(text_lengths) + tokens
+    )
+    starts = np.cumsum([0, *shot_frames])
+    for shot in range(1, SHAPE.shots):
+        alone = text_lengths[1 + shot] == 0 and shot_frames[shot] and shot_frames[shot - 1]
+        if continues[shot] and alone:
+            last, first = video[starts[shot] - 1, 0], video[starts[shot], 0]
+            assert first[0] == last[0] + 1
+    plain = dataclasses.replace(lengths, continues=jnp.zeros((1, SHAPE.shots), bool))
+    np.testing.assert_array_equal(positions_compiled(plain, SHAPE), positions_compiled(lengths_of(scene), SHAPE))
 
 
 def test_a_single_shot_is_the_single_shot_model():

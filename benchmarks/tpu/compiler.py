@@ -5,7 +5,6 @@ takes its flags from the environment when it is loaded, hence a process for each
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -20,6 +19,8 @@ from benchmarks.tpu import listing
 from benchmarks.tpu.kernels import Blocks, Pass
 from benchmarks.tpu.listing import Schedule
 from moc_jax.attention.pallas_tpu import device
+from moc_jax.planning import compiled
+from moc_jax.planning.compiled import CompilationError
 
 PROGRAM = "-TLP-hlo.txt"
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -28,12 +29,10 @@ _STAGES = (listing.BUNDLES, listing.SLOTS)
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """How programs are compiled for a kind of TPU, and how its listings are read."""
+    """What programs are compiled for, of a kind of TPU, and how its listings are read."""
 
     topology: str
     """The smallest that libtpu knows."""
-    config: str = "default"
-    """How libtpu sets the chip up; v4's two cores are one device only where it is asked for."""
     granule: int = 32
     """Bytes in which listings count copies."""
     rows_per_cycle: int = 1
@@ -62,7 +61,7 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4:1x1x1", config="megacore", granule=512),
+    "v4": Chip("v4:1x1x1", granule=512),
     "v5e": Chip("v5e:1x1"),
     "v5p": Chip("v5p:1x1x1"),
     "v6e": Chip("v6e:1x1", rows_per_cycle=2),
@@ -79,10 +78,6 @@ class Compiled:
     """Bytes on the chip of the whole program: arguments, outputs, temporary."""
 
 
-class CompilationError(RuntimeError):
-    """The compiler refuses a kernel: most often, its blocks don't fit into VMEM."""
-
-
 def compile_for(
     chip: str, kernel: str, way: Pass, blocks: Blocks, head_dim: int = 128, timeout: float = 300
 ) -> Compiled:
@@ -90,7 +85,8 @@ def compile_for(
 
     Raises:
         RuntimeError: libtpu is missing.
-        CompilationError: the kernel doesn't compile, with the compiler's reason, or takes longer than the timeout.
+        CompilationError: the kernel doesn't compile, most often because its blocks don't fit into VMEM, or takes longer
+            than the timeout.
     """
     with tempfile.TemporaryDirectory(prefix="tpu_schedule_") as temporary:  # hundreds of files per compilation
         listings = pathlib.Path(temporary) / "listings"
@@ -117,7 +113,7 @@ def run(
         RuntimeError: libtpu is missing.
         CompilationError: the process fails, with the compiler's reason, or takes longer than the timeout.
     """
-    if not installed():
+    if not compiled.installed():
         raise RuntimeError("the TPU compiler is missing: pip install -e '.[tpu]'")
     try:
         done = subprocess.run(
@@ -132,12 +128,7 @@ def run(
     except subprocess.TimeoutExpired as error:
         raise CompilationError(f"{name}: not compiled in {timeout:g} s") from error
     if done.returncode != 0:
-        raise CompilationError(f"{name}: {_reason(done.stderr)}")
-
-
-def installed() -> bool:
-    """Whether the TPU compiler is."""
-    return importlib.util.find_spec("libtpu") is not None
+        raise CompilationError(f"{name}: {compiled.reason(done.stderr)}")
 
 
 def environment(listings: pathlib.Path | None = None, stages: Sequence[str] = _STAGES) -> dict[str, str]:
@@ -148,20 +139,5 @@ def environment(listings: pathlib.Path | None = None, stages: Sequence[str] = _S
     """
     labels = f".*({'|'.join(stages) or 'none'}).*"
     flags = f"--xla_jf_dump_to={listings} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={labels}"
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",  # those around are for this machine
-        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags if listings else ''}".strip(),
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so that processes needn't wait for each other
-        # Don't look for a TPU host around this machine.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",  # any will do
-    }
-
-
-def _reason(stderr: str) -> str:
-    """The line of the exception."""
-    lines = [line.strip() for line in stderr.splitlines() if "Error" in line]
-    return lines[-1] if lines else stderr[-500:].strip()
+    given = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags if listings else ''}".strip()
+    return compiled.environment() | {"LIBTPU_INIT_ARGS": given}

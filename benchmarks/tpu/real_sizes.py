@@ -68,7 +68,7 @@ def program(
 
 def kernels(program: jax.stages.Compiled) -> list[str]:
     """Names of the backend's kernels in a program."""
-    return sorted(set(re.findall(r"%(moc_[a-z_]*[a-z])", program.as_text())))
+    return sorted(set(re.findall(r"%(moc_[a-z_]*[a-z])", program.as_text() or "")))
 
 
 def main(chip: str, file: str, *names: str) -> None:

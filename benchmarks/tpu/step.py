@@ -13,7 +13,6 @@ import sys
 import time
 
 import jax
-from jax.experimental import topologies
 
 from benchmarks.model import Arguments, make_scene
 from benchmarks.tpu.compiler import CHIPS
@@ -21,6 +20,7 @@ from benchmarks.tpu.worker import memory
 from moc_jax.attention.api import RoutedAttention
 from moc_jax.attention.pallas_tpu.device import Tpu
 from moc_jax.config import Config, HashConfig, MeshConfig, TrainConfig
+from moc_jax.planning.compiled import absent_devices
 from moc_jax.sharding import make_mesh
 from moc_jax.training.state import make_blueprint
 from moc_jax.training.step import make_train_step
@@ -40,10 +40,7 @@ def main(topology: str, depth: str, shots: str, folder: str) -> None:
 def lower(topology: str, depth: int, shots: int) -> jax.stages.Lowered:
     """The step before it is compiled."""
     args, chip = Arguments(), CHIPS[topology.split(":")[0]]
-    devices = topologies.get_topology_desc(
-        topology if ":" in topology else chip.topology, "tpu", chip_config_name=chip.config
-    ).devices
-    devices = devices if ":" in topology else devices[:1]
+    devices = absent_devices(topology) if ":" in topology else absent_devices(chip.topology)[:1]
     model = dataclasses.replace(args.model, depth=depth)
     config = Config(model=model, moc=args.moc, text=HashConfig(dim=model.text_dim), train=TrainConfig(ema_decay=0.0))
     attention = RoutedAttention(backend=Tpu(chip=chip.kind))

@@ -58,7 +58,7 @@ def random_routes(setting: Setting, dim: int) -> np.ndarray:
     return np.asarray(found)[0, 0]
 
 
-def _routed(call: Call, routes: np.ndarray) -> list[np.ndarray]:
+def _routed(call: Call, routes: np.ndarray) -> list[jax.Array]:
     """Picks [B, H, K, tokens / 128, 128]."""
     (shape,) = (x.shape for x in call.params["out_avals"])
     lines = np.full((shape[2], shape[3] * shape[4]), -1, np.int32)
@@ -80,7 +80,7 @@ def _moved(call: Call) -> list[jax.Array | None]:
     return [jnp.asarray(out)]
 
 
-def _counted(call: Call) -> list[np.ndarray | None]:
+def _counted(call: Call) -> list[jax.Array | None]:
     """No ranks, but how many picks each chunk has, the same in every lane, where ranks begin at 0."""
     (begin, routes), ends = call.inputs, call.params["out_avals"][1]
     if routes is None or np.any(begin):

@@ -12,7 +12,9 @@ from benchmarks.tpu.worker import compiled
 
 def main(chip: str, part: str, file: str) -> None:
     """In bfloat16, 12 heads of 128."""
-    pathlib.Path(file).write_text(compiled(chip, *program(SCENES["multi_shot"], part, chip)).as_text())
+    text = compiled(chip, *program(SCENES["multi_shot"], part, chip)).as_text()
+    assert text is not None
+    pathlib.Path(file).write_text(text)
 
 
 if __name__ == "__main__":

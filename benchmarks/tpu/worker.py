@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 
 from benchmarks.tpu.compiler import CHIPS
 from benchmarks.tpu.kernels import KERNELS, PASSES, Blocks
+from moc_jax.planning.compiled import absent_devices
 
 
 def main(chip: str, kernel: str, way: str, blocks: str, head_dim: str, file: str) -> None:
@@ -29,7 +29,7 @@ def main(chip: str, kernel: str, way: str, blocks: str, head_dim: str, file: str
 def compiled(chip: str, function: Callable[..., Any], arguments: Any) -> jax.stages.Compiled:
     """The program for one device of chips that aren't there; arguments are shapes, and kernels know their chip."""
     of = CHIPS[chip]
-    devices = topologies.get_topology_desc(of.topology, "tpu", chip_config_name=of.config).devices[:1]
+    devices = absent_devices(of.topology)[:1]
     assert devices[0].num_cores == of.cores
     sharding = jax.sharding.NamedSharding(jax.sharding.Mesh(np.array(devices), "device"), jax.P())
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
@@ -39,6 +39,7 @@ def compiled(chip: str, function: Callable[..., Any], arguments: Any) -> jax.sta
 def memory(program: jax.stages.Compiled) -> dict[str, int]:
     """Bytes in HBM: arguments, outputs, temporary, and all together, less what temporary arrays share with outputs."""
     found = program.memory_analysis()
+    assert found is not None
     return {
         "arguments": found.argument_size_in_bytes,
         "outputs": found.output_size_in_bytes,

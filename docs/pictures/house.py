@@ -9,12 +9,13 @@ from svg import INK, MUTED, OWN, PICK, TEXT, Picture
 
 # From top to bottom. Each module: what it holds, and its colour.
 LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
-    ("programs", {"commands": ("moc-train, moc-sample", INK)}),
+    ("programs", {"commands": ("moc-train, moc-sample", INK), "planning": ("what a pod will need", INK)}),
     (
         "runs",
         {
             "training": ("state, step, loop, metrics", INK),
             "sampling": ("storyboard to video", INK),
+            "weights": ("public files of weights", TEXT),
             "cli": ("command lines, exit codes", MUTED),
         },
     ),
@@ -22,13 +23,15 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
         "on disk",
         {
             "checkpoint": ("save, restore, resume", MUTED),
+            "checkpoint_base": ("what adapters adapt", MUTED),
+            "public_weights": ("read and written", TEXT),
             "compilation": ("compiled programs, kept", MUTED),
         },
     ),
     (
         "building blocks",
         {
-            "models": ("the transformer", OWN),
+            "models": ("the transformers", OWN),
             "diffusion": ("process, solvers", OWN),
             "data": ("shots, shards, batches", OWN),
             "cuts": ("chunks cut by hand", TEXT),
@@ -49,31 +52,39 @@ LAYERS: tuple[tuple[str, dict[str, tuple[str, str]]], ...] = (
         "forms",
         {
             "scene": ("shots and chunks", TEXT),
+            "tensor_files": ("public weights' files", MUTED),
             "files": ("all or nothing", MUTED),
             "checkpoint_names": ("which are steps", MUTED),
+            "stories": ("others' scene files", TEXT),
+            "provenance": ("what made a video", TEXT),
             "config_json": ("configs as JSON", MUTED),
-            "sharding": ("mesh and rules", MUTED),
+            "sharding": ("rules of the mesh", MUTED),
+            "mesh": ("where devices lie", MUTED),
         },
     ),
     (
         "settings",
         {
+            "dialogue": ("with users' commands", MUTED),
             "config": ("every setting, checked", TEXT),
             "documents": ("strict YAML", MUTED),
             "reading": ("strict text and JSON", MUTED),
             "showing": ("values in messages", MUTED),
+            "cloud": ("objects in buckets", MUTED),
         },
     ),
     (
         "leaves",
         {
             "shapes": ("glossary, array types", TEXT),
+            "chips": ("their data sheets", MUTED),
             "errors": ("clear causes", MUTED),
             "signals": ("Ctrl-C, SIGTERM", MUTED),
             "watcher": ("lost processes", MUTED),
             "progress": ("while one waits", MUTED),
             "timing": ("runs of a program", MUTED),
             "phases": ("seconds until a result", MUTED),
+            "flags": ("options of XLA", MUTED),
         },
     ),
 )

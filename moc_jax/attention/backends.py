@@ -32,16 +32,22 @@ _log = logging.getLogger(__name__)
 class Implementation(Protocol):
     """The functions of a backend's module. Inputs are checked, and `backend` is a value of the backend's own type."""
 
+    def means(
+        self, k: Float[Array, "B N H D"], table: ChunkTable, cfg: MoCConfig, backend
+    ) -> Float32[Array, "B H _ D"]:
+        """phi: `columns.columns` of the keys."""
+        ...
+
     def select(
         self,
         q: Float[Array, "B Q H D"],
-        k: Float[Array, "B N H D"],
+        phi: Float32[Array, "B H _ D"],
         queries: Queries,
         table: ChunkTable,
         cfg: MoCConfig,
         backend,
     ) -> Int[Array, "B H Q K"]:
-        """The best `top_k` candidates of every query, best first; no gradient is needed."""
+        """The best `top_k` columns of phi of every query, best first; no gradient is needed."""
         ...
 
     def attend(
@@ -129,6 +135,7 @@ def resolve(
             raise ValueError(f"backend is {backend!r}; choose one of auto, {', '.join(BY_NAME)}")
         return BY_NAME[backend]()
     picks = 0 if cfg.mode == "dense" else cfg.top_k if chunks is None else min(cfg.top_k, chunks)
+    picks *= cfg.descriptors
     chosen, kind = _kernels_for(picks, q) or Xla(), ""
     if q is not None:
         if any(x.dtype != q.dtype for x in others):

@@ -37,6 +37,7 @@ class Queries:
     length: Int[Array, "B C"]  # and how many rows it has
     text_tokens: int = dataclasses.field(metadata={"static": True})  # no more query tokens are text
     first_video: int = dataclasses.field(metadata={"static": True})  # no row before this one is video
+    row: Int[Array, " Q"] | None = None  # what is drawn depends on it: of the same token, the same; None: 0, 1, 2, ...
 
     @property
     def valid(self) -> Bool[Array, "B Q"]:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention import routing
+from moc_jax.attention.columns import columns
 from moc_jax.attention.layout import Queries
 from moc_jax.attention.routing import anchor_chunks
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Bool, Float, Int, typed
+from moc_jax.shapes import Array, Bool, Float, Float32, Int, typed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,16 +27,21 @@ class Reference:
     name: ClassVar[str] = "reference"
 
 
+def means(k: Float[Array, "B N H D"], table: ChunkTable, cfg: MoCConfig, backend: Reference):
+    """See backends.py."""
+    return columns(k, table, cfg)
+
+
 def select(
     q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
+    phi: Float32[Array, "B H _ D"],
     queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
     backend: Reference,
 ) -> Int[Array, "B H Q K"]:
     """The best candidates of every query."""
-    return routing.select(q, routing.descriptors(k, table), queries, table, cfg)
+    return routing.select(q, phi, queries, table, cfg)
 
 
 @typed

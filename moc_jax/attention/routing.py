@@ -7,6 +7,9 @@ row = the query's chunk, column = the chunk that may be attended to.
     score(i, c) = q_i . phi(c)                             float32, no scale                    (2)
     picks(i)    = top_k candidates by score, ties to the lowest chunk                           (3)
     context(i)  = picks(i) and anchors(i)                  one softmax over their tokens        (4)
+
+With `sink_chunks`, the first chunks of earlier shots are picks of every query: no candidates, behind its others. With
+several `descriptors` a chunk is several columns of phi (columns.py) and scores as the best of them.
 """
 
 import functools
@@ -51,7 +54,8 @@ def anchor_chunks(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
 def candidate_chunks(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
     """Chunks that the queries of each chunk may pick from: non-empty video chunks that are not their anchors."""
     video = table.kind == VIDEO
-    candidates = video[:, :, None] & (video & (table.length > 0))[:, None, :] & _visible(table, cfg)
+    there = pickable_chunks(table) & ~first_chunks(table, cfg)
+    candidates = video[:, :, None] & there[:, None, :] & _visible(table, cfg)
     candidates &= ~_self_anchor(table, cfg)
     if cfg.causal_routing:
         chunk = jnp.arange(table.kind.shape[1])
@@ -66,27 +70,58 @@ def pickable_chunks(table: ChunkTable) -> Bool[Array, "B C"]:
 
 
 @typed
+def first_chunks(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C"]:
+    """The first `cfg.sink_chunks` of each shot that are not empty."""
+    there = pickable_chunks(table)
+    if not cfg.sink_chunks or cfg.mode == "dense":
+        return jnp.zeros_like(there)
+    chunk = jnp.arange(there.shape[1])
+    before = (table.shot[:, None, :] == table.shot[:, :, None]) & (chunk[None, :] < chunk[:, None])[None]
+    return there & (jnp.sum(before & there[:, None, :], axis=2) < cfg.sink_chunks)
+
+
+@typed
+def sink_chunks(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
+    """Chunks that the queries of each chunk pick whatever their keys: the first ones of every earlier shot."""
+    earlier = table.shot[:, None, :] < table.shot[:, :, None]
+    return (table.kind == VIDEO)[:, :, None] & first_chunks(table, cfg)[:, None, :] & earlier
+
+
+def sink_slots(table: ChunkTable, cfg: MoCConfig) -> int:
+    """The most of them that a query can have."""
+    chunks = table.kind.shape[1]
+    shots = chunks if table.max_shots is None else table.max_shots
+    return 0 if cfg.mode == "dense" else min(cfg.sink_chunks * max(shots - 1, 0), chunks)
+
+
+@typed
 def candidate_runs(table: ChunkTable, cfg: MoCConfig) -> tuple[Int[Array, "B C"], Int[Array, "B C"], Int[Array, "B C"]]:
     """`candidate_chunks` for kernels: (first, second, end), by the query's chunk.
 
-    The candidates are the pickable chunks in [0, first) and [second, end). With causal routing or no self anchor the
-    second run is empty.
+    The candidates are the columns of phi in [0, first) and [second, end) that are of pickable chunks and not NaN. With
+    causal routing or no self anchor the second run is empty.
     """
     candidates = candidate_chunks(table, cfg)
     chunks = candidates.shape[-1]
     chunk = jnp.arange(chunks, dtype=jnp.int32)[None, None]
-    barred = pickable_chunks(table)[:, None] & ~candidates
+    barred = (pickable_chunks(table) & ~first_chunks(table, cfg))[:, None] & ~candidates
     first = jnp.min(jnp.where(barred, chunk, chunks), axis=-1)
     second = jnp.min(jnp.where(candidates & (chunk > first[:, :, None]), chunk, chunks), axis=-1)
     end = jnp.max(jnp.where(candidates, chunk + 1, 0), axis=-1)
-    return jnp.minimum(first, end), second, end
+    first, second, end = (cfg.descriptors * x for x in (jnp.minimum(first, end), second, end))
+    return first, second, end
 
 
 def _visible(table: ChunkTable, cfg: MoCConfig) -> Bool[Array, "B C C"]:
     real = table.kind != PAD
     seen = real[:, :, None] & real[:, None, :]
+    own, others = table.shot[:, :, None], table.shot[:, None, :]
     if cfg.visibility == "past":  # the global caption counts as shot -1: seen by all, seeing itself
-        seen &= table.shot[:, None, :] <= table.shot[:, :, None]
+        seen &= others <= own
+    elif cfg.visibility == "own":
+        seen &= (others == own) | (others == GLOBAL)
+    elif cfg.visibility == "before":
+        seen &= (others < own) & (others >= 0)
     return seen
 
 
@@ -170,14 +205,14 @@ def _rows(x: Array, index: Array) -> Array:
 @typed
 def select(
     q: Float[Array, "B Q H D"],
-    phi: Float32[Array, "B H C D"],
+    phi: Float32[Array, "B H _ D"],
     queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
     *,
     block: int | None = None,
 ) -> Int[Array, "B H Q K"]:
-    """Equations (2) and (3): the `top_k` best candidates of every query; none of score NaN or -inf.
+    """Equations (2) and (3): the `top_k` best columns of every query's candidates; none of score NaN or -inf.
 
     Best first, then -1, in `width` of `top_k`. Text and padding tokens pick nothing. `block` queries are scored at a
     time, so that scores never take more than B * H * block * C floats.
@@ -185,6 +220,7 @@ def select(
 
     def one_block(q, candidates, _):
         scores = jnp.einsum("bnhd,bhcd->bhnc", q.astype(jnp.float32), phi, precision="highest")
+        candidates = jnp.repeat(candidates, cfg.descriptors, axis=-1) if cfg.descriptors > 1 else candidates
         return _top(scores, jnp.broadcast_to(candidates[:, None], scores.shape), cfg.top_k)
 
     return _by_block(one_block, q, 1, queries, table, cfg, block)
@@ -222,10 +258,15 @@ def recent_picks(queries: Queries, table: ChunkTable, cfg: MoCConfig, heads: int
     """
     chunk = jnp.arange(table.kind.shape[1])
     before = candidate_chunks(table, cfg) & (chunk[None, :] < chunk[:, None])[None]
-    of_chunk = _top(jnp.broadcast_to(chunk.astype(jnp.float32), before.shape), before, cfg.top_k)  # [B, C, K]
-    of = jnp.maximum(queries.chunk_of, 0)  # padding reads chunk 0's, before which there is none
-    picks = jnp.take_along_axis(of_chunk, of[:, :, None], axis=1)
-    return jnp.broadcast_to(picks[:, None], (picks.shape[0], heads, *picks.shape[1:]))
+    return _of_queries(jnp.broadcast_to(chunk.astype(jnp.float32), before.shape), before, cfg.top_k, queries, heads)
+
+
+@typed
+def sinks(queries: Queries, table: ChunkTable, cfg: MoCConfig, heads: int) -> Int[Array, "B H Q K"]:
+    """`sink_chunks` of every query, in order."""
+    chunk = jnp.arange(table.kind.shape[1])
+    mask, slots = sink_chunks(table, cfg), sink_slots(table, cfg)
+    return _of_queries(jnp.broadcast_to(-chunk.astype(jnp.float32), mask.shape), mask, slots, queries, heads)
 
 
 @typed
@@ -250,6 +291,13 @@ def drop(
     return _by_block(one_block, picks, 2, queries, table, cfg, block)
 
 
+def _of_queries(scores: Array, mask: Array, count: int, queries: Queries, heads: int) -> Int[Array, "B H Q K"]:
+    """The `count` best of each query's chunk, by scores and mask [B, C, C]; the same for all heads."""
+    of = jnp.maximum(queries.chunk_of, 0)  # padding reads chunk 0's, which has none
+    picks = jnp.take_along_axis(_top(scores, mask, count), of[:, :, None], axis=1)
+    return jnp.broadcast_to(picks[:, None], (picks.shape[0], heads, *picks.shape[1:]))
+
+
 def _by_block(function, x: Array, axis: int, queries: Queries, table: ChunkTable, cfg: MoCConfig, block: int | None):
     """function(rows of x, their candidates [B, n, C], their tokens [n]) -> [B, H, n, K], `block` tokens at a time.
 
@@ -262,12 +310,13 @@ def _by_block(function, x: Array, axis: int, queries: Queries, table: ChunkTable
     padding = -tokens % block
     x = jnp.pad(x, [(0, padding if i == axis else 0) for i in range(x.ndim)])
     chunk_of = jnp.pad(queries.chunk_of, ((0, 0), (0, padding)), constant_values=_NOTHING)
+    token = jnp.arange(tokens + padding) if queries.row is None else jnp.pad(queries.row, (0, padding))
 
     def one(i):
         rows = lax.dynamic_slice_in_dim(x, i * block, block, axis=axis)
         of = lax.dynamic_slice_in_dim(chunk_of, i * block, block, axis=1)
         mask = jnp.take_along_axis(candidates, jnp.where(of < 0, chunks, of)[:, :, None], axis=1)
-        return function(rows, mask, i * block + jnp.arange(block))
+        return function(rows, mask, lax.dynamic_slice_in_dim(token, i * block, block))
 
     picks = lax.map(one, jnp.arange((tokens + padding) // block))  # [blocks, B, H, block, K]
     return jnp.moveaxis(picks, 0, 2).reshape(*picks.shape[1:3], tokens + padding, picks.shape[-1])[:, :, :tokens]

@@ -24,7 +24,8 @@ class Runs(NamedTuple):
 def anchor_runs(table: ChunkTable, cfg: MoCConfig) -> Runs:
     """The keys that each chunk's queries always read."""
     text, is_global = table.kind == TEXT, table.shot == GLOBAL
-    split_text = cfg.mode == "moc" and cfg.text_anchor == "own+global"  # the captions in between are not seen
+    # Where the captions in between are not seen.
+    split_text = cfg.visibility == "own" or (cfg.mode == "moc" and cfg.text_anchor == "own+global")
     groups = [text & is_global, text & ~is_global] if split_text else [text]
     return _cover(anchor_chunks(table, cfg), [*groups, table.kind == VIDEO], table.start, table.length)
 

@@ -24,6 +24,7 @@ from moc_jax.attention.pallas_gpu.device import HopperTiling
 from moc_jax.attention.pallas_tpu import tuning
 from moc_jax.attention.pallas_tpu.device import target
 from moc_jax.attention.pallas_tpu.tuning import Blocks
+from moc_jax.attention.routing import sink_slots
 from moc_jax.attention.xla import XlaTiling, default_tiling
 from moc_jax.config import ConfigError, MoCConfig
 from moc_jax.config.base import user_cache
@@ -73,7 +74,7 @@ def with_tiling(backend: Backend, tiling: Tiling) -> Backend:
 
 
 def _picks(cfg: MoCConfig, table: ChunkTable) -> int:
-    return 0 if cfg.mode == "dense" else min(cfg.top_k, table.kind.shape[1])
+    return 0 if cfg.mode == "dense" else min(cfg.top_k + sink_slots(table, cfg), table.kind.shape[1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moc_jax.attention import routing
+from moc_jax.attention.columns import columns
 from moc_jax.attention.layout import Queries
 from moc_jax.attention.residuals import named_outputs
 from moc_jax.attention.runs import Runs, anchor_runs
@@ -49,7 +50,7 @@ from moc_jax.attention.xla_walk import (
 )
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Float, Int, typed
+from moc_jax.shapes import Array, Float, Float32, Int, typed
 
 _LARGE = 8192  # tokens from which a scene is large
 _LEAST = 64  # tokens of a chunk whose equal parts make no steps that are too small
@@ -114,16 +115,23 @@ class _Static(NamedTuple):
     anchors: bool  # whether they are walked
 
 
+def means(k: Float[Array, "B N H D"], table: ChunkTable, cfg: MoCConfig, backend: Xla) -> Float32[Array, "B H _ D"]:
+    """See backends.py."""
+    with jax.named_scope("moc_route"):
+        return columns(k, table, cfg)
+
+
 def select(
     q: Float[Array, "B Q H D"],
-    k: Float[Array, "B N H D"],
+    phi: Float32[Array, "B H _ D"],
     queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
     backend: Xla,
 ) -> Int[Array, "B H Q K"]:
     """The best candidates of every query."""
-    return routing.select(q, routing.descriptors(k, table), queries, table, cfg, block=_ROUTE_BLOCK)
+    with jax.named_scope("moc_route"):
+        return routing.select(q, phi, queries, table, cfg, block=_ROUTE_BLOCK)
 
 
 @typed

@@ -1,7 +1,7 @@
 """What a codec must offer, and the conversion between stored pixels (uint8) and the codec's range [-1, 1]."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -13,6 +13,10 @@ class CodecMismatch(Failure, ValueError):
     """A codec's saved state does not belong to the configuration it is loaded for."""
 
 
+class CodecError(Failure, RuntimeError):
+    """A codec can't do its work on these devices."""
+
+
 class Codec(Protocol):
     """Video in [-1, 1] <-> latents. Pixel sizes are F Y X, latent sizes f y x.
 
@@ -20,12 +24,21 @@ class Codec(Protocol):
     stride[0] * (f - 1) + 1 frames has f latent frames, and a single image is a clip of one frame.
     """
 
+    fitted: ClassVar[bool]
+    """Whether `fit` needs clips' sums; one that is downloaded needs none."""
     stride: tuple[int, int, int]
     channels: int
+    batch_size: int
+    """Clips that are best encoded together."""
 
     @classmethod
-    def fit(cls, cfg: Any, clips: Iterable[Float[np.ndarray, "F Y X 3"]]) -> Self:
-        """A codec of its own config; see `fit_codec`."""
+    def sums(cls, cfg: Any, clips: Iterable[Float[np.ndarray, "F Y X 3"]]) -> dict[str, np.ndarray]:
+        """What `fit` needs of these clips, whatever other clips there are; see `sums_of`."""
+        ...
+
+    @classmethod
+    def fit(cls, cfg: Any, sums: Iterable[dict[str, np.ndarray]]) -> Self:
+        """A codec of its own config, from `sums` of some clips each; see `fit_codec`."""
         ...
 
     @classmethod
@@ -41,6 +54,10 @@ class Codec(Protocol):
         """Latents; ValueError when the clip's frames, rows or columns do not fit the stride."""
         ...
 
+    def encode_batch(self, videos: Float[np.ndarray, "B F Y X 3"]) -> Float32[np.ndarray, "B f y x Z"]:
+        """The same of several clips of one size, as one program where there is one."""
+        ...
+
     def decode(self, latents: Float[np.ndarray, "f y x Z"]) -> Float32[np.ndarray, "F Y X 3"]:
         """The clip, clipped to [-1, 1]."""
         ...
@@ -48,7 +65,7 @@ class Codec(Protocol):
     def state(self) -> dict[str, np.ndarray]:
         """What was fitted, as arrays (a checkpoint holds them).
 
-        Empty for a codec that is downloaded: its config has a `Reference`, by which `load` finds and checks its file.
+        Of a codec that is downloaded, at most a digest: its files lie where its config says, and `load` checks them.
         """
         ...
 

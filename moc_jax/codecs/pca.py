@@ -30,11 +30,12 @@ a rest, of which (c) takes the true variance, but no correlation with other patc
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 from einops import rearrange
@@ -95,6 +96,15 @@ class _Moments:
             self._total += vectors.sum(axis=0, dtype=np.float64)
             self._outer += vectors.T @ vectors
 
+    def state(self) -> dict[str, np.ndarray]:
+        return {"count": np.array(self.count), "total": self._total, "outer": self._outer}
+
+    def join(self, count: np.ndarray, total: np.ndarray, outer: np.ndarray) -> None:
+        """Adds those of other clips, from `state`."""
+        self.count += int(count)
+        self._total += total
+        self._outer += outer
+
     def basis(self, whiten: float, like: Float[np.ndarray, "Z d"] | None = None) -> _Basis:
         """(b) and (c). A component's sign is arbitrary: its product with that of `like` of the same rank, or else the
         sum of its entries, is positive."""
@@ -123,8 +133,17 @@ class _Moments:
         return _Basis(*_float32(totals[:size], vectors.T, scale, missing))
 
 
+def _moments(cfg: PcaConfig) -> tuple[_Moments, _Moments]:
+    """Of first frames and of further ones."""
+    _, h, w = cfg.stride
+    return _Moments((1, h, w), cfg.channels, _STILL), _Moments(cfg.stride, cfg.channels, _MOVING)
+
+
 class PCACodec:
     """See the module; build one with `fit` or `load`."""
+
+    fitted: ClassVar[bool] = True
+    batch_size = 1
 
     def __init__(self, cfg: PcaConfig, first: _Basis, rest: _Basis):
         self.stride = cfg.stride
@@ -133,10 +152,10 @@ class PCACodec:
         self._first, self._rest = first, rest
 
     @classmethod
-    def fit(cls, cfg: PcaConfig, clips: Iterable[Float[np.ndarray, "F Y X 3"]]) -> Self:
-        """(b) and (c) for the patches of `clips`, which are read once, one at a time."""
-        t, h, w = cfg.stride
-        first, rest = _Moments((1, h, w), cfg.channels, _STILL), _Moments(cfg.stride, cfg.channels, _MOVING)
+    def sums(cls, cfg: PcaConfig, clips: Iterable[Float[np.ndarray, "F Y X 3"]]) -> dict[str, np.ndarray]:
+        """The moments of the patches of `clips`, which are read once, one at a time."""
+        t = cfg.stride[0]
+        first, rest = _moments(cfg)
         for number, clip in enumerate(clips):
             if not np.isfinite(clip).all():
                 raise ValueError(f"clip {number} to fit the codec on holds NaN or infinite values")
@@ -147,6 +166,18 @@ class PCACodec:
             first.add(stills)
             if len(clip) > 1:
                 rest.add(np.concatenate([np.tile(stills[:1], t), _rest_patches(cfg, lapped)]), start=1)
+        return {
+            f"{part}_{name}": a for part, of in (("first", first), ("rest", rest)) for name, a in of.state().items()
+        }
+
+    @classmethod
+    def fit(cls, cfg: PcaConfig, sums: Iterable[dict[str, np.ndarray]]) -> Self:
+        """(b) and (c), by moments that are added up in the order given."""
+        t = cfg.stride[0]
+        first, rest = _moments(cfg)
+        for each in sums:
+            first.join(*(each[f"first_{name}"] for name in ("count", "total", "outer")))
+            rest.join(*(each[f"rest_{name}"] for name in ("count", "total", "outer")))
         if not rest.count:
             raise ValueError(
                 f"the codec needs at least one clip of {t + 1} frames or more to be fitted on (the first frame, and "
@@ -222,6 +253,10 @@ class PCACodec:
         rest = self._rest.encode(_rest_patches(self._cfg, lapped))
         return np.concatenate([first, rest]).astype(np.float32)
 
+    def encode_batch(self, videos: Float[np.ndarray, "B F Y X 3"]) -> Float32[np.ndarray, "B f y x Z"]:
+        """See `moc_jax.codecs.Codec`."""
+        return np.stack([self.encode(video) for video in videos])
+
     @typed
     def decode(self, latents: Float[np.ndarray, "f y x Z"]) -> Float32[np.ndarray, "F Y X 3"]:
         """Latents -> video, clipped to [-1, 1].
@@ -285,7 +320,7 @@ def _lapped(cfg: PcaConfig, video: Float[np.ndarray, "F Y X 3"], *, inverse: boo
     """(a): video with the pixels around the borders of patches turned, or turned back."""
     video = np.array(video, np.float32, order="C")
     _, h, w = cfg.stride
-    rows, columns = _turn(h), np.kron(_turn(w), np.eye(3, dtype=np.float32))
+    rows, columns = _turn(h, 1), _turn(w, 3)
     if inverse:
         rows, columns = rows.T, columns.T
     for frame in video:
@@ -296,15 +331,17 @@ def _lapped(cfg: PcaConfig, video: Float[np.ndarray, "F Y X 3"], *, inverse: boo
     return video
 
 
-def _turn(size: int) -> Float32[np.ndarray, "size size"]:
-    """Equation (1) for the size / 2 pixels before and after a border; of an odd size, the last pixel stays."""
+@functools.cache
+def _turn(size: int, values: int) -> Float32[np.ndarray, "n n"]:
+    """Equation (1) for the size / 2 pixels before and after a border; of an odd size, the last pixel stays. Each pixel
+    has so many values, side by side."""
     half = size // 2
     n = np.arange(half) + 0.5
     four = np.sqrt(2 / max(half, 1)) * np.cos(np.pi / max(half, 1) * np.outer(n, n))
     odd = np.hstack([-np.eye(half)[::-1], np.eye(half)]) / np.sqrt(2)
     turn = np.eye(size)
     turn[: 2 * half, : 2 * half] += odd.T @ ((_cosines(half).T @ four)[::-1, ::-1] - np.eye(half)) @ odd
-    return turn.astype(np.float32)
+    return np.kron(turn.astype(np.float32), np.eye(values, dtype=np.float32))
 
 
 def _cosines(size: int) -> Float[np.ndarray, "n n"]:

@@ -6,16 +6,19 @@ import typing
 from collections.abc import Sequence
 
 from moc_jax.config.base import Settings, expanded
+from moc_jax.tensor_files.places import are_public
 
 
-def saved_values[S: Settings](kind: type[S], argv: Sequence[str], sample: Sequence[str]) -> S | None:
+def saved_values[S: Settings](
+    kind: type[S], argv: Sequence[str], sample: Sequence[str], data: Sequence[str]
+) -> S | None:
     """Arguments with the checkpoint's values; None unless help is asked for, of a checkpoint.
 
     Not checked, since what has to be given is missing.
 
     Args:
         kind: the program's arguments.
-        sample: which of them are settings of a config's `sample`.
+        sample, data: which of them are settings of a config's `sample` and `data`.
 
     Raises:
         CheckpointError: there is none that can be read.
@@ -34,11 +37,18 @@ def saved_values[S: Settings](kind: type[S], argv: Sequence[str], sample: Sequen
     import tyro
 
     from moc_jax.checkpoint import saved_config
+    from moc_jax.weights.pipelines import open_pipeline
 
-    config, step = saved_config(expanded(given.checkpoint, "--checkpoint"), given.step)
-    moc = config.moc_at(step - 1)
+    place, step = expanded(given.checkpoint, "--checkpoint"), given.step
+    if are_public(place):
+        config, moc = (opened := open_pipeline(place).config), opened.moc
+    else:
+        config, step = saved_config(place, step)
+        moc = config.moc_at(step - 1)
     values = {"checkpoint": given.checkpoint, "step": step, "top_k": moc.top_k, "chunk": moc.chunk.size}
-    values |= {name: getattr(config.sample, name) for name in sample}
+    values |= {name: getattr(config.sample, name) for name in sample} | {
+        name: getattr(config.data, name) for name in data
+    }
     arguments = object.__new__(kind)
     for field in dataclasses.fields(typing.cast(type, kind)):
         own = tyro.MISSING if field.default is dataclasses.MISSING else field.default

@@ -2,13 +2,14 @@
 
     moc-train --config demo [--any.nested.field value]
 
-Several hosts: the same command on each, with --mesh.distributed True (and --mesh.coordinator, --mesh.num-processes and
---mesh.process-id where the cluster does not give them by itself). Folders must be on storage that all hosts share.
+Several hosts: the same command on each (with --mesh.coordinator, --mesh.num-processes and --mesh.process-id where no
+cluster gives them). Folders must be on storage that all hosts share.
 """
 
 import contextlib
 from collections.abc import Sequence
 
+from moc_jax import flags
 from moc_jax.cli import clean_exit, load_config
 from moc_jax.phases import Phases, garbage_left
 from moc_jax.signals import Signals
@@ -26,17 +27,19 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
 
     with contextlib.nullcontext(signals) if signals else Signals(whole_process=True) as signals, clean_exit():
         with signals.deferred(line=""), garbage_left():  # an extension that is interrupted while it loads is broken
+            flags.set_flags()
             # Only now: a wrong setting is reported before any device is touched.
             from moc_jax.processes import wake_devices
 
             wake_devices(config.mesh, signals.leave)  # while the rest is imported
             from moc_jax.attention.api import given_tilings
+            from moc_jax.commands.preparing import prepared
             from moc_jax.compilation import kept_programs
-            from moc_jax.data import prepare, resolved
-            from moc_jax.processes import join, losses_reported, main_process_first
+            from moc_jax.data import resolved
+            from moc_jax.processes import join, losses_reported
             from moc_jax.sharding import make_mesh
             from moc_jax.training.loop import train
-            from moc_jax.training.start import initial_codec
+            from moc_jax.training.start import check_first_frames, check_public, initial_codec, trained_on
             from moc_jax.training.stop import RunStop
             from moc_jax.training.workdir import claimed
 
@@ -47,6 +50,8 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
         signals.check()
         phases.done("imports")
         given_tilings(config.attention)  # a file of tilings that can't be read is reported before any work
+        check_public(config)  # and so are weights
+        check_first_frames(config)
         join(config.mesh)
         phases.done("devices")
         with (
@@ -56,7 +61,7 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
         ):
             mesh, stop = make_mesh(config.mesh), RunStop(signals)
             codec = initial_codec(config)
-            manifest = main_process_first("prepare the data", lambda: prepare(config, codec))
+            manifest = prepared(config, codec, known=trained_on(config))
             config = resolved(config, manifest)
             preview = make_preview(config, manifest, stop) if make_preview else None
             phases.done("data")

@@ -5,9 +5,13 @@ exposes each field on the command line (`--moc.top-k 3`), with the comment below
 """
 
 import dataclasses
+import math
 
-from moc_jax.config.base import INT32, ConfigError, OptionalPath, OwnFolder, Settings, check
+from moc_jax.config.base import INT32, ConfigError, OptionalPlace, Settings, Workdir, check
+from moc_jax.config.lora import LoraConfig
 from moc_jax.config.network import (
+    PLACES,
+    TRADES,
     ChunkConfig,
     CodecConfig,
     HashConfig,
@@ -17,6 +21,10 @@ from moc_jax.config.network import (
     PcaConfig,
     Remat,
     TextConfig,
+    TopKStage,
+    Umt5Config,
+    WanConfig,
+    WanVaeConfig,
 )
 from moc_jax.config.reference import Reference
 from moc_jax.config.run import (
@@ -25,6 +33,8 @@ from moc_jax.config.run import (
     ChunkStage,
     DataConfig,
     DiffusionConfig,
+    ExchangeKind,
+    FilterConfig,
     MeshConfig,
     OptimizerConfig,
     SampleConfig,
@@ -32,6 +42,8 @@ from moc_jax.config.run import (
 )
 
 __all__ = [
+    "PLACES",
+    "TRADES",
     "AttentionConfig",
     "BucketConfig",
     "ChunkConfig",
@@ -41,7 +53,10 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DiffusionConfig",
+    "ExchangeKind",
+    "FilterConfig",
     "HashConfig",
+    "LoraConfig",
     "MMDiTConfig",
     "MeshConfig",
     "MoCConfig",
@@ -53,7 +68,11 @@ __all__ = [
     "SampleConfig",
     "Stage",
     "TextConfig",
+    "TopKStage",
     "TrainConfig",
+    "Umt5Config",
+    "WanConfig",
+    "WanVaeConfig",
 ]
 
 
@@ -75,9 +94,9 @@ _LARGEST_BATCH = 2**36  # numbers, over all devices
 class Config(Settings):
     """One experiment."""
 
-    workdir: OwnFolder = "out/run"
+    workdir: Workdir = "out/run"
     """Checkpoints, logs, previews and the resolved config go here."""
-    compilation_cache: OptionalPath = "auto"
+    compilation_cache: OptionalPlace = "auto"
     """Where compiled programs are kept, one folder for all hosts; `auto`: moc_jax/programs in the user's cache folder,
     or JAX_COMPILATION_CACHE_DIR; empty: nowhere."""
     moc: MoCConfig = MoCConfig()
@@ -116,6 +135,43 @@ class Config(Settings):
             )
         for bucket in self.data.buckets:
             self._check_bucket(bucket)
+        self._check_first_frames()
+        self._check_dense_layers()
+        moc, taught = self.moc, self.diffusion.teacher_forcing
+        check(
+            not taught or (moc.visibility == "past" and (moc.mode == "dense" or moc.self_anchor == "shot")),
+            f"diffusion.teacher_forcing needs moc.visibility past and moc.self_anchor shot, so that shots read nothing "
+            f"of each other but history; they are {moc.visibility} and {moc.self_anchor}",
+        )
+        check(
+            not taught or self.attention.exchange != "dispatch",
+            "attention.exchange = dispatch, but diffusion.teacher_forcing gathers keys; set gather or auto",
+        )
+
+    def _check_first_frames(self) -> None:
+        read, given = self.condition_channels, self.codec.stride[0] + self.codec.channels
+        check(
+            read in (0, given),
+            f"model.condition_channels = {read}, but a mask of codec.stride[0] = {self.codec.stride[0]} frames and "
+            f"codec.channels = {self.codec.channels} latents are {given} channels; set that, or 0",
+        )
+        check(
+            self.model.patch[0] == 1 or not (self.sample.first_frames == "clean" or self.clean_first_frames),
+            f"first frames given clean need tokens of one latent frame, but model.patch is {self.model.patch}: "
+            "set sample.first_frames noised and data.first_frames 0, or another patch",
+        )
+        check(
+            not (self.diffusion.teacher_forcing and (self.data.first_frames or read)),
+            "diffusion.teacher_forcing shows a scene's clean shots, and no first frames: set data.first_frames 0 and "
+            "model.condition_channels 0, or teacher_forcing off",
+        )
+
+    def _check_dense_layers(self) -> None:
+        layers = self.moc.dense_layers
+        check(
+            not layers or max(layers) < self.model.depth,
+            f"moc.dense_layers = {list(layers)}; {self.model.name} has {self.model.depth} blocks, from 0",
+        )
 
     def _check_bucket(self, bucket: BucketConfig) -> None:
         """A scene's arrays are indexed, and its tokens numbered, by 32-bit numbers."""
@@ -140,10 +196,40 @@ class Config(Settings):
             f"numbers; at most {_LARGEST_BATCH:,} are possible: give a smaller batch or smaller data.buckets",
         )
 
+    def with_weights(self, *, codec: str = "", text: str = "", tokenizer: str = "") -> "Config":
+        """The same, with the public weights of codec and text encoder, if they have any, in other places; empty: where
+        they were."""
+        if isinstance(self.codec, WanVaeConfig):
+            self = dataclasses.replace(self, codec=dataclasses.replace(self.codec, weights=codec or self.codec.weights))
+        if isinstance(own := self.text, Umt5Config):
+            moved = dataclasses.replace(own, weights=text or own.weights, tokenizer=tokenizer or own.tokenizer)
+            self = dataclasses.replace(self, text=moved)
+        return self
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels beside the latents' that the model reads."""
+        return getattr(self.model, "condition_channels", 0)
+
+    @property
+    def clean_first_frames(self) -> bool:
+        """Whether training gives first frames clean."""
+        return self.data.first_frames > 0 and not self.condition_channels
+
+    @property
+    def training_exchange(self) -> ExchangeKind:
+        """`attention.exchange` of training: teacher forcing gathers keys."""
+        return "gather" if self.diffusion.teacher_forcing else self.attention.exchange
+
     @property
     def latent_size(self) -> tuple[int, int]:
         """Rows and columns of a latent frame."""
         return self.data.height // self.codec.stride[1], self.data.width // self.codec.stride[2]
+
+    @property
+    def tokens_per_frame(self) -> float:
+        """Video tokens of a latent frame; with patches of several frames it need not be whole."""
+        return math.prod(self.latent_size) / math.prod(self.model.patch)
 
     def stages(self, begin: int) -> list[Stage]:
         """The stages of the schedule from batch `begin` on; at least one, however late that is."""
@@ -152,8 +238,10 @@ class Config(Settings):
         return [Stage(first, end, self.moc_at(first)) for first, end in zip([begin, *later], ends)]
 
     def moc_at(self, step: int) -> MoCConfig:
-        """The attention of batch `step` (from 0): `moc`, with the chunk size of the schedule's stage."""
-        sizes = [stage.size for stage in self.train.chunk_schedule if stage.step <= step]
-        if not sizes:
+        """The attention of batch `step` (from 0): `moc`, with chunk size and picks of the schedule's stage."""
+        stages = [stage for stage in self.train.chunk_schedule if stage.step <= step]
+        if not stages:
             return self.moc
-        return dataclasses.replace(self.moc, chunk=dataclasses.replace(self.moc.chunk, size=sizes[-1]))
+        chunk = dataclasses.replace(self.moc.chunk, size=stages[-1].size)
+        top_k = self.moc.top_k if stages[-1].top_k < 0 else stages[-1].top_k
+        return dataclasses.replace(self.moc, chunk=chunk, top_k=top_k)

@@ -115,12 +115,14 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A path, which may begin with ~, or an address with ://."""
+    """A path, which may begin with ~."""
 
     optional: bool = False
     """May be empty."""
     utf8: bool = False
     """Must be UTF-8: TensorStore and ArrayRecord write under no other names."""
+    bucket: bool = False
+    """May be the address of a bucket of Google Cloud Storage, gs://..."""
 
     def __call__(self, kind: Any, value: Any, name: str) -> Any:
         try:
@@ -132,6 +134,10 @@ class Place:
         if not path.strip() and not self.optional:
             raise ConfigError(f"{name} is empty; name a file or folder (. is the current one)")
         path = expanded(path, name)
+        scheme, address, _ = path.partition("://")
+        if address and not (self.bucket and scheme == "gs"):
+            taken = "a path or a gs:// address" if self.bucket else "a path; copy what lies there to a disk"
+            raise ConfigError(f"{name} is {shown(path)}; addresses of {scheme}:// can't be used here: give {taken}")
         return _text(path, name) if self.utf8 else kind(path)
 
 
@@ -177,9 +183,11 @@ Stride = Annotated[int, Range(1, 256)]  # of patches
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Fraction = Annotated[float, Range(0, 1)]
 Below1 = Annotated[float, Range(0, 0.9999999)]  # what is nearer to 1 is 1 in float32
-Folder = Annotated[str, Place()]
-OwnFolder = Annotated[str, Place(utf8=True)]  # one that is written
+Folder = Annotated[str, Place(bucket=True)]
+OwnFolder = Annotated[str, Place(utf8=True, bucket=True)]  # one that is written
 OptionalPath = Annotated[str, Place(optional=True)]
+Workdir = Annotated[str, Place(utf8=True, bucket=True)]  # of a run; checkpoints lie in it
+OptionalPlace = Annotated[str, Place(optional=True, bucket=True)]
 File = Annotated[pathlib.Path, Place()]
 
 

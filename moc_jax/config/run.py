@@ -13,6 +13,7 @@ from moc_jax.config.base import (
     Fraction,
     Natural,
     OptionalPath,
+    OptionalPlace,
     OwnFolder,
     Range,
     Seed,
@@ -37,17 +38,37 @@ class BucketConfig(Settings, at="data.buckets"):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FilterConfig(Settings, at="data.filters"):
+    """Which shots are left out; each is named with the reason."""
+
+    black: bool = False
+    """Leave out shots that are black throughout."""
+    dark: Annotated[float, Range(0, 255, "0: none")] = 0.0
+    """Leave out shots that are darker than this on average, of 255."""
+    still: Annotated[float, Range(0, 255, "0: none")] = 0.0
+    """Leave out shots whose frames differ by less than this on average, of 255; pictures stay."""
+    duplicates: Annotated[int, Range(-1, 31, "-1: none")] = -1
+    """Leave out shots whose perceptual hash differs in at most so many of 128 bits from an earlier one's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Settings, at="data"):
     """Video files -> scenes -> encoded shards -> batches."""
 
     source: tuple[Folder, ...] = ()
-    """Video files or folders; a caption file `clip.yaml` or `clip.json` may lie beside `clip.mp4`."""
+    """Video files, folders, tar files, or tables (.jsonl, .csv) with a line for each video, on a disk or in a bucket
+    (gs://...); a caption file `clip.yaml` or `clip.json` may lie beside `clip.mp4`."""
+    stills: bool = False
+    """Take pictures in folders and tar files, too, as shots of one frame; those that are named are taken anyway."""
     validation_source: tuple[Folder, ...] = ()
     """Held-out video files or folders; empty: `validation_fraction` of the files is held out instead."""
     validation_fraction: Fraction = 0.0
     """Share of files held out for validation, chosen by a hash of the file's name."""
     cache: OwnFolder = "cache"
-    """Folder of prepared folders (encoded shards and manifest), one per settings and sources; or itself one of them."""
+    """Folder of encoded videos, each encoded once per settings, and of prepared folders, which say what a run is made
+    of; or itself one of these. On a disk or in a bucket (gs://...)."""
+    refit_codec: bool = False
+    """Fit a codec on these videos even where the cache has one of the same settings."""
     height: Annotated[int, Range(1, 2**14)] = 64
     """Rows of a frame after resize and centre-crop, in pixels."""
     width: Annotated[int, Range(1, 2**14)] = 160
@@ -57,7 +78,9 @@ class DataConfig(Settings, at="data"):
     min_shot_frames: Count = 1
     """Shots with fewer frames (after resampling) are left out, and counted."""
     max_shot_frames: Annotated[int, Range(0, INT32, "0: no limit")] = 0
-    """Longer shots are cut off at this many frames; 0: no limit."""
+    """Longer shots become several parts of at most this many frames, as equal as can be; 0: no limit."""
+    long_shots: Literal["continue", "scenes"] = "continue"
+    """What the parts of a long shot are: shots that continue one another, or scenes of their own."""
     shot_threshold: Annotated[float, Range(1e-3, 1e6)] = 27.0
     """PySceneDetect ContentDetector's threshold: lower finds more cuts."""
     shots_per_scene: Annotated[int, Range(1, 2**20)] = 8
@@ -66,23 +89,37 @@ class DataConfig(Settings, at="data"):
     """Global caption of a file that has no caption file."""
     default_shot_caption: str = "shot {shot}"
     """Caption of a shot that has none; {shot} counts from 1, {file} is the file's name."""
+    caption_command: str = ""
+    """Command that writes captions for shots that have none, from contact sheets (moc_jax/data/captioning.py)."""
     caption_dropout: Fraction = 0.1
     """Chance that a scene is shown with empty captions, which is what guidance steers away from."""
     image_conditioning: Fraction = 0.1
     """Chance per shot that it is replaced by one of its frames."""
+    first_frames: Fraction = 0.0
+    """Chance per shot that its first latent frame is given: clean and not learned, as Wan 2.2 TI2V 5B knows it, or as
+    the condition of a model with `condition_channels`."""
     keyframes: Annotated[int, Range(1, 2**12)] = 3
     """Frames per shot that are also encoded alone, for image conditioning."""
+    filters: FilterConfig = FilterConfig()
     buckets: tuple[BucketConfig, ...] = ()
-    """Static shapes; empty: one bucket that fits every scene of the manifest."""
+    """Static shapes; empty: those of at most `max_buckets` that waste least."""
+    max_buckets: Annotated[int, Range(1, 64, "each is compiled")] = 4
+    """The most static shapes that are chosen by themselves."""
+    verify: Literal["lazy", "full"] = "lazy"
+    """When encoded data is compared with its digests: as it is read, and all of it in the background; or all of it
+    before the first step."""
     workers: Annotated[int, Range(0, 2**10, "0: read in the training process")] = 0
     """Processes that read ahead; 0: read in the training process."""
 
     def check_together(self):
         check(
             not self.max_shot_frames or self.min_shot_frames <= self.max_shot_frames,
-            f"data.min_shot_frames is {self.min_shot_frames}, but shots are cut off at data.max_shot_frames = "
-            f"{self.max_shot_frames}: none would be left",
+            f"data.min_shot_frames is {self.min_shot_frames}, but data.max_shot_frames is "
+            f"{self.max_shot_frames}: no shot would be left",
         )
+
+
+ExchangeKind = Literal["auto", "gather", "dispatch"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +132,15 @@ class AttentionConfig(Settings, at="attention"):
     tilings: OptionalPath = "auto"
     """File of tilings that `moc_jax.commands.autotune` measured on such a device; `auto`: the one that it keeps in the
     user's cache folder (with several processes: none); empty: chosen from the shapes."""
+    head_groups: Annotated[int, Range(0, 2**12, "0: the most")] = 0
+    """The devices of one scene, `mesh.context`, are so many groups of heads, and groups of tokens where that is less;
+    must divide both. 0: the most that do."""
+    exchange_parts: Annotated[int, Range(1, 64)] = 1
+    """The devices of one scene exchange their heads in so many parts at most, so that one can travel while another is
+    computed."""
+    exchange: ExchangeKind = "auto"
+    """How groups of tokens read each other's keys: they `gather` all of them, or `dispatch` queries to the devices that
+    hold their picks; `auto`: what moves fewer bytes for equal shots and random picks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,6 +155,20 @@ class DiffusionConfig(Settings, at="diffusion"):
     """Flow shift of training timesteps: t' = s t / (1 + (s - 1) t)."""
     joint_probability: Fraction = 0.0
     """Chance that all shots of a scene share one t (joint denoising); else each shot draws its own."""
+    teacher_forcing: bool = False
+    """Under `moc.visibility past`: every shot reads the shots before it at a noise level of their own, as in sampling
+    shot by shot. All shots are learned in one pass, over twice the tokens."""
+    history_noise: tuple[Below1, Below1] = (0.1, 0.5)
+    """That noise level is drawn between these, for each scene (LCT: 0.1 to 0.5)."""
+
+    @property
+    def copies(self) -> int:
+        """Of a scene in a training step: teacher forcing has its history, too."""
+        return 2 if self.teacher_forcing else 1
+
+    def check_together(self):
+        low, high = self.history_noise
+        check(low <= high, f"diffusion.history_noise is {low:g} to {high:g}; the first must not be above the second")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,14 +183,27 @@ class SampleConfig(Settings, at="sample"):
     """Steps of the solver from noise to video."""
     guidance: Annotated[float, Range(0, 1e4)] = 1.0
     """Classifier-free guidance: u + g (c - u); 1 switches it off and halves the cost."""
+    guidance_low: Annotated[float, Range(0, 1e4, "0: as `guidance`")] = 0.0
+    """The same where the expert for low noise denoises, of a model with `model.boundary`; 0: as `guidance`."""
     shift: Annotated[float, Range(1e-6, 1e6)] = 3.0
     """Flow shift of the sampling grid: larger spends more steps at high noise."""
+    whole_timesteps: bool = False
+    """The model reads noise levels cut to thousandths, as with the publishers of all grids but diffusers-euler."""
     negative_prompt: str = ""
     """Steered away from when guidance is not 1."""
     order: Literal["joint", "shots"] = "joint"
     """`joint`: all shots are denoised together; `shots`: one after another, each conditioned on those before it."""
     history_noise: Below1 = 0.3
     """Noise level t_c at which given and earlier shots are shown to the model (LCT: 0.1 to 0.5)."""
+    first_frames: Literal["noised", "clean"] = "noised"
+    """How given first frames of shots are shown: at their shot's noise level; or clean, as Wan 2.2 TI2V 5B and models
+    trained with `data.first_frames` know them."""
+    cache: Literal["auto", "on", "float8", "off"] = "auto"
+    """Keys and values of finished shots are kept on the devices, not computed again at each step, for `order shots`
+    under `moc.visibility past`. `on`: or an error says why not; `float8`: so, in half the memory and less exactly;
+    `auto`: where nothing changes by it and memory is enough; `off`: never."""
+    retrieve_shots: Natural = 0
+    """In a generation: how many earlier shots each new one is shown, those that it wants most; 0: all."""
     seed: Seed = 0
     """Fixes the noise of shots that give no seed of their own."""
 
@@ -174,6 +247,8 @@ class ChunkStage(Settings, at="train.chunk_schedule"):
 
     step: Natural
     size: Count
+    top_k: Annotated[int, Range(-1, 2**20, "-1: moc.top_k")] = -1
+    """Chunks that each query picks."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,14 +261,22 @@ class TrainConfig(Settings, at="train"):
     """Scenes per step, over all processes and devices."""
     seed: Seed = 0
     """Fixes initial weights, data order, timesteps and noise."""
-    init_from: OptionalPath = ""
-    """Another run's workdir or checkpoint: a new run starts from its weights (the average, if kept) and its codec."""
+    init_from: OptionalPlace = ""
+    """Another run's workdir or checkpoint: a new run starts from its weights (the average, if kept) and its codec. Or
+    public weights of the same model, as a file or folder. With `model.lora` it trains adapters beside them."""
+    init_adapters: OptionalPath = ""
+    """With `model.lora`: a file of adapters (LoRA), or its folder, that a new run's start from."""
+    allow_new_data: bool = False
+    """Resume also when the data is other than before, such as with more videos: its first epoch then begins."""
     ema_decay: Below1 = 0.999
     """Weights' moving average, warmed up as min(decay, (1 + step) / (10 + step)); 0: off."""
     chunk_schedule: tuple[ChunkStage, ...] = ()
-    """Chunk size by step, overriding `moc.chunk.size`; empty: constant."""
+    """Chunk size by step, as `step:size` or `step:size:top_k`, overriding `moc.chunk.size` and `moc.top_k`; empty:
+    constant."""
     log_every: Count = 10
-    """Steps between TensorBoard points; metrics.jsonl holds every step."""
+    """Steps between TensorBoard points and lines of speed.jsonl; metrics.jsonl holds every step."""
+    profile_steps: Natural = 0
+    """After four steps to warm up, so many are traced for xprof, into the workdir's tensorboard/; 0: none."""
     validate_every: Every = 0
     """Steps between validation losses; 0: never."""
     validation_buckets: Annotated[int, Range(1, 2**12)] = 8
@@ -226,17 +309,23 @@ class MeshConfig(Settings, at="mesh"):
     fsdp: Axis = 1
     """Weights, optimizer state and batch are split."""
     context: Axis = 1
-    """Tokens of one scene are split (reserved: must be 1)."""
+    """Tokens of one scene are split: attention exchanges heads, and keys where `attention.head_groups` is less."""
     tensor: Axis = 1
-    """Heads and MLP width are split (reserved: must be 1)."""
-    distributed: bool = False
-    """Call jax.distributed.initialize at start (several hosts)."""
+    """Heads and MLP width are split, both multiples of it; and tokens, between them."""
+    distributed: bool = True
+    """Processes that a cluster started (TPU slices, SLURM, Open MPI, indexed jobs of Kubernetes), or that the settings
+    below locate, join in one run; False: each runs alone."""
     coordinator: str = ""
     """host:port of process 0; empty: found by the cluster's own environment."""
     num_processes: Annotated[int, Range(0, 2**20, "0: left to the cluster")] = 0
     """Processes in all; 0: found by the cluster's own environment."""
     process_id: Annotated[int, Range(-1, 2**20, "-1: left to the cluster")] = -1
     """This process, from 0; -1: found by the cluster's own environment."""
+    local_device_ids: tuple[Annotated[int, Range(0, 2**16)], ...] = ()
+    """GPUs of its host that this process has, from 0; empty: all, or, where SLURM or Open MPI started several processes
+    on the host, one each."""
+    initialization_timeout: Annotated[int, Range(1, 86_400, "seconds")] = 300
+    """Seconds that processes wait for each other at the start."""
     heartbeat: Annotated[int, Range(2, 86_400, "seconds; 100 suits most clusters")] = 100
     """Seconds without a sign of life after which a process is lost."""
 
@@ -245,11 +334,6 @@ class MeshConfig(Settings, at="mesh"):
         check(
             0 not in sizes and sizes.count(-1) <= 1,
             f"mesh sizes are {sizes}; each is at least 1, and one may be -1",
-        )
-        check(
-            self.context == 1 and self.tensor == 1,
-            f"mesh.context = {self.context} and mesh.tensor = {self.tensor}; these axes are named but "
-            "not built yet: leave them at 1",
         )
         check(
             re.fullmatch(r"(\S+:\d{1,5})?", self.coordinator) is not None,
@@ -261,7 +345,12 @@ class MeshConfig(Settings, at="mesh"):
             f"0..{self.num_processes - 1}",
         )
         check(
-            self.distributed or not (self.coordinator or self.num_processes or self.process_id != -1),
-            "mesh.coordinator, num_processes and process_id say how processes find each other, but mesh.distributed is "
-            "False; add --mesh.distributed True, or leave them out",
+            self.distributed or not self.located,
+            "mesh.coordinator, num_processes, process_id and local_device_ids say how processes find each other, but "
+            "mesh.distributed is False; set it to True, or leave them out",
         )
+
+    @property
+    def located(self) -> bool:
+        """Whether anything says where the other processes are, or what this one has."""
+        return bool(self.coordinator or self.num_processes or self.process_id != -1 or self.local_device_ids)

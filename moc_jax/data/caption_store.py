@@ -1,304 +1,319 @@
-"""Embedded captions, in a file beside the shards: each is encoded once per encoder, and only read from then on.
+"""Embedded captions: each is encoded once per encoder and cache, in batches, and only read from then on.
 
-The file holds the rows of all captions one after another, then an index in JSON, then a footer with the index's length
-and digest. It is written whole or not at all; readers map it into memory, so it may be larger than that.
+A store is a folder of parts, each written whole, so what a killed preparation has encoded stays. Captions are found by
+their hashes; embeddings are mapped into memory, so a store may be larger than that. Each embedding's checksum is
+compared when it is read.
 """
 
 import contextlib
 import dataclasses
 import hashlib
-import json
-import struct
+import itertools
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Self
 
-import jax.numpy as jnp
 import numpy as np
 
 from moc_jax.config import ConfigError, TextConfig
+from moc_jax.data.arrays_file import ArraysFile, write_arrays
 from moc_jax.data.captions import CaptionError
-from moc_jax.data.manifest import DataError, Manifest
+from moc_jax.data.copies import remove, send, sync
+from moc_jax.data.manifest import DataError, Manifest, SceneEntry
+from moc_jax.data.table import Table
 from moc_jax.files import remove_leftovers, whole_file
-from moc_jax.progress import track
-from moc_jax.reading import parse_json
-from moc_jax.shapes import Float
+from moc_jax.progress import Progress, track
+from moc_jax.shapes import Float, Int
 from moc_jax.showing import shown
 from moc_jax.text import TextEncoder, build_text_encoder, encoder_fingerprint
 
-_FOOTER = struct.Struct("<Q32s16s")  # bytes of the index, its SHA-256, what the file is
-_KIND = b"moc_jax captions"
+_SUFFIX = ".captions"
+_KEY = 16  # bytes of a caption's hash
+_PART_BYTES, _PART_SECONDS = 1 << 26, 60.0  # a part is written when it has as much, or took as long
 _TYPES = "float32", "float16", "bfloat16"
 
 
-class CaptionStoreError(ValueError):
-    """A store that cannot be read: says why."""
+class _Part:
+    """One file of a store."""
 
-    def __init__(self, file: Path, reason: str):
-        super().__init__(f"{file} cannot be read ({reason})")
-        self.reason = reason
+    def __init__(self, file: Path):
+        """Raises OSError or ValueError: there is no such file, or it is damaged."""
+        arrays = self.arrays = ArraysFile(file)
+        if arrays.keys() != {"keys", "ends", "checksums", "rows"}:
+            raise ValueError("it holds something else")
+        self.keys, self.ends = arrays["keys"], arrays["ends"]
+        self.layout = arrays["rows"].shape[1], arrays["rows"].dtype.name
+        if len(self.keys) != len(self.ends) or self.ends[-1] != len(arrays["rows"]):
+            raise ValueError("its index does not fit its embeddings")
 
+    def __reduce__(self) -> tuple:
+        return _Part, (self.arrays.path,)
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    first: int
-    tokens: int
-    checksum: int
+    def read(self, index: int) -> Float[np.ndarray, "L E"] | None:
+        """An embedding; None if it is not what was written."""
+        rows = self.arrays["rows"][int(self.ends[index - 1]) if index else 0 : int(self.ends[index])]
+        return rows if zlib.crc32(rows.view(np.uint8)) == self.arrays["checksums"][index] else None
+
+    def damaged(self) -> str:
+        """Reads everything; what is wrong, empty if nothing is."""
+        bad = sum(self.read(index) is None for index in range(len(self.keys)))
+        return f"{bad} of {len(self.keys)} embeddings have another checksum" if bad else ""
 
 
 class CaptionStore:
-    """Reads a store; the file is mapped at first use, so that a reader can be sent to another process."""
+    """Reads a store as it is now."""
 
-    def __init__(self, file: Path):
-        """Reads the index.
+    def __init__(self, folder: Path):
+        """Reads the indices; a folder that does not exist has no captions."""
+        self.folder = folder
+        self.damaged: dict[Path, str] = {}
+        """Parts that cannot be read, with the reason."""
+        self._parts: list[_Part] = []
+        for file in sorted(folder.glob(f"*{_SUFFIX}")):
+            try:
+                self._parts.append(_Part(file))
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                self.damaged[file] = str(error)
+        if len(layouts := {part.layout for part in self._parts}) > 1:
+            raise DataError(f"{folder} holds embeddings of different kinds, {layouts}; delete it and prepare the data")
+        counts = [len(part.keys) for part in self._parts]
+        keys = _searchable(np.concatenate([np.zeros((0, _KEY), np.uint8), *(part.keys for part in self._parts)]))
+        order = np.argsort(keys, kind="stable")
+        self._keys = keys[order]
+        self._part = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
+        self._index = np.concatenate([np.zeros(0, np.int32), *(np.arange(n, dtype=np.int32) for n in counts)])[order]
+        rows = [np.diff(part.ends, prepend=0) for part in self._parts]
+        self._rows = np.concatenate([np.zeros(0, np.int64), *rows])[order]
 
-        Raises:
-            CaptionStoreError: there is no such file, or it is damaged.
-        """
-        self.file = file
-        try:
-            self._entries, self.dim, self._type = _read_index(file)
-        except (OSError, ValueError, LookupError, TypeError, struct.error) as error:
-            raise CaptionStoreError(file, str(error)) from error
-        self.tokens: dict[str, int] = {caption: entry.tokens for caption, entry in self._entries.items()}
-        """Rows of each caption's embedding."""
-        self._mapped: np.ndarray | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_mapped": None}
+    def __len__(self) -> int:
+        return len(self._keys)
 
     @property
-    def layout(self) -> tuple[int, str]:
-        """Width and type of a row."""
-        return self.dim, self._type
+    def dim(self) -> int:
+        """Width of an embedding."""
+        return self._parts[0].layout[0]
+
+    def lengths(self, captions: Iterable[str]) -> Int[np.ndarray, " n"]:
+        """Rows of each caption's embedding; 0: the store lacks it."""
+        wanted = _searchable(np.frombuffer(b"".join(map(_key, captions)), np.uint8).reshape(-1, _KEY))
+        if not len(self):
+            return np.zeros(len(wanted), np.int64)
+        at = np.minimum(np.searchsorted(self._keys, wanted), len(self) - 1)
+        return np.where(self._keys[at] == wanted, self._rows[at], 0)
 
     def read(self, caption: str) -> Float[np.ndarray, "L E"]:
         """The embedding of a caption, in the type that its encoder gave.
 
         Raises:
-            DataError: the store lacks it.
+            DataError: the store lacks it, or it is damaged.
         """
-        if caption not in self._entries:
-            raise DataError(f"{self.file} lacks the caption {shown(caption)}; prepare the data again")
-        return self.raw(caption).view(jnp.dtype(self._type))
+        (key,) = _searchable(np.frombuffer(_key(caption), np.uint8).reshape(1, _KEY))
+        at = int(np.searchsorted(self._keys, key))
+        if at == len(self) or self._keys[at] != key:
+            raise DataError(f"{self.folder} lacks the caption {shown(caption)}; prepare the data again")
+        part = self._parts[self._part[at]]
+        embedding = part.read(int(self._index[at]))
+        if embedding is None:
+            raise DataError(
+                f"{part.arrays.path} is damaged: the embedding of {shown(caption)} has another checksum; prepare the "
+                "data with --data.verify full, which encodes it again"
+            )
+        return embedding
 
-    def raw(self, caption: str) -> np.ndarray:
-        """Its bytes as they are stored, a row per token."""
-        entry = self._entries[caption]
-        return self._bytes()[entry.first : entry.first + entry.tokens]
-
-    def intact(self, caption: str) -> bool:
-        """Whether what is stored of it is what was written."""
-        return zlib.crc32(self.raw(caption)) == self._entries[caption].checksum
-
-    def damaged(self) -> str | None:
-        """Reads everything; the first caption that is damaged, None if none is."""
-        captions = track(list(self._entries), "checking captions", unit="caption", keep=False)
-        return next((caption for caption in captions if not self.intact(caption)), None)
-
-    def _bytes(self) -> np.ndarray:
-        if self._mapped is None:
-            width = self.dim * jnp.dtype(self._type).itemsize
-            rows = sum(self.tokens.values())
-            self._mapped = np.asarray(np.memmap(self.file, np.uint8, "r", shape=(rows, width)))
-        return self._mapped
+    def verify(self) -> None:
+        """Reads everything, and adds to `damaged` the parts that are not what was written."""
+        for part in track(self._parts, "checking captions", unit="file", keep=False):
+            if reason := part.damaged():
+                self.damaged[part.arrays.path] = reason
 
 
-def _read_index(file: Path) -> tuple[dict[str, _Entry], int, str]:
-    size = file.stat().st_size
-    with file.open("rb") as data:
-        data.seek(max(0, size - _FOOTER.size))
-        length, digest, kind = _FOOTER.unpack(data.read(_FOOTER.size))
-        if kind != _KIND or length > size - _FOOTER.size:
-            raise ValueError("its end is damaged")
-        data.seek(size - _FOOTER.size - length)
-        text = data.read(length)
-    if hashlib.sha256(text).digest() != digest:
-        raise ValueError("its index is damaged")
-    index = parse_json(text)
-    entries, first = {}, 0
-    for caption, tokens, checksum in index["captions"]:
-        entries[caption] = _Entry(first, tokens, checksum)
-        first += tokens
-    rows = first * index["dim"] * jnp.dtype(index["dtype"]).itemsize
-    if rows != size - _FOOTER.size - length:
-        raise ValueError(f"it holds {size - _FOOTER.size - length} bytes of embeddings instead of {rows}")
-    return entries, index["dim"], index["dtype"]
+def _key(caption: str) -> bytes:
+    return hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=_KEY).digest()
 
 
-class CaptionWriter:
-    """Fills a store: what other stores hold is copied, the rest encoded; a context manager, whose end completes it.
+def _searchable(keys: np.ndarray) -> np.ndarray:
+    """[n, 16] bytes as n values that can be sorted and compared."""
+    return np.ascontiguousarray(keys).view(f"S{_KEY}").reshape(-1)
 
-    Memory does not grow with the embeddings; an encoder is built only when something is to be encoded.
+
+# ------------------------------------------------------------------------------------------------ filling
+
+
+def fill_store(folder: Path, cfg: TextConfig, captions: Mapping[str, str]) -> None:
+    """Encodes the captions that the store lacks, in batches of similar length. Several processes may do so at once.
+
+    Args:
+        folder: `store_folder`.
+        cfg: the encoder; it is built only when something is to be encoded.
+        captions: each with where it stands, which a message begins with.
+
+    Raises:
+        CaptionError: a caption is too long, or its embedding holds NaN or infinite values.
+        OSError: nothing can be written there.
     """
+    names = list(captions)
+    sync(folder)
+    lengths = CaptionStore(folder).lengths(names)
+    for index in np.flatnonzero(lengths > cfg.max_tokens).tolist():
+        raise _too_long(names[index], lengths[index], cfg, captions[names[index]])
+    lacking = sorted((names[index] for index in np.flatnonzero(lengths == 0).tolist()), key=len)
+    if not lacking:
+        return
+    encoder, part = build_text_encoder(cfg), _Filling(folder)
+    with Progress("encoding captions", total=len(lacking), unit="caption") as progress, contextlib.closing(part):
+        for number, batch in enumerate(itertools.batched(lacking, encoder.batch_size)):
+            for caption, embedding in zip(batch, _encoded(encoder, batch, captions)):
+                part.add(caption, embedding)
+            progress.reach(min((number + 1) * encoder.batch_size, len(lacking)))
 
-    def __init__(self, file: Path, cfg: TextConfig, others: Iterable[Path] = ()):
-        """Begins with no caption.
 
-        Args:
-            file: where to write.
-            cfg: the encoder.
-            others: stores of the same encoder to copy from; those that cannot be read are passed over.
-        """
-        self._cfg, self._others = cfg, list(others)
-        self._index: dict[str, tuple[int, int]] = {}
-        self._layout: tuple[int, str] | None = None
-        self._encoder: TextEncoder | None = None
-        self._stack = contextlib.ExitStack()
-        self._path = file
-
-    def __enter__(self) -> Self:
-        self._file = self._stack.enter_context(self._path.open("wb"))
-        return self
-
-    def __exit__(self, kind: object, *error: object) -> None:
-        with self._stack:
-            if kind is None:
-                self._finish()
-
-    def add(self, captions: Mapping[str, str]) -> None:
-        """Adds the captions that are not there yet.
-
-        Args:
-            captions: each with where it stands, which a message begins with.
-
-        Raises:
-            CaptionError: a caption is too long, or its embedding holds NaN or infinite values.
-        """
-        lacking = {caption: where for caption, where in captions.items() if caption not in self._index}
-        for store in _readable(self._others) if lacking else ():
-            for caption in [caption for caption in lacking if caption in store.tokens and store.intact(caption)]:
-                where = lacking.pop(caption)
-                check_length(caption, store.tokens[caption], self._cfg, where)
-                self._write(caption, store.raw(caption), store.layout)
-            if not lacking:
-                break
-        for caption, where in track(list(lacking.items()), "encoding captions", unit="caption"):
-            embedding = self._encoded(caption, where)
-            self._write(caption, embedding.view(np.uint8), (embedding.shape[1], embedding.dtype.name))
-        self._encoder = None  # it may be large, and the videos come next
-
-    def _encoded(self, caption: str, where: str) -> Float[np.ndarray, "L E"]:
-        if self._encoder is None:
-            self._encoder = build_text_encoder(self._cfg)
-        try:
-            embedding = np.ascontiguousarray(self._encoder(caption))
-        except ValueError as error:
-            raise CaptionError(f"{where}: {error}") from error
+def _encoded(
+    encoder: TextEncoder, batch: tuple[str, ...], captions: Mapping[str, str]
+) -> Iterator[Float[np.ndarray, "L E"]]:
+    try:
+        embeddings = encoder.batch(batch)
+    except ValueError as error:
+        for caption in batch if len(batch) > 1 else ():
+            yield from _encoded(encoder, (caption,), captions)  # ends with the one that is meant
+        raise CaptionError(f"{captions[batch[0]]}: {error}") from error
+    for caption, embedding in zip(batch, embeddings):
+        embedding = np.ascontiguousarray(embedding)
         if embedding.dtype.name not in _TYPES:
             raise TypeError(f"the text encoder gives {embedding.dtype.name}; a store holds {', '.join(_TYPES)}")
         if not np.isfinite(embedding.astype(np.float32)).all():
-            raise CaptionError(f"{where}: the embedding of {shown(caption)} holds NaN or infinite values")
-        return embedding
-
-    def _write(self, caption: str, rows: np.ndarray, layout: tuple[int, str]) -> None:
-        if self._layout not in (None, layout):
-            raise TypeError(f"{shown(caption)} is encoded as {layout}, other captions as {self._layout}")
-        self._layout = layout
-        self._file.write(rows.data)
-        self._index[caption] = len(rows), zlib.crc32(rows)
-
-    def _finish(self) -> None:
-        dim, dtype = self._layout or (self._cfg.dim, _TYPES[0])
-        captions = [(caption, *entry) for caption, entry in self._index.items()]
-        text = json.dumps({"dim": dim, "dtype": dtype, "captions": captions}).encode()
-        self._file.write(text + _FOOTER.pack(len(text), hashlib.sha256(text).digest(), _KIND))
+            raise CaptionError(f"{captions[caption]}: the embedding of {shown(caption)} holds NaN or infinite values")
+        yield embedding
 
 
-def _readable(files: Iterable[Path]) -> Iterator[CaptionStore]:
-    """The stores among `files` that can be read, one at a time."""
-    for file in files:
-        try:
-            yield CaptionStore(file)
-        except CaptionStoreError:
-            continue
+class _Filling:
+    """Embeddings on their way to parts."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._begin()
+
+    def _begin(self) -> None:
+        self._keys: list[bytes] = []
+        self._rows: list[np.ndarray] = []
+        self._bytes, self._since = 0, time.monotonic()
+
+    def add(self, caption: str, embedding: np.ndarray) -> None:
+        if self._rows and self._rows[0][0].dtype != embedding.dtype:
+            raise TypeError(f"{shown(caption)} is encoded as {embedding.dtype}, others as {self._rows[0].dtype}")
+        self._keys.append(_key(caption))
+        self._rows.append(embedding)
+        self._bytes += embedding.nbytes
+        if self._bytes >= _PART_BYTES or time.monotonic() - self._since > _PART_SECONDS:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is; also after an error, since it was encoded."""
+        if not self._rows:
+            return
+        name = hashlib.blake2b(b"".join(self._keys), digest_size=_KEY).hexdigest()
+        arrays = {
+            "keys": np.frombuffer(b"".join(self._keys), np.uint8).reshape(-1, _KEY),
+            "ends": np.cumsum([len(rows) for rows in self._rows], dtype=np.int64),
+            "checksums": np.array([zlib.crc32(rows.view(np.uint8)) for rows in self._rows], np.uint32),
+            "rows": np.concatenate(self._rows),
+        }
+        file = self._folder / f"{name}{_SUFFIX}"
+        with whole_file(file) as partial:
+            write_arrays(partial, arrays)
+        send(file)
+        self._begin()
 
 
-def check_length(caption: str, tokens: int, cfg: TextConfig, where: str) -> None:
-    """Raises CaptionError for a caption that was stored under another limit than today's."""
-    if tokens > cfg.max_tokens:
-        raise CaptionError(
-            f"{where}: the caption {shown(caption)} has {tokens} tokens, but text.max_tokens is {cfg.max_tokens}; "
-            "shorten it or raise text.max_tokens"
-        )
+# ------------------------------------------------------------------------------------------------ of scenes
 
 
-def store_file(folder: Path, cfg: TextConfig) -> Path:
-    """Where a prepared folder holds the captions of an encoder."""
-    return folder / f"captions-{encoder_fingerprint(cfg)}"
+@dataclasses.dataclass(frozen=True)
+class SceneCaptions:
+    """The captions of a manifest's scenes."""
+
+    store: CaptionStore
+    lengths: Int[np.ndarray, " n"]
+    """Rows of the embedding of each of the scenes' texts, by its number; 0 for those that are not captions."""
 
 
-def captions_of(manifest: Manifest) -> dict[str, str]:
-    """Every caption that training may show, with the scene it belongs to; the empty one stands for dropped ones."""
-    captions = {"": "the empty caption"}
-    for scene in manifest.scenes:
-        for caption in scene.captions:
-            captions.setdefault(caption, f"scene {scene.name}")
-    return captions
+def store_folder(cache: Path, cfg: TextConfig) -> Path:
+    """Where a cache holds the captions of an encoder."""
+    return cache / f"captions-{encoder_fingerprint(cfg)}"
 
 
-def embed_captions(manifest: Manifest, cfg: TextConfig, others: Iterable[Path] = ()) -> str:
-    """Makes the manifest's folder hold its captions, embedded.
+def embed_captions(manifest: Manifest, cfg: TextConfig, *, full: bool = False) -> list[str]:
+    """Makes the cache hold the captions of a manifest in it.
 
     Args:
-        manifest: of the folder.
+        manifest: of a prepared folder.
         cfg: the encoder.
-        others: see `CaptionWriter`.
+        full: whether all that lies there is read and compared first.
 
     Returns:
-        What was wrong with the store that was there; empty if it was sound, or if there was none.
+        A note on each part of the store that was damaged and is made again.
 
     Raises:
-        CaptionError: see `CaptionWriter.add`.
-        OSError: the store cannot be written.
+        CaptionError, OSError: see `fill_store`.
     """
-    file = store_file(manifest.folder, cfg)
-    problem = _problem(file, manifest) if file.exists() else ""
-    if file.exists() and not problem:
-        return ""
-    remove_leftovers(file.parent, file.name)
-    with whole_file(file) as partial, CaptionWriter(partial, cfg, [file, *others]) as writer:
-        writer.add(captions_of(manifest))  # what is intact in a damaged store is copied from there
-    return f"{file.name} was damaged ({problem}); it was made again" if problem else ""
+    folder = store_folder(manifest.folder.parent, cfg)
+    sync(folder)
+    store = CaptionStore(folder)
+    if full:
+        store.verify()
+    for file in store.damaged:
+        remove(file)
+    notes = [
+        f"{file.name} of {folder.name} was damaged ({why}); it is made again" for file, why in store.damaged.items()
+    ]
+    if store.damaged:
+        store = CaptionStore(folder)
+    remove_leftovers(folder)
+    numbers, texts = caption_numbers(manifest.scenes), manifest.scenes.texts
+    lacking = numbers[store.lengths(texts[number] for number in numbers.tolist()) == 0].tolist()
+    captions = {"": "the empty caption"} | {texts[number]: f"a caption of {manifest.folder}" for number in lacking}
+    fill_store(folder, cfg, captions)
+    return notes
 
 
-def is_sound(manifest: Manifest, cfg: TextConfig) -> bool:
-    """Whether the manifest's folder holds all its captions, undamaged: reads all of the store."""
-    file = store_file(manifest.folder, cfg)
-    return file.exists() and not _problem(file, manifest)
-
-
-def _problem(file: Path, manifest: Manifest) -> str:
-    try:
-        store = CaptionStore(file)
-    except CaptionStoreError as error:
-        return error.reason
-    lacking = captions_of(manifest).keys() - store.tokens.keys()
-    if lacking:
-        return f"it lacks {shown(min(lacking))}"
-    damaged = store.damaged()
-    return "" if damaged is None else f"the embedding of {shown(damaged)} has another checksum"
-
-
-def open_captions(manifest: Manifest, cfg: TextConfig) -> CaptionStore:
+def open_captions(manifest: Manifest, cfg: TextConfig) -> SceneCaptions:
     """The manifest's captions as the encoder `cfg` embeds them.
 
     Raises:
         DataError: they were never encoded by it, or the store is damaged.
         ConfigError: one is longer than `text.max_tokens`.
     """
-    file = store_file(manifest.folder, cfg)
-    if not file.exists():
-        raise DataError(f"{file} is missing: the captions are not encoded by text encoder {cfg.name}; prepare the data")
-    try:
-        store = CaptionStore(file)
-        for caption, where in captions_of(manifest).items():
-            if caption not in store.tokens:
-                raise DataError(f"{file} lacks {shown(caption)} of {where}; prepare the data again")
-            check_length(caption, store.tokens[caption], cfg, where)
-    except CaptionStoreError as error:
-        raise DataError(f"{error}; prepare the data again") from error
-    except CaptionError as error:
-        raise ConfigError(str(error)) from error
-    return store
+    folder, scenes = store_folder(manifest.folder.parent, cfg), manifest.scenes
+    if not folder.exists():
+        raise DataError(
+            f"{folder} is missing: the captions are not encoded by text encoder {cfg.name}; prepare the data"
+        )
+    store, numbers = CaptionStore(folder), caption_numbers(scenes)
+    lengths = np.zeros(len(scenes.texts), np.int64)
+    lengths[numbers] = store.lengths(scenes.texts[number] for number in numbers.tolist())
+    if (lacking := numbers[lengths[numbers] == 0]).size or not store.lengths([""]).all():
+        caption = shown(scenes.texts[int(lacking[0])]) if lacking.size else "the empty caption"
+        damage = "".join(f"; {file.name} is damaged ({reason})" for file, reason in store.damaged.items())
+        raise DataError(f"{folder} lacks {caption}{damage}; prepare the data again")
+    if (long := np.flatnonzero(lengths > cfg.max_tokens)).size:
+        where = _scene_with(scenes, int(long[0]))
+        raise ConfigError(str(_too_long(scenes.texts[int(long[0])], int(lengths[long[0]]), cfg, where)))
+    return SceneCaptions(store, lengths)
+
+
+def caption_numbers(scenes: Table[SceneEntry]) -> Int[np.ndarray, " n"]:
+    """Which of the scenes' texts are captions, each once."""
+    return np.unique(np.concatenate([scenes.column("caption"), scenes.inner("shots", "caption")]))
+
+
+def _scene_with(scenes: Table[SceneEntry], text: int) -> str:
+    of_shots = scenes.sums("shots", scenes.inner("shots", "caption") == text) > 0
+    row = int(np.flatnonzero((scenes.column("caption") == text) | of_shots)[0])
+    return f"scene {scenes[row].name}"
+
+
+def _too_long(caption: str, tokens: int, cfg: TextConfig, where: str) -> CaptionError:
+    return CaptionError(
+        f"{where}: the caption {shown(caption)} has {tokens} tokens, but text.max_tokens is {cfg.max_tokens}; "
+        "shorten it or raise text.max_tokens"
+    )

@@ -10,7 +10,8 @@
 
 All keys are optional; what is missing is filled with `DataConfig.default_caption` and `default_shot_caption`. A plain
 text file, `clip.txt`, is the caption of the whole video, its lines joined. Capitals in the suffix make no difference,
-and an empty file gives the defaults.
+and an empty file gives the defaults. Scene files of other projects (moc_jax/stories.py) are read, too, and of
+`video/x/clip.mp4` the caption may lie at `caption/x/clip.json`, as LongLive has it.
 """
 
 import dataclasses
@@ -19,13 +20,15 @@ import itertools
 import math
 import os
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from moc_jax.config import DataConfig
 from moc_jax.documents import DocumentError, checked_text, read_document, read_text
 from moc_jax.errors import Failure
 from moc_jax.showing import shown
+from moc_jax.stories import Story, parse_story
 
 SUFFIXES = (".yaml", ".yml", ".json", ".txt")
 
@@ -40,14 +43,23 @@ class Captions:
 
     file: Path | None
     """The caption file; None: all captions are defaults."""
+    line: int | None = None
+    """Its line, if it has one for each video."""
     caption: str
     shots: tuple[str, ...]
     """Given captions only; further shots get `default_shot`."""
     cuts: tuple[float, ...] | None
-    """Borders between shots in seconds; None: detect them."""
+    """Borders between shots; None: detect them."""
+    cut_unit: Literal["seconds", "frames"] = "seconds"
+    """Frames are those of the file."""
     default_shot: str
     video: str
     """The video's file name without its suffix."""
+
+    @property
+    def where(self) -> str:
+        """Where they stand, for messages; empty: nowhere."""
+        return "" if self.file is None else str(self.file) if self.line is None else f"{self.file}, line {self.line}"
 
     def shot(self, index: int) -> str:
         """The caption of shot `index`, counted from 0."""
@@ -58,17 +70,50 @@ class Captions:
         return _fill_in(self.default_shot, {"shot": str(index + 1), "file": name})
 
 
-def load_captions(video: Path, cfg: DataConfig, beside: Mapping[str, Sequence[Path]] | None = None) -> Captions:
+def load_captions(
+    video: Path, cfg: DataConfig, beside: Callable[[Path], Mapping[str, Sequence[Path]]] | None = None
+) -> Captions:
     """The captions of `video`, from the file beside it if there is one.
 
     Args:
         video: the video as it was found: a link's captions lie beside the link.
         cfg: the defaults.
-        beside: `caption_files` of its folder, for who reads many; None looks there.
+        beside: gives the `caption_files` of a folder, for who reads many; None looks there.
 
     Raises:
         CaptionError: the file, or the default in the config, is not as described above.
     """
+    _check_default(cfg)
+    beside = beside or caption_files
+    found, mirrored = beside(video.parent).get(video.stem, ()), False
+    if not found and (other := mirror(video.parent)) is not None:
+        found, mirrored = beside(other).get(video.stem, ()), True
+    if len(found) > 1:
+        raise CaptionError(f"{video} has several caption files: {', '.join(p.name for p in found)}; keep one")
+    return filled(_parse(found[0], mirrored=mirrored) if found else Content(), video, cfg, found[0] if found else None)
+
+
+def filled(content: "Content", video: Path, cfg: DataConfig, file: Path | None, line: int | None = None) -> Captions:
+    """What a caption file, or a line of it, says about `video`, with the defaults where it is silent.
+
+    Raises:
+        CaptionError: the default in the config cannot be filled in.
+    """
+    _check_default(cfg)
+    frames = None if content.cut_frames is None else tuple(map(float, content.cut_frames))
+    return Captions(
+        file=file,
+        line=line,
+        caption=cfg.default_caption if content.caption is None else content.caption,
+        shots=content.shots,
+        cuts=content.cuts if frames is None else frames,
+        cut_unit="seconds" if frames is None else "frames",
+        default_shot=cfg.default_shot_caption,
+        video=video.stem,
+    )
+
+
+def _check_default(cfg: DataConfig) -> None:
     try:
         _fill_in(cfg.default_shot_caption, {"shot": "1", "file": ""})
     except ValueError as error:
@@ -76,18 +121,17 @@ def load_captions(video: Path, cfg: DataConfig, beside: Mapping[str, Sequence[Pa
             f"data.default_shot_caption = {shown(cfg.default_shot_caption)} cannot be filled in ({error}); "
             "it may hold {shot} and {file}, and literal braces are doubled"
         ) from None
-    found = (caption_files(video.parent) if beside is None else beside).get(video.stem, ())
-    if len(found) > 1:
-        raise CaptionError(f"{video} has several caption files: {', '.join(p.name for p in found)}; keep one")
-    content = _parse(found[0]) if found else _Content()
-    return Captions(
-        file=found[0] if found else None,
-        caption=cfg.default_caption if content.caption is None else content.caption,
-        shots=content.shots,
-        cuts=content.cuts,
-        default_shot=cfg.default_shot_caption,
-        video=video.stem,
-    )
+
+
+_MIRRORS = {"video": "caption", "videos": "captions"}
+
+
+def mirror(folder: Path) -> Path | None:
+    """The folder of captions that has the place of a folder of videos: `caption/x` of `video/x`."""
+    for at, part in reversed(list(enumerate(folder.parts))):
+        if part in _MIRRORS:
+            return Path(*folder.parts[:at], _MIRRORS[part], *folder.parts[at + 1 :])
+    return None
 
 
 def caption_files(folder: Path) -> dict[str, list[Path]]:
@@ -126,36 +170,63 @@ def _fill_in(template: str, values: dict[str, str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Content:
+class Content:
     """What a caption file says; None where it is silent."""
 
     caption: str | None = None
     shots: tuple[str, ...] = ()
     cuts: tuple[float, ...] | None = None
+    """In seconds."""
+    cut_frames: tuple[int, ...] | None = None
+    """Instead, in frames of the file."""
+
+    def check(self) -> None:
+        """Raises DocumentError for more captions than shots."""
+        cuts = self.cuts if self.cut_frames is None else self.cut_frames
+        if cuts is not None and len(self.shots) > len(cuts) + 1:
+            raise DocumentError(
+                f"{len(cuts)} cuts make {len(cuts) + 1} shots, but shots has {len(self.shots)} captions; remove "
+                "captions or add cuts"
+            )
 
 
-def _parse(file: Path) -> _Content:
+def _parse(file: Path, *, mirrored: bool) -> Content:
+    """`mirrored`: in a folder of another project's captions, whose files may hold more."""
     try:
         if file.suffix.lower() == ".txt":
-            return _Content(caption=checked_text(" ".join(read_text(file).split())) or None)
+            return Content(caption=checked_text(" ".join(read_text(file).split())) or None)
         document = read_document(file)
+        if (story := parse_story(document)) is not None:
+            return _of_story(story)
     except DocumentError as error:
         raise CaptionError(f"{file} cannot be read: {error}") from error
+    if mirrored and isinstance(document, dict):
+        document = {key: value for key, value in document.items() if key == "caption"}
     content = _checked_keys(file, "the file", {} if document is None else document, ("caption", "shots", "cuts"))
     shots = content.get("shots", [])
     if not isinstance(shots, list):
         raise CaptionError(f"{file}: shots is {shown(shots)}; it must be a list, one entry per shot")
-    parsed = _Content(
-        caption=_text(file, "caption", content["caption"]) if "caption" in content else None,
-        shots=tuple(_shot(file, f"shots[{k}]", entry) for k, entry in enumerate(shots)),
-        cuts=_cuts(file, content["cuts"]) if "cuts" in content else None,
-    )
-    if parsed.cuts is not None and len(parsed.shots) > len(parsed.cuts) + 1:
-        raise CaptionError(
-            f"{file}: {len(parsed.cuts)} cuts make {len(parsed.cuts) + 1} shots, but shots has "
-            f"{len(parsed.shots)} captions; remove captions or add cuts"
+    try:
+        parsed = Content(
+            caption=_text(file, "caption", content["caption"]) if "caption" in content else None,
+            shots=tuple(_shot(file, f"shots[{k}]", entry) for k, entry in enumerate(shots)),
+            cuts=parsed_cuts(content["cuts"]) if "cuts" in content else None,
         )
+        parsed.check()
+    except DocumentError as error:
+        raise CaptionError(f"{file}: {error}") from error
     return parsed
+
+
+def _of_story(story: Story) -> Content:
+    """A prompt that continues the one before belongs to the same shot."""
+    shots: list[str] = []
+    for shot in story.shots:
+        if shot.continues:
+            shots[-1] = f"{shots[-1]} {shot.caption}"
+        else:
+            shots.append(shot.caption)
+    return Content(caption=story.caption or None, shots=tuple(shots), cut_frames=story.cut_frames)
 
 
 def _checked_keys(file: Path, where: str, content: object, known: tuple[str, ...]) -> dict[str, object]:
@@ -194,8 +265,9 @@ def _shot(file: Path, where: str, entry: object) -> str:
     return _text(file, f"{where}.caption", keys["caption"])
 
 
-def _cuts(file: Path, value: object) -> tuple[float, ...]:
+def parsed_cuts(value: object) -> tuple[float, ...]:
+    """Cuts in seconds; raises DocumentError where they are not rising times."""
     numbers = isinstance(value, list) and all(type(cut) in (int, float) for cut in value)
     if not (numbers and all(a < b < math.inf for a, b in itertools.pairwise([0, *value]))):
-        raise CaptionError(f"{file}: cuts is {shown(value)}; it must be a list of rising times in seconds, all above 0")
+        raise DocumentError(f"cuts is {shown(value)}; it must be a list of rising times in seconds, all above 0")
     return tuple(float(cut) for cut in value)

@@ -1,31 +1,46 @@
-"""A folder of encoded scenes: `manifest.json`, `codec.npz` and ArrayRecord shards with one record per scene."""
+"""A run's data: a folder with `manifest.json`, `columns` and `codec.npz`, in a cache that holds the shards it names.
 
-import collections
+A shard has what one video file was encoded to, a record for each part of a shot; a scene is several in a row. What
+there is a million of lies in columns, which are mapped into memory: scenes, their captions, shards and sources.
+"""
+
 import dataclasses
-import functools
 import hashlib
 import json
+import os
 import re
+import stat
 import typing
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TypedDict
 
 import numpy as np
 
 from moc_jax.codecs import Codec, load_codec
-from moc_jax.config import CodecConfig, Config, DataConfig
+from moc_jax.config import PLACES, TRADES, CodecConfig, Config, DataConfig
 from moc_jax.config_json import settings_from_tree
+from moc_jax.data.arrays_file import ArraysFile, write_arrays
+from moc_jax.data.copies import address_of, fetched, pull
 from moc_jax.data.sources import Split
+from moc_jax.data.table import Table, TextMap
+from moc_jax.data.typed_json import fields_of
 from moc_jax.errors import Failure
+from moc_jax.files import whole_file, write_text
 from moc_jax.progress import track
 from moc_jax.reading import parse_json
 from moc_jax.showing import printable, shown
 
-VERSION = 4
-MANIFEST, CODEC = "manifest.json", "codec.npz"
-COUNTS = {"files", "shots", "short_shots", "frames", "cut_frames", "latent_frames"}
+VERSION = 5
+MANIFEST, COLUMNS, CODEC, ENCODED = "manifest.json", "columns", "codec.npz", "encoded"
+SHARD = re.compile(r"encoded/[0-9a-f]{2}/[0-9a-f]{32}\.array_record")  # in a cache
+REMEDY = "moc-prepare --data.verify full with the same settings encodes its video again"
+OTHER_DATA = (
+    "resume with the same data; or with this, whose first epoch then begins, by --train.allow-new-data True; or start "
+    "another run from these weights, by --train.init-from and another --workdir"
+)
+COUNTS = {"files", "shots", "short_shots", "frames", "unused_frames", "latent_frames"}
 
 
 class DataError(Failure):
@@ -39,6 +54,8 @@ class ShotEntry:
     """Latent frames."""
     start: int
     """Its first frame in the video, at the frame rate of the data."""
+    continues: bool
+    """Whether it continues the one before it in the scene: both are parts of one long shot."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,9 +65,12 @@ class SceneEntry:
     source: str
     split: Split
     caption: str
+    weight: int = 1
+    """How often it is shown in an epoch of training."""
     shots: tuple[ShotEntry, ...]
     shard: int
     record: int
+    """Of its first shot; the others follow."""
 
     @property
     def frames(self) -> int:
@@ -66,6 +86,7 @@ class SceneEntry:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardEntry:
     file: str
+    """Its path in the cache."""
     records: int
     size: int
     """Bytes."""
@@ -80,35 +101,45 @@ class Manifest:
     fingerprint: str
     settings: dict[str, object]
     """Every setting that the content depends on, by its dotted name."""
-    sources: dict[str, str]
+    origin: tuple[str, ...]
+    """Where videos were looked for, and held-out ones."""
+    sources: TextMap
     """Digest of each source, by name."""
     codec_fingerprint: str
     codec_psnr: dict[str, float]
     """By split: the mean PSNR, in dB, of the codec's reconstruction of the first frames of shots."""
     latent_shape: tuple[int, int, int]
     """Rows, columns and channels of a latent frame."""
-    scenes: tuple[SceneEntry, ...]
-    shards: tuple[ShardEntry, ...]
+    scenes: Table[SceneEntry]
+    shards: Table[ShardEntry]
     skipped: dict[str, str]
     """Files that were left out, with the reason."""
     notes: tuple[str, ...]
     """What the user should know about files that were used."""
     counts: dict[str, int]
+    compared: bool = dataclasses.field(default=False, compare=False)
+    """Whether all shards were just compared with their digests."""
 
-    def split(self, split: Split) -> list[SceneEntry]:
+    def shard_path(self, shard: int) -> Path:
+        """Where a shard lies: in the cache that the manifest's folder is in."""
+        return self.folder.parent / self.shards[shard].file
+
+    def split(self, split: Split) -> Table[SceneEntry]:
         """The scenes of one split."""
-        return [scene for scene in self.scenes if scene.split == split]
+        return self.scenes.select(np.flatnonzero(self.scenes.chosen("split", split)))
 
     def summary(self) -> str:
         """What was used, what was left out, and why."""
-        of = collections.Counter(scene.split for scene in self.scenes)
+        of = {split: len(self.split(split)) for split in typing.get_args(Split)}
+        parts = int(self.scenes.inner("shots", "continues").sum())
         c, words = self.counts, {"train": "training", "validation": "held-out"}
         quality = (f"PSNR {value:.1f} dB on {words[split]} scenes" for split, value in sorted(self.codec_psnr.items()))
         lines = [
             f"{of['train']} training and {of['validation']} held-out scenes from {c['files']} files: "
-            f"{c['shots']} shots, {c['latent_frames']} latent frames ({self.folder})",
-            f"left out: {len(self.skipped)} files, {c['short_shots']} short shots, {c['cut_frames']} of "
-            f"{c['frames']} frames at the ends of shots",
+            f"{c['shots']} shots{f' ({parts} of them continue the one before)' * bool(parts)}, "
+            f"{c['latent_frames']} latent frames ({self.folder})",
+            f"left out: {len(self.skipped)} files, {c['short_shots']} short shots; {c['unused_frames']} of "
+            f"{c['frames']} frames, there and at the ends of shots ({c['unused_frames'] / max(c['frames'], 1):.1%})",
             f"the codec's reconstruction, which no sample surpasses: {', '.join(quality)}",
             *(f"  skipped {name}: {reason}" for name, reason in self.skipped.items()),
             *(f"  note: {note}" for note in self.notes),
@@ -116,11 +147,31 @@ class Manifest:
         return "\n".join(map(printable, lines))
 
     def save(self) -> None:
-        """Writes manifest.json into the folder, with a digest of what it says."""
-        content = dataclasses.asdict(self)
-        del content["folder"]
+        """Writes columns and manifest.json into the folder, with digests of what they say."""
+        with whole_file(self.folder / COLUMNS) as partial:  # the present one may be mapped
+            write_arrays(partial, self.scenes.columns | self.shards.columns | self.sources.table.columns)
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _ELSEWHERE}
+        content["columns"] = sha256(self.folder / COLUMNS)
         content = {"version": VERSION, "sha256": _digest(content), **content}
-        (self.folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_text(self.folder / MANIFEST, json.dumps(content, indent=1))
+
+
+_ELSEWHERE = "folder", "sources", "scenes", "shards", "compared"  # fields that are not in manifest.json
+
+
+def scene_table(scenes: Iterable[SceneEntry]) -> Table[SceneEntry]:
+    """The scenes of a manifest."""
+    return Table.of(SceneEntry, scenes, "scenes.")
+
+
+def shard_table(shards: Iterable[ShardEntry]) -> Table[ShardEntry]:
+    """The shards of a manifest."""
+    return Table.of(ShardEntry, shards, "shards.")
+
+
+def source_map(digests: Mapping[str, str]) -> TextMap:
+    """The sources of a manifest: digests by name."""
+    return TextMap.of(digests, "sources.")
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -130,6 +181,14 @@ def load_manifest(folder: str | Path) -> Manifest:
         DataError: the manifest is missing, damaged, edited or of another version, or a shard's size differs; names the
             file.
     """
+    manifest = read_manifest(folder)
+    for number, state in damaged_shards(manifest):
+        raise DataError(f"the shard {manifest.shard_path(number)} {state}; {REMEDY}")
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Reads manifest.json alone; errors of `load_manifest`."""
     folder = Path(folder)
     path = folder / MANIFEST
     try:
@@ -142,17 +201,72 @@ def load_manifest(folder: str | Path) -> Manifest:
             )
         if content.pop("sha256", None) != _digest(content):
             raise ValueError("it was changed after it was written: its digest does not match")
-        manifest = Manifest(folder=folder, **_fields(Manifest, content, "", left_out=("folder",)))
+        columns = _columns(folder / COLUMNS, content.pop("columns", None))
+        manifest = Manifest(folder=folder, **columns, **fields_of(Manifest, content, left_out=_ELSEWHERE))
         _check_consistent(manifest)
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); delete {folder} and prepare the data again") from error
-    for shard in manifest.shards:
-        file = folder / shard.file
-        size = file.stat().st_size if file.is_file() else None
-        if size != shard.size:
-            state = "is missing" if size is None else f"has {size} bytes instead of {shard.size}"
-            raise DataError(f"the shard {file} {state}; delete {folder} and prepare the data again")
     return manifest
+
+
+def damaged_shards(manifest: Manifest) -> Iterator[tuple[int, str]]:
+    """The shards that are missing or have another size, with what is wrong; of a copy, those in the bucket."""
+    cache, shards = os.fspath(manifest.folder.parent), manifest.shards
+    held = pull(manifest.folder.parent / ENCODED, lambda _: False) if address_of(manifest.folder) else None
+    for number, (file, size) in enumerate(zip(shards.values("file"), shards.column("size").tolist())):
+        path = f"{cache}/{file}"
+        found = _size(path) if held is None else held[there].object.size if (there := Path(path)) in held else None
+        if found is None:
+            yield number, "is missing"
+        elif found != size:
+            yield number, f"has {found} bytes instead of {size}"
+
+
+def _size(path: str) -> int | None:
+    """Bytes of a file; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def shard_here(manifest: Manifest, number: int) -> Path:
+    """Where a shard can be read. Of a copy it is fetched, unless it is there, and compared with its digest.
+
+    Raises:
+        DataError: what was fetched has another digest.
+        CloudError, OSError: it can't be fetched.
+    """
+    path, shard = manifest.shard_path(number), manifest.shards[number]
+    if fetched(path, shard.size) and (found := sha256(path)) != shard.sha256:
+        path.unlink(missing_ok=True)
+        raise _damaged(path, found, shard)
+    return path
+
+
+def _damaged(path: Path, found: str, shard: ShardEntry) -> DataError:
+    return DataError(
+        f"the shard {path} is damaged: its SHA-256 is {found[:12]}… instead of {shard.sha256[:12]}…; {REMEDY}"
+    )
+
+
+class _Columns(TypedDict):
+    scenes: Table[SceneEntry]
+    shards: Table[ShardEntry]
+    sources: TextMap
+
+
+def _columns(path: Path, digest: object) -> _Columns:
+    """Raises OSError or ValueError where they are not those that manifest.json was written with."""
+    if sha256(path) != digest:
+        raise ValueError(f"{path.name} was changed after it was written: its digest does not match")
+    arrays = ArraysFile(path)
+    return {
+        "scenes": Table.checked(SceneEntry, arrays, "scenes."),
+        "shards": Table.checked(ShardEntry, arrays, "shards."),
+        "sources": TextMap(Table.checked(TextMap.Entry, arrays, "sources.")),
+    }
 
 
 def _digest(content: dict[str, object]) -> str:
@@ -160,53 +274,24 @@ def _digest(content: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _fields(kind: type, tree: object, where: str, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of the dataclass `kind`, each of its type; raises ValueError naming the first that is not."""
-    hints = _hints(kind)
-    names = hints.keys() - set(left_out)
-    if not isinstance(tree, dict) or tree.keys() != names:
-        raise ValueError(f"{where or 'it'} must have the fields {', '.join(sorted(names))}, not {shown(tree)}")
-    return {name: _value(hints[name], tree[name], f"{where}.{name}".lstrip(".")) for name in tree}
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, object]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _value(kind: Any, tree: object, where: str) -> Any:
-    """What JSON holds, as `kind` says: a dataclass, tuple, dict, Literal, int, float or str."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return typing.cast(type, kind)(**_fields(typing.cast(type, kind), tree, where))
-    if origin is tuple and isinstance(tree, list):
-        kinds = arguments[:1] * len(tree) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) == len(tree):
-            return tuple(_value(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, tree)))
-    if origin is dict and isinstance(tree, dict):
-        return {key: _value(arguments[1], value, f"{where}[{shown(key)}]") for key, value in tree.items()}
-    if (
-        kind is object
-        or (origin is Literal and tree in arguments)
-        or (kind in (int, float, str) and type(tree) is kind)
-    ):
-        return tree
-    raise ValueError(f"{where} is {shown(tree)}; it must be {getattr(kind, '__name__', kind)}")
-
-
 def _check_consistent(manifest: Manifest) -> None:
     """Raises ValueError for what no program can have written."""
-    for k, shard in enumerate(manifest.shards):
-        if not re.fullmatch(r"\w[\w.-]{0,199}", shard.file):
-            raise ValueError(f"shards[{k}].file is {shown(shard.file)}; it must be the name of a file in the folder")
-    for k, scene in enumerate(manifest.scenes):
-        held = manifest.shards[scene.shard].records if 0 <= scene.shard < len(manifest.shards) else 0
-        if not 0 <= scene.record < held:
-            raise ValueError(f"scenes[{k}] is record {scene.record} of shard {scene.shard}, which does not exist")
-        if not scene.shots or min(shot.frames for shot in scene.shots) < 1:
-            raise ValueError(f"scenes[{k}] must have shots of at least one frame")
-    if len({scene.name for scene in manifest.scenes}) < len(manifest.scenes):
+    for k, file in enumerate(manifest.shards.values("file")):
+        if not SHARD.fullmatch(file):
+            raise ValueError(f"shards[{k}].file is {shown(file)}; it must be a shard's path in the cache")
+    scenes, held = manifest.scenes, manifest.shards.column("records")
+    empty = scenes.sums("shots", scenes.inner("shots", "frames") < 1) > 0
+    for k in np.flatnonzero(empty | (scenes.counts("shots") == 0)).tolist():
+        raise ValueError(f"scenes[{k}] must have shots of at least one frame")
+    shard, record, exists = scenes.column("shard"), scenes.column("record"), np.zeros(len(scenes), bool)
+    inside, end = (shard >= 0) & (shard < len(held)), record + scenes.counts("shots")
+    exists[inside] = (record[inside] >= 0) & (end[inside] <= held[shard[inside]])
+    for k in np.flatnonzero(~exists).tolist():
+        where = f"records {record[k]} to {end[k] - 1} of shard {shard[k]}"
+        raise ValueError(f"scenes[{k}] is {where}, which do not exist")
+    for k in np.flatnonzero(scenes.column("weight") < 1).tolist():
+        raise ValueError(f"scenes[{k}].weight is {scenes[k].weight}; it must be 1 or more")
+    if len(np.unique(scenes.column("name"))) < len(scenes):
         raise ValueError("two scenes have the same name")
     if not manifest.codec_psnr.keys() <= set(typing.get_args(Split)):
         raise ValueError(f"codec_psnr is {shown(manifest.codec_psnr)}; it must be by split")
@@ -214,28 +299,28 @@ def _check_consistent(manifest: Manifest) -> None:
         raise ValueError(f"counts lacks {', '.join(sorted(missing))}")
 
 
-def verify(manifest: Manifest, shards: Iterable[int]) -> None:
-    """Reads the shards of these numbers and compares their checksums.
+def verify(manifest: Manifest, shards: Iterable[int], *, shown: bool = True) -> None:
+    """Reads the shards of these numbers and compares their checksums; `shown`: with progress.
 
     Raises:
         DataError: a shard cannot be read, or its content has changed; names it.
     """
-    for number in track(list(shards), "checking shards", unit="file", keep=False):
-        shard = manifest.shards[number]
-        path = manifest.folder / shard.file
+    shards = list(shards)
+    for number in track(shards, "checking shards", unit="file", keep=False) if shown else shards:
+        shard, path = manifest.shards[number], manifest.shard_path(number)
         try:
-            found = sha256(path)
+            found = sha256(shard_here(manifest, number))
         except OSError as error:
             raise DataError(f"the shard {path} cannot be read ({error})") from error
         if found != shard.sha256:
-            raise DataError(
-                f"the shard {path} is damaged: its SHA-256 is {found[:12]}… instead of {shard.sha256[:12]}…; "
-                f"delete {manifest.folder} and prepare the data again"
-            )
+            raise _damaged(path, found, shard)
 
 
-def codec_of(manifest: Manifest) -> Codec:
+def codec_of(manifest: Manifest, cfg: CodecConfig | None = None) -> Codec:
     """The codec that the scenes were encoded with.
+
+    Args:
+        cfg: its settings in this run, which say where its files lie now; None: as they were.
 
     Raises:
         DataError: its file is missing or damaged.
@@ -245,7 +330,8 @@ def codec_of(manifest: Manifest) -> Codec:
     settings = {k.removeprefix(prefix): value for k, value in manifest.settings.items() if k.startswith(prefix)}
     try:
         with path.open("rb") as file, np.load(file) as arrays:
-            codec = load_codec(settings_from_tree(CodecConfig, settings, "codec", name=str(path)), dict(arrays))
+            cfg = cfg or settings_from_tree(CodecConfig, settings, "codec", name=str(path))
+            codec = load_codec(cfg, dict(arrays))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} cannot be read ({error}); delete {manifest.folder} and prepare the data again"
@@ -257,8 +343,9 @@ def codec_of(manifest: Manifest) -> Codec:
 
 # What the encoded scenes depend on; all else in the config can change without preparing again.
 _DATA_FIELDS = (
-    *("height", "width", "fps", "min_shot_frames", "max_shot_frames", "shot_threshold", "shots_per_scene"),
-    *("default_caption", "default_shot_caption", "keyframes"),
+    *("height", "width", "fps", "min_shot_frames", "max_shot_frames", "long_shots", "shot_threshold"),
+    "shots_per_scene",
+    *("default_caption", "default_shot_caption", "caption_command", "keyframes"),
 )
 
 
@@ -267,13 +354,21 @@ def settings_of(cfg: Config) -> dict[str, object]:
     assert {f.name for f in dataclasses.fields(DataConfig)} >= set(_DATA_FIELDS)
     settings = {f"codec.{key}": value for key, value in dataclasses.asdict(cfg.codec).items()}
     settings |= {f"data.{key}": getattr(cfg.data, key) for key in _DATA_FIELDS}
+    settings |= {f"data.filters.{key}": value for key, value in dataclasses.asdict(cfg.data.filters).items()}
     settings["model.patch[0]"] = cfg.model.patch[0]
+    if cfg.condition_channels:  # other models have no need of what these read, and take it as it is
+        settings["model.condition_channels"] = cfg.condition_channels
     return parse_json(json.dumps(settings))
+
+
+def deciding(settings: Mapping[str, object]) -> dict[str, object]:
+    """Those of `settings_of` by which scenes are encoded otherwise."""
+    return {key: value for key, value in settings.items() if key not in PLACES | TRADES}
 
 
 def check_settings(manifest: Manifest, cfg: Config) -> None:
     """Raises DataError, naming each field, if the scenes were encoded under other settings than `cfg`."""
-    ours = settings_of(cfg)
+    ours = deciding(settings_of(cfg))
     differing = [key for key in ours if manifest.settings.get(key) != ours[key]]
     if differing:
         listed = "; ".join(

@@ -1,9 +1,11 @@
 """Where one shot of a video ends and the next begins."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
+from moc_jax.data.film import Film
 from moc_jax.data.video import resample
 from moc_jax.shapes import UInt8
 
@@ -36,47 +38,34 @@ class CutDetector:
 
 
 class GivenCuts:
-    """Cuts that the caption file names, in seconds."""
+    """Cuts that the caption file names, in seconds or in frames of the file."""
 
-    def __init__(self, cuts: Sequence[float]):
-        self._left = list(cuts)
+    def __init__(self, cuts: Sequence[float], unit: Literal["seconds", "frames"] = "seconds"):
+        self._left, self._unit = list(cuts), unit
+        self._number = -1
 
     def __call__(self, seconds: float, frame: UInt8[np.ndarray, "Y X 3"]) -> bool:
         """Whether this frame, shown at `seconds`, is the first of a new shot."""
-        reached = [cut for cut in self._left if cut <= seconds]
+        self._number += 1
+        now = seconds if self._unit == "seconds" else self._number
+        reached = [cut for cut in self._left if cut <= now]
         self._left = self._left[len(reached) :]
         return bool(reached)
 
 
-def begin_shots(
-    frames: Iterable[tuple[float, float, np.ndarray]],
-    size: tuple[int, int],
-    fps: float,
-    is_cut: CutDetector | GivenCuts,
-    most: int | None,
-) -> Iterator[tuple[int, UInt8[np.ndarray, "F Y X 3"]]]:
-    """How long each shot is, and how it begins. What is held does not grow with the shot beyond `most` frames.
+def find_shots(
+    frames: Iterable[tuple[float, float, np.ndarray]], fps: float, is_cut: CutDetector | GivenCuts, film: Film
+) -> Iterator[UInt8[np.ndarray, "F Y X 3"]]:
+    """The shots of a video, one after another. Memory grows with none of them: their frames go to `film`.
 
     Args:
         frames: as `decode` gives them.
-        size: their height and width.
         fps: the rate of the result.
         is_cut: says where a shot begins.
-        most: frames of a shot that are given; None gives all.
-
-    Yields:
-        (count, beginning): the number of the shot's frames, and the first `most` of them.
+        film: takes the frames; it may forget a shot before the next one is asked for.
     """
-    count, beginning = 0, []
     for start, frame, times in resample(frames, fps):
         if is_cut(start, frame):
-            ended, count, beginning = (count, _stack(beginning, size)), 0, []
-            yield ended  # a shot shorter than one new frame has none, and keeps its number
-        wanted = times if most is None else min(times, most - len(beginning))
-        beginning += [frame] * wanted
-        count += times
-    yield count, _stack(beginning, size)
-
-
-def _stack(frames: list[np.ndarray], size: tuple[int, int]) -> UInt8[np.ndarray, "F Y X 3"]:
-    return np.stack(frames) if frames else np.empty((0, *size, 3), np.uint8)
+            yield film.shot()  # a shot shorter than one new frame has none, and keeps its number
+        film.add(frame, times)
+    yield film.shot()

@@ -4,13 +4,16 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, overload
 
 from moc_jax.config import ConfigError, DataConfig
-from moc_jax.data.captions import CaptionError, Captions, caption_files, load_captions
+from moc_jax.data.captions import CaptionError, Captions, Content, caption_files, filled, load_captions
+from moc_jax.data.copies import BucketFile, name_of, side_by_side
 from moc_jax.data.folders import Place, count, find_places, some
+from moc_jax.data.tables import Row
+from moc_jax.data.tars import TarMember, read_spans, size_of
 from moc_jax.showing import printable
 
 _SAMPLE = 1 << 20  # bytes hashed at the beginning, in the middle and at the end of a file
@@ -29,7 +32,13 @@ class Source:
     split: Split
     captions: Captions
     digest: str
-    """Changes when the file or its caption file does."""
+    """Changes when the file's content does."""
+    size: int
+    """Bytes of the file."""
+    weight: int = 1
+    """How often its scenes are shown in an epoch."""
+    still: bool = False
+    """Whether it is a picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,47 +72,72 @@ def find_sources(cfg: DataConfig) -> Sources:
     """
     if not cfg.source:
         raise ConfigError("data.source is empty; give at least one video file or a folder of video files")
-    training, notes = find_places(cfg.source, "source")
-    held_out, more = find_places(cfg.validation_source, "validation_source")
+    training, notes = find_places(cfg.source, "source", stills=cfg.stills)
+    held_out, more = find_places(cfg.validation_source, "validation_source", stills=cfg.stills)
     _check_apart(training, held_out)
     files: dict[Hashable, list[_Captioned]] = {}
     for place, captions in _captioned([*training, *held_out], cfg):
         files.setdefault(place.identity, []).append((place, captions))
     used = {identity: _distinct(places) for identity, places in files.items()}
-    taken = collections.Counter(place.name for places in used.values() for place, _ in places)
-    held = {place.identity for place in held_out}
-    sources, unreadable = [], []
+    taken = collections.Counter(name for name, _ in {(p.name, p.path) for places in used.values() for p, _ in places})
+    held, digests = {place.identity for place in held_out}, _in_buckets([*training, *held_out])
+    sources, decided, unreadable = [], dict[str, set[Split]](), []
     for identity, places in used.items():
         share = _share(places[0][0].name)  # one file lies in one split, whatever its captions
         split = "validation" if identity in held or (not held and share < cfg.validation_fraction) else "train"
+        said = {place.row.split for place, _ in files[identity] if place.row and place.row.split}
+        if len(said) > 1:
+            raise ConfigError(f"{places[0][0].path} is in both splits, according to {_rows(files[identity])}; keep one")
         for place, captions in places:
-            name = place.name if taken[place.name] == 1 else place.path.as_posix()  # two folders may hold one name
+            name = place.name if taken[place.name] == 1 else name_of(place.path)  # two folders may hold one name
+            lines = [other for other in places if other[0].path == place.path]
+            if len(lines) > 1:  # of a table, or of several
+                name = _names_of_line(name, captions)[sum(other[1].line == captions.line for other in lines) > 1]
             try:
-                digest = _digest(place.path, captions.file)
+                digest, size = digests.get(place.path) or _digest(place.path)
             except OSError as error:
                 unreadable.append(f"{place.path} cannot be read ({error.strerror})")
                 continue
-            sources.append(Source(path=place.path, name=name, split=split, captions=captions, digest=digest))
+            source = Source(
+                path=place.path,
+                name=name,
+                split=next(iter(said), split),
+                captions=captions,
+                digest=digest,
+                size=size,
+                weight=_weight(place.path, captions, files[identity]),
+                still=place.still,
+            )
+            sources.append(source)
+            if said or identity in held:
+                decided.setdefault(digest, set()).add(source.split)
     if not sources:
         raise ConfigError("no file of data.source can be read:\n  " + "\n  ".join(unreadable))
+    sources, equal = _together(sources, decided, {place.path for place in held_out})
     repeated, remarks = _repeated(files, used), _caption_notes(sources, cfg)
-    return Sources(tuple(sources), (*notes, *more, *unreadable, *repeated, *remarks))
+    return Sources(tuple(sources), (*notes, *more, *unreadable, *repeated, *equal, *remarks))
 
 
 def find_file(cfg: DataConfig, name: str, digest: str) -> Path | None:
     """Where the file of a `Source` of this name and digest lies now; None if it is not there.
 
     Raises:
-        ConfigError, CaptionError, OSError: a path of the config, or a caption file, that cannot be read.
+        ConfigError, CaptionError, OSError: a path of the config, or a table, that cannot be read.
     """
-    for place in find_places(cfg.source, "source")[0]:
-        named = name in (place.name, place.path.as_posix())
-        if named and _digest(place.path, load_captions(place.path, cfg).file) == digest:
+    for place in find_places(cfg.source, "source", stills=cfg.stills)[0]:
+        names = place.name, name_of(place.path)
+        lines = [of for known in names if place.row for of in _names_of_line(known, place.row)]
+        if name in (*names, *lines) and _digest(place.path)[0] == digest:
             return place.path
     return None
 
 
 _Captioned = tuple[Place, Captions]
+
+
+def _names_of_line(name: str, line: Captions | Row) -> tuple[str, str]:
+    """What a video is called of which several lines speak: by the line, and where tables share its number."""
+    return f"{name}:{line.line}", f"{name}:{line.file}:{line.line}"
 
 
 def _check_apart(training: list[Place], held_out: list[Place]) -> None:
@@ -124,12 +158,26 @@ def _captioned(places: list[Place], cfg: DataConfig) -> list[_Captioned]:
     found, problems = [], []
     for place in places:
         try:
-            found.append((place, load_captions(place.path, cfg, beside(place.path.parent))))
+            found.append((place, _captions(place, cfg, beside)))
         except CaptionError as error:
             problems.append(str(error))
     if problems:
         raise CaptionError("\n".join(map(printable, dict.fromkeys(problems))))
     return found
+
+
+def _captions(
+    place: Place, cfg: DataConfig, beside: Callable[[Path], Mapping[str, Sequence[Path]]] | None = None
+) -> Captions:
+    """From its line of a table, or from beside it, where the table says nothing, too."""
+    row = place.row
+    if row is not None and (row.content != Content() or isinstance(place.path, TarMember)):
+        return filled(row.content, place.path, cfg, row.file, row.line)
+    return load_captions(place.path, cfg, beside)
+
+
+def _rows(places: list[_Captioned]) -> str:
+    return some([place.row.where for place, _ in places if place.row])
 
 
 def _distinct(places: list[_Captioned]) -> list[_Captioned]:
@@ -138,8 +186,30 @@ def _distinct(places: list[_Captioned]) -> list[_Captioned]:
     captioned = [found for found in places if found[1].file] or places[:1]
     kept: dict[tuple, _Captioned] = {}
     for place, captions in captioned:
-        kept.setdefault((captions.caption, captions.shots, captions.cuts), (place, captions))
+        kept.setdefault(_texts(captions), (place, captions))
     return list(kept.values())
+
+
+def _weight(path: Path, captions: Captions, places: list[_Captioned]) -> int:
+    """What the lines say that have these captions; 1 if there are none.
+
+    Raises:
+        ConfigError: they say different weights.
+    """
+    said = dict[int, str]()
+    for place, other in places:
+        if place.row and _texts(other) == _texts(captions):
+            said.setdefault(place.row.weight, f"{place.row.weight} ({place.row.where})")
+    if len(said) > 1:
+        raise ConfigError(
+            f"{path} has several weights with the same captions: {some(list(said.values()))}; keep one line, with the "
+            "weight that is meant"
+        )
+    return next(iter(said), 1)
+
+
+def _texts(captions: Captions) -> tuple[object, ...]:
+    return captions.caption, captions.shots, captions.cuts, captions.cut_unit
 
 
 def _repeated(files: dict[Hashable, list[_Captioned]], used: dict[Hashable, list[_Captioned]]) -> list[str]:
@@ -161,12 +231,36 @@ def _repeated(files: dict[Hashable, list[_Captioned]], used: dict[Hashable, list
     return notes
 
 
+def _together(
+    sources: list[Source], decided: Mapping[str, set[Split]], held: set[Path]
+) -> tuple[list[Source], list[str]]:
+    """Videos of equal content lie in one split: the one that was named for them, or where the first by name lies.
+
+    Raises:
+        ConfigError: both were named.
+    """
+    equal: dict[str, list[Source]] = {}
+    for source in sorted((s for s in sources if s.size), key=lambda source: source.name):  # of nothing all are equal
+        equal.setdefault(source.digest, []).append(source)
+    notes, splits = [], dict[str, Split]()
+    for digest, group in equal.items():
+        names, named = some([str(source.path) for source in group]), decided.get(digest, set())
+        if len(named) > 1 or len({source.path in held for source in group}) > 1:
+            raise ConfigError(
+                f"{names} have equal content and lie in both splits; a video cannot be both held out and trained on"
+            )
+        splits[digest] = next(iter(named), group[0].split)
+        if len({source.path for source in group}) > 1:
+            notes.append(f"{names} have equal content: encoded once, shown {len(group)} times in an epoch")
+    return [dataclasses.replace(source, split=splits.get(source.digest, source.split)) for source in sources], notes
+
+
 def _caption_notes(sources: list[Source], cfg: DataConfig) -> list[str]:
     videos: dict[Path, list[str]] = {}
     empty = []
     for source in sources:
         captions = source.captions
-        if captions.file:
+        if captions.file and captions.line is None:
             videos.setdefault(captions.file, []).append(source.path.name)
             if (captions.caption, captions.shots, captions.cuts) == (cfg.default_caption, (), None):
                 empty.append(str(captions.file))
@@ -181,18 +275,20 @@ def _share(name: str) -> float:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6]) / 2**48
 
 
-def _digest(video: Path, captions: Path | None) -> str:
-    """Size and samples of the video (all of it up to 3 MiB) and all of the caption file.
+def _in_buckets(places: Sequence[Place]) -> dict[Path, tuple[str, int]]:
+    """The digests of files in buckets, where many requests at once take as long as one."""
+    paths = list({place.path for place in places if isinstance(place.path, BucketFile)})
+    return dict(zip(paths, side_by_side(_digest, paths)))
+
+
+def _digest(video: Path) -> tuple[str, int]:
+    """Of size and samples of the video (all of it up to 3 MiB), and its size.
 
     Times of change are left out: a copied or downloaded file is the same file.
     """
-    size = video.stat().st_size
+    size = size_of(video)
     digest = hashlib.sha256(str(size).encode())
-    with video.open("rb") as file:
-        for offset in sorted({0, max(0, (size - _SAMPLE) // 2), max(0, size - _SAMPLE)}):
-            file.seek(offset)
-            digest.update(file.read(_SAMPLE))
-    if captions:
-        digest.update(captions.suffix.lower().encode())  # the same bytes mean something else as .txt
-        digest.update(captions.read_bytes())
-    return digest.hexdigest()
+    offsets = sorted({0, max(0, (size - _SAMPLE) // 2), max(0, size - _SAMPLE)})
+    for sample in read_spans(video, [(offset, min(_SAMPLE, size - offset)) for offset in offsets]):
+        digest.update(sample)
+    return digest.hexdigest(), size

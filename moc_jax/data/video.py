@@ -1,11 +1,13 @@
 """Video files <-> arrays of frames, through PyAV (FFmpeg)."""
 
+import contextlib
 import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,9 +16,11 @@ from av.video.codeccontext import VideoCodecContext
 
 from moc_jax.data.frames import deinterlaced, fit, remarks
 from moc_jax.data.streams import best_stream, can_be_torn, decoder_of, display_matrix, end_of, packets, usual_step
+from moc_jax.data.tars import address, open_bytes
 from moc_jax.data.timestamps import Stamp, show_times
 from moc_jax.errors import Failure
 from moc_jax.files import whole_file
+from moc_jax.provenance import Provenance, append_provenance
 from moc_jax.shapes import UInt8, typed
 
 _log = logging.getLogger(__name__)
@@ -24,6 +28,7 @@ _log = logging.getLogger(__name__)
 _X264 = {"crf": "16", "preset": "medium", "x264-params": "cpu-independent=1"}
 # What swscale turns RGB into, by the numbers of ISO 23001-8, and limited range; untagged, players guess by size.
 _BT601 = (6, 6, 6, 1)
+_AHEAD = 2  # frames that x264 with these settings is decoded ahead of what is shown
 _SAME_TIME = 1e-6  # seconds; time stamps are rounded to the container's clock
 
 
@@ -63,7 +68,7 @@ def decode(
             note(text) if note is not None else _log.warning("%s: %s", os.fspath(path), text)
 
     try:
-        with av.open(f"file:{os.fspath(path)}") as container:  # a name may hold a colon, as addresses do
+        with av.open(address(path)) as container:
             stream = best_stream(container, note_once)
             if stream is None:
                 known = "that can be decoded" if container.streams.video else ""
@@ -77,7 +82,15 @@ def decode(
             if shown is None:
                 raise VideoError(path, "it has no frames")
     except (av.FFmpegError, OSError) as error:
+        if _is_empty(path):
+            raise VideoError(path, "it is empty (0 bytes); copy or download it again") from error
         raise VideoError(path, f"it cannot be decoded ({error.strerror or error})") from error
+
+
+def _is_empty(path: str | os.PathLike) -> bool:
+    with contextlib.suppress(OSError), open_bytes(path if isinstance(path, Path) else Path(path)) as file:
+        return not file.read(1)
+    return False
 
 
 def _frames(
@@ -162,8 +175,12 @@ def read_video(
 
 
 @typed
-def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], fps: float | int) -> None:
+def write_video(
+    path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], fps: float | int, made: Provenance | None = None
+) -> None:
     """Writes an H.264 MP4 that any player shows. It appears under its name only when it is complete.
+
+    `made` is what it will say about how it was made; None: nothing, for what was not.
 
     Raises:
         VideoError: no frames, a size that H.264 cannot hold, or a file that cannot be written, for instance because
@@ -176,14 +193,47 @@ def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], f
         raise VideoError(path, f"frames of {height}x{width} cannot be written; H.264 needs even rows and columns")
     options = {"movflags": "faststart"}
     try:
-        with whole_file(path) as partial, av.open(os.fspath(partial), "w", format="mp4", options=options) as container:
-            rate = Fraction(fps).limit_denominator(1001)
-            stream = container.add_stream("libx264", rate=rate, options=_X264)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            context = stream.codec_context
-            context.colorspace, context.color_primaries, context.color_trc, context.color_range = _BT601
-            for array in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
-            container.mux(stream.encode(None))
+        with whole_file(path) as partial:
+            with av.open(os.fspath(partial), "w", format="mp4", options=options) as container:
+                rate = Fraction(fps).limit_denominator(1001)
+                stream = container.add_stream("libx264", rate=rate, options=_X264)
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                context = stream.codec_context
+                context.colorspace, context.color_primaries, context.color_trc, context.color_range = _BT601
+                for array in frames:
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+                container.mux(stream.encode(None))
+            if made is not None:
+                append_provenance(partial, made)
     except (av.FFmpegError, OSError) as error:
         raise VideoError(path, f"it cannot be written ({error.strerror or error})") from error
+
+
+def join_videos(parts: Sequence[Path], path: Path, made: Provenance | None = None) -> None:
+    """Joins videos that `write_video` wrote, of one size and rate, without encoding them again.
+
+    Raises:
+        VideoError: none is given, one can't be read, or the file can't be written.
+    """
+    if not parts:
+        raise VideoError(path, "there is nothing to join")
+    try:
+        with whole_file(path) as partial:
+            with av.open(os.fspath(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
+                joined, begin, count = None, 0, 0
+                for part in parts:
+                    with av.open(os.fspath(part)) as video:
+                        stream = video.streams.video[0]
+                        joined = joined or container.add_stream_from_template(stream)
+                        for packet in video.demux(stream):
+                            if packet.pts is None or packet.duration is None:
+                                continue  # the end
+                            # In the order of decoding frames are as long apart as they are shown, ahead of their time.
+                            packet.dts = (count - _AHEAD) * packet.duration
+                            packet.pts, packet.stream, count = packet.pts + begin, joined, count + 1
+                            container.mux(packet)
+                        begin += stream.duration or 0
+            if made is not None:
+                append_provenance(partial, made)
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"it cannot be joined ({error.strerror or error})") from error

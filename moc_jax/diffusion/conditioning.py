@@ -16,11 +16,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from moc_jax.config import SampleConfig
 from moc_jax.diffusion.process import VelocityFn, add_noise, shot_mask
-from moc_jax.diffusion.samplers import Solver, grid_of, solver_of
+from moc_jax.diffusion.samplers import Solver, grid_of, read_levels, solver_of
 from moc_jax.scene import SceneLengths, frame_shot
 from moc_jax.shapes import Array, Bool, Float, Int, Key, typed
 
@@ -53,9 +54,15 @@ def shot_noise(keys: Key[Array, "B S"], lengths: SceneLengths, shape: tuple[int,
 
 @typed
 def turns(known: Bool[Array, "B S"], lengths: SceneLengths, order: Literal["joint", "shots"]) -> Int[Array, "B S"]:
-    """When each shot is denoised: 0 for the first turn; -1 for what is known, and for padding."""
+    """When each shot is denoised: 0 for the first turn; -1 for what is known, and for padding.
+
+    One that continues another has that one's noise level, so it has its turn.
+    """
     wanted = ~known & (lengths.shot_frames > 0)
-    turn = jnp.zeros_like(lengths.shot_frames) if order == "joint" else jnp.cumsum(wanted, axis=1) - 1
+    begins = wanted
+    if lengths.continues is not None:
+        begins = wanted & ~(lengths.continues & jnp.pad(wanted, ((0, 0), (1, 0)))[:, :-1])
+    turn = jnp.zeros_like(lengths.shot_frames) if order == "joint" else jnp.cumsum(begins, axis=1) - 1
     return jnp.where(wanted, turn, -1)
 
 
@@ -67,7 +74,7 @@ class Denoising:
 
         for each turn `now`:
             carried = solver.start(noise)
-            for each row `at` of solver.constants: carried = call(velocity_fn, now, z_0, carried, at)
+            for each row `at` of constants: carried = call(velocity_fn, now, z_0, carried, at)
             z_0 = end(now, z_0, carried)            from z_0 = begin() on
     """
 
@@ -88,6 +95,11 @@ class Denoising:
         return turn_solver(self.cfg)
 
     @property
+    def constants(self) -> tuple[np.ndarray, ...]:
+        """See `turn_constants`."""
+        return turn_constants(self.cfg)
+
+    @property
     def turn(self) -> Int[Array, "B S"]:
         """When each shot is denoised."""
         return turns(self.known.shots, self.lengths, self.cfg.order)
@@ -104,12 +116,16 @@ class Denoising:
         done, active = self.turn < now, self.turn == now
         free, eps = self._free(now), jnp.where(_frames(self._mine, done), self.history_noise, self.noise)
 
-        def velocity(z, sigma):
-            t = jnp.where(done, self.cfg.history_noise, jnp.where(active, sigma, 1.0))
-            z = jnp.where(free, z, add_noise(z_0, eps, t, self.lengths))  # at t = 1 this is the noise itself
-            return jnp.where(free, velocity_fn(z, t), 0)
+        read, own = at[0], at[1:]
 
-        return self.solver.call(velocity, carried, at)
+        def levels(of_active):
+            return jnp.where(done, self.cfg.history_noise, jnp.where(active, of_active, 1.0))
+
+        def velocity(z, sigma):
+            z = jnp.where(free, z, add_noise(z_0, eps, levels(sigma), self.lengths))  # at t = 1 the noise itself
+            return jnp.where(free, velocity_fn(z, levels(read)), 0)
+
+        return self.solver.call(velocity, carried, own)
 
     def end(self, now: ArrayLike, z_0: Array, carried: tuple[Array, ...]) -> Float[Array, "B F Y X Z"]:
         """Clean latents once turn `now` is over."""
@@ -127,9 +143,20 @@ class Denoising:
         return _firsts(self._mine) & self.known.first_frames[:, :, None]
 
 
+def frames_of_shots(shots: Bool[Array, "B S"], lengths: SceneLengths, frames: int) -> Bool[Array, "B F 1 1 1"]:
+    """The frames of these shots, ready to select latents."""
+    return _frames(shot_mask(lengths, frames), shots)
+
+
 def turn_solver(cfg: SampleConfig) -> Solver:
     """The solver of each turn, over the grid that `cfg` asks for."""
     return solver_of(grid_of(cfg), cfg.solver)
+
+
+def turn_constants(cfg: SampleConfig) -> tuple[np.ndarray, ...]:
+    """float32, for each call in a turn: the noise level that the model reads, and the solver's own constants."""
+    solver = turn_solver(cfg)
+    return np.asarray(read_levels(solver.levels, cfg), np.float32), *solver.constants
 
 
 def _firsts(mine: Bool[Array, "B S F"]) -> Bool[Array, "B S F"]:

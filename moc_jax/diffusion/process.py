@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moc_jax.config import DiffusionConfig
-from moc_jax.scene import NO_SHOT, Scene, SceneLengths, frame_shot
-from moc_jax.shapes import Array, Bool, Float, Key, typed
+from moc_jax.scene import NO_SHOT, Scene, SceneLengths, clean_frames, frame_shot
+from moc_jax.shapes import Array, Bool, Float, Int, Key, typed
 
 VelocityFn = Callable[[Array, Array], Array]
 """(z [B, F, Y, X, Z], t [B, S]) -> velocity [B, F, Y, X, Z]; what it gives for padding frames is ignored."""
@@ -36,13 +36,23 @@ def sample_timesteps(key: Key[Array, ""], lengths: SceneLengths, cfg: DiffusionC
 
     t = shift(sigmoid(t_mean + t_std n)), n ~ N(0, 1)    (2)
 
-    Each shot draws its own n; with chance `cfg.joint_probability` a scene's shots share one.
+    Each shot draws its own n, but one that continues another, which shares it; with chance `cfg.joint_probability` all
+    shots of a scene share one.
     """
     normal_key, joint_key = jax.random.split(key)
     n = jax.random.normal(normal_key, lengths.shot_frames.shape)
     joint = jax.random.bernoulli(joint_key, cfg.joint_probability, (n.shape[0], 1))
     n = jnp.where(joint, n[:, :1], n)
+    if lengths.continues is not None:
+        n = jnp.take_along_axis(n, takes(lengths.continues), axis=1)
     return shift(jax.nn.sigmoid(cfg.t_mean + cfg.t_std * n), cfg.t_shift)
+
+
+@typed
+def takes(continues: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """The first shot of the take that each shot belongs to: itself, unless it continues the one before."""
+    shot = jnp.arange(continues.shape[1])[None]
+    return jax.lax.cummax(jnp.where(continues, 0, shot), axis=1)
 
 
 @typed
@@ -64,11 +74,13 @@ def of_frames(per_shot: Float[Array, "B S"], lengths: SceneLengths, frames: int)
 def add_noise(
     z_0: Float[Array, "B F Y X Z"], noise: Float[Array, "B F Y X Z"], t: Float[Array, "B S"], lengths: SceneLengths
 ) -> Float[Array, "B F Y X Z"]:
-    """Rectified flow (arXiv 2209.03003), each frame at the noise level of its shot; padding stays as it is.
+    """Rectified flow (arXiv 2209.03003), each frame at the noise level of its shot; padding, and first frames that are
+    given clean, stay as they are.
 
     z_t = (1 - t) z_0 + t noise    (3)
     """
-    t = of_frames(t, lengths, z_0.shape[1])[:, :, None, None, None]
+    t = jnp.where(clean_frames(lengths, z_0.shape[1]), 0, of_frames(t, lengths, z_0.shape[1]))
+    t = t[:, :, None, None, None]
     return (1 - t) * z_0 + t * noise
 
 
@@ -91,7 +103,7 @@ def flow_loss(
 
     L_s = mean over the latents of shot s of |velocity_fn(z_t, t) - v|^2,   L = mean_s L_s    (5)
 
-    A short shot so weighs as much as a long one, and padding weighs nothing.
+    A short shot so weighs as much as a long one, and padding and given first frames weigh nothing.
 
     Args:
         velocity_fn: the model.
@@ -109,10 +121,11 @@ def flow_loss(
     noise = jax.random.normal(noise_key, scene.video.shape, scene.video.dtype)
     velocity = velocity_fn(add_noise(scene.video, noise, t, scene.lengths), t)
     # Padding is cut off before the square, so that whatever a model gives for it, NaN included, reaches no gradient.
-    mine = shot_mask(scene.lengths, scene.video.shape[1])  # [B, S, F]
+    given = clean_frames(scene.lengths, scene.video.shape[1])[:, None]
+    mine = shot_mask(scene.lengths, scene.video.shape[1]) & ~given  # [B, S, F]
     inside = mine.any(axis=1)[:, :, None, None, None]
     residual = jnp.where(inside, velocity - velocity_target(scene.video, noise), 0)
     of_frame = jnp.square(residual).mean(axis=(2, 3, 4))  # [B, F]
-    frames = scene.lengths.shot_frames
+    frames = mine.sum(axis=-1)
     per_shot = jnp.where(mine, of_frame[:, None, :], 0).sum(axis=-1) / jnp.maximum(frames, 1)
     return per_shot.sum() / jnp.maximum((frames > 0).sum(), 1), per_shot

@@ -79,10 +79,20 @@ def sigmas(steps: int, shift: float, name: ScheduleName) -> np.ndarray:
     return np.append(grid, 0.0)
 
 
+def schedule_of(cfg: SampleConfig) -> ScheduleName:
+    """The grid's name; `schedule = auto` takes the one its solver is published with."""
+    return DEFAULT_SCHEDULE[cfg.solver] if cfg.schedule == "auto" else cfg.schedule
+
+
 def grid_of(cfg: SampleConfig) -> np.ndarray:
-    """The grid that `cfg` asks for; `schedule = auto` takes the one its solver is published with."""
-    name = DEFAULT_SCHEDULE[cfg.solver] if cfg.schedule == "auto" else cfg.schedule
-    return sigmas(cfg.steps, cfg.shift, name)
+    """The grid that `cfg` asks for."""
+    return sigmas(cfg.steps, cfg.shift, schedule_of(cfg))
+
+
+def read_levels(levels: np.ndarray, cfg: SampleConfig) -> np.ndarray:
+    """What the model reads in place of these noise levels: see `SampleConfig.whole_timesteps`."""
+    whole = cfg.whole_timesteps and schedule_of(cfg) != "diffusers-euler"
+    return (1000 * levels).astype(np.int64) / 1000 if whole else levels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,13 +103,20 @@ class Solver:
     """Noise -> what one call hands to the next; its first part is z."""
     call: Callable[[LevelVelocity, tuple[Array, ...], tuple[ArrayLike, ...]], tuple[Array, ...]]
     """(velocity, what is carried, the call's own constants) -> what is carried."""
-    constants: tuple[np.ndarray, ...]
-    """float32 [calls, ...]: the noise level that each call is made at, and its weights."""
+    levels: np.ndarray
+    """float64 [calls]: the noise level that each call is made at."""
+    weights: tuple[np.ndarray, ...]
+    """[calls, ...]: what else of the grid a call needs."""
+
+    @property
+    def constants(self) -> tuple[np.ndarray, ...]:
+        """float32 [calls, ...]: the noise level of each call, and its weights."""
+        return tuple(np.asarray(values, np.float32) for values in (self.levels, *self.weights))
 
     @property
     def calls(self) -> int:
         """How often the model is called."""
-        return len(self.constants[0])
+        return len(self.levels)
 
 
 def solver_of(levels: np.ndarray, name: str) -> Solver:
@@ -134,7 +151,7 @@ def _euler(levels: np.ndarray) -> Solver:
         (z,), (sigma, width) = carried, at
         return (z + width * velocity(z, sigma),)
 
-    return Solver(start=lambda z: (z,), call=call, constants=_float32(levels[:-1], np.diff(levels)))
+    return Solver(start=lambda z: (z,), call=call, levels=levels[:-1], weights=(np.diff(levels),))
 
 
 def _heun(levels: np.ndarray) -> Solver:
@@ -158,7 +175,8 @@ def _heun(levels: np.ndarray) -> Solver:
     return Solver(
         start=lambda z: (z, z, jnp.zeros_like(z)),
         call=call,
-        constants=_float32(visited, np.repeat(width, 2)[:calls], starts),
+        levels=visited,
+        weights=(np.repeat(width, 2)[:calls], starts),
     )
 
 
@@ -179,7 +197,7 @@ def _multistep(levels: np.ndarray, *, corrector: bool) -> Solver:
     def start(z):
         return z, jnp.zeros_like(z), jnp.zeros_like(z), jnp.zeros_like(z)
 
-    return Solver(start=start, call=call, constants=_float32(levels[:-1], predict, correct))
+    return Solver(start=start, call=call, levels=levels[:-1], weights=(predict, correct))
 
 
 def multistep_weights(levels: np.ndarray, *, corrector: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +232,3 @@ def _corrector_rhos(h: float, r: float) -> tuple[float, float]:
     b_1, b_2 = phi_2 / big_b, 2 * (phi_2 / hh - 0.5) / big_b
     rho_1 = (b_1 - b_2) / (1 + r)
     return rho_1, b_1 - rho_1
-
-
-def _float32(*constants: np.ndarray) -> tuple[np.ndarray, ...]:
-    return tuple(np.asarray(values, np.float32) for values in constants)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,60 +10,56 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from moc_jax.attention.residuals import RESIDUALS
 from moc_jax.config import ModelConfig
+from moc_jax.models.linear import Linear, Staying, linear_of
 from moc_jax.models.rope import Turns, rotate
 from moc_jax.shapes import Array, Float, Float32, typed
+from moc_jax.sharding import apart, constrained, tokens_are_split
 
 TIME_FREQUENCIES = 128
 MLP_OUTPUT = "mlp_output"  # its name for policies of `jax.checkpoint`
-_init = nnx.initializers.xavier_uniform()
+_policies = jax.checkpoint_policies
+_of_attention = _policies.save_only_these_names(*RESIDUALS)
+KEPT = {  # by `remat`, for the backward pass beside a block's inputs
+    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _of_attention),
+    "attention+mlp": _policies.save_only_these_names(*RESIDUALS, MLP_OUTPUT),
+    "attention": _of_attention,
+    "full": None,
+    "auto": None,
+}
 
 _EPSILON = 1e-6
 
 QKV = tuple[Float[Array, "B N H D"], Float[Array, "B N H D"], Float[Array, "B N H D"]]
-Axes = Mapping[str, int]  # an axis of a weight: what it is, which the sharding rules go by -> its size
 
 
-class Linear(nnx.Module):
-    """A linear map of the last axes, `inputs`, to `outputs`: Linear({"embed": M}, {"heads": H, "head_dim": D}).
-
-    Starts as the matrix from all inputs to all outputs would (Glorot), or with `zero` as a map to nothing (adaLN-Zero,
-    DiT, section 3.2).
-    """
-
-    def __init__(self, inputs: Axes, outputs: Axes, *, dtype: jax.typing.DTypeLike, rngs: nnx.Rngs, zero: bool = False):
-        self.dtype = dtype
-        shape = math.prod(inputs.values()), math.prod(outputs.values())
-        kernel = jnp.zeros(shape) if zero else _init(rngs.params(), shape)
-        sizes = *inputs.values(), *outputs.values()
-        self.kernel = nnx.Param(kernel.reshape(sizes), logical=(*inputs, *outputs))
-        self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), logical=(*outputs,))
-
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Tokens and features are one axis each: products of more axes, and their gradients' above all, make compilers
-        lay tokens out innermost, and transpose everything around them. The bias is added to the axes asked for: the TPU
-        compiler writes a product as these only where nothing stands between."""
-        kernel, bias = (weight[...].astype(self.dtype) for weight in (self.kernel, self.bias))
-        leading = x.shape[: x.ndim - (kernel.ndim - bias.ndim)]
-        matrix = kernel.reshape(kernel.size // bias.size, bias.size)
-        out = x.astype(self.dtype).reshape(math.prod(leading), matrix.shape[0]) @ matrix
-        return out.reshape(*leading, *bias.shape) + bias.reshape(*(1 for _ in leading), *bias.shape)
-
-
-def _to_tokens(of_groups: Float32[Array, "B groups M"], tokens: int) -> Float32[Array, "B N M"]:
+def _to_tokens(of_groups: Float32[Array, "B groups M"], tokens: int) -> Float32[Array, "B _ M"]:
     """Each token has its group's numbers; groups follow one another, of as many tokens each."""
-    if of_groups.shape[1] in (0, tokens):
+    if of_groups.shape[1] in (0, 1, tokens):  # what all share, all broadcast
         return of_groups
-    tpu, default = (functools.partial(way, tokens=tokens) for way in (_looked_up, _repeated))
-    return jax.lax.platform_dependent(of_groups, tpu=tpu, default=default)
+    size = tokens // of_groups.shape[1]
+
+    def local(x):
+        tpu, default = (functools.partial(way, tokens=size * x.shape[1]) for way in (_looked_up, _repeated))
+        return jax.lax.platform_dependent(x, tpu=tpu, default=default)
+
+    return apart(local, of_groups)
 
 
 def _sums(x: Float32[Array, "B N M"], groups: int) -> Float32[Array, "B groups M"]:
     """The transpose of `_to_tokens`."""
     if groups in (0, x.shape[1]):
         return x
-    tpu, default = (functools.partial(way, groups=groups) for way in (_multiplied, _added))
-    return jax.lax.platform_dependent(x, tpu=tpu, default=default)
+    if groups == 1 and tokens_are_split():
+        return jnp.sum(x, axis=1, keepdims=True)
+    size = x.shape[1] // groups
+
+    def local(x):
+        tpu, default = (functools.partial(way, groups=x.shape[1] // size) for way in (_multiplied, _added))
+        return jax.lax.platform_dependent(x, tpu=tpu, default=default)
+
+    return apart(local, x)
 
 
 def _repeated(x, tokens):
@@ -270,12 +266,13 @@ class Mlp(nnx.Module):
     """Linear, GELU (tanh), linear."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        dtype = jnp.dtype(cfg.dtype)
-        self.up = Linear({"embed": cfg.dim}, {"mlp": cfg.mlp_dim}, dtype=dtype, rngs=rngs)
-        self.down = Linear({"mlp": cfg.mlp_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
+        linear = linear_of(cfg, rngs)
+        self.up = linear({"embed": cfg.dim}, {"mlp": cfg.mlp_dim})
+        self.down = linear({"mlp": cfg.mlp_dim}, {"embed": cfg.dim})
 
     def __call__(self, x: Float[Array, "B N M"]) -> Float[Array, "B N M"]:
-        return checkpoint_name(self.down(gelu(self.up(x))), MLP_OUTPUT)
+        hidden = constrained(self.up(x), "batch", "tokens", "mlp")
+        return checkpoint_name(self.down(gelu(hidden)), MLP_OUTPUT)
 
 
 class TimeEmbedding(nnx.Module):
@@ -296,11 +293,11 @@ class Modulation(nnx.Module):
     """adaLN: shifts, scales and gates from the timestep, one set per caption slot (the global one, then each shot)."""
 
     def __init__(self, cfg: ModelConfig, count: int, *, rngs: nnx.Rngs):
-        outputs = {"modulation": count, "embed_out": cfg.dim}
-        self.linear = Linear({"embed": cfg.dim}, outputs, dtype=jnp.float32, rngs=rngs, zero=True)
+        outputs = {"modulation": count, "embed": cfg.dim}
+        self.linear = Staying({"embed_in": cfg.dim}, outputs, dtype=jnp.float32, rngs=rngs, zero=True)
 
-    def __call__(self, time: Float32[Array, "B P M"]) -> Float32[Array, "B P count M"]:
-        """`count` of them for each caption."""
+    def __call__(self, time: Float32[Array, "B P M"]) -> Float32[Array, "*layers B P count M"]:
+        """`count` of them for each caption, in each layer where this is a stack of layers."""
         return self.linear(nnx.silu(time))
 
 
@@ -313,3 +310,31 @@ def of_groups(
     rows = per_caption.reshape(batch, captions, count * width)
     spread = jnp.einsum("bjp,bpe->bje", slot, rows, precision=jax.lax.Precision.HIGHEST)
     return jnp.split(spread, count, axis=2)
+
+
+def stacked[T: nnx.Module](kind: Callable[..., T], cfg: ModelConfig, rngs: nnx.Rngs) -> T:
+    """`depth` modules as one, each weight with a leading `layers` axis: compile time does not grow with depth."""
+
+    @nnx.split_rngs(splits=cfg.depth)
+    @nnx.vmap(axis_size=cfg.depth, transform_metadata={nnx.PARTITION_NAME: None})
+    def make(rngs):
+        return kind(cfg, rngs=rngs)
+
+    modules = make(rngs)
+    for _, weight in nnx.iter_graph(modules):
+        if isinstance(weight, nnx.Param):
+            weight.set_metadata(logical=("layers", *weight.get_metadata("logical")))
+    return modules
+
+
+def shot_means(
+    q: Float[Array, "B V H D"], k: Float[Array, "B V H D"], shots: Float32[Array, "B F S"]
+) -> Float32[Array, "B 2 S H D"]:
+    """The mean of q and of k over the tokens of each shot; `shots` says of which one each frame is."""
+
+    def mean(x):
+        of_frames = x.reshape(*shots.shape[:2], -1, *x.shape[2:]).mean(axis=2, dtype=jnp.float32)
+        return jnp.einsum("bfs,bfhd->bshd", shots, of_frames, precision="highest")
+
+    counts = jnp.maximum(shots.sum(axis=1), 1)[:, None, :, None, None]
+    return jnp.stack([mean(q), mean(k)], axis=1) / counts

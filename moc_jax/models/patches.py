@@ -20,6 +20,8 @@ def scene_shape(
 ) -> tuple[SceneShape, SceneLengths]:
     """The scene in tokens: static sizes from the arrays' shapes [B, F, Y, X, Z] and [B, L, E], lengths in token frames.
 
+    Without captions, for a model whose tokens they are not.
+
     Raises:
         ConfigError: the latents do not divide into patches.
     """
@@ -34,9 +36,10 @@ def scene_shape(
         frames=video[1] // cfg.patch[0],
         rows=video[2] // cfg.patch[1],
         columns=video[3] // cfg.patch[2],
-        text_tokens=text[1],
+        text_tokens=text[1] if cfg.joint_text else 0,
     )
-    return shape, dataclasses.replace(lengths, shot_frames=lengths.shot_frames // cfg.patch[0])
+    captions = lengths.text_lengths if cfg.joint_text else 0 * lengths.text_lengths
+    return shape, dataclasses.replace(lengths, shot_frames=lengths.shot_frames // cfg.patch[0], text_lengths=captions)
 
 
 @typed

@@ -10,13 +10,13 @@ def print_presets() -> None:
     name, (table, moc) = next((n, s) for n, s in published_settings().items() if "1280" in n)
     tokens = int(table.valid.sum())
     print(f"scene: {name}, {tokens} video tokens; forward pass, attention with MoC and dense\n")
-    print(f"{'preset':8}{'parameters':>14}{'dim':>7}{'depth':>7}{'heads':>7}{'matrices':>12}{'MoC':>12}{'dense':>12}")
+    print(f"{'preset':16}{'parameters':>14}{'dim':>7}{'depth':>7}{'heads':>7}{'matrices':>12}{'MoC':>12}{'dense':>12}")
     for preset, cfg in PRESETS.items():
         cost = account(table, moc, cfg.head_dim)
         per_head = cfg.depth * cfg.heads
         flops = matrix_flops(cfg, 0, tokens), per_head * cost.flops, per_head * cost.flops_dense
         shown = "".join(f"{x / 1e12:10.1f} T" for x in flops)
-        print(f"{preset:8}{parameter_count(cfg):14,}{cfg.dim:7}{cfg.depth:7}{cfg.heads:7}{shown}")
+        print(f"{preset:16}{parameter_count(cfg):14,}{cfg.dim:7}{cfg.depth:7}{cfg.heads:7}{shown}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from moc_jax.files import write_text
-from moc_jax.sampling.generate import Picks, Sample, SamplingError
+from moc_jax.sampling.generate import Sample, SamplingError
+from moc_jax.sampling.picks import Picks
 from moc_jax.shapes import UInt8
 
 LEVELS = 0.9, 0.5, 0.1
@@ -60,7 +61,7 @@ def atlas(sample: Sample, picks: Picks, limit: int = LIMIT) -> str:
             raise AtlasError(f"{picks.routes.size:,} picks are too many for an atlas; give fewer or shorter shots")
         every += 1
     numbers = np.where(shown < 0, empty, shown).astype(dtype)
-    captions = [shot.caption for shot in sample.storyboard.shots]
+    captions = ["→ " * shot.continues + shot.caption for shot in sample.storyboard.shots]  # those that continue one
     data = {
         "caption": sample.storyboard.caption,
         "levels": picks.levels,

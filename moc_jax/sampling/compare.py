@@ -73,9 +73,10 @@ def training_scene(config: Config, codec: Codec, number: int) -> TrainingScene:
         ConfigError: there is no such scene, or the data was encoded with another codec.
     """
     manifest = prepare(config)
-    if codec_of(manifest).fingerprint != codec.fingerprint:
+    theirs = codec_of(manifest, config.codec).fingerprint
+    if theirs != codec.fingerprint:
         raise ConfigError(
-            f"{manifest.folder} was encoded with codec {codec_of(manifest).fingerprint}, but the checkpoint "
+            f"{manifest.folder} was encoded with codec {theirs}, but the checkpoint "
             f"holds codec {codec.fingerprint}; its latents cannot be compared with this model's"
         )
     scenes = manifest.split("train")

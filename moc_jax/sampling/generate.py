@@ -5,7 +5,6 @@ The program is one call of the model, and the host goes from call to call: betwe
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
@@ -13,24 +12,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
 
 from moc_jax import models
 from moc_jax.attention.api import routed_attention
+from moc_jax.attention.kept import Kept
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.compilation import built, kept_program
-from moc_jax.config import BucketConfig, Config, ConfigError
-from moc_jax.diffusion.conditioning import Denoising, shot_noise, turn_solver
-from moc_jax.diffusion.guidance import guided_velocity
+from moc_jax.config import BucketConfig, Config, ConfigError, MoCConfig
+from moc_jax.diffusion.conditioning import Denoising, frames_of_shots, shot_noise, turn_constants, turn_solver
+from moc_jax.diffusion.guidance import Scales, both, doubled, guided_velocity
 from moc_jax.diffusion.process import VelocityFn, add_noise
 from moc_jax.errors import Failure, explain_memory
 from moc_jax.phases import Phases
 from moc_jax.progress import Progress
-from moc_jax.sampling.scenes import Canvas, Request, make_request
+from moc_jax.sampling.in_turn import Past, Turn
+from moc_jax.sampling.picks import Picks, routing_shares
+from moc_jax.sampling.placing import everywhere, on_mesh, over_scenes, split
+from moc_jax.sampling.plan import moc_of_calls, spared
+from moc_jax.sampling.refusal import CaptionFilter, check_captions
+from moc_jax.sampling.room import planned, why_not
+from moc_jax.sampling.scenes import Request, canvas_of, make_request, warn
 from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.scene import VIDEO, ChunkTable
-from moc_jax.shapes import Array, Float, Float32, Int, Int32, UInt8, typed
-from moc_jax.sharding import RULES, Params, batch_shards, replicated
+from moc_jax.shapes import Array, Float, Float32, Int, UInt8
+from moc_jax.sharding import Params, replicated
 from moc_jax.signals import Signals, Stop
 from moc_jax.text import TextEncoder, build_text_encoder
 
@@ -62,28 +67,12 @@ class Sample:
         return np.concatenate([f for f, shot in zip(self.shots, self.storyboard.shots) if not shot.is_reference])
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Picks:
-    """What each token of a sampled scene reads."""
-
-    levels: tuple[float, ...]
-    """Noise levels that the sample was shown at."""
-    routes: Int[np.ndarray, "T depth H V K"]
-    """Chunks; -1 where a slot is empty."""
-    shot: Int32[np.ndarray, " C"]
-    start: Int32[np.ndarray, " C"]
-    """First token of each chunk in the video."""
-    length: Int32[np.ndarray, " C"]
-    """Tokens; 0 for captions and padding."""
-    grid: tuple[int, int, int]
-    """Frames, rows and columns of tokens."""
-
-
 class Sampler:
     """Samples storyboards with any weights of one model: `Sampler(config, codec)(params, storyboards)`.
 
-    Compiles once per bucket and number of storyboards. With a mesh in context (jax.set_mesh) the batch is split over
-    it where its size allows, the weights stay as they lie, and every process gets all samples.
+    Compiles once per bucket and number of storyboards. With a mesh in context (jax.set_mesh) all of its devices sample:
+    as many scenes side by side as divide the batch and the mesh, and each scene over the devices that are left to it
+    (`sharding.scene_mesh`). The weights stay as they lie, and every process gets all samples.
     """
 
     def __init__(
@@ -95,6 +84,7 @@ class Sampler:
         *,
         progress: bool = False,
         phases: Phases | None = None,
+        caption_filter: CaptionFilter | None = None,
     ) -> None:
         """`config` says model, attention and sampling settings; `codec` is the one the model was trained with.
 
@@ -102,6 +92,7 @@ class Sampler:
             stop: checked between two calls of the model; what it raises ends the sampling.
             progress: shows how many calls of the model are done.
             phases: what was done before; after the first call it is shown how long that took.
+            caption_filter: is shown every caption, and may say why it refuses one.
 
         Raises:
             ConfigError: the codec's latents are not the model's.
@@ -113,19 +104,27 @@ class Sampler:
                 f"{ours[:3]} and {ours[3]} channels; sample with the codec of the model's own checkpoint"
             )
         self.config, self.codec = config, codec
-        self._canvas = Canvas(config.data, codec, config.model.patch)
-        self._encoder = build_text_encoder(config.text) if encoder is None else encoder
+        self.canvas = canvas_of(config.data, codec, config.model, config.moc)
+        # Captions and negative prompts come again and again, in a generation above all.
+        self.encoder = build_text_encoder(config.text) if encoder is None else encoder
+        self._encoder = functools.lru_cache(256)(self.encoder)
         self._graph = models.abstract(config.model)[0]
         self._attention = routed_attention(config.attention)
-        self._progress, self._phases = progress, phases
+        self._progress, self._phases, self._refused = progress, phases, caption_filter
         self._stop = Signals() if stop is None else stop  # such signals never ask
         self._programs: dict[Hashable, jax.stages.Compiled] = {}
+        self._plan = moc_of_calls(config.moc, config.sample)
+        if config.sample.cache in ("on", "float8") and (wrong := why_not(config.sample, self._plan, config.model)):
+            raise ConfigError(f"sample.cache is {config.sample.cache}: {wrong}; or choose auto or off")
+        kinds = {moc: f"call {i + 1}" if i else "call" for i, moc in enumerate(dict.fromkeys(self._plan))}
+        self._calls, self._moc = [kinds[moc] for moc in self._plan], {name: moc for moc, name in kinds.items()}
         self._jitted = {
             "begin": jax.jit(self._begin),
-            "call": jax.jit(self._call, donate_argnums=5),
+            **{name: jax.jit(functools.partial(self._call, moc), donate_argnums=5) for name, moc in self._moc.items()},
             "end": jax.jit(self._end),
+            "remember": jax.jit(self._remember, donate_argnums=5),
         }
-        self._route, self._shares = jax.jit(self._routed), jax.jit(self._routing)
+        self._route, self._shares, self._means = map(jax.jit, (self._routed, self._routing, self._featured))
 
     @explain_memory("the weights", SamplingError, _remedies)
     def placed(self, params: Params) -> Params:
@@ -144,22 +143,66 @@ class Sampler:
             bucket: static shape to pad to; None takes the smallest.
 
         Raises:
-            StoryboardError: see `make_request`.
+            StoryboardError, SamplingError: see `latents`.
+        """
+        sampled = self.latents(params, storyboards, bucket=bucket)
+        return [Sample(board, tuple(map(self.decoded, shots)), shots) for board, shots in zip(storyboards, sampled)]
+
+    def text_tokens(self, caption: str) -> int:
+        """Of a caption, as the model reads it; raises ValueError for one that is too long."""
+        return len(self._encoder(caption))
+
+    def decoded(self, latents: Float32[np.ndarray, "_ Y X Z"]) -> UInt8[np.ndarray, "F Y X 3"]:
+        """The frames of a shot."""
+        return pixels_from_unit(self.codec.decode(latents))
+
+    @explain_memory("sampling", SamplingError, _remedies)
+    def latents(
+        self,
+        params: Params,
+        storyboards: Sequence[Storyboard],
+        *,
+        bucket: BucketConfig | None = None,
+        turn: BucketConfig | None = None,
+    ) -> list[tuple[Float32[np.ndarray, "_ Y X Z"], ...]]:
+        """The latents of each storyboard's shots; arguments as above.
+
+        `turn` is to the shots that are computed at a time, where finished ones are kept, what `bucket` is to scenes.
+
+        Raises:
+            StoryboardError: see `make_request`; or the filter refuses a caption.
             SamplingError: NaN or infinity in the latents.
         """
-        request = make_request(storyboards, self._canvas, self.config.sample, self._encoder, bucket)
-        _warn(storyboards, request, self.config.data.buckets, self.config.sample.guidance)
-        latents = self._run(params, request)
-        samples = []
+        if self._refused is not None:
+            check_captions(storyboards, self._refused)
+        request = make_request(storyboards, self.canvas, self.config.sample, self._encoder, bucket)
+        warn(storyboards, request, self.config.data.buckets, self.config.sample.guidance)
+        with over_scenes(len(storyboards)):
+            latents = self._run(params, request, turn)
+        found = []
         for board, video, frames in zip(storyboards, latents, request.lengths.shot_frames):
             shots = tuple(np.split(video, np.cumsum(frames))[: len(board.shots)])
             _check_finite(board, shots, params)
-            decoded = tuple(pixels_from_unit(self.codec.decode(shot)) for shot in shots)
-            samples.append(Sample(board, decoded, shots))
-        return samples
+            found.append(shots)
+        return found
 
     @explain_memory("sampling", SamplingError, _remedies)
-    def routing(self, params: Params, sample: Sample, *, t: float = 0.5) -> Float[np.ndarray, "depth S S"]:
+    def features(
+        self, params: Params, storyboard: Storyboard, *, t: float, bucket: BucketConfig | None = None
+    ) -> Float32[np.ndarray, "2 depth S H D"]:
+        """The mean query and the mean key of each shot's tokens, per layer, when the scene is shown at noise level `t`.
+
+        What is not given is shown as the noise that sampling starts from.
+        """
+        request = make_request([storyboard], self.canvas, self.config.sample, self._encoder, bucket)
+        with over_scenes(1):
+            means = np.asarray(self._means(params, *on_mesh((request, np.float32(t)))))
+        return np.moveaxis(means[:, 0, :, : len(storyboard.shots)], 1, 0)
+
+    @explain_memory("sampling", SamplingError, _remedies)
+    def routing(
+        self, params: Params, sample: Sample, *, t: float = 0.5, bucket: BucketConfig | None = None
+    ) -> Float[np.ndarray, "depth S S"]:
         """Which shots each shot's queries pick, per layer, when the sample is shown at noise level `t`.
 
         Entry (s, r): share of the picks of shot s, over its tokens and all heads, that lie in shot r; what is always
@@ -168,7 +211,9 @@ class Sampler:
         Raises:
             ConfigError: the attention is dense, so nothing is picked.
         """
-        return np.asarray(self._shares(params, *_placed((self._of(sample), np.float32(t)))))[:, 0]
+        with over_scenes(1):
+            shares = np.asarray(self._shares(params, *on_mesh((self._of(sample, bucket), np.float32(t)))))[:, 0]
+        return shares[:, : len(sample.latents), : len(sample.latents)]
 
     @explain_memory("sampling", SamplingError, _remedies)
     def picks(self, params: Params, sample: Sample, levels: Sequence[float]) -> Picks:
@@ -178,10 +223,11 @@ class Sampler:
             ConfigError: the attention is dense, so nothing is picked.
         """
         request = self._of(sample)
-        seen = [jax.device_get(self._route(params, *_placed((request, np.float32(t))))) for t in levels]
+        with over_scenes(1):
+            seen = [jax.device_get(self._route(params, *on_mesh((request, np.float32(t))))) for t in levels]
         table = seen[0][1]
         frames, patch = int(request.lengths.shot_frames.sum()), self.config.model.patch
-        rows, columns = self._canvas.latent_size
+        rows, columns = self.canvas.latent_size
         is_video = table.kind[0] == VIDEO
         return Picks(
             levels=tuple(levels),
@@ -192,40 +238,56 @@ class Sampler:
             grid=(frames // patch[0], rows // patch[1], columns // patch[2]),
         )
 
-    def _of(self, sample: Sample) -> Request:
+    def _of(self, sample: Sample, bucket: BucketConfig | None = None) -> Request:
         """The sample as a request all of whose video is known."""
         if self.config.moc.mode == "dense":
             raise ConfigError("moc.mode is dense: nothing is routed, so there is no routing to picture")
-        request = make_request([sample.storyboard], self._canvas, self.config.sample, self._encoder)
-        video = cast(Array, np.concatenate(sample.latents)[None])
+        request = make_request([sample.storyboard], self.canvas, self.config.sample, self._encoder, bucket)
+        video, frames = np.concatenate(sample.latents)[None], request.known.video.shape[1]
+        video = cast(Array, np.pad(video, [(0, 0), (0, frames - video.shape[1]), *[(0, 0)] * 3]))
         return dataclasses.replace(request, known=dataclasses.replace(request.known, video=video))
 
-    def _run(self, params: Params, request: Request) -> Float32[np.ndarray, "B F Y X Z"]:
-        placed = _placed(request)
+    def _run(
+        self, params: Params, request: Request, least: BucketConfig | None = None
+    ) -> Float32[np.ndarray, "B F Y X Z"]:
+        placed = on_mesh(request)
         noises, z_0, carried, turn = self._program("begin", placed)
-        solver, rounds = turn_solver(self.config.sample), int(np.max(turn)) + 1
-        shown, done = self._progress and jax.process_index() == 0, 0
-        with Progress("sampling", total=rounds * solver.calls, unit="step", enabled=shown) as progress:
-            for now in map(np.int32, range(rounds)):
-                for at in zip(*solver.constants):
+        solver, shown, done = turn_solver(self.config.sample), self._progress and jax.process_index() == 0, 0
+        if shown and (line := spared(self.config.moc, self.config.model, self._plan, request)):
+            print(line, flush=True)
+        cfg = self.config
+        options = {"twice": not self._scales.off, "least": least}
+        plan = planned(cfg.sample, self._plan, cfg.model, self._attention, np.asarray(turn), request, **options)
+        rounds, kept = plan.rounds, plan.size.empty() if plan.size else None
+        if shown and plan.line:
+            print(plan.line, flush=True)
+        calls, constants = solver.calls * sum(each.samples for each in rounds), turn_constants(cfg.sample)
+        with Progress("sampling", total=calls, unit="step", enabled=shown) as progress:
+            for each in rounds:
+                past = None if kept is None else (each.turn, kept)
+                for call, at in zip(self._calls, zip(*constants), strict=True) if each.samples else ():
                     self._stop.check()
-                    carried = self._program("call", params, placed, noises, now, z_0, carried, at)
+                    carried = self._program(call, params, placed, noises, each.now, z_0, carried, at, past)
                     jax.block_until_ready(carried)
                     progress.reach(done := done + 1)
                     if self._phases is not None:
                         progress.say(f"the first step was done after {self._phases.total('step')}")
                         self._phases = None
-                z_0, carried = self._program("end", placed, noises, now, z_0, carried)
+                z_0, carried = self._program("end", placed, noises, each.now, z_0, carried)
+                if kept is not None and each is not rounds[-1]:
+                    self._stop.check()
+                    kept = self._program("remember", params, placed, noises, z_0, each.turn, kept)
         return np.asarray(z_0)
 
     def _program(self, name: str, *args: Any) -> Any:
-        """Calls one of the three functions, compiled for such arguments."""
+        """Calls one of the functions, compiled for such arguments."""
         leaves, tree = jax.tree.flatten(args)
         key = name, tree, tuple((np.shape(x), x.dtype, getattr(x, "sharding", None)) for x in leaves)
         if key not in self._programs:
             cfg, mesh = self.config, jax.sharding.get_mesh()
             self._done("weights and captions")
-            made_of = f"sample_{name}", cfg.model, cfg.moc, cfg.sample, self._attention, *key[1:]
+            moc = self._moc.get(name, cfg.moc)
+            made_of = f"sample_{name.split()[0]}", cfg.model, moc, cfg.sample, self._attention, *key[1:]
             devices = jax.devices()[:1] if mesh.empty else list(mesh.devices.flat)
             build = functools.partial(built, mesh, self._jitted[name], *args)
             self._programs[key] = self._stop.unless_asked(functools.partial(kept_program, made_of, devices, build))
@@ -236,12 +298,23 @@ class Sampler:
         if self._phases is not None:
             self._phases.done(what)
 
-    def _velocity(self, params: Params, request: Request) -> VelocityFn:
+    def _velocity(
+        self, moc: MoCConfig, params: Params, request: Request, past: tuple[Turn, Kept] | None = None
+    ) -> VelocityFn:
         def model(video, text, t, lengths):
-            return nnx.merge(self._graph, params)(video, text, t, lengths, self.config.moc, attention=self._attention)
+            network = nnx.merge(self._graph, params)
+            if past is None:
+                condition = None if request.condition is None else doubled(request.condition, len(video))
+                return network(video, text, t, lengths, moc, attention=self._attention, condition=condition)
+            return Past(*past).velocity(network, video, text, t, lengths, moc, self._attention)
 
-        r, scale = request, self.config.sample.guidance
-        return guided_velocity(model, r.text, r.lengths, r.negative_text, r.negative_lengths, scale)
+        r = request
+        return guided_velocity(model, r.text, r.lengths, r.negative_text, r.negative_lengths, self._scales)
+
+    @property
+    def _scales(self) -> Scales:
+        sample, boundary = self.config.sample, getattr(self.config.model, "boundary", 0.0)
+        return Scales(scale=sample.guidance, low=sample.guidance_low, boundary=boundary)
 
     def _denoising(self, request: Request, noises: tuple[Array, Array]) -> Denoising:
         noise, history_noise = noises
@@ -250,22 +323,33 @@ class Sampler:
 
     def _begin(self, request: Request) -> tuple[tuple[Array, Array], Array, tuple[Array, ...], Array]:
         """Both noises, what is given, where the solver starts, and each shot's turn."""
-        noises = _split(_noises(request))
+        noises = split(_noises(request))
         denoising = self._denoising(request, noises)
-        carried = _split(denoising.solver.start(noises[0]))
-        return noises, _everywhere(denoising.begin()), carried, _everywhere(denoising.turn)
+        carried = split(denoising.solver.start(noises[0]))
+        return noises, everywhere(denoising.begin()), carried, everywhere(denoising.turn)
 
-    def _call(self, params: Params, request: Request, noises, now, z_0, carried, at) -> tuple[Array, ...]:
+    def _call(
+        self, moc: MoCConfig, params: Params, request: Request, noises, now, z_0, carried, at, past
+    ) -> tuple[Array, ...]:
         denoising = self._denoising(request, noises)
-        return _split(denoising.call(self._velocity(params, request), now, z_0, carried, at))
+        return split(denoising.call(self._velocity(moc, params, request, past), now, z_0, carried, at))
 
     def _end(self, request: Request, noises, now, z_0, carried) -> tuple[Array, tuple[Array, ...]]:
         """Clean latents, and where the solver starts in the next turn."""
         denoising = self._denoising(request, noises)
-        return _everywhere(denoising.end(now, z_0, carried)), _split(denoising.solver.start(noises[0]))
+        return everywhere(denoising.end(now, z_0, carried)), split(denoising.solver.start(noises[0]))
+
+    def _remember(self, params: Params, request: Request, noises, z_0, turn: Turn, kept: Kept) -> Kept:
+        """What is kept after a turn, whose shots are finished."""
+        r, network = request, nnx.merge(self._graph, params)
+        t = jnp.full(r.lengths.shot_frames.shape, self.config.sample.history_noise)
+        given = add_noise(z_0, noises[1], t, r.lengths), r.text, t, r.lengths
+        if not self._scales.off:
+            given = both(given, (given[0], r.negative_text, t, r.negative_lengths))
+        return Past(turn, kept).remember(network, *given, self._plan[0], self._attention)
 
     def _routing(self, params: Params, request: Request, t: Float[Array, ""]) -> Float[Array, "depth B S S"]:
-        return _everywhere(routing_shares(*self._routed(params, request, t), request.lengths.shot_frames.shape[1]))
+        return everywhere(routing_shares(*self._routed(params, request, t), request.lengths.shot_frames.shape[1]))
 
     def _routed(
         self, params: Params, request: Request, t: Float[Array, ""]
@@ -274,25 +358,19 @@ class Sampler:
         levels = jnp.full(request.lengths.shot_frames.shape, t)
         z_t = add_noise(request.known.video, _noises(request)[0], levels, request.lengths)
         model = nnx.merge(self._graph, params)
-        seen = model.routed(z_t, request.text, levels, request.lengths, self.config.moc, attention=self._attention)
-        return _everywhere(seen.routes), jax.tree.map(_everywhere, seen.table)
+        given = {"attention": self._attention, "condition": request.condition}
+        seen = model.routed(z_t, request.text, levels, request.lengths, self.config.moc, **given)
+        return everywhere(seen.routes), jax.tree.map(everywhere, seen.table)
 
-
-@typed
-def routing_shares(
-    routes: Int[Array, "depth B H V K"], table: ChunkTable, shots: int
-) -> Float[Array, "depth B {shots} {shots}"]:
-    """Share of the picks of each shot's tokens that lie in each shot; see `Sampler.routing`."""
-
-    def count(routes, chunk_shot, query_shot):  # [H, V, K], [C], [V]
-        picked = jnp.where(routes >= 0, chunk_shot[jnp.maximum(routes, 0)], -1)
-        row = jnp.broadcast_to(query_shot[None, :, None], routes.shape)
-        counted = (picked >= 0) & (row >= 0)
-        return jnp.zeros((shots, shots)).at[jnp.where(counted, row, shots), picked].add(1, mode="drop")
-
-    of_batch = jax.vmap(count, in_axes=(0, 0, 0))
-    counts = jax.vmap(of_batch, in_axes=(0, None, None))(routes, table.shot, table.token_shot[:, table.text_tokens :])
-    return counts / jnp.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    def _featured(self, params: Params, request: Request, t: Float[Array, ""]) -> Float32[Array, "depth B 2 S H D"]:
+        levels = jnp.full(request.lengths.shot_frames.shape, t)
+        noise, history = _noises(request)
+        given = frames_of_shots(request.known.shots, request.lengths, noise.shape[1])
+        z_t = jnp.where(given, add_noise(request.known.video, history, levels, request.lengths), noise)
+        model = nnx.merge(self._graph, params)
+        shown = {"attention": self._attention, "condition": request.condition}
+        means = model.features(z_t, request.text, levels, request.lengths, self.config.moc, **shown)
+        return everywhere(means)
 
 
 def _noises(request: Request) -> tuple[Array, Array]:
@@ -305,25 +383,6 @@ def _noises(request: Request) -> tuple[Array, Array]:
 
     start, history = jax.lax.map(stream, jnp.arange(2))  # a loop, so that the generator is compiled once
     return start, history
-
-
-def _warn(
-    storyboards: Sequence[Storyboard], request: Request, trained: Sequence[BucketConfig], guidance: float
-) -> None:
-    """Warns of what will work, but not as hoped."""
-    for board, frames in zip(storyboards, request.lengths.shot_frames):
-        for what, count, most in (
-            ("latent frames", int(frames.sum()), max((b.frames for b in trained), default=0)),
-            ("shots", len(board.shots), max((b.shots for b in trained), default=0)),
-        ):
-            if trained and count > most:
-                warnings.warn(
-                    f"{board.name} has {count} {what}, more than the {most} of the longest training scene; expect it "
-                    "to drift or to repeat itself",
-                    stacklevel=3,
-                )
-        if board.negative_prompt and guidance == 1:
-            warnings.warn(f"{board.name}: negative_prompt has no effect at guidance 1; raise it", stacklevel=3)
 
 
 def _check_finite(board: Storyboard, shots: Sequence[np.ndarray], params: Params) -> None:
@@ -339,34 +398,3 @@ def _check_finite(board: Storyboard, shots: Sequence[np.ndarray], params: Params
     raise SamplingError(
         f"{board.name}: the sample holds NaN or infinity in {', '.join(f'shots[{s}]' for s in bad)}: {cause}"
     )
-
-
-def _placed[T](tree: T) -> T:
-    """Puts numpy leaves on the mesh in context, the batch split over it where its size allows."""
-    mesh = jax.sharding.get_mesh()
-    if mesh.empty:
-        return tree
-
-    def put(leaf):
-        leaf = np.asarray(leaf)
-        sharding = jax.NamedSharding(mesh, _spec(leaf.shape, mesh))
-        return jax.make_array_from_callback(leaf.shape, sharding, functools.partial(np.ndarray.__getitem__, leaf))
-
-    return jax.tree.map(put, tree)
-
-
-def _split[T](tree: T) -> T:
-    """Keeps the batch split over the mesh in context, where its size allows."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, _spec(x.shape, mesh)), tree)
-
-
-def _spec(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> jax.P:
-    return RULES.spec("batch") if shape and shape[0] % batch_shards(mesh) == 0 else jax.P()
-
-
-def _everywhere(x: Array) -> Array:
-    """Every device holds the whole result, so that each process can read it."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, jax.P())

@@ -57,6 +57,7 @@ def contact_sheet(
     title: str = "",
     notes: Sequence[str] = (),
     fps: float = 0.0,
+    continues: Sequence[bool] = (),
 ) -> Image.Image:
     """One column per shot, one row per version of the scene, a few frames of each shot from its first to its last.
 
@@ -66,6 +67,7 @@ def contact_sheet(
         title: the global caption.
         notes: a line below each column's caption, for instance a score.
         fps: frames per second, for the durations in the columns' heads; 0 leaves them out.
+        continues: which shots continue the one before, from the first on; an arrow in the column's head says so.
 
     Raises:
         ValueError: rows or notes that do not have one entry per caption.
@@ -97,7 +99,7 @@ def contact_sheet(
     for c in range(columns):
         left = _MARGIN + label + c * (cell + _GAP)
         seconds = f"  ·  {len(rows[0][1][c]) / fps:.1f} s" if fps else ""
-        draw.text((left, head - 22), f"shot {c + 1}{seconds}", FAINT, small)
+        draw.text((left, head - 22), f"{'→ ' * any(continues[c : c + 1])}shot {c + 1}{seconds}", FAINT, small)
         for r, (_, shots) in enumerate(rows):
             _paste_strip(sheet, shots[c], (left, head + r * (strip + _GAP)), shown)
         bottom = head + len(rows) * strip + (len(rows) - 1) * _GAP + 10
@@ -107,6 +109,24 @@ def contact_sheet(
             draw.text((left, bottom + 20 * max(map(len, texts)) + 4), notes[c], FAINT, small)
     for r, (name, _) in enumerate(rows):
         _draw_upright(sheet, name, (_MARGIN, head + r * (strip + _GAP)), strip, normal)
+    return sheet
+
+
+def shots_sheet(
+    frames: Sequence[UInt8[np.ndarray, "Y X 3"]], captions: Sequence[str], numbers: Sequence[int], columns: int = 8
+) -> Image.Image:
+    """One frame of each shot, in rows, with its number and the beginning of its caption: of long videos."""
+    height, width = frames[0].shape[:2]
+    shown = (200, max(1, round(200 * height / width)))
+    small, columns = _font(13), min(columns, len(frames))
+    rows, step = -(-len(frames) // columns), (shown[0] + _FRAME_GAP, shown[1] + 24)
+    size = 2 * _MARGIN + columns * step[0] - _FRAME_GAP, 2 * _MARGIN + rows * step[1]
+    sheet = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for k, (frame, caption, number) in enumerate(zip(frames, captions, numbers, strict=True)):
+        left, top = _MARGIN + k % columns * step[0], _MARGIN + k // columns * step[1]
+        sheet.paste(Image.fromarray(frame).resize(shown, Image.Resampling.BICUBIC), (left, top))
+        draw.text((left, top + shown[1] + 3), _shortened(f"{number}  {caption}", small, shown[0]), FAINT, small)
     return sheet
 
 
@@ -155,8 +175,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 
 @typed
-def routing_picture(shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5) -> Image.Image:
-    """One heat map per layer: row s shows how the picks of shot s divide among the shots; see `Sampler.routing`."""
+def routing_picture(
+    shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5, continues: Sequence[bool] = ()
+) -> Image.Image:
+    """One heat map per layer: row s shows how the picks of shot s divide among the shots; see `Sampler.routing`.
+
+    `continues`: which shots continue the one before, from the first on; an arrow before the number says so.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -186,7 +211,7 @@ def routing_picture(shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5) -
     for layer in range(depth):
         row, column = divmod(layer, columns)
         axes = place(left + column * (side + gap_x), top + row * (side + gap_y), side, side)
-        _heat_map(axes, shares[layer], f"layer {layer + 1}", most, colours)
+        _heat_map(axes, shares[layer], f"layer {layer + 1}", most, colours, continues)
     write(left, 0.38, "Which shots each shot reads from", 14, weight="bold")
     write(left, 0.68, f"share of the picks in %, at t = {t:g} over all heads; captions are always read", 9, FAINT)
     write(left + (columns * (side + gap_x) - gap_x) / 2, height - 0.32, "shot that is read", 10, ha="center")
@@ -201,7 +226,9 @@ def routing_picture(shares: Float[np.ndarray, "depth S S"], *, t: float = 0.5) -
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def _heat_map(axes: "Axes", shares: np.ndarray, title: str, most: float, colours: "Colormap") -> None:
+def _heat_map(
+    axes: "Axes", shares: np.ndarray, title: str, most: float, colours: "Colormap", continues: Sequence[bool]
+) -> None:
     shots = len(shares)
     shown = np.where(shares.sum(axis=1, keepdims=True) > 0, shares, np.nan)
     own = np.diag(shares) == 0
@@ -210,8 +237,9 @@ def _heat_map(axes: "Axes", shares: np.ndarray, title: str, most: float, colours
     axes.imshow(shown, cmap=colours, vmin=0, vmax=most, aspect="equal")
     axes.set_title(title, size=10, color=INK, loc="left", pad=4)
     ticks = range(0, shots, 1 if shots <= 12 else -(-shots // 8))
-    axes.set_xticks(ticks, [str(s + 1) for s in ticks], size=8, color=FAINT)
-    axes.set_yticks(ticks, [str(s + 1) for s in ticks], size=8, color=FAINT)
+    names = ["→" * any(continues[s : s + 1]) + str(s + 1) for s in ticks]
+    axes.set_xticks(ticks, names, size=8, color=FAINT)
+    axes.set_yticks(ticks, names, size=8, color=FAINT)
     axes.tick_params(length=0)
     for edge in axes.spines.values():
         edge.set_visible(False)

@@ -8,13 +8,15 @@ import jax
 from etils import epath
 
 from moc_jax.codecs import Codec
-from moc_jax.config import Config, MoCConfig
+from moc_jax.config import Config, ConfigError, MoCConfig
 from moc_jax.data import Manifest, codec_of, write_video
+from moc_jax.digest import tree_digests, weights_digest
 from moc_jax.sampling.compare import prepared_scene
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.pictures import Row, contact_sheet, save_picture, shown_frames
-from moc_jax.sampling.scenes import scene_storyboard
-from moc_jax.sampling.storyboard import Storyboard, load_storyboard
+from moc_jax.sampling.provenance import provenance_of
+from moc_jax.sampling.scenes import check_given, scene_storyboard
+from moc_jax.sampling.storyboard import Storyboard, check_pins, load_storyboard
 from moc_jax.sharding import Params
 from moc_jax.signals import Stop
 
@@ -25,11 +27,15 @@ def make_preview(config: Config, manifest: Manifest, stop: Stop | None = None) -
     Without a storyboard it is the first training scene that is sampled, and shown below the original and below what the
     codec makes of it, which no sample surpasses.
     """
-    given, codec = config.train.preview_storyboard, codec_of(manifest)
+    given, codec = config.train.preview_storyboard, codec_of(manifest, config.codec)
     if given:
-        return Preview(config, load_storyboard(given), codec, stop)
+        check_pins(board := load_storyboard(given))
+        check_given(board, config.condition_channels)
+        return Preview(config, board, codec, stop)
     entry = manifest.split("train")[0]
     board = scene_storyboard(entry, stride=codec.stride[0], fps=config.data.fps)
+    if config.condition_channels:
+        raise ConfigError("previews of a model that reads first frames need some: give a train.preview_storyboard")
 
     def rows() -> list[Row]:
         scene = prepared_scene(config.data, manifest, codec, entry)
@@ -54,13 +60,16 @@ class Preview:
         moc = config.moc_at(step - 1)
         if moc not in self._samplers:
             self._samplers[moc] = Sampler(dataclasses.replace(config, moc=moc), self._codec, None, self._stop)
+        weights = weights_digest(tree_digests(params))
+        made = provenance_of(board, config.sample, moc, weights=weights, step=step)
         (sample,) = self._samplers[moc](params, [board])
         if jax.process_index() == 0:
             video, picture = self._files(step)
             captions = [shot.caption for shot in board.shots]
-            write_video(video, sample.video, config.data.fps)
+            write_video(video, sample.video, config.data.fps, made)
             rows = [*self._rows(), (f"step {step}", sample.shots)]
-            save_picture(contact_sheet(rows, captions, title=board.caption), picture)
+            continues = [shot.continues for shot in board.shots]
+            save_picture(contact_sheet(rows, captions, title=board.caption, continues=continues), picture)
 
     def missing(self, step: int) -> bool:
         """Whether the previews of `step` are not there, or not all of them."""

@@ -1,8 +1,10 @@
 """Storyboards -> one batch of scenes to sample: captions embedded, given pictures and videos encoded, seeds set."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -10,18 +12,21 @@ import jax
 import numpy as np
 
 from moc_jax.codecs import Codec, crop_frames, pixels_to_unit
-from moc_jax.config import BucketConfig, DataConfig, SampleConfig
+from moc_jax.config import BucketConfig, DataConfig, MoCConfig, ModelConfig, SampleConfig
 from moc_jax.data.manifest import SceneEntry
-from moc_jax.data.pack import pack_scene, stack_scenes
+from moc_jax.data.pack import condition_of, own_texts, pack_scene, stack_scenes
 from moc_jax.data.video import VideoError, decode, read_video
 from moc_jax.diffusion.conditioning import Known
-from moc_jax.sampling.storyboard import Shot, Storyboard, StoryboardError, frames_of
+from moc_jax.sampling.storyboard import Shot, Storyboard, StoryboardError, check_pins, frames_of
 from moc_jax.scene import Scene, SceneLengths
 from moc_jax.shapes import Array, Float, Float32, Shaped, UInt8
 from moc_jax.text import TextEncoder
 
 TOKEN_LIMIT = 1 << 24  # video tokens of all storyboards; a minute of 480p video has 180 000
 BYTE_LIMIT = 8 << 30  # of the text, of a given video's pixels, and of the table of frames and shots
+
+Encode = Callable[[str], Float[np.ndarray, "L E"]]
+"""Of a caption; a `TextEncoder` is one."""
 
 
 @jax.tree_util.register_dataclass
@@ -34,32 +39,51 @@ class Request:
     negative_text: Float[Array, "B L E"]
     negative_lengths: SceneLengths
     known: Known
+    condition: Float[Array, "B F Y X C"] | None
     keys: Shaped[Array, "B S 2"]  # uint32: the data of each shot's random key
 
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """What storyboards are drawn on: the frames, the codec that makes latents of them, and the patches of the model."""
+    """What storyboards are drawn on: the frames, the codec that makes latents of them, the patches of the model, and
+    its attention."""
 
     data: DataConfig
     codec: Codec
     patch: tuple[int, int, int]
+    moc: MoCConfig
+    condition_channels: int = 0
+    """What the model reads beside the latents, a mask and the latents of what is given: as many channels as `codec` has
+    frames per latent, and its channels. 0: nothing."""
 
     @property
     def latent_size(self) -> tuple[int, int]:
         """Rows and columns of a latent frame."""
         return self.data.height // self.codec.stride[1], self.data.width // self.codec.stride[2]
 
+    def keeps_first(self, shot: Shot) -> bool:
+        """Whether its first frame is given and stays; a model with a condition reads it there, and makes it again."""
+        return shot.starts_given and not self.condition_channels
+
     def frames(self, shot: Shot) -> int | None:
         """Frames of a shot; 0: there is no such short shot; None: as many as its video has, or those of a picture."""
+        if shot.latents is not None:
+            return self.codec.stride[0] * (len(shot.latents) - 1) + 1
         if shot.seconds is None:
             return None
         return frames_of(shot.seconds, self.data.fps, self.codec.stride[0], self.patch[0])
 
 
+def canvas_of(data: DataConfig, codec: Codec, model: ModelConfig, moc: MoCConfig) -> Canvas:
+    """That of a model."""
+    return Canvas(data, codec, model.patch, moc, getattr(model, "condition_channels", 0))
+
+
 def scene_storyboard(scene: SceneEntry, *, stride: int, fps: float) -> Storyboard:
     """The storyboard that asks for a scene of the training data: its captions and its durations."""
-    shots = [Shot(caption=s.caption, seconds=(stride * (s.frames - 1) + 1) / fps) for s in scene.shots]
+    shots = [
+        Shot(caption=s.caption, seconds=(stride * (s.frames - 1) + 1) / fps, continues=s.continues) for s in scene.shots
+    ]
     return Storyboard(caption=scene.caption, shots=tuple(shots), name=scene.name)
 
 
@@ -67,7 +91,7 @@ def make_request(
     storyboards: Sequence[Storyboard],
     canvas: Canvas,
     sample: SampleConfig,
-    encoder: TextEncoder,
+    encoder: Encode,
     bucket: BucketConfig | None = None,
 ) -> Request:
     """Encodes storyboards into one batch, whose leaves are numpy arrays.
@@ -83,10 +107,10 @@ def make_request(
             read or is too short, a scene that does not fit `bucket`, or more than fits any memory; names the
             storyboard and the place in it.
     """
-    _check_size(storyboards, canvas)
+    _check_whole(storyboards, canvas)
     shots = [_shot_latents(board, canvas) for board in storyboards]
-    texts = [_captions(board, encoder) for board in storyboards]
-    negatives = [_negative(board, sample.negative_prompt, encoder) for board in storyboards]
+    texts = [_captions(board, encoder, canvas.moc) for board in storyboards]
+    negatives = [_negative(board, sample.negative_prompt, encoder, canvas.moc) for board in storyboards]
     if bucket is None:
         captions = itertools.chain(texts, negatives)
         bucket = BucketConfig(
@@ -97,31 +121,99 @@ def make_request(
 
     def pack(captions: list[list[np.ndarray]]) -> Scene:
         try:
-            packed = [pack_scene(*parts, bucket, name=b.name) for b, *parts in zip(storyboards, shots, captions)]
+            packed = [_packed(b, s, texts, bucket) for b, s, texts in zip(storyboards, shots, captions)]
         except ValueError as error:
             raise StoryboardError(str(error)) from error
         return stack_scenes(packed)
 
-    def of_shots(rows: Sequence[list[bool] | np.ndarray], shape: tuple[int, ...] = (), dtype: type = bool) -> Array:
-        out = np.zeros((len(rows), bucket.shots, *shape), dtype)
-        for b, row in enumerate(rows):
-            out[b, : len(row)] = row
-        return cast(Array, out)
-
+    of_shots = functools.partial(_of_shots, bucket.shots)
     scene, negative = pack(texts), pack(negatives)
     boards = [board.shots for board in storyboards]
+    first_frames = of_shots([[canvas.keeps_first(shot) for shot in row] for row in boards])
+    clean = {"clean_first": first_frames} if sample.first_frames == "clean" else {}
     return Request(
         text=scene.text,
-        lengths=scene.lengths,
+        lengths=dataclasses.replace(scene.lengths, **clean),
         negative_text=negative.text,
-        negative_lengths=negative.lengths,
+        negative_lengths=dataclasses.replace(negative.lengths, **clean),
         known=Known(
             video=scene.video,
             shots=of_shots([[shot.is_given for shot in row] for row in boards]),
-            first_frames=of_shots([[shot.image is not None and not shot.is_given for shot in row] for row in boards]),
+            first_frames=first_frames,
         ),
+        condition=cast(Array, _condition(boards, shots, canvas, bucket.frames)) if canvas.condition_channels else None,
         keys=of_shots([_keys(board, sample.seed) for board in storyboards], (2,), np.uint32),
     )
+
+
+def check_request(
+    storyboards: Sequence[Storyboard], canvas: Canvas, sample: SampleConfig, encoder: TextEncoder
+) -> None:
+    """Raises StoryboardError for what of `make_request` can be seen before anything is encoded."""
+    _check_whole(storyboards, canvas)
+    for board in storyboards:
+        _check_shots(board, canvas, sample, encoder)
+
+
+def check_shot_by_shot(board: Storyboard, canvas: Canvas, sample: SampleConfig, encoder: TextEncoder) -> None:
+    """The same for a storyboard whose shots are sampled one after another, as parts of other scenes: of any length."""
+    for shot in board.shots:
+        _check_size([dataclasses.replace(board, shots=(shot,))], canvas)
+    _check_shots(board, canvas, sample, encoder)
+
+
+def _check_shots(board: Storyboard, canvas: Canvas, sample: SampleConfig, encoder: TextEncoder) -> None:
+    captions = {f"shots[{s}].caption": shot.caption for s, shot in enumerate(board.shots)}
+    negative = sample.negative_prompt if board.negative_prompt is None else board.negative_prompt
+    for where, caption in {"caption": board.caption, **captions, "negative_prompt": negative}.items():
+        try:
+            encoder.check(caption)
+        except ValueError as error:
+            raise StoryboardError(f"{board.name}: {where}: {error}") from error
+    for s, shot in enumerate(board.shots):
+        try:
+            _frames(shot, canvas)
+        except StoryboardError as error:
+            raise StoryboardError(f"{board.name}: shots[{s}]: {error}") from error
+
+
+def check_given(board: Storyboard, condition_channels: int) -> None:
+    """Raises StoryboardError: nothing is given to a model that reads what is."""
+    if condition_channels and not any(shot.is_given or shot.starts_given for shot in board.shots):
+        raise StoryboardError(
+            f"{board.name}: these weights animate pictures, but no shot has an `image` or a `video`; give the first "
+            "shot an `image`, or take weights that make videos from text alone"
+        )
+
+
+def _of_shots(
+    shots: int, rows: Sequence[list[bool] | np.ndarray], shape: tuple[int, ...] = (), dtype: type = bool
+) -> Array:
+    out = np.zeros((len(rows), shots, *shape), dtype)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = row
+    return cast(Array, out)
+
+
+def warn(storyboards: Sequence[Storyboard], request: Request, trained: Sequence[BucketConfig], guidance: float) -> None:
+    """Warns of what will work, but not as hoped."""
+    for board, frames in zip(storyboards, request.lengths.shot_frames):
+        for what, count, most in (
+            ("latent frames", int(frames.sum()), max((b.frames for b in trained), default=0)),
+            ("shots", len(board.shots), max((b.shots for b in trained), default=0)),
+        ):
+            if trained and count > most:
+                warnings.warn(
+                    f"{board.name} has {count} {what}, more than the {most} of the longest training scene; expect it "
+                    "to drift or to repeat itself",
+                    stacklevel=3,
+                )
+        if board.negative_prompt and guidance == 1:
+            warnings.warn(f"{board.name}: negative_prompt has no effect at guidance 1; raise it", stacklevel=3)
+
+
+def _packed(board: Storyboard, shots: list[np.ndarray], captions: list[np.ndarray], bucket: BucketConfig) -> Scene:
+    return pack_scene(shots, captions, bucket, continues=[shot.continues for shot in board.shots], name=board.name)
 
 
 def _keys(board: Storyboard, seed: int) -> Shaped[np.ndarray, "S 2"]:
@@ -131,6 +223,13 @@ def _keys(board: Storyboard, seed: int) -> Shaped[np.ndarray, "S 2"]:
     own = jax.vmap(jax.random.key)(np.asarray([shot.seed or 0 for shot in board.shots], np.uint32))
     given = np.asarray([shot.seed is not None for shot in board.shots])
     return np.where(given[:, None], jax.random.key_data(own), jax.random.key_data(folded))
+
+
+def _check_whole(storyboards: Sequence[Storyboard], canvas: Canvas) -> None:
+    for board in storyboards:
+        check_pins(board)
+        check_given(board, canvas.condition_channels)
+    _check_size(storyboards, canvas)
 
 
 def _check_size(storyboards: Sequence[Storyboard], canvas: Canvas) -> None:
@@ -167,25 +266,30 @@ def _check_bytes(board: Storyboard, what: str, size: int, fix: str) -> None:
 # ------------------------------------------------------------------------------------------------ text
 
 
-def _captions(board: Storyboard, encoder: TextEncoder) -> list[np.ndarray]:
+def _captions(board: Storyboard, encoder: Encode, moc: MoCConfig) -> list[np.ndarray]:
     embedded, size = [_embed(board, "caption", board.caption, encoder)], 0
     for s, shot in enumerate(board.shots):
         embedded.append(_embed(board, f"shots[{s}].caption", shot.caption, encoder))
         size += embedded[-1].nbytes
         _check_bytes(board, "its text", size, "give fewer shots or shorter captions")
-    return embedded
+    return _own(board, [board.caption, *(shot.caption for shot in board.shots)], embedded, moc)
 
 
-def _negative(board: Storyboard, usual: str, encoder: TextEncoder) -> list[np.ndarray]:
+def _own(board: Storyboard, captions: list[str], embedded: list[np.ndarray], moc: MoCConfig) -> list[np.ndarray]:
+    return own_texts(embedded, captions, [shot.continues for shot in board.shots], moc)
+
+
+def _negative(board: Storyboard, usual: str, encoder: Encode, moc: MoCConfig) -> list[np.ndarray]:
     """The negative prompt in place of every caption; when it is empty, that is training's caption dropout."""
     prompt = usual if board.negative_prompt is None else board.negative_prompt
     embedded = _embed(board, "negative_prompt", prompt, encoder)
     size = embedded.nbytes * (1 + len(board.shots))
     _check_bytes(board, "its negative_prompt, once for each shot,", size, "shorten it or give fewer shots")
-    return [embedded] * (1 + len(board.shots))
+    captions = 1 + len(board.shots)
+    return _own(board, [prompt] * captions, [embedded] * captions, moc)
 
 
-def _embed(board: Storyboard, where: str, caption: str, encoder: TextEncoder) -> np.ndarray:
+def _embed(board: Storyboard, where: str, caption: str, encoder: Encode) -> np.ndarray:
     try:
         return encoder(caption)
     except ValueError as error:
@@ -206,26 +310,62 @@ def _shot_latents(board: Storyboard, canvas: Canvas) -> list[Float32[np.ndarray,
     return latents
 
 
-def _latents(shot: Shot, canvas: Canvas) -> Float32[np.ndarray, "_ Y X Z"]:
-    data, codec, patch, frames = canvas.data, canvas.codec, canvas.patch[0], canvas.frames(shot)
-    fps = data.fps
+def _frames(shot: Shot, canvas: Canvas) -> int | None:
+    frames, fps = canvas.frames(shot), canvas.data.fps
     if frames == 0:
         raise StoryboardError(
             f"seconds = {shot.seconds:g} is less than a frame at {fps:g} frames per second; the shortest shot is "
             f"{0.5 / fps:.3g} seconds"
         )
+    return frames
+
+
+def _latents(shot: Shot, canvas: Canvas) -> Float32[np.ndarray, "_ Y X Z"]:
+    if shot.latents is not None:
+        return shot.latents
+    codec, patch, frames = canvas.codec, canvas.patch[0], _frames(shot, canvas)
     if shot.video is not None:
         return codec.encode(pixels_to_unit(_given_video(shot.video, shot.seconds, frames, canvas)))
     if shot.image is None:
         if frames is None:
             raise StoryboardError("seconds is missing")
         return np.zeros((codec.latent_frames(frames), *canvas.latent_size, codec.channels), np.float32)
-    _, _, image = next(decode(shot.image, data.height, data.width))
+    image = _first_frame(shot.image, canvas)
     if frames is None:
         still = codec.stride[0] * (patch - 1) + 1
-        return codec.encode(pixels_to_unit(np.repeat(image[None], still, axis=0)))
-    first = codec.encode(pixels_to_unit(image[None]))
+        return codec.encode(np.repeat(image, still, axis=0))
+    first = codec.encode(image)
     return np.pad(first, [(0, codec.latent_frames(frames) - 1), (0, 0), (0, 0), (0, 0)])
+
+
+def _first_frame(path: Path, canvas: Canvas) -> Float32[np.ndarray, "1 Y X 3"]:
+    """Of a picture or a video."""
+    _, _, image = next(decode(path, canvas.data.height, canvas.data.width))
+    return pixels_to_unit(image[None])
+
+
+def _condition(
+    boards: Sequence[Sequence[Shot]], latents: Sequence[Sequence[np.ndarray]], canvas: Canvas, frames: int
+) -> Float32[np.ndarray, "B {frames} Y X C"]:
+    """As Wan 2.2 I2V reads it: a mask, 1 where frames are given, and latents of these, the rest of their shot grey; of
+    shots of which nothing is given, zeros."""
+    codec, stride = canvas.codec, canvas.codec.stride[0]
+
+    def started(count: int, first: Path) -> Float32[np.ndarray, "{count} Y X Z"]:
+        video = np.zeros((stride * (count - 1) + 1, canvas.data.height, canvas.data.width, 3), np.float32)
+        video[:1] = _first_frame(first, canvas)
+        return codec.encode(video)
+
+    out = np.zeros((len(boards), frames, *canvas.latent_size, canvas.condition_channels), np.float32)
+    for scene, shots, of_shots in zip(out, boards, latents):
+        begin = 0
+        for shot, known in zip(shots, of_shots):
+            mine, begin = scene[begin : begin + len(known)], begin + len(known)
+            if shot.is_given:
+                mine[:] = condition_of(known, len(known), stride)
+            elif shot.image is not None:
+                mine[:] = condition_of(started(len(known), shot.image), 1, stride)
+    return out
 
 
 def _given_video(path: Path, seconds: float | None, frames: int | None, canvas: Canvas) -> UInt8[np.ndarray, "F Y X 3"]:

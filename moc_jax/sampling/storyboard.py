@@ -14,16 +14,26 @@
         video: finish.mp4                                       # given, not sampled; `seconds` would cut it off
       - caption: the bicycle
         image: bicycle.jpg                                      # without `seconds`: a reference picture, not shown
+      - cut: false                                              # continues the shot before, under its caption or
+        seconds: 3                                              # another one: a take that is longer than a shot
+
+A generation (generation.py) is made shot by shot, and its shots may say which earlier ones they are shown, counted from
+1 over all of the generation: `remember: [1, 4]` in any case, `forget: [2]` not.
 
 Paths are relative to the file. Whatever is missing, mistyped or unknown is an error that names its place.
+
+Scene files of other projects (moc_jax/stories.py) are storyboards, too.
 """
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import os
 import re
 import stat
+import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +41,10 @@ from moc_jax.config import ConfigError
 from moc_jax.config.base import expanded
 from moc_jax.documents import DocumentError, checked_text, read_document
 from moc_jax.showing import shown
+from moc_jax.stories import is_story_folder, parse_story, read_story_folder
+
+if typing.TYPE_CHECKING:  # a command line is read without it
+    import numpy as np
 
 SEED_LIMIT = 2**32
 SHOT_LIMIT = 100_000
@@ -50,6 +64,16 @@ class Shot:
     seed: int | None = None
     image: Path | None = None
     video: Path | None = None
+    continues: bool = False
+    """Whether it continues the shot before, without a cut."""
+    file: str = ""
+    """What its own video is called, without the suffix; empty: the scene is one video."""
+    remember: tuple[int, ...] = ()
+    """In a generation: earlier shots that it is shown in any case, counted from 1 over all of the generation."""
+    forget: tuple[int, ...] = ()
+    """And those that it is not shown."""
+    latents: "np.ndarray | None" = dataclasses.field(default=None, compare=False, repr=False)
+    """[F, Y, X, Z] float32: what it is given by in Python, in place of a video."""
 
     @property
     def is_reference(self) -> bool:
@@ -57,9 +81,14 @@ class Shot:
         return self.image is not None and self.seconds is None
 
     @property
+    def starts_given(self) -> bool:
+        """Sampled from a given first frame on."""
+        return self.image is not None and self.seconds is not None
+
+    @property
     def is_given(self) -> bool:
         """Known from the start; every other shot is sampled."""
-        return self.video is not None or self.is_reference
+        return self.video is not None or self.latents is not None or self.is_reference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,28 +118,43 @@ class Storyboard:
 
 _SECONDS = f"it must be a number of seconds above 0 and at most {SECONDS_LIMIT:,}, which is a day"
 _SCENE_FIELDS = ("caption", "negative_prompt", "seed", "shots")
-_SHOT_FIELDS = ("caption", "seconds", "seed", "image", "video")
+_SHOT_FIELDS = ("caption", "seconds", "seed", "image", "video", "cut", "remember", "forget")
 
 
-def load_storyboard(file: str | Path) -> Storyboard:
-    """Reads and checks a storyboard file.
+def load_storyboard(file: str | Path, before: Shot | None = None) -> Storyboard:
+    """Reads and checks a storyboard: a file, or a folder of another project's.
+
+    `before` is the shot that its first one may continue.
 
     Raises:
         StoryboardError: no such file, no YAML, a field that is missing, mistyped or unknown, or a number or text beyond
             its limit; names it.
     """
     path = Path(file)
-    if not _is_file(path):
-        raise StoryboardError(f"{path}: there is no such storyboard{_hint(path, '.yaml', '.yml')}")
+    folder = is_story_folder(path)
+    if not (folder or _is_file(path)):
+        raise StoryboardError(f"{path}: there is no such storyboard{_hint(path, '.yaml', '.yml', '.json')}")
     try:
-        content = read_document(path)
+        content = None if folder else read_document(path)
+        story = read_story_folder(path) if folder else parse_story(content)
     except DocumentError as error:
         raise StoryboardError(f"{path} cannot be read: {error}") from error
-    return parse_storyboard(content, name=str(path), folder=path.parent)
+    if story is None:
+        return parse_storyboard(content, name=str(path), folder=path.parent, before=before)
+    shots = [Shot(caption=s.caption, seconds=s.seconds, continues=s.continues, file=s.name) for s in story.shots]
+    if len(shots) > SHOT_LIMIT:
+        raise StoryboardError(f"{path} has {len(shots):,} shots; the limit is {SHOT_LIMIT:,}")
+    return Storyboard(caption=story.caption, shots=tuple(shots), name=str(path))
 
 
-def parse_storyboard(content: object, *, name: str = "storyboard", folder: Path = Path()) -> Storyboard:
-    """The storyboard that a YAML file's content describes; `folder` is where relative paths start.
+def parse_storyboard(
+    content: object, *, name: str = "storyboard", folder: Path = Path(), before: Shot | None = None
+) -> Storyboard:
+    """The storyboard that a YAML file's content describes.
+
+    Args:
+        folder: where relative paths start.
+        before: the shot that its first one may continue.
 
     Raises:
         StoryboardError: see `load_storyboard`.
@@ -121,16 +165,56 @@ def parse_storyboard(content: object, *, name: str = "storyboard", folder: Path 
         scene.fail("shots", "it must be a list of at least one shot, each starting with `- caption:`")
     if len(shots) > SHOT_LIMIT:
         raise StoryboardError(f"{name}: shots has {len(shots):,} entries; the limit is {SHOT_LIMIT:,}")
-    parsed = tuple(_shot(name, folder, f"shots[{k}]", shot) for k, shot in enumerate(shots))
+    parsed = list[Shot]()
+    for k, shot in enumerate(shots):
+        parsed.append(_shot(name, folder, f"shots[{k}]", shot, parsed[-1] if parsed else before))
     if all(shot.is_reference for shot in parsed):
         raise StoryboardError(f"{name}: shots holds reference pictures only; give at least one shot its `seconds`")
     return Storyboard(
         caption=caption,
-        shots=parsed,
+        shots=tuple(parsed),
         negative_prompt=scene.text("negative_prompt") if "negative_prompt" in scene.content else None,
         seed=scene.seed(),
         name=name,
     )
+
+
+def check_pins(board: Storyboard) -> None:
+    """Raises StoryboardError where a shot says which earlier ones it is shown; all shots of one scene are."""
+    for s, shot in enumerate(board.shots):
+        for field in ("remember", "forget"):
+            if getattr(shot, field):
+                raise StoryboardError(
+                    f"{board.name}: shots[{s}].{field} is for a generation, whose shots are made one after another; "
+                    "give --extend, or drop it"
+                )
+
+
+def storyboard_digest(board: Storyboard) -> str:
+    """SHA-256 of what a storyboard asks for, whatever its files are called: it covers what is in them.
+
+    Raises:
+        StoryboardError: one of them can't be read.
+    """
+    shots = []
+    for s, shot in enumerate(board.shots):
+        try:
+            files = [path and file_digest(path) for path in (shot.image, shot.video)]
+        except OSError as error:
+            raise StoryboardError(
+                f"{board.name}: shots[{s}]: {error.filename} cannot be read: {error.strerror or error}"
+            ) from error
+        given = None if shot.latents is None else hashlib.sha256(shot.latents.tobytes()).hexdigest()
+        pins = [{"remember": shot.remember, "forget": shot.forget}] if shot.remember or shot.forget else []
+        shots.append([shot.caption, shot.seconds, shot.seed, shot.continues, *files, given, *pins])
+    said = board.caption, board.negative_prompt, board.seed, shots
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of what is in a file; raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def frames_of(seconds: float, fps: float, stride: int, patch: int = 1) -> int:
@@ -146,14 +230,23 @@ def frames_of(seconds: float, fps: float, stride: int, patch: int = 1) -> int:
     return least + unit * max(0, math.floor((wanted - least) / unit + 0.5))
 
 
-def _shot(name: str, folder: Path, where: str, content: object) -> Shot:
+def _shot(name: str, folder: Path, where: str, content: object, before: Shot | None) -> Shot:
     shot = _Fields(name, where, content, _SHOT_FIELDS)
-    caption, image, video = shot.text("caption"), shot.file("image", folder), shot.file("video", folder)
+    continues = shot.continues()
+    if continues and (before is None or before.is_reference):
+        shot.fail("cut", "there is no shot before it that it could continue")
+    caption = before.caption if before and continues and "caption" not in shot.content else shot.text("caption")
+    image, video = shot.file("image", folder), shot.file("video", folder)
     if image and video:
         shot.fail("image", "a shot with `video` is given as a whole and has no first frame to set; remove one of them")
     if "seconds" not in shot.content and not image and not video:
         shot.required("seconds")
-    return Shot(caption=caption, seconds=shot.seconds(), seed=shot.seed(), image=image, video=video)
+    seconds, seed = shot.seconds(), shot.seed()
+    remember, forget = shot.numbers("remember"), shot.numbers("forget")
+    if both := sorted({*remember} & {*forget}):
+        shot.fail("forget", f"it names shot {both[0]}, as `remember` does; remove it from one of them")
+    given = {"image": image, "video": video, "remember": remember, "forget": forget}
+    return Shot(caption=caption, seconds=seconds, seed=seed, continues=continues, **given)
 
 
 class _Fields:
@@ -195,6 +288,12 @@ class _Fields:
         except DocumentError as error:
             raise StoryboardError(f"{self.name}: {self._path(field)}: {error}") from error
 
+    def continues(self) -> bool:
+        value = self.content.get("cut", True)
+        if not isinstance(value, bool):
+            self.fail("cut", "it must be false for a shot that continues the one before, or true")
+        return not value
+
     def seconds(self) -> float | None:
         value = self.content.get("seconds")
         if "seconds" not in self.content:
@@ -211,6 +310,12 @@ class _Fields:
         if not isinstance(value, int) or isinstance(value, bool):
             self.fail("seed", f"it must be a whole number in 0..{SEED_LIMIT - 1}")
         return value
+
+    def numbers(self, field: str) -> tuple[int, ...]:
+        values = self.content.get(field, [])
+        if not isinstance(values, list) or not all(type(value) is int and value > 0 for value in values):
+            self.fail(field, "it must be a list of shots, counted from 1, such as [1, 4]")
+        return tuple(dict.fromkeys(values))
 
     def file(self, field: str, folder: Path) -> Path | None:
         if field not in self.content:

@@ -1,15 +1,23 @@
 """Which files to write; those that cannot be written are errors before anything is computed."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from moc_jax.config import ConfigError
 from moc_jax.files import prove_file
+from moc_jax.sampling.storyboard import Storyboard
 
 
 def target_files(
-    path: Path | None, names: Sequence[str], suffix: str, *, overwrite: bool, setting: str = "--out"
+    path: Path | None,
+    names: Sequence[str],
+    suffix: str,
+    *,
+    overwrite: bool,
+    setting: str = "--out",
+    apart: bool = False,
 ) -> list[Path]:
     """The file for each of `names`: `path` itself for a single one, else `path`/<name><suffix>; without `path` none.
 
@@ -17,6 +25,7 @@ def target_files(
 
     Args:
         setting: what the user gave `path` by.
+        apart: a single one has its own name, too.
 
     Raises:
         ConfigError: a wrong ending, a file where a folder is needed, a file that exists, two names of one file, or a
@@ -24,9 +33,10 @@ def target_files(
     """
     if path is None:
         return []
-    if os.path.isdir(path) or len(names) > 1:
+    if os.path.isdir(path) or len(names) > 1 or apart:
+        what = "videos of single shots" if apart else "storyboards"
         if path.suffix in (".mp4", ".png", ".html") and not os.path.isdir(path):
-            raise ConfigError(f"{path} is one file, but there are {len(names)} storyboards; give a folder")
+            raise ConfigError(f"{path} is one file, but there are {len(names)} {what}; give a folder")
         targets = [path / f"{name}{suffix}" for name in names]
     else:
         targets = [path]
@@ -39,3 +49,16 @@ def target_files(
             raise ConfigError(f"{target} exists; give another name, or --overwrite")
         prove_file(target, setting=setting)
     return targets
+
+
+def video_files(out: Path, names: Sequence[str], boards: Sequence[Storyboard], *, overwrite: bool) -> list[list[Path]]:
+    """The file for each storyboard, or, where its shots have names, for each of them: `<storyboard>/<shot>.mp4`.
+
+    Raises:
+        ConfigError: as `target_files`.
+    """
+    shots = [[f"{name}/{shot.file}" for shot in board.shots if shot.file] for name, board in zip(names, boards)]
+    wanted = [of or [name] for of, name in zip(shots or [[]], names)]
+    files = target_files(out, [*itertools.chain(*wanted)], ".mp4", overwrite=overwrite, apart=any(shots))
+    taken = iter(files)
+    return [list(itertools.islice(taken, len(of))) for of in wanted]

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,6 +47,8 @@ def _kind(character: str) -> str:
 class HashedWords:
     """Words hashed to vectors whose entries are uniform with mean 0 and variance 1."""
 
+    batch_size = 256
+
     def __init__(self, cfg: HashConfig):
         self.dim = cfg.dim
         self._max_tokens = cfg.max_tokens
@@ -62,13 +65,24 @@ class HashedWords:
         Raises:
             ValueError: more than `HashConfig.max_tokens` rows.
         """
+        return np.stack([_vector(word, self.dim) for word in self._words(caption)])
+
+    def check(self, caption: str) -> None:
+        """See `moc_jax.text.TextEncoder`."""
+        self._words(caption)
+
+    def _words(self, caption: str) -> list[str]:
         words = [_BEGIN, *split_words(caption)]
         if len(words) > self._max_tokens:
             raise ValueError(
                 f"the caption {caption[:60]!r}{'...' * (len(caption) > 60)} has {len(words)} tokens (words and a begin "
                 f"token), but text.max_tokens is {self._max_tokens}; shorten it or raise text.max_tokens"
             )
-        return np.stack([_vector(word, self.dim) for word in words])
+        return words
+
+    def batch(self, captions: Sequence[str]) -> list[Float32[np.ndarray, "_ E"]]:
+        """See `moc_jax.text.TextEncoder`."""
+        return [self(caption) for caption in captions]
 
 
 @functools.lru_cache(maxsize=65536)

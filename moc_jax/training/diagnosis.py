@@ -1,13 +1,14 @@
 """Why a step's results are not finite: which scenes they came from, and whether the data itself is broken."""
 
 import json
+from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from moc_jax.config import TrainConfig
 from moc_jax.data.buckets import Buckets
 from moc_jax.data.manifest import SceneEntry
+from moc_jax.data.pipeline import SceneIterator
 from moc_jax.data.plan import TrainPlan
 from moc_jax.processes import gather
 from moc_jax.scene import Scene
@@ -20,21 +21,27 @@ def is_finite(values: StepMetrics) -> bool:
 
 
 def diagnosis(
-    train: TrainConfig, buckets: Buckets, step: int, scene: Scene, values: StepMetrics, saved: int | None
+    train: TrainConfig,
+    data: SceneIterator,
+    step: int,
+    scene: Scene,
+    rows: Sequence[int],
+    values: StepMetrics,
+    saved: int | None,
 ) -> str:
     """What to report of `step`, whose results are not finite; all processes call this together.
 
     Args:
-        buckets: of the training data.
+        data: the training data.
         scene: this process's rows of the batch, on the host.
+        rows: which of the batch these are.
         saved: the step of the newest checkpoint.
     """
-    entries = batch_entries(train, buckets, step - 1)
-    rows = len(scene.video)
-    mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+    entries = batch_entries(train, data.buckets, step - 1 - data.begun)
+    mine = [entries[row] for row in rows]
     found = [
         f"{entry.name} from {entry.source}"
-        for entry, video, text in zip(entries[mine], scene.video, scene.text)
+        for entry, video, text in zip(mine, scene.video, scene.text)
         if not (np.isfinite(video).all() and np.isfinite(text).all())
     ]
     broken = [name for names in gather(json.dumps(found)) for name in json.loads(names)]
@@ -52,6 +59,6 @@ def diagnosis(
 
 
 def batch_entries(train: TrainConfig, buckets: Buckets, batch: int) -> list[SceneEntry]:
-    """The scenes that batch number `batch` (from 0) is made of, over all processes."""
+    """The scenes that batch number `batch` of the data (from 0) is made of, over all processes."""
     planned = TrainPlan(tuple(map(len, buckets.scenes)), train.batch_size, train.seed)[batch]
     return [buckets.scenes[planned.bucket][number] for number in planned.scenes if number is not None]

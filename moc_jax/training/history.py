@@ -1,36 +1,37 @@
-"""What earlier starts of a run left in its workdir: metrics.jsonl is read, and what is in a file's way is moved aside.
+"""What earlier starts of a run left in its workdir: its logs are read, and what is in a file's way is moved aside.
 
 Nothing here stops a run, whose checkpoints may well be whole, and nothing is thrown away: what can't be read, or is not
 what belongs in its place, gets another name beside it, and a warning gives both.
 """
 
+import io
 import math
 import os
 import pathlib
 import shutil
 import stat
 import warnings
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
 
-from moc_jax.files import is_address, whole_file
+from moc_jax.files import is_address, whole_file, write_text
 from moc_jax.reading import parse_json
 
 _LONGEST = 1 << 20  # bytes; a line of ours has some hundred
 Row = dict[str, Any]
-"""A line of metrics.jsonl: its step, and numbers by name, nested once at most."""
+"""A line of metrics.jsonl or speed.jsonl: its step, and numbers by name, nested once at most."""
 
-_FILES, _FOLDERS = ("loss.png", "metrics.jsonl"), ("tensorboard", "previews")
+_FILES, _FOLDERS = ("loss.png", "metrics.jsonl", "speed.jsonl"), ("tensorboard", "previews")
 
 
 def read_metrics(path: epath.PathLike) -> list[Row]:
-    """The lines of metrics.jsonl that can be read, in their order; none where there is no such file."""
+    """The lines of a log that can be read, in their order; none where there is no such file."""
     return [row for row in map(_row, _lines(epath.Path(path))) if row is not None]
 
 
 def keep_until(path: epath.Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl beyond `step`, all at once or not at all; the others stay, byte for byte.
+    """Drops the lines of a log beyond `step`, all at once or not at all; the others stay, byte for byte.
 
     Lines that can't be read are moved to a file beside it, which a warning names. A last line that was cut off is the
     trace of a run that was killed while it wrote, beyond its last checkpoint.
@@ -57,10 +58,42 @@ def keep_until(path: epath.Path, step: int) -> None:
         partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
+class Log:
+    """metrics.jsonl or speed.jsonl, open for lines at its end.
+
+    Nothing can be added to what lies in a bucket: there the lines are held here until `keep`, which writes them all.
+    """
+
+    def __init__(self, path: epath.Path) -> None:
+        """Raises OSError where the file can't be opened."""
+        self._path = path
+        bucket = is_address(path)
+        self._held = io.StringIO(path.read_text() if bucket and path.exists() else "") if bucket else None
+        self._file: IO[str] = path.open("a") if self._held is None else self._held
+        self._file.seek(0, io.SEEK_END)
+        self._kept = self._file.tell()
+
+    def write(self, line: str) -> None:
+        """Adds it; on a disk it can be read at once."""
+        self._file.write(line)
+        self._file.flush()
+
+    def keep(self) -> None:
+        """What was written stays, from now on, however the process ends."""
+        if self._held is not None and self._held.tell() != self._kept:
+            write_text(self._path, self._held.getvalue())
+            self._kept = self._held.tell()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self.keep()
+        self._file.close()
+
+
 def clear_the_way(workdir: epath.Path) -> None:
     """Moves aside what lies where a run writes and can't be written: a folder in a file's place, a file in a folder's.
 
-    Links are never written through: that of metrics.jsonl becomes a copy, others are moved aside.
+    Links are never written through: that of a log becomes a copy, others are moved aside.
     """
     if is_address(workdir):  # a bucket holds objects only: nothing is in the way of anything
         return
@@ -71,7 +104,7 @@ def clear_the_way(workdir: epath.Path) -> None:
             continue
         aside = pathlib.Path(_aside(epath.Path(path)))
         path.rename(aside)
-        kept = name == "metrics.jsonl" and aside.is_symlink() and aside.is_file() and os.access(aside, os.R_OK)
+        kept = name.endswith(".jsonl") and aside.is_symlink() and aside.is_file() and os.access(aside, os.R_OK)
         if kept:
             shutil.copyfile(aside, path)
         warnings.warn(

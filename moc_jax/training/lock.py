@@ -9,33 +9,33 @@ Whether the holder lives is decided without comparing the clocks of two machines
                               takes over what has not changed for 60 s
 
 Another container and the host before a reboot count as other hosts. Every look and every change is made under the
-kernel's lock of the file, so of two starts at once one gets it. A holder that slept beyond the 60 s finds another's
-name in the file, and stops instead of writing over the other's work. Folders at an address (gs://...) have no locks:
-two runs in one are not noticed.
+kernel's lock of the file, or in a bucket on the condition that nobody else changed it since the look, so of two starts
+at once one gets it. A holder that slept beyond the 60 s finds another's name in the file, and stops instead of writing
+over the other's work.
 """
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import platform
-import stat
+import secrets
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from moc_jax.cloud import ChangedError, CloudError
 from moc_jax.config import ConfigError
 from moc_jax.errors import Failure
+from moc_jax.files import is_address
 from moc_jax.reading import parse_json
+from moc_jax.training.lock_place import ObjectTurn, Turn, file_turn
 
 NAME = "run.lock"
 REFRESH = 10.0  # seconds between two signs of life
 LEASE = 60.0  # seconds without one, after which a holder that cannot be looked up counts as gone
-_LONGEST = 1 << 16  # bytes; beyond it the file is not a lock
 
 
 class LockError(Failure):
@@ -88,10 +88,12 @@ def this_process() -> Holder:
 class Lock:
     """Holds a folder from `acquire` to `release`; `check` says, in between, whether it is still held."""
 
-    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic):
-        self._path, self._clock = folder / NAME, clock
+    def __init__(self, folder: str | Path, *, clock: Callable[[], float] = time.monotonic):
+        """`folder`: a path, or an address in a bucket."""
+        self._folder, self._clock = os.fspath(folder).rstrip("/"), clock
+        self._path = f"{self._folder}/{NAME}"
         self._me = this_process()
-        self._signs = 0
+        self._signs = secrets.randbelow(1 << 30)  # no other one writes the same
         self._seen = clock()  # when the file last was this process's
         self._lost = ""
         self._held = False
@@ -107,6 +109,7 @@ class Lock:
         Raises:
             LockError: its holder lives.
             ConfigError: what lies in the lock's place is not a lock, or can't be opened.
+            CloudError: the bucket can't be read or written.
         """
         watched, since = self._try(None), self._clock()
         if watched is not None:
@@ -131,24 +134,35 @@ class Lock:
         self._over.set()
         self._thread.join(5)  # storage that is out of reach must not keep the process
         self._held = False
-        with contextlib.suppress(OSError, ConfigError), _exclusive(self._path) as file:
-            if self._is_mine(_read(file)):
-                os.unlink(self._path)
+        with contextlib.suppress(OSError, ConfigError, CloudError), self._turn() as turn:
+            if self._is_mine(turn.content):
+                turn.remove()
 
     def _try(self, watched: tuple[Holder, int] | None, *, expired: bool = False) -> tuple[Holder, int] | None:
         """Takes the lock if it is free; else the holder and its sign, to be watched."""
-        with _exclusive(self._path) as file:
-            found = _parse(self._path, _read(file))
+        with self._turn() as turn:
+            found = _parse(self._path, turn.content)
             if found is not None and (gone := found[0].is_gone()) is not True:
                 if gone is False or (watched is not None and found != watched):
                     raise LockError(
-                        f"{self._path.parent} is in use by {found[0]}. Wait until it ends or stop it, or give another "
+                        f"{self._folder} is in use by {found[0]}. Wait until it ends or stop it, or give another "
                         "--workdir"
                     )
                 if not expired:
                     return found
-            self._write(file)
+            try:
+                self._write(turn)
+            except ChangedError:  # another one was quicker
+                return self._try(watched)
         return None
+
+    @contextlib.contextmanager
+    def _turn(self, *, make: bool = True) -> Iterator[Turn]:
+        if is_address(self._path):
+            yield ObjectTurn(self._path)
+        else:
+            with file_turn(Path(self._path), make=make) as turn:
+                yield turn
 
     def _refresh_until_over(self) -> None:
         while not self._over.wait(REFRESH):
@@ -156,16 +170,16 @@ class Lock:
 
     def _refresh(self) -> None:
         try:
-            with _exclusive(self._path, make=False) as file:
-                content = _read(file)
+            with self._turn(make=False) as turn:
+                content = turn.content
                 if self._is_mine(content):
-                    self._write(file)
+                    self._write(turn)
                     self._seen = self._clock()
                     return
         except FileNotFoundError:
             content = b""
-        except (OSError, ConfigError):
-            return  # storage that is out of reach for a while proves nothing
+        except (OSError, ConfigError, CloudError):
+            return  # storage that is out of reach for a while proves nothing; who changed it is seen the next time
         with contextlib.suppress(ConfigError):
             found = _parse(self._path, content)
             what = f"was taken over by {found[0]}" if found else "was removed"
@@ -180,64 +194,15 @@ class Lock:
             return found is not None and found[0] == self._me
         return False
 
-    def _write(self, file: int) -> None:
+    def _write(self, turn: Turn) -> None:
         self._signs += 1
-        content = json.dumps({**dataclasses.asdict(self._me), "sign": self._signs}).encode()
-        os.pwrite(file, content, 0)
-        os.ftruncate(file, len(content))
+        turn.put(json.dumps({**dataclasses.asdict(self._me), "sign": self._signs}).encode())
 
 
-# ------------------------------------------------------------------------------------------------ the file
+# ------------------------------------------------------------------------------------------------ its content
 
 
-@contextlib.contextmanager
-def _exclusive(path: Path, *, make: bool = True) -> Iterator[int]:
-    """The open file under `path`, which no other process looks at meanwhile."""
-    while True:
-        file = _open(path, make)
-        try:
-            with contextlib.suppress(OSError):  # without locks of files, two starts within a moment are not noticed
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file, path):  # its holder removed it meanwhile
-                continue
-            yield file
-            return
-        finally:
-            os.close(file)
-
-
-def _open(path: Path, make: bool) -> int:
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if make else 0)
-    try:
-        file = os.open(path, flags, 0o644)
-    except OSError as error:
-        kinds = {errno.ELOOP: "a link", errno.EISDIR: "a folder", errno.ENXIO: "not a file"}
-        if error.errno in kinds:
-            raise ConfigError(f"{path} is {kinds[error.errno]}, not a run's lock; move it away") from error
-        if error.errno in (errno.EACCES, errno.EPERM):
-            raise ConfigError(
-                f"{path} cannot be opened: another user's run made it. Let that run end, or give another --workdir"
-            ) from error
-        raise
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise ConfigError(f"{path} is not a file, so it is not a run's lock; move it away")
-    return file
-
-
-def _is_at(file: int, path: Path) -> bool:
-    try:
-        there = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(file), there)
-
-
-def _read(file: int) -> bytes:
-    return os.pread(file, _LONGEST, 0)
-
-
-def _parse(path: Path, content: bytes) -> tuple[Holder, int] | None:
+def _parse(path: str, content: bytes) -> tuple[Holder, int] | None:
     """The holder and its sign; None for a file that was just made, or never written before the power failed.
 
     Raises:
@@ -255,7 +220,7 @@ def _parse(path: Path, content: bytes) -> tuple[Holder, int] | None:
             raise ValueError("a field of another type")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ConfigError(
-            f"{path} is not a run's lock, or a damaged one; if no run is using {path.parent}, delete it"
+            f"{path} is not a run's lock, or a damaged one; if no run is using {os.path.dirname(path)}, delete it"
         ) from error
     return holder, sign
 

@@ -25,19 +25,22 @@ from moc_jax.files import write_text
 from moc_jax.phases import Phases
 from moc_jax.processes import gather
 from moc_jax.scene import Scene
-from moc_jax.sharding import Params, batch_sharding, check_batch, shard_batch
+from moc_jax.sharding import Params, batch_sharding, check_batch, own_rows, shard_batch
 from moc_jax.signals import Interrupted, Signals
 from moc_jax.training.closing import closing_all
 from moc_jax.training.diagnosis import batch_entries, diagnosis, is_finite
+from moc_jax.training.input_wait import InputWait
 from moc_jax.training.lock import Lock
 from moc_jax.training.memory import preview_remedies, remedies
-from moc_jax.training.metrics import Clock, Metrics, draw_loss_curve, read_metrics, speeds
-from moc_jax.training.programs import Programs, StagePrograms, Wanted
-from moc_jax.training.start import Changes, check_codec, check_resumable, initial_params, with_remat
-from moc_jax.training.state import TrainState, create_state, make_blueprint
+from moc_jax.training.metrics import Metrics, draw_loss_curve, read_metrics
+from moc_jax.training.profile import Profile
+from moc_jax.training.programs import Programs, StagePrograms, Wanted, lag
+from moc_jax.training.speed import Speed
+from moc_jax.training.start import Changes, begin, check_codec, check_resumable, frozen_base, with_remat
+from moc_jax.training.state import TrainState, make_blueprint
 from moc_jax.training.step import StepMetrics, make_train_step, make_validation_step
 from moc_jax.training.stop import RunStop
-from moc_jax.training.summary import SceneCost, stage_costs, summary
+from moc_jax.training.summary import SceneCost, model_card, stage_costs, summary
 from moc_jax.training.validation import Validation
 
 __all__ = ["Preview", "TrainingError", "batch_entries", "check_resumable", "lag", "train"]
@@ -46,17 +49,8 @@ Preview = Callable[[Params, int], None]
 """(weights, step): writes previews; all processes call it together. Where it has a method `missing(step)`, a run that
 was stopped before the preview of its last step makes it up when it resumes."""
 
-_LAG = 2  # steps whose results are not waited for, so that the devices always have the next one at hand
 _LONG = 2.0  # seconds; longer steps are waited for: what that costs is little, and a signal waits for one step only
 _TIMED = 3  # which step is timed to find out; the first ones warm up
-
-
-def lag(mesh: Mesh) -> int:
-    """How many steps may be under way at once.
-
-    Several CPU devices share one pool of threads, and two programs that wait for each other's share there never end.
-    """
-    return 0 if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else _LAG
 
 
 class TrainingError(Failure):
@@ -99,8 +93,7 @@ def train(
         raise ConfigError(f"train.preview_every = {cfg.train.preview_every}, but this run has no preview function")
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        if stop is None:
-            stop = RunStop(stack.enter_context(Signals()))
+        stop = RunStop(stack.enter_context(Signals())) if stop is None else stop
         try:
             with closing_all() as closes:
                 run = _Run(cfg, manifest, mesh, preview, stop, lock, phases or Phases(), closes)
@@ -126,6 +119,8 @@ class _Pending:
 
 
 class _Run:
+    _saved: int | None = None  # the newest step
+
     def __init__(
         self,
         cfg: Config,
@@ -135,15 +130,16 @@ class _Run:
         stop: RunStop,
         lock: Lock | None,
         phases: Phases,
-        closes: Callable[[Callable[[], None]], None],
+        closes: Callable[[Callable[[], None]], None],  # takes the close of each part as soon as there is one
     ):
-        """`closes` takes the close of each part as soon as there is one."""
         self._cfg, self._mesh, self._preview, self._stop, self._lock = cfg, mesh, preview, stop, lock
         self._phases, self._main = phases, jax.process_index() == 0
-        part = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self._rows = own_rows(cfg.train.batch_size, mesh)
+        part = {"rows": self._rows, "process_index": jax.process_index(), "process_count": jax.process_count()}
         self._data = make_pipeline(cfg, manifest, split="train", verified=False, **part)
         closes(self._data.close)
-        self._checkpoints = Checkpoints(str(epath.Path(cfg.workdir) / "checkpoints"), cfg.train)
+        card = functools.partial(model_card, cfg, manifest)
+        self._checkpoints = Checkpoints(str(epath.Path(cfg.workdir) / "checkpoints"), cfg.train, card)
         closes(self._checkpoints.close)
         blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
         self._cfg, self._blueprint, remat = with_remat(cfg, blueprint, self._data.buckets.shapes, mesh)
@@ -151,7 +147,7 @@ class _Run:
         self._attention = routed_attention(cfg.attention)
         where = self._blueprint, mesh, self._attention
         self._step = make_train_step(cfg.train, cfg.optimizer, cfg.diffusion, *where)
-        self._codec, self._latent_shape = codec_of(manifest), manifest.latent_shape
+        self._codec, self._latent_shape = codec_of(manifest, cfg.codec), manifest.latent_shape
         self._programs = StagePrograms(Programs(stop), cfg.stages, self._data.buckets_between, self._program)
         closes(self._programs.close)
         if (newest := max(self._checkpoints.steps, default=0)) < cfg.train.steps:
@@ -168,21 +164,23 @@ class _Run:
         self._costs = stage_costs(cfg, self._data.buckets)
         self._pending: collections.deque[_Pending] = collections.deque()
         self._lag, self._idle = lag(mesh), 0.0  # seconds that were not spent in steps
-        self._saved: int | None = None
         if self._main:
             print(summary(cfg, manifest, buckets, self._costs, mesh, self._blueprint), remat, sep="\n", flush=True)
         phases.done("checks and summary")
         self._state, report = self._start()
         phases.done("weights")
-        self._start_step = self._done = int(self._state.step)
+        begin = self._start_step = self._done = int(self._state.step)
         self._place = self._data.get_state()  # where the data stands after step `_done`
         if self._main:
             print(report, flush=True)
             write_text(epath.Path(cfg.workdir) / "config.json", config_to_json(cfg))
-        self._metrics = Metrics(cfg.workdir, start=self._start_step, steps=cfg.train.steps, enabled=self._main)
+        speed = Speed(mesh.devices.flat[0].device_kind, mesh.size, begun=phases.seconds)
+        self._metrics = Metrics(cfg.workdir, start=begin, steps=cfg.train.steps, speed=speed, enabled=self._main)
         closes(self._metrics.close)
-        phases.done("logs")
-        self._clock = Clock()
+        self._profile = Profile(cfg.train.profile_steps, cfg.workdir, begin, self._between)
+        self._input = InputWait(cfg.data, self._metrics.say)
+        for part in (self._profile, self._input):
+            closes(part.close)
 
     @explain_memory("the weights, the optimizer's state and the moving average", TrainingError, remedies)
     def _start(self) -> tuple[TrainState, str]:
@@ -190,34 +188,31 @@ class _Run:
         restored = self._checkpoints.restore(
             self._blueprint.abstract.items(), lambda saved: changes.update(check_resumable(saved, self._cfg))
         )
+        saved = restored.base if restored else None
+        frozen, self._base = frozen_base(self._cfg, self._codec, self._blueprint, saved)
         if restored is None:
-            return self._begin()
+            return begin(self._cfg, self._codec, self._blueprint, frozen)
         self._data.set_state(restored.data_state)
         cfg = self._cfg
         check_codec(cfg.codec, restored.codec_state, self._codec, trained=cfg.workdir, cache=cfg.data.cache)
         self._saved = restored.step
         report = f"resuming after step {restored.step} in {self._cfg.workdir}"
         report += "".join(f"\n  {name} was {old!r} and is {new!r}" for name, (old, new) in changes.items())
-        return TrainState.from_items(restored.state), report
-
-    def _begin(self) -> tuple[TrainState, str]:
-        source, params, report = self._cfg.train.init_from, None, f"starting in {self._cfg.workdir}"
-        if source:
-            params = initial_params(self._cfg, self._codec, self._blueprint.shardings.params)
-            report += f" from the weights in {source}"
-        return create_state(self._blueprint, params), report
+        if self._data.begun == restored.step:
+            report += f"\n  other data than before step {restored.step}: its first epoch begins"
+        return TrainState.from_items(restored.state, frozen), report
 
     def to_the_end(self) -> None:
         """Runs steps until the last one, or a requested stop; returns once all is saved.
 
-        After a step a signal is served first, then the checkpoint; validation and previews come last, ask again as they
-        go, and are made up by the next start.
+        After a step a signal is served first, then the checkpoint, then what the next start would make up.
         """
         cfg, stopped = self._cfg.train, False
         try:
             self._extras(self._start_step, self._missing(self._start_step))
             for step in range(self._start_step + 1, cfg.steps + 1):
                 self._one(step)
+                self._profile.after(step)
                 self._stop.check()
                 if step == cfg.steps or step % cfg.checkpoint_every == 0:
                     self._between(self._save, step)
@@ -256,14 +251,16 @@ class _Run:
 
     @explain_memory("a training step", TrainingError, remedies)
     def _dispatch(self, step: int) -> None:
-        mine = next(self._data)
+        mine = self._input.batch(lambda: next(self._data))
         scene = shard_batch(mine, self._mesh)
         self._phases.done("first batch")
         bucket, moc = self._bucket(mine), self._cfg.moc_at(step - 1)
         with contextlib.nullcontext() if self._programs.ready(step - 1, bucket) else self._paused():
             program = self._programs.get(step - 1, bucket)
         self._phases.done("compiling")
-        self._state, metrics = program(self._state, scene)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            self._state, metrics = program(self._state, scene)
+        self._input.given(metrics.loss)
         self._done, self._place = step, self._data.get_state()
         self._pending.append(_Pending(step, metrics, mine, moc))
 
@@ -274,7 +271,8 @@ class _Run:
         def of_batch(x):
             return jax.ShapeDtypeStruct((cfg.train.batch_size, *x.shape), x.dtype, sharding=sharding)
 
-        scene = jax.tree.map(of_batch, blank_scene(bucket, self._latent_shape, cfg.text.dim))
+        given = {"clean": cfg.clean_first_frames, "condition": cfg.condition_channels}
+        scene = jax.tree.map(of_batch, blank_scene(bucket, self._latent_shape, cfg.text.dim, **given))
         return Wanted(
             what=f"the step for {bucket.frames} frames and chunks of {moc.chunk.size} {moc.chunk.unit}",
             made_of=("train_step", cfg.model, cfg.train, cfg.optimizer, cfg.diffusion, self._attention, moc, scene),
@@ -295,17 +293,16 @@ class _Run:
         oldest = self._pending.popleft()
         values = jax.device_get(oldest.metrics)
         if not is_finite(values):
-            found = oldest.step, oldest.scene, values
-            raise TrainingError(diagnosis(self._cfg.train, self._data.buckets, *found, self._saved))
+            found = oldest.step, oldest.scene, self._rows, values
+            raise TrainingError(diagnosis(self._cfg.train, self._data, *found, self._saved))
         row = {name: float(getattr(values, name)) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
         log = oldest.step % self._cfg.train.log_every == 0
         self._metrics.write(oldest.step, row, board=log)
-        cost, scenes = self._cost(oldest), self._cfg.train.batch_size
-        self._clock.add(steps=1, tokens=scenes * cost.tokens, flops=scenes * cost.flops)
+        cost, n = self._cost(oldest), self._cfg.train.batch_size
+        self._metrics.count(steps=1, tokens=n * cost.tokens, flops=n * cost.flops, waited=self._input.waited())
         self._metrics.progress(oldest.step, loss=f"{row['loss']:.4f}")
         if log:
-            device = self._mesh.devices.flat[0].device_kind
-            self._metrics.board(oldest.step, speeds(self._clock.rates(), device, self._mesh.size))
+            self._input.judge(self._metrics.times(oldest.step), self._cfg.train.log_every)
 
     def _report_all(self) -> None:
         while self._pending:
@@ -334,12 +331,10 @@ class _Run:
         yield
         seconds = time.perf_counter() - begin
         self._idle += seconds
-        self._clock.leave_out(seconds)
         self._metrics.leave_out(seconds)
 
     def _due(self, step: int) -> list[str]:
-        train = self._cfg.train
-        every = {"validation": train.validate_every, "preview": train.preview_every}
+        every = {"validation": self._cfg.train.validate_every, "preview": self._cfg.train.preview_every}
         return [name for name, steps in every.items() if steps and step and step % steps == 0]
 
     def _missing(self, step: int) -> list[str]:
@@ -378,14 +373,16 @@ class _Run:
     @explain_memory("a checkpoint's digests", TrainingError, remedies)
     def _save(self, step: int) -> None:
         self._check_lock(now=True)
-        self._checkpoints.save(
-            step, self._state.items(), config=self._cfg, codec_state=self._codec.state(), data_state=self._place
-        )
+        self._metrics.times(step)
+        self._metrics.keep()
+        beside = {"codec_state": self._codec.state(), "data_state": self._place, "base": self._base}
+        self._checkpoints.save(step, self._state.items(), config=self._cfg, **beside)
         self._saved = step
 
     def _finish(self, stopped: bool) -> None:
         if not self._main:
             return
+        self._metrics.keep()
         workdir = epath.Path(self._cfg.workdir)
         drawn = draw_loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
         where = "before its first step" if self._saved is None else f"after step {self._saved}: "

@@ -28,6 +28,7 @@ def remedies(run: Configured) -> str:
     if cfg.model.dtype != "bfloat16":
         found.append(f"model.dtype bfloat16 (now {cfg.model.dtype})")
     found.append(f"a larger mesh.fsdp (now {cfg.mesh.fsdp}; splits weights and optimizer over more devices)")
+    found.append(f"a larger mesh.context (now {cfg.mesh.context}; splits each scene over more devices)")
     found.append(
         f"smaller scenes: data.buckets (now {_largest(cfg.data)}), data.height x width (now {cfg.data.height}x"
         f"{cfg.data.width}), data.shots_per_scene (now {cfg.data.shots_per_scene}), data.max_shot_frames (now "

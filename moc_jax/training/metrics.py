@@ -1,13 +1,13 @@
-"""What a run reports: metrics.jsonl, TensorBoard, progress, and the loss curve drawn from the first of them.
+"""What a run reports: metrics.jsonl, speed.jsonl, TensorBoard, progress, and the loss curve drawn from the first.
 
 metrics.jsonl holds no times, so that an interrupted run's file ends up equal, byte for byte, to an uninterrupted one's.
+Times are in speed.jsonl (training/speed.py).
 """
 
 import contextlib
 import io
 import json
 import math
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 
@@ -17,26 +17,12 @@ from etils import epath
 from moc_jax.files import whole_file
 from moc_jax.progress import Progress
 from moc_jax.training.closing import closing_all
-from moc_jax.training.history import Row, clear_the_way, keep_until, read_metrics
+from moc_jax.training.history import Log, Row, clear_the_way, keep_until, read_metrics
+from moc_jax.training.speed import CLOCKS, Speed
+from moc_jax.training.speed import FILE as SPEED
 from moc_jax.training.tensorboard import EventFile
 
-__all__ = ["PEAK_FLOPS", "Clock", "Metrics", "draw_loss_curve", "read_metrics", "speeds", "utilisation"]
-
-PEAK_FLOPS = {  # bfloat16 matrix products per second and device, dense, by `device_kind`
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+__all__ = ["Metrics", "draw_loss_curve", "read_metrics"]
 
 Values = Mapping[str, "float | Mapping[str, float]"]
 """Numbers by name, nested once at most."""
@@ -45,17 +31,24 @@ Values = Mapping[str, "float | Mapping[str, float]"]
 class Metrics:
     """The run's log. Only the main process writes; on the others every method does nothing."""
 
-    def __init__(self, workdir: str, *, start: int, steps: int, enabled: bool):
-        """Resumes after step `start`: what an interrupted run logged beyond it is dropped."""
-        self._enabled, self._board, self._file = enabled, None, None
+    def __init__(self, workdir: str, *, start: int, steps: int, speed: Speed, enabled: bool):
+        """Resumes after step `start`: what an interrupted run logged beyond it is dropped.
+
+        `speed` is new, and continues what is there.
+        """
+        self._enabled, self._board, self._file, self._times, self._speed = enabled, None, None, None, speed
         self._progress = Progress("training", total=steps, unit="step", done=start, enabled=enabled)
         if not enabled:
             return
         folder = epath.Path(workdir)
         path = folder / "metrics.jsonl"
         clear_the_way(folder)
-        keep_until(path, start)
-        self._file = path.open("a")
+        for each in (path, folder / SPEED):
+            keep_until(each, start)
+        self._file, self._times = Log(path), Log(folder / SPEED)
+        if not speed.resume(folder):
+            self._write_times(0, speed.begin)
+            self._times.keep()
         try:
             self._board = EventFile(folder / "tensorboard", purge_step=start + 1 if start else None)
         except OSError as error:
@@ -66,12 +59,26 @@ class Metrics:
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **_finite(values)}, allow_nan=False) + "\n")
-        self._file.flush()
         if board:
             self.board(step, values)
 
+    def count(self, **amounts: float) -> None:
+        """A step's work, by name."""
+        self._speed.add(**amounts)
+
+    def times(self, step: int) -> Mapping[str, float]:
+        """A line of speed.jsonl, and the same in TensorBoard: what differs between two runs of the same command."""
+        values = self._speed.line()
+        self._write_times(step, values)
+        self.board(step, {f"speed/{name}": value for name, value in values.items() if name not in CLOCKS})
+        return values
+
+    def _write_times(self, step: int, values: Values) -> None:
+        if self._times is not None:
+            self._times.write(json.dumps({"step": step, **_finite(values)}, allow_nan=False) + "\n")
+
     def board(self, step: int, values: Values) -> None:
-        """TensorBoard only: for what differs between two runs of the same command, such as times."""
+        """TensorBoard only."""
         if self._board is None:
             return
         try:
@@ -84,12 +91,19 @@ class Metrics:
             self._board = None
             warnings.warn(f"nothing more is written to TensorBoard: {error}", UserWarning, stacklevel=2)
 
+    def keep(self) -> None:
+        """Before a checkpoint is saved, so that a run which resumes from it finds all lines up to there."""
+        for log in (self._file, self._times):
+            if log is not None:
+                log.keep()
+
     def progress(self, step: int, **shown: str) -> None:
         """Shows that `step` is done, and how it went."""
         self._progress.reach(step, **shown)
 
     def leave_out(self, seconds: float) -> None:
-        """Seconds that just passed and were not spent in a step: the shown rate and time left do not count them."""
+        """Seconds that just passed and were not spent in a step: no rate and no time left counts them."""
+        self._speed.leave_out(seconds)
         self._progress.leave_out(seconds)
 
     def say(self, text: str) -> None:
@@ -100,46 +114,9 @@ class Metrics:
     def close(self) -> None:
         """Ends the files and the progress."""
         with closing_all() as closes:
-            for part in (self._file, self._board, self._progress):
+            for part in (self._file, self._times, self._board, self._progress):
                 if part is not None:
                     closes(part.close)
-
-
-class Clock:
-    """Work done per second, leaving out pauses (compilation, validation, previews, checkpoints)."""
-
-    def __init__(self):
-        self._since = time.perf_counter()
-        self._done: dict[str, float] = {}
-
-    def add(self, **amounts: float) -> None:
-        """Counts work, by name."""
-        for name, amount in amounts.items():
-            self._done[name] = self._done.get(name, 0.0) + amount
-
-    def leave_out(self, seconds: float) -> None:
-        """Seconds that just passed without work."""
-        self._since += seconds
-
-    def rates(self) -> dict[str, float]:
-        """Work per second since the last call, by name."""
-        now = time.perf_counter()
-        seconds, done = max(now - self._since, 1e-9), self._done
-        self._since, self._done = now, {}
-        return {name: amount / seconds for name, amount in done.items()}
-
-
-def utilisation(flops_per_second: float, device_kind: str, devices: int) -> float | None:
-    """Model FLOPs per second over the devices' peak (MFU); None for a device whose peak is not known."""
-    peak = PEAK_FLOPS.get(device_kind)
-    return None if peak is None else flops_per_second / (peak * devices)
-
-
-def speeds(rates: Mapping[str, float], device_kind: str, devices: int) -> Values:
-    """`Clock.rates` as they are shown, with the utilisation where it is known."""
-    shown = {f"speed/{name}_per_second": rate for name, rate in rates.items()}
-    used = utilisation(rates["flops"], device_kind, devices)
-    return shown if used is None else {**shown, "speed/model_flops_utilisation": used}
 
 
 def _flat(values: Values) -> Iterator[tuple[str, float]]:

@@ -12,14 +12,16 @@ from moc_jax.config import ConfigError, OptimizerConfig
 from moc_jax.shapes import Array, Float, Int32
 from moc_jax.sharding import LogicalAxes, Params, key_path
 
+_ADDED = "bias", "scale", "modulation", "head_modulation"  # weights that no token is multiplied with as a matrix
+
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> optax.GradientTransformationExtraArgs:
     """The whole chain; `update` also takes `shots`, how many the gradients are a mean over (used with `accumulate`).
 
     Args:
         steps: batches of the run; with `cfg.accumulate` several of them make one update.
-        logical: names of every weight's dimensions: what has two or more besides `layers`, unless it is a bias, is a
-            matrix and decays.
+        logical: names of every weight's dimensions: what has two or more besides `layers` is a matrix and decays,
+            unless it is a bias, a norm's scale or a table of modulation.
 
     Raises:
         ConfigError: `steps` are too few for a single update.
@@ -32,7 +34,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, logical: LogicalAxes) -> op
 
     def is_matrix(path, _):
         *_, last = key_path(path)
-        return last != "bias" and sum(name != "layers" for name in logical[key_path(path)]) >= 2
+        return last not in _ADDED and sum(name != "layers" for name in logical[key_path(path)]) >= 2
 
     chain = optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity(),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import jax
+from jax.sharding import Mesh
 
 from moc_jax.compilation import find_program, keep_program
 from moc_jax.config import BucketConfig, MoCConfig, Stage
@@ -18,6 +19,16 @@ from moc_jax.errors import root_cause
 from moc_jax.processes import gather, together
 from moc_jax.training.stop import RunStop
 from moc_jax.training.summary import si
+
+_LAG = 2  # steps whose results are not waited for, so that the devices always have the next one at hand
+
+
+def lag(mesh: Mesh) -> int:
+    """How many steps may be under way at once.
+
+    Several CPU devices share one pool of threads, and two programs that wait for each other's share there never end.
+    """
+    return 0 if mesh.size > 1 and mesh.devices.flat[0].platform == "cpu" else _LAG
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

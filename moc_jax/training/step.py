@@ -4,6 +4,8 @@ Everything random in step n comes from fold_in(key(seed), n), so a step is the s
 """
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable
 from typing import cast
 
@@ -13,7 +15,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from moc_jax import models
 from moc_jax.attention.api import RoutedAttention, SceneAttention
+from moc_jax.attention.taught import taught
 from moc_jax.config import DiffusionConfig, MoCConfig, OptimizerConfig, TrainConfig
 from moc_jax.diffusion.process import VelocityFn, flow_loss
 from moc_jax.scene import Scene
@@ -21,10 +25,17 @@ from moc_jax.shapes import Array, Float, Float32, Int32, Key
 from moc_jax.sharding import Params, batch_sharding, replicated
 from moc_jax.training.optimizer import learning_rate
 from moc_jax.training.state import Blueprint, TrainState
+from moc_jax.training.teacher import teacher_forced
 
 _ROUTED = RoutedAttention()
-# What a loop over layers writes whole, layer after layer, is not filled with zeros before.
-_OPTIONS = {"gpu": {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True}}
+_OPTIONS = {
+    "gpu": {
+        # What a loop over layers writes whole, layer after layer, is not filled with zeros before.
+        "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+        # Products are cuBLAS's: Triton's made no step faster, and to compile and try its own took a third of the time.
+        "xla_gpu_enable_triton_gemm": False,
+    }
+}
 Loss = Callable[[VelocityFn, Scene, Key[Array, ""], DiffusionConfig], tuple[Float[Array, ""], Float[Array, "B S"]]]
 """What a step descends, and each shot's own; as `flow_loss`."""
 
@@ -41,6 +52,50 @@ class StepMetrics:
     scene_loss: Float32[Array, " B"]  # mean over each scene's shots
 
 
+def train_step(
+    train: TrainConfig,
+    optimizer: OptimizerConfig,
+    diffusion: DiffusionConfig,
+    blueprint: Blueprint,
+    attention: SceneAttention = _ROUTED,
+    loss_fn: Loss = flow_loss,
+) -> Callable[[TrainState, Scene, MoCConfig, Key[Array, ""]], tuple[TrainState, StepMetrics]]:
+    """(state, batch, attention config, the run's key) -> (state, metrics), to be compiled as a whole or as a part."""
+    rate, accumulate = learning_rate(optimizer, train.steps), optimizer.accumulate
+    updates_in_all = train.steps // accumulate
+
+    def step(state, scene, moc, key):
+        noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
+
+        def loss_of(params):
+            weights = state.model_params(params)
+            if diffusion.teacher_forcing:
+                model = _model(blueprint, weights, moc, taught(attention), drop_key)
+                velocity_fn = teacher_forced(model, scene, jax.random.fold_in(noise_key, 1), diffusion)
+            else:
+                velocity_fn = _velocity(blueprint, weights, scene, moc, attention, key=drop_key)
+            return loss_fn(velocity_fn, scene, noise_key, diffusion)
+
+        (loss, shot_loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        shots = scene.lengths.shot_frames > 0
+        with jax.named_scope("optimizer"):
+            updates, moments = blueprint.optimizer.update(gradients, state.optimizer, state.params, shots=shots.sum())
+            params = cast(Params, optax.apply_updates(state.params, updates))
+        update = state.step // accumulate
+        metrics = StepMetrics(
+            loss=loss,
+            grad_norm=optax.tree.norm(gradients),
+            param_norm=optax.tree.norm(params),
+            learning_rate=jnp.where(update < updates_in_all, rate(update), 0),
+            scene_loss=shot_loss.sum(axis=1) / jnp.maximum(shots.sum(axis=1), 1),
+        )
+        with jax.named_scope("average"):
+            ema = _averaged(state.ema, params, state.step, train.ema_decay, accumulate)
+        return TrainState(state.step + 1, params, moments, ema, state.frozen), metrics
+
+    return step
+
+
 def make_train_step(
     train: TrainConfig,
     optimizer: OptimizerConfig,
@@ -54,39 +109,25 @@ def make_train_step(
 
     To be called with the mesh in context (`jax.set_mesh`).
     """
-    rate, accumulate = learning_rate(optimizer, train.steps), optimizer.accumulate
-    updates_in_all = train.steps // accumulate
+    step = train_step(train, optimizer, diffusion, blueprint, attention, loss_fn)
 
-    def train_step(state: TrainState, scene: Scene, moc: MoCConfig) -> tuple[TrainState, StepMetrics]:
-        noise_key, drop_key = jax.random.split(jax.random.fold_in(jax.random.key(train.seed), state.step))
-
-        def loss_of(params):
-            velocity_fn = _velocity(blueprint, params, scene, moc, attention, key=drop_key)
-            return loss_fn(velocity_fn, scene, noise_key, diffusion)
-
-        (loss, shot_loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        shots = scene.lengths.shot_frames > 0
-        updates, moments = blueprint.optimizer.update(gradients, state.optimizer, state.params, shots=shots.sum())
-        params = cast(Params, optax.apply_updates(state.params, updates))
-        update = state.step // accumulate
-        metrics = StepMetrics(
-            loss=loss,
-            grad_norm=optax.tree.norm(gradients),
-            param_norm=optax.tree.norm(params),
-            learning_rate=jnp.where(update < updates_in_all, rate(update), 0),
-            scene_loss=shot_loss.sum(axis=1) / jnp.maximum(shots.sum(axis=1), 1),
-        )
-        ema = _averaged(state.ema, params, state.step, train.ema_decay, accumulate)
-        return TrainState(state.step + 1, params, moments, ema), metrics
+    def of_seed(state: TrainState, scene: Scene, moc: MoCConfig) -> tuple[TrainState, StepMetrics]:
+        return step(state, scene, moc, jax.random.key(train.seed))
 
     return jax.jit(
-        train_step,
+        of_seed,
         static_argnums=2,
         donate_argnums=0,
         in_shardings=(blueprint.shardings, batch_sharding(mesh)),
         out_shardings=(blueprint.shardings, replicated(mesh)),
-        compiler_options=_OPTIONS.get(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(mesh),
     )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """What a program with a training step is compiled with; what XLA_FLAGS names is left to it."""
+    options, flags = _OPTIONS.get(mesh.devices.flat[0].platform, {}), os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in flags} or None
 
 
 def make_validation_step(
@@ -117,7 +158,7 @@ def make_validation_step(
     return jax.jit(
         validation_step,
         static_argnums=3,
-        in_shardings=(blueprint.shardings.params, batch_sharding(mesh), replicated(mesh)),
+        in_shardings=(blueprint.shardings.sampling_params, batch_sharding(mesh), replicated(mesh)),
         out_shardings=replicated(mesh),
     )
 
@@ -136,8 +177,17 @@ def _velocity(
     *,
     key: Key[Array, ""] | None,
 ) -> VelocityFn:
+    model = _model(blueprint, params, moc, attention, key)
+    return lambda z, t: model(z, scene.text, t, scene.lengths, condition=scene.condition)
+
+
+def _model(
+    blueprint: Blueprint, params: Params, moc: MoCConfig, attention: SceneAttention, key: Key[Array, ""] | None
+) -> Callable[..., Array]:
+    """(video, text, t, lengths) -> velocity; with `condition`, of models that read one."""
     model = nnx.merge(blueprint.graph, params)
-    return lambda z, t: model(z, scene.text, t, scene.lengths, moc, key=key, attention=attention)
+    model = model if key is None else models.with_dropout(model, key)
+    return functools.partial(model, moc=moc, key=key, attention=attention)
 
 
 def _averaged(

@@ -3,6 +3,7 @@
 Shares no code with `moc_jax.attention`. A scene is a list of `Chunk`s in scene order; tokens in no chunk are padding.
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -70,15 +71,28 @@ def candidates(scene, cfg, i):
     if cfg.mode == "dense" or scene[i].kind != VIDEO:
         return []
     anchored = anchors(scene, cfg, i)
-    found = [j for j in visible(scene, cfg, i) if scene[j].kind == VIDEO and j not in anchored]
+    found = [j for j in visible(scene, cfg, i) if scene[j].kind == VIDEO and j not in anchored + sinks(scene, cfg, i)]
     return [j for j in found if j < i] if cfg.causal_routing else found
+
+
+def sinks(scene, cfg, i):
+    """Chunks that queries of chunk i pick whatever their keys: the first `sink_chunks` of each earlier shot."""
+    if cfg.mode == "dense" or scene[i].kind != VIDEO:
+        return []
+    found = []
+    for shot in range(scene[i].shot):
+        of_shot = [j for j, c in enumerate(scene) if c.kind == VIDEO and c.shot == shot and c.length > 0]
+        found += of_shot[: cfg.sink_chunks]
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ routing
 
 
-def scores(q, k, scene):
+def scores(q, k, scene, parts=1):
     """q_i . mean(keys of chunk c), and how far float32 may be off: two arrays [H, N, C] for one scene's q, k [N, H, D].
+
+    Of the means of a chunk's equal `parts`, the largest score, and the error of the one that is most off.
 
     A sum of n float32 terms is off by at most about n u (sum of magnitudes), u = 2^-24; here n is at most the chunk's
     length for the mean and D for the product, plus a few roundings for the division and the products.
@@ -89,21 +103,24 @@ def scores(q, k, scene):
     for c, chunk in enumerate(scene):
         if chunk.length == 0 or chunk.kind != VIDEO:
             continue
-        keys = k[chunk.tokens]  # [length, H, D]
+        edges = [part * chunk.length // parts for part in range(parts + 1)]
+        spans = [k[chunk.start + begin : chunk.start + end] for begin, end in itertools.pairwise(edges) if begin < end]
         roundings = chunk.length + q.shape[2] + 4
         for h in range(q.shape[1]):
-            score[h, :, c] = q[:, h] @ keys[:, h].mean(axis=0)
-            error[h, :, c] = roundings * 2.0**-24 * (abs(q[:, h]) @ abs(keys[:, h]).mean(axis=0))
+            score[h, :, c] = np.max([q[:, h] @ keys[:, h].mean(axis=0) for keys in spans], axis=0)
+            sizes = [abs(q[:, h]) @ abs(keys[:, h]).mean(axis=0) for keys in spans]
+            error[h, :, c] = roundings * 2.0**-24 * np.max(sizes, axis=0)
     return score, error
 
 
-def route(q, k, scene, cfg):
-    """The picks [H, N, K] of one scene: best score first, ties to the lowest chunk."""
-    picks = np.full((q.shape[1], q.shape[0], cfg.top_k), -1)
-    score, _ = scores(q, k, scene)
+def route(q, k, scene, cfg, slots=0):
+    """The picks [H, N, K] of one scene: best score first, ties to the lowest chunk; then sinks in so many slots."""
+    picks = np.full((q.shape[1], q.shape[0], cfg.top_k + slots), -1)
+    score, _ = scores(q, k, scene, cfg.descriptors)
     for i, chunk in enumerate(scene):
-        allowed = candidates(scene, cfg, i)
+        allowed, always = candidates(scene, cfg, i), sinks(scene, cfg, i)
         for token in chunk.tokens:
+            picks[:, token, cfg.top_k : cfg.top_k + len(always)] = always
             for h in range(q.shape[1]):
                 best = sorted(allowed, key=lambda c: (-score[h, token, c], c))[: cfg.top_k]
                 picks[h, token, : len(best)] = best
@@ -116,8 +133,10 @@ def near_ties(routes, q, k, scene, cfg):
     A row may differ from `route` only if float32 rounding can explain it: every pick scores no worse, within the
     roundings of both scores, than any later pick and than any candidate that was left out.
     """
-    want = route(q, k, scene, cfg)
-    score, error = scores(q, k, scene)
+    want = route(q, k, scene, cfg, routes.shape[-1] - cfg.top_k)
+    np.testing.assert_array_equal(routes[..., cfg.top_k :], want[..., cfg.top_k :], err_msg="sinks")
+    routes, want = routes[..., : cfg.top_k], want[..., : cfg.top_k]
+    score, error = scores(q, k, scene, cfg.descriptors)
     chunk_of = np.full(q.shape[0], -1)
     for i, chunk in enumerate(scene):
         chunk_of[chunk.tokens] = i

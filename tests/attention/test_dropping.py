@@ -36,6 +36,7 @@ def contains(rows, chunks):
     return ((chunks[..., :, None] == rows[..., None, :]) & (chunks >= 0)[..., None]).any(axis=-1)
 
 
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_a_key_nothing_is_dropped(backend):
     q, k, _ = qkv(0, PAIR, backend=backend)
@@ -88,6 +89,7 @@ def test_attention_follows_the_drawn_routes(backend):
     assert np.abs(oracle.moc(q, k, v, PAIR, cfg).out - out).max() > 1e-3
 
 
+@pytest.mark.long
 def test_drop_off_removes_floor_p_k():
     """p ~ U(0, p_max), floor(5 p) dropped: each count is as likely as its stretch of p is long; each pick equally."""
     for p_max, shares in [(0.5, [0.4, 0.4, 0.2]), (1.0, [0.2] * 5), (0.2, [1.0])]:

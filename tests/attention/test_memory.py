@@ -65,7 +65,9 @@ def test_the_measure_sees_quadratic_arrays():
     assert traced.lower().compile().memory_analysis().temp_size_in_bytes >= 2048**2
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla", "pallas_gpu", "pallas_tpu"])
+@pytest.mark.parametrize(
+    "backend", ["reference", "xla", "pallas_gpu", pytest.param("pallas_tpu", marks=pytest.mark.long)]
+)
 def test_picks_beyond_the_chunks_cost_no_more_than_all_of_them(backend):
     """No array of routing, attention and gradients grows when top_k goes from 32 of 9 chunks to a million."""
     scene = cut(0, *[(0, [CHUNK] * 3)] * 2, text_tokens=0)

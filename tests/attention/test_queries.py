@@ -95,13 +95,41 @@ def test_slices_of_a_scene(backend, cfg):
         assert_close(dv, want_dv, "dv", table=GRADIENT)
 
 
+@of_backends
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_groups_part_of_every_frame(backend, group):
+    """The queries of one of several devices of a scene (deal.py): routes and outputs are rows of the whole."""
+    cfg, table = MULTI_SHOT, table_of(PAIR)
+    q, k, v = qkv(0, PAIR, backend=backend)
+    dout = qkv(1, PAIR, backend=backend)[0]
+    frame, part = 13, 7  # tokens, of which a group has these from the front or from the back
+    video = np.arange(q.shape[1] - TEXT_TOKENS).reshape(-1, frame)[:, slice(part) if group == 0 else slice(-part, None)]
+    half = TEXT_TOKENS // 2
+    rows = np.concatenate([np.arange(group * half, (group + 1) * half), TEXT_TOKENS + video.ravel()])
+    chunk = np.asarray(table.chunk_of)[:, rows]
+    routes = np.asarray(routing(q[:, rows], k, table, cfg, query_chunk=chunk, backend=backend))
+    out, grads = attention_and_gradients(
+        q[:, rows], k, v, table, cfg, dout[:, rows], query_chunk=chunk, backend=backend
+    )
+    whole, mine = oracle.moc(q, k, v, PAIR, cfg), np.zeros_like(dout)
+    mine[:, rows] = dout[:, rows]
+    wanted = oracle.moc_gradients(q, k, v, whole.mask, mine)
+    np.testing.assert_array_equal(routes, whole.routes[:, :, rows])
+    assert_close(out, whole.out[:, rows], "output")
+    for found, want, name_of in zip(grads, (wanted[0][:, rows], *wanted[1:]), ("dq", "dk", "dv"), strict=True):
+        assert_close(found, want, name_of, table=GRADIENT)
+
+
 def _rows(x, begin, tokens):
     return np.stack([row[b : b + tokens] for row, b in zip(x, begin, strict=True)])
 
 
 @of_backends
 @pytest.mark.slow_interpreted
-@pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, DENSE[1]], ids=name)
+@pytest.mark.parametrize(
+    "cfg", [MULTI_SHOT, *(pytest.param(cfg, marks=pytest.mark.long) for cfg in (SINGLE_SHOT, DENSE[1]))], ids=name
+)
 def test_slices_that_begin_at_shots_are_bits_of_the_whole(backend, cfg):
     q, k, v = qkv(0, PAIR, backend=backend)
     dout = qkv(1, PAIR, backend=backend)[0]
@@ -115,9 +143,12 @@ def test_slices_that_begin_at_shots_are_bits_of_the_whole(backend, cfg):
         np.testing.assert_array_equal(some_dq, _rows(np.asarray(dq), begin, tokens))
 
 
+@pytest.mark.long
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, DENSE[1]], ids=name)
+@pytest.mark.parametrize(
+    "cfg", [MULTI_SHOT, *(pytest.param(cfg, marks=pytest.mark.long) for cfg in (SINGLE_SHOT, DENSE[1]))], ids=name
+)
 def test_slices_that_begin_at_multiples_of_128_rows_are_bits_of_the_whole(backend, cfg):
     """With tiles and blocks of the sizes that users run."""
     tokens, text = 180 + 742, 180

@@ -64,7 +64,13 @@ def test_the_sizes_are_wans_and_the_parameters_those_of_two_streams():
     assert parameter_count(model.TWO_STREAMS) == pytest.approx(30 * 2 * per_stream, rel=0.02)
 
 
-@pytest.mark.parametrize(("case", "parameters", "tokens"), [("base", 759e6, 2 * 9_648), ("small", 115e6, 4 * 2_448)])
+@pytest.mark.parametrize(
+    ("case", "parameters", "tokens"),
+    [
+        ("base", 759e6, 2 * 9_648),
+        pytest.param("small", 115e6, 4 * 2_448, marks=pytest.mark.long),
+    ],
+)
 def test_a_case_is_a_model_and_its_scenes(case, parameters, tokens):
     args = model.CASES[case]
     described = model._describe(args, model.make_scene(args))
@@ -81,4 +87,4 @@ def test_what_does_not_fit_is_told(monkeypatch):
     lowered = jax.jit(lambda x: x @ x).lower(np.zeros((64, 64), np.float32))
     monkeypatch.setattr(jax, "devices", lambda: [Small])
     with pytest.raises(model.DoesNotFit, match=r"step of 2 layers needs .* try --model.depth 1"):
-        model._fitting(lowered, TINY)
+        model.fitting(lowered, TINY)

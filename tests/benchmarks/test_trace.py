@@ -33,6 +33,7 @@ class Named:
     name: str
     lines: tuple["Named", ...] = ()
     events: tuple["Named", ...] = ()
+    start_ns: float = 0.0
     duration_ns: float = 0.0
     stats: tuple = ()
 
@@ -44,14 +45,18 @@ class Profile:
 
 def test_all_streams_of_the_first_gpu_count():
     def stream(number, *events):
-        return Named(
-            f"Stream #{number}(Compute)", events=tuple(Named(name, duration_ns=1e6 * ms) for name, ms in events)
-        )
+        events = (Named(name, start_ns=1e6 * start, duration_ns=1e6 * ms) for name, start, ms in events)
+        return Named(f"Stream #{number}(Compute)", events=tuple(events))
 
-    lines = stream(1, ("moc_forward", 3), ("sort_1", 1), ("sort_1", 1)), stream(2, ("gemm_fusion", 5)), Named("Steps")
-    other = Named("/device:GPU:1", lines=(stream(1, ("sort_1", 100)),))
+    lines = (
+        stream(1, ("moc_forward", 10, 3), ("sort_1", 13, 1), ("sort_1", 20, 1)),
+        stream(2, ("gemm_fusion", 30, 5)),
+        stream(3, ("MemcpyD2D", 12, 4), ("loop_fusion", 33, 9)),  # beside others for 2 and 2 ms
+        Named("Steps"),
+    )
+    other = Named("/device:GPU:1", lines=(stream(1, ("sort_1", 0, 100)),))
     split = split_of(Profile((Named("/host:CPU"), Named("/device:GPU:0", lines=lines), other)))
-    assert (split.attention, split.products, split.other, split.kernels) == (3, 5, 2, 4)
-    assert split.longest == {"sort_1": 2}
+    assert (split.attention, split.products, split.other, split.kernels) == (3, 5, 11, 6)
+    assert split.longest == {"loop_fusion": 9, "MemcpyD2D": 4, "sort_1": 2}
     with pytest.raises(ValueError, match="no kernel"):
         split_of(Profile((Named("/host:CPU"),)))

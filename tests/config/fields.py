@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from moc_jax.config import Config
-from moc_jax.config.base import field_kinds
+from moc_jax.config.base import field_kinds, kinds_of
 
 
-def fields(kind: type = Config, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The path of each field that holds a value."""
-    for name, hint in field_kinds(kind).items():
-        if dataclasses.is_dataclass(hint):
-            yield from fields(hint, (*path, name))
+def fields(settings: type = Config, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of each field that holds a value; of a union, those of its first kind, as in Config."""
+    for name, hint in field_kinds(settings).items():
+        kind = next(iter(kinds_of(hint).values()), hint)
+        if dataclasses.is_dataclass(kind):
+            yield from fields(kind, (*path, name))
         else:
             yield (*path, name)
 

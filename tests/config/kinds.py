@@ -6,7 +6,7 @@ Nothing in the package knows it; tests join it to the union and add its class to
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from einops import reduce, repeat
@@ -44,13 +44,20 @@ class WideConfig(Config):
 class MeanCodec:
     """See `MeanConfig`."""
 
+    fitted: ClassVar[bool] = False
+    batch_size = 2
+
     def __init__(self, cfg: MeanConfig):
         cfg.weights.check_file(Path(cfg.file), "codec.weights")
         self.stride, self.channels = cfg.stride, cfg.channels
         self.fingerprint = f"mean-{cfg.weights.sha256[:8]}"
 
     @classmethod
-    def fit(cls, cfg, clips):
+    def sums(cls, cfg, clips):
+        return {}
+
+    @classmethod
+    def fit(cls, cfg, sums):
         return cls(cfg)
 
     @classmethod
@@ -64,6 +71,9 @@ class MeanCodec:
     def encode(self, video):
         _, h, w = self.stride
         return reduce(video, "f (y h) (x w) c -> f y x c", "mean", h=h, w=w).astype(np.float32)
+
+    def encode_batch(self, videos):
+        return np.stack([self.encode(video) for video in videos])
 
     def decode(self, latents):
         _, h, w = self.stride

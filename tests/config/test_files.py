@@ -8,7 +8,7 @@ import re
 import pytest
 
 from moc_jax.cli import load_config, read_config_file
-from moc_jax.config import Config, ConfigError, DataConfig, TrainConfig
+from moc_jax.config import AttentionConfig, Config, ConfigError, DataConfig, TrainConfig
 from moc_jax.config_json import config_to_json
 
 GOOD = "from moc_jax.config import Config\nconfig = Config()\n"
@@ -193,6 +193,29 @@ def test_the_home_folder_is_put_in_wherever_a_setting_is_a_path(tmp_path, monkey
 @pytest.mark.parametrize("path", ["gs://bucket/~run", "./~", "run/~/x", "x~", "out/é"])
 def test_other_paths_and_addresses_stay_as_they_are(path):
     assert Config(workdir=path).workdir == path
+    data = DataConfig(source=(path,), validation_source=(path,), cache=path)
+    assert (data.source, data.validation_source, data.cache) == ((path,), (path,), path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Config(workdir="s3://b/run"), r"workdir .*s3://b/run.* of s3:// can't .* a path or a gs:// address"),
+        (lambda: Config(compilation_cache="az://b"), r"compilation_cache .* of az:// can't .* or a gs:// address"),
+        (lambda: TrainConfig(init_from="s3://b/run"), r"train\.init_from .* of s3:// can't .* or a gs:// address"),
+        (lambda: DataConfig(source=("a", "s3://b/c")), r"data\.source.* of s3:// can't .* or a gs:// address"),
+        (lambda: DataConfig(validation_source=("s3://b",)), r"data\.validation_source.* of s3:// can't"),
+        (
+            lambda: DataConfig(cache="s3://b/cache"),
+            r"data\.cache .*s3://b/cache.* of s3:// can't .* gs:// address",
+        ),
+        (lambda: TrainConfig(preview_storyboard="gs://b/s.yaml"), r"train\.preview_storyboard .* of gs:// can't"),
+        (lambda: AttentionConfig(tilings="file:///tmp/t"), r"attention\.tilings .* of file:// can't .* give a path"),
+    ],
+)
+def test_addresses_are_refused_where_they_cannot_be_used(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_videos_may_lie_anywhere_but_folders_that_are_written_need_utf8():

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from moc_jax.cli import load_config, parse
-from moc_jax.config import Config, ConfigError, HashConfig, MMDiTConfig, PcaConfig, Reference
+from moc_jax.config import Config, ConfigError, HashConfig, MMDiTConfig, ModelConfig, PcaConfig, Reference, WanConfig
 from moc_jax.config.base import kinds_of
 from moc_jax.config.presets import PRESETS, with_preset
 from moc_jax.config_json import config_from_json, config_to_json, differences, settings_from_tree
@@ -24,14 +24,15 @@ def test_a_union_is_of_settings_that_have_one_name_each():
     assert kinds_of(PcaConfig) == {"pca": PcaConfig}
     for other in (int, int | None, Config, Reference, PcaConfig | Config, PcaConfig | None):
         assert kinds_of(other) == {}
-    assert [kinds_of(kind) for kind in (MMDiTConfig, HashConfig)] == [{"mmdit": MMDiTConfig}, {"hash": HashConfig}]
+    assert kinds_of(ModelConfig) == {"mmdit": MMDiTConfig, "wan": WanConfig}
+    assert kinds_of(HashConfig) == {"hash": HashConfig}
 
 
 def test_a_value_is_of_one_of_the_kinds():
     assert WIDE.codec.weights.sha256 == SHA256
     with pytest.raises(ConfigError, match=r"codec is HashConfig.*it must be a PcaConfig or a MeanConfig"):
         WideConfig(codec=HashConfig())
-    with pytest.raises(ConfigError, match=r"codec is MeanConfig.*it must be a PcaConfig$"):
+    with pytest.raises(ConfigError, match=r"codec is MeanConfig.*it must be a PcaConfig or a WanVaeConfig$"):
         Config(codec=MeanConfig())
     with pytest.raises(ConfigError, match=r"model\.latent_channels = 16, but codec\.channels = 3"):
         WideConfig(codec=MeanConfig())
@@ -169,9 +170,12 @@ def test_a_preset_keeps_the_patches():
     [
         (
             ["--preset", "smal"],
-            "--preset is 'smal'; it must be one of demo, small, base, large, 3b; did you mean small?",
+            f"--preset is 'smal'; it must be one of {', '.join(PRESETS)}; did you mean small?",
         ),
-        (["--preset", "SMALL"], "--preset is 'SMALL'; it must be one of demo, small, base, large, 3b; did you mean"),
+        (
+            ["--preset", "SMALL"],
+            f"--preset is 'SMALL'; it must be one of {', '.join(PRESETS)}; did you mean",
+        ),
         (["--preset"], "--preset: expected one argument"),
         (["--preset", "small", "--preset", "base"], "--preset is given 2 times: small, base; give one"),
     ],

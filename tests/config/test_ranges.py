@@ -30,7 +30,7 @@ from moc_jax.config import (
 from moc_jax.config.base import field_kinds
 from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.data.buckets import assign_buckets
-from moc_jax.data.manifest import DataError, SceneEntry, ShotEntry
+from moc_jax.data.manifest import DataError, SceneEntry, ShotEntry, scene_table
 from moc_jax.data.plan import TrainPlan
 from moc_jax.scene import SceneShape
 from moc_jax.training.optimizer import learning_rate
@@ -54,7 +54,7 @@ CONFIG = Config()
         ),
         (
             lambda: DataConfig(min_shot_frames=9, max_shot_frames=8),
-            "data.min_shot_frames is 9, but shots are cut off at",
+            "data.min_shot_frames is 9, but data.max_shot_frames is",
         ),
         (lambda: MMDiTConfig(mlp_ratio=math.inf), "model.mlp_ratio is inf; it must lie in"),
         (lambda: MMDiTConfig(rope_theta=math.nan), "model.rope_theta is nan; it must lie in"),
@@ -106,11 +106,10 @@ NUMBERS += [0.0, -0.0, 0.5, 1.0, 1e-300, 1e-45, 1 - 1e-16, 1e12, 1e300, math.nan
 EXTREMES = st.one_of(
     st.sampled_from(NUMBERS), st.integers(), st.floats(), st.sampled_from(["", "\0", "~", "x" * 10**5])
 )
-SHOT = ShotEntry(caption="", frames=3, start=0)
-MANIFEST = types.SimpleNamespace(
-    scenes=(SceneEntry(name="a#0", source="a", split="train", caption="", shots=(SHOT,), shard=0, record=0),),
-    split=lambda split: MANIFEST.scenes,
-)
+AT_ONCE = 10  # seconds; it takes some 0.01, a collection of garbage that falls into it a second or more
+SHOT = ShotEntry(caption="", frames=3, start=0, continues=False)
+SCENE = SceneEntry(name="a#0", source="a", split="train", caption="", shots=(SHOT,), shard=0, record=0)
+MANIFEST = types.SimpleNamespace(scenes=scene_table([SCENE]), split=lambda split: MANIFEST.scenes)
 
 
 def used(config: Config) -> None:
@@ -119,7 +118,7 @@ def used(config: Config) -> None:
     rate = learning_rate(config.optimizer, config.train.steps)
     assert all(np.isfinite(float(rate(n))) for n in (0, 1, config.train.steps))
     with contextlib.suppress(DataError):  # a bucket too small for any scene
-        assign_buckets(config.data.buckets, MANIFEST, {"": 1}, "train", patch=config.model.patch[0])
+        assign_buckets(config, MANIFEST, np.ones(len(MANIFEST.scenes.texts), int), "train")
     for sizes in ((1,), (2, 3)):
         assert len(TrainPlan(sizes, config.train.batch_size, config.train.seed)[0].scenes) == config.train.batch_size
 
@@ -147,14 +146,14 @@ def put_extreme(path: tuple[str, ...], value) -> Config:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(path=st.sampled_from(list(fields())), value=EXTREMES)
 def test_extremes_are_refused_by_name_or_work_at_once(path, value):
-    begin, message = time.process_time(), ""
+    begin, message = time.thread_time(), ""
     try:
         config = put_extreme(path, value)
         assert config_from_json(config_to_json(config)) == config
         used(config)
     except ConfigError as error:
         message = str(error)
-    assert time.process_time() - begin < 1
+    assert time.thread_time() - begin < AT_ONCE
     named = path[0] in message or TWINS.get(path, path)[0] in message
     assert not message or (named and len(message) < 600)
 
@@ -164,7 +163,7 @@ def test_extremes_are_refused_by_name_or_work_at_once(path, value):
 def test_extremes_on_the_command_line_end_alike(path, value):
     word = "9" * 5000 if value == 10**400 else str(value)
     words = [word] * (3 if path[-1] in ("patch", "stride") else 1)
-    shown, begin, code = io.StringIO(), time.process_time(), 0
+    shown, begin, code = io.StringIO(), time.thread_time(), 0
     try:
         with contextlib.redirect_stderr(shown):
             parse(Config, [option(path), *words], default=CONFIG, flags=False)
@@ -173,7 +172,7 @@ def test_extremes_on_the_command_line_end_alike(path, value):
     except ConfigError as error:  # a name that no kind has; programs print it and exit with 2
         code = 2
         shown.write(str(error))
-    assert time.process_time() - begin < 1
+    assert time.thread_time() - begin < AT_ONCE
     assert code == 0 or (code == 2 and path[0] in shown.getvalue())
 
 

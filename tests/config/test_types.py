@@ -51,7 +51,7 @@ class Hostile:
         (lambda: TrainConfig(steps=np.float32(3)), "train.steps is"),
         (
             lambda: MoCConfig(visibility="Past"),
-            "moc.visibility is 'Past'; it must be one of scene, past; did you",
+            "moc.visibility is 'Past'; it must be one of scene, past, own, before; did you",
         ),
         (
             lambda: ChunkConfig(unit="frame"),
@@ -98,7 +98,7 @@ class Hostile:
         (lambda: Config(workdir="  "), "workdir is empty"),
         (lambda: Config(workdir="a\0b"), "workdir is 'a\\x00b'; a path can't contain that character"),
         (lambda: DataConfig(cache=""), "data.cache is empty"),
-        (lambda: MeshConfig(distributed=True, coordinator="host"), "mesh.coordinator is 'host'; it must be host:port"),
+        (lambda: MeshConfig(coordinator="host"), "mesh.coordinator is 'host'; it must be host:port"),
     ],
 )
 def test_what_is_no_such_type_choice_or_part_is_named(build, message):
@@ -185,8 +185,12 @@ def test_every_class_of_settings_is_checked_when_it_is_built():
     module = sys.modules["moc_jax.config"]
     names = {getattr(module, name) for name in module.__all__}  # unions of one kind are that kind
     kinds = [kind for kind in names if isinstance(kind, type) and issubclass(kind, Settings)]
-    assert len(kinds) == 16
-    required = {"ChunkStage": {"step": 0, "size": 1}, "Reference": {"name": "a", "version": "1", "sha256": "0" * 64}}
+    assert len(kinds) == 22
+    required = {
+        "ChunkStage": {"step": 0, "size": 1},
+        "TopKStage": {"timestep": 0, "top_k": 1},
+        "Reference": {"name": "a", "version": "1", "sha256": "0" * 64},
+    }
     for kind in kinds:
         for field in dataclasses.fields(kind):
             with pytest.raises(ConfigError, match=rf"{field.name} is <object"):
@@ -226,4 +230,4 @@ def test_saved_stages_and_buckets_come_back():
         train=TrainConfig(chunk_schedule=(ChunkStage(step=np.int64(3), size=4),)),
     )
     assert config_from_json(config_to_json(config)) == config
-    assert json.loads(config_to_json(config))["train"]["chunk_schedule"] == [{"step": 3, "size": 4}]
+    assert json.loads(config_to_json(config))["train"]["chunk_schedule"] == [{"step": 3, "size": 4, "top_k": -1}]

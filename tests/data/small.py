@@ -1,9 +1,14 @@
-"""A configuration for synthetic clips of 8x12 pixels: latents of 2x3, four channels."""
+"""A configuration for synthetic clips of 8x12 pixels: latents of 2x3, four channels; and what was made of them."""
 
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from moc_jax.config import Config, DataConfig, HashConfig, MMDiTConfig, PcaConfig, TrainConfig
+from moc_jax.data.shards import ShardReader
+from moc_jax.data.work import Work
 from tests.data.clips import make_clip
 
 SIZE = (8, 12)
@@ -37,3 +42,24 @@ def make_videos(folder: Path, **clips) -> Path:
         path = folder / "videos" / f"{name}.mp4"
         make_clip(path, shots=len(lengths), frames_per_shot=tuple(lengths), size=SIZE, seed=seed)
     return folder / "videos"
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The names of the videos that are encoded."""
+    names, method = [], Work._encode
+    monkeypatch.setattr(Work, "_encode", lambda self, s, *rest: names.append(s.name) or method(self, s, *rest))
+    return names
+
+
+def latents(manifest):
+    reader = ShardReader(manifest)
+    return {scene.name: reader.read(scene)[0] for scene in manifest.scenes}
+
+
+def assert_same(a, b):
+    """Of `latents`."""
+    assert a.keys() == b.keys()
+    for name, shots in a.items():
+        for x, y in zip(shots, b[name], strict=True):
+            np.testing.assert_array_equal(x, y)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from moc_jax.config import ConfigError
-from moc_jax.data.manifest import MANIFEST, DataError, load_manifest
+from moc_jax.data.manifest import COLUMNS, MANIFEST, DataError, load_manifest, scene_table, shard_table
 from moc_jax.data.prepare import prepare
 from tests.data.small import make_videos, small_config, with_data
 
@@ -22,7 +22,8 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def folder(prepared, tmp_path):
-    return shutil.copytree(prepared, tmp_path / "copy")
+    shutil.copytree(prepared.parent, tmp_path / "cache")
+    return tmp_path / "cache" / prepared.name
 
 
 def _edit(folder, change):
@@ -32,30 +33,17 @@ def _edit(folder, change):
 
 
 EDITS = {
-    "caption": lambda m: m["scenes"][0].update(caption="another"),
-    "shot caption": lambda m: m["scenes"][0]["shots"][0].update(caption="another"),
-    "split": lambda m: m["scenes"][0].update(split="validation"),
-    "frames": lambda m: m["scenes"][0]["shots"][0].update(frames=3),
-    "record": lambda m: m["scenes"][0].update(record=1),
-    "scene removed": lambda m: m["scenes"].pop(),
     "settings": lambda m: m["settings"].update({"data.fps": 24.0}),
     "skipped": lambda m: m["skipped"].update({"c.mp4": "x"}),
     "counts": lambda m: m["counts"].update(files=7),
-    "digest of a shard": lambda m: m["shards"][0].update(sha256="0" * 64),
-    "shard elsewhere": lambda m: m["shards"][0].update(file="../elsewhere"),
+    "digest of the columns": lambda m: m.update(columns="0" * 64),
     "digest removed": lambda m: m.pop("sha256"),
     "digest of another type": lambda m: m.update(sha256=3),
     "key removed": lambda m: m.pop("notes"),
     "key added": lambda m: m.update(more=1),
-    "scenes are text": lambda m: m.update(scenes="abc"),
-    "scenes are null": lambda m: m.update(scenes=None),
-    "a scene is a number": lambda m: m.update(scenes=[3]),
-    "shots are null": lambda m: m["scenes"][0].update(shots=None),
-    "frames are text": lambda m: m["scenes"][0]["shots"][0].update(frames="4"),
-    "shard is negative": lambda m: m["scenes"][0].update(shard=-1),
     "counts are a list": lambda m: m.update(counts=[]),
     "latent shape is a number": lambda m: m.update(latent_shape=3),
-    "sources are null": lambda m: m.update(sources=None),
+    "columns are null": lambda m: m.update(columns=None),
 }
 
 
@@ -77,10 +65,10 @@ def test_edits_are_found(folder, change):
         b"[]",
         b"3",
         b"{",
-        b'{"version": 4}',
+        b'{"version": 5}',
         b"[" * 100_000,
         b"9" * 5000,
-        b'{"version": 4}x',
+        b'{"version": 5}x',
         b"\0",
     ],
     ids=lambda content: repr(content[:12]),
@@ -91,7 +79,7 @@ def test_damage_is_named(folder, content):
         load_manifest(folder)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 5, None, "4", [4], {}])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 6, None, "5", [5], {}])
 def test_other_versions_are_refused(folder, version):
     _edit(folder, lambda m: m.update(version=version))
     with pytest.raises(DataError, match=r"manifest.json was written by another version of this program; delete"):
@@ -105,35 +93,64 @@ def test_layout_makes_no_difference(folder):
     assert load_manifest(folder) == before
 
 
+@pytest.mark.parametrize("at", [0, 100, -200, -1], ids=["first", "early", "index", "last"])
+def test_a_changed_byte_of_the_columns_is_found(folder, at):
+    content = bytearray((folder / COLUMNS).read_bytes())
+    content[at] ^= 1
+    (folder / COLUMNS).write_bytes(content)
+    with pytest.raises(DataError, match=r"manifest.json cannot be read \(columns was changed .*; delete"):
+        load_manifest(folder)
+    (folder / COLUMNS).unlink()
+    with pytest.raises(DataError, match=r"manifest.json cannot be read \(.*No such file.*columns'\); delete"):
+        load_manifest(folder)
+
+
 def _shards(manifest, **changes):
-    return (dataclasses.replace(manifest.shards[0], **changes),)
+    return shard_table([dataclasses.replace(manifest.shards[0], **changes)])
 
 
 def _scenes(manifest, **changes):
-    return (dataclasses.replace(manifest.scenes[0], **changes), *manifest.scenes[1:])
+    return scene_table([dataclasses.replace(manifest.scenes[0], **changes), *manifest.scenes[1:]])
+
+
+def _column(table, name, change):
+    """The table with one column changed as no program writes it."""
+    columns = table.columns
+    columns[name] = change(columns[name])
+    return type(table)(table.kind, columns, name.partition(".")[0] + ".")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: {"shards": _shards(m, file="../scenes-00000.array_record")}, r"shards\[0\].file is '../scenes"),
+        (lambda m: {"shards": _shards(m, file=f"../{m.shards[0].file}")}, r"shards\[0\].file is '../encoded"),
         (lambda m: {"shards": _shards(m, file="/etc/passwd")}, r"shards\[0\].file is '/etc/passwd'"),
         (lambda m: {"shards": _shards(m, file="..")}, r"shards\[0\].file is '..'"),
         (lambda m: {"shards": _shards(m, file="")}, r"shards\[0\].file is ''"),
         (lambda m: {"shards": _shards(m, file="a\0b")}, r"shards\[0\].file is"),
         (lambda m: {"shards": _shards(m, file="x" * 300)}, r"shards\[0\].file is"),
-        (lambda m: {"shards": _shards(m, size="3")}, r"shards\[0\].size is '3'; it must be int"),
-        (lambda m: {"shards": ()}, r"scenes\[0\] is record 0 of shard 0, which does not exist"),
-        (lambda m: {"scenes": _scenes(m, record=2)}, r"scenes\[0\] is record 2 of shard 0"),
-        (lambda m: {"scenes": _scenes(m, shard=-1)}, r"scenes\[0\] is record 0 of shard -1"),
+        (lambda m: {"shards": shard_table(())}, r"scenes\[0\] is records 0 to 0 of shard 0, which do not exist"),
+        (lambda m: {"scenes": _scenes(m, record=1)}, r"scenes\[0\] is records 1 to 1 of shard 0"),
+        (lambda m: {"scenes": _scenes(m, shard=-1)}, r"scenes\[0\] is records 0 to 0 of shard -1"),
         (lambda m: {"scenes": _scenes(m, shots=())}, r"scenes\[0\] must have shots"),
-        (lambda m: {"scenes": _scenes(m, split="test")}, r"scenes\[0\].split is 'test'"),
         (lambda m: {"scenes": _scenes(m, name=m.scenes[1].name)}, r"two scenes have the same name"),
+        (lambda m: {"scenes": _column(m.scenes, "scenes.split", lambda c: c + 2)}, r"scenes.split must lie in 0..1"),
+        (lambda m: {"scenes": _column(m.scenes, "scenes.name", lambda c: c + 99)}, r"scenes.name must lie in 0.."),
+        (lambda m: {"scenes": _column(m.scenes, "scenes.record", lambda c: c[:1])}, r"the column scenes.record is int"),
+        (
+            lambda m: {"scenes": _column(m.scenes, "scenes.record", lambda c: c * 0.5)},
+            r"the column scenes.record is fl",
+        ),
+        (
+            lambda m: {"scenes": _column(m.scenes, "scenes.shots.ends", lambda c: c + 1)},
+            r"the column scenes.shots.ends",
+        ),
+        (lambda m: {"scenes": _column(m.scenes, "scenes.text_ends", lambda c: -c)}, r"the column scenes.text_ends"),
         (lambda m: {"counts": {"files": True}}, r"counts\['files'\] is True; it must be int"),
-        (lambda m: {"counts": {}}, r"counts lacks cut_frames, files"),
+        (lambda m: {"counts": {}}, r"counts lacks files, frames"),
         (lambda m: {"latent_shape": (2, 3)}, r"latent_shape is \[2, 3\]"),
     ],
-    ids=range(16),
+    ids=range(20),
 )
 def test_what_no_program_wrote_is_refused_even_with_a_digest(folder, change, message):
     manifest = load_manifest(folder)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from moc_jax.config import BucketConfig
-from moc_jax.data.pack import blank_scene, pack_scene, stack_scenes
+from moc_jax.config import BucketConfig, MoCConfig
+from moc_jax.data.pack import blank_scene, own_texts, pack_scene, stack_scenes
 
 BUCKET = BucketConfig(shots=3, frames=8, text_tokens=10)
 
@@ -46,6 +46,22 @@ def test_exactly_full():
 def test_what_does_not_fit_is_named(frames, words, message):
     with pytest.raises(ValueError, match=message):
         pack_scene(*_parts(frames, words), BUCKET, name="clip")
+
+
+def test_a_shot_under_the_caption_that_it_continues_has_no_second_one():
+    """Under another caption it has it; and where queries see no other captions than their own, too."""
+    shots, texts = _parts((1, 2, 2), (2, 3, 3, 1))
+    captions, continues = ("all", "a", "a", "b"), [False, True, True]
+    own = own_texts(texts, captions, continues, MoCConfig())
+    assert [len(text) for text in own] == [2, 3, 0, 1]
+    scene = pack_scene(shots, own, BUCKET, continues=continues)
+    assert scene.lengths.text_lengths.tolist() == [2, 3, 0, 1]
+    assert scene.lengths.continues.tolist() == continues
+    assert pack_scene(shots[:1], texts[:2], BUCKET).lengths.continues.tolist() == [False] * 3
+    assert blank_scene(BUCKET, (2, 3, 4), 5).lengths.continues.tolist() == [False] * 3
+    again = own_texts(texts, captions, continues, MoCConfig(text_anchor="own+global"))
+    assert [len(text) for text in again] == [2, 3, 3, 1]
+    assert [len(text) for text in own_texts(texts, ("", "", "", ""), [False, False, True], MoCConfig())] == [2, 3, 3, 0]
 
 
 def test_batch_and_blank():

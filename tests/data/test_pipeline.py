@@ -1,5 +1,6 @@
 """Batches: right content, right share for each process, exact resumption, augmentation, buckets."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -9,8 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from moc_jax.commands.preparing import prepared as prepared_together
 from moc_jax.config import BucketConfig, ConfigError
 from moc_jax.data import DataError, codec_of, make_pipeline, prepare, resolved
+from moc_jax.data import cache as cache_module
+from moc_jax.data import manifest as manifest_module
 from moc_jax.data.buckets import assign_buckets
 from moc_jax.data.caption_store import open_captions
 from moc_jax.data.pack import pack_scene
@@ -19,6 +23,7 @@ from moc_jax.text import build_text_encoder
 from tests.data.small import make_videos, small_config, with_data
 
 SCENES = {"a": (5, 9), "b": (13,), "c": (9, 9, 5), "d": (17,), "e": (5, 5)}  # latent frames: 5, 4, 8, 5, 4
+ONE = BucketConfig(shots=3, frames=12, text_tokens=20)
 TWO_BUCKETS = (BucketConfig(shots=2, frames=5, text_tokens=40), BucketConfig(shots=3, frames=8, text_tokens=40))
 
 
@@ -60,8 +65,7 @@ def _expected(cfg, manifest, name, bucket):
 
 
 def _assign(cfg, manifest):
-    tokens = open_captions(manifest, cfg.text).tokens
-    return assign_buckets(cfg.data.buckets, manifest, tokens, "train", patch=cfg.model.patch[0])
+    return assign_buckets(cfg, manifest, open_captions(manifest, cfg.text).lengths, "train")
 
 
 def _rows(batch):
@@ -83,6 +87,7 @@ def test_the_buckets_of_batches_that_are_to_come(prepared):
 
 def test_one_pass_shows_every_scene_as_it_was_encoded(prepared):
     cfg, manifest = prepared
+    cfg = with_data(cfg, max_buckets=1)
     iterator = make_pipeline(
         dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=5)), manifest, split="train"
     )
@@ -104,18 +109,19 @@ def test_order_depends_on_the_seed_alone(prepared):
     assert not _same(_take(make_pipeline(other, manifest, split="train"), 6), first)
 
 
+@pytest.mark.parametrize("rows", [((0, 1), (2, 3)), ((0, 2), (1, 3))])
 @pytest.mark.parametrize("buckets", [(), TWO_BUCKETS])
-def test_processes_together_see_what_one_would(prepared, buckets):
-    """Process p's rows are the p-th run of the global batch's rows, and all are in one bucket at every step."""
+def test_processes_together_see_what_one_would(prepared, buckets, rows):
+    """Each reads its rows of the global batch, in whatever order these lie, and all are in one bucket at every step."""
     cfg, manifest = prepared
     cfg = with_data(cfg, buckets=buckets, caption_dropout=0.3, image_conditioning=0.3)
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=4))
     whole = _take(make_pipeline(cfg, manifest, split="train"), 8)
-    parts = [_take(make_pipeline(cfg, manifest, split="train", process_index=p, process_count=2), 8) for p in range(2)]
+    parts = [_take(make_pipeline(cfg, manifest, split="train", rows=mine), 8) for mine in rows]
     for step, batch in enumerate(whole):
-        joined = jax.tree.map(lambda *rows: np.concatenate(rows), parts[0][step], parts[1][step])
-        _assert_same(joined, batch)
-    assert len({batch.video.shape for batch in whole}) == max(1, len(buckets))
+        for mine, part in zip(rows, parts):
+            _assert_same(part[step], jax.tree.map(lambda leaf, mine=mine: leaf[list(mine)], batch))
+    assert len({batch.video.shape for batch in whole}) == (len(buckets) or 3)
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
@@ -149,7 +155,7 @@ def test_resuming_with_workers_and_other_processes(prepared):
     helped.close()
     _assert_same(begun, rest[:2])
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(begun))
-    second = make_pipeline(cfg, manifest, split="train", process_index=1, process_count=2)
+    second = make_pipeline(cfg, manifest, split="train", rows=[1])
     second.set_state(moved)
     for batch, whole in zip(_take(second, 3), rest[2:]):
         _assert_same(batch, jax.tree.map(lambda leaf: leaf[1:], whole))
@@ -165,10 +171,32 @@ def test_position_in_other_data_is_refused(prepared, change):
         cfg = with_data(cfg, buckets=TWO_BUCKETS)
     else:
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, **{change: 4}))
-    with pytest.raises(
-        DataError, match=rf"belongs to {change} = .*resume with the same data and settings, or give another --workdir"
-    ):
+    with pytest.raises(DataError, match=rf"belongs to {change} = .*; resume with the same .*another --workdir"):
         make_pipeline(cfg, manifest, split="train").set_state(state)
+
+
+def test_other_data_is_taken_where_that_is_allowed(prepared):
+    """Batches are counted on, and its first epoch begins; resuming in the midst of that is exact."""
+    cfg, manifest = prepared
+    old = make_pipeline(cfg, manifest, split="train")
+    _take(old, 3)
+    other = dataclasses.replace(manifest, fingerprint="other")
+    new = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, allow_new_data=True))
+    data = make_pipeline(with_data(new, buckets=TWO_BUCKETS), other, split="train")
+    plain = make_pipeline(with_data(cfg, buckets=TWO_BUCKETS), other, split="train")
+    assert data.buckets_between(0, 4) == plain.buckets_between(0, 4)
+    data.set_state(old.get_state())
+    assert (data.begun, data.get_state()["step"]) == (3, 3)
+    assert data.buckets_between(3, 7) == plain.buckets_between(0, 4)
+    whole = _take(plain, 5)
+    _assert_same(_take(data, 2), whole[:2])
+    for again in (new, cfg):  # the flag matters no more
+        rest = make_pipeline(with_data(again, buckets=TWO_BUCKETS), other, split="train")
+        rest.set_state(data.get_state())
+        _assert_same(_take(rest, 3), whole[2:])
+    seed = dataclasses.replace(new, train=dataclasses.replace(new.train, seed=9))
+    with pytest.raises(DataError, match="belongs to seed = 0, but this run has 9"):
+        make_pipeline(seed, other, split="train").set_state(old.get_state())
 
 
 @pytest.mark.parametrize("step", [None, "3", 2.0, True, -1])
@@ -181,7 +209,7 @@ def test_a_position_that_is_no_batch_number_is_refused(prepared, step):
 
 def test_fewer_scenes_than_a_batch_repeat(prepared):
     cfg, manifest = prepared
-    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=12))
+    cfg = dataclasses.replace(with_data(cfg, max_buckets=1), train=dataclasses.replace(cfg.train, batch_size=12))
     (batch,) = _take(make_pipeline(cfg, manifest, split="train"), 1)
     frames = sorted(batch.lengths.shot_frames.sum(1).tolist())
     assert len(frames) == 12
@@ -241,25 +269,50 @@ class TestBuckets:
         assert "train: 4 scenes in the bucket of 2 shots, 5 latent frames, 40 text tokens" in buckets.summary()
         assert not buckets.dropped
 
-    def test_padding_is_told_and_much_of_it_is_warned_of(self, prepared):
+    def test_padding_is_told_with_the_shapes_that_would_reach_the_goal(self, prepared):
+        """Six tokens a frame; captions add 10, 7, 13, 7 and 10."""
         cfg, manifest = prepared
-        small = with_data(cfg, buckets=TWO_BUCKETS)
-        told = _assign(small, manifest).summary()
-        assert "2 shots, 5 latent frames, 40 text tokens; 10% of the frames are padding" in told  # 5, 4, 5, 4 of 5
-        assert "3 shots, 8 latent frames, 40 text tokens; 0% of the frames are padding" in told
-        assert "warning" not in told
-        large = with_data(cfg, buckets=(BucketConfig(shots=9, frames=90, text_tokens=90),))
-        told = _assign(large, manifest).summary()
-        assert "; 94% of the frames are padding\n  warning: " in told  # 26 of 450
-        assert "data.buckets" in told
-        assert "data.max_shot_frames" in told
+        told = _assign(with_data(cfg, buckets=TWO_BUCKETS), manifest).summary()
+        assert "2 shots, 5 latent frames, 40 text tokens; 49% of the tokens are padding" in told  # 142 of 280
+        assert "3 shots, 8 latent frames, 40 text tokens; 31% of the tokens are padding" in told  # 61 of 88
+        assert "train: 44.8% of all tokens are padding; 2 shapes would leave 8.1%" in told  # 203 of 221
+        assert "--data.buckets 2:5:10 3:8:13" in told
+        chosen = _assign(cfg, manifest)
+        assert "train: 2.9% of all tokens are padding; to keep these shapes" in chosen.summary()  # 203 of 209
+        assert chosen.padding == pytest.approx(1 - 203 / 209)
+
+    @pytest.mark.parametrize(("anchor", "text"), [("all", 10), ("own+global", 25)])
+    def test_captions_that_continuations_do_not_repeat_are_no_tokens(self, tmp_path, anchor, text):
+        """A shot of four parts; scene and shot have captions of five tokens."""
+        (make_videos(tmp_path, a=(41,)) / "a.yaml").write_text("caption: all of the scene\nshots: [all of the shot]")
+        cfg = small_config(tmp_path, max_shot_frames=13)
+        cfg = dataclasses.replace(cfg, moc=dataclasses.replace(cfg.moc, text_anchor=anchor))
+        buckets = _assign(cfg, manifest := prepare(cfg))
+        (scene,) = manifest.scenes
+        assert (len(scene.shots), buckets.shapes[0].text_tokens) == (4, 25)  # stills may break the take
+        assert buckets.text_lengths(manifest.scenes) == [[5, 5, *[5 if anchor == "own+global" else 0] * 3]]
+        tokens = 6 * scene.frames
+        assert buckets.padding == pytest.approx(1 - (tokens + text) / (tokens + 25))
+
+    def test_padding_that_no_shapes_avoid(self, prepared):
+        cfg, manifest = prepared
+        lengths = np.ones(len(manifest.scenes.texts), int)
+        lengths[manifest.scenes.column("caption")[0]] = 500  # of as many frames as another scene
+        told = assign_buckets(cfg, manifest, lengths, "train").summary()
+        assert "3 shapes would still leave 4" in told
+        assert "captions of more equal length" in told
 
     @pytest.mark.parametrize("buckets", [(), TWO_BUCKETS[::-1]])
     def test_a_resolved_config_is_the_same_run(self, prepared, buckets):
         cfg, manifest = prepared
         cfg = with_data(cfg, buckets=buckets)
         filled = resolved(cfg, manifest)
-        assert filled.data.buckets == (TWO_BUCKETS if buckets else (BucketConfig(shots=3, frames=8, text_tokens=13),))
+        chosen = (
+            dict(shots=2, frames=4, text_tokens=10),
+            dict(shots=2, frames=5, text_tokens=10),
+            dict(shots=3, frames=8, text_tokens=13),
+        )
+        assert filled.data.buckets == (TWO_BUCKETS if buckets else tuple(BucketConfig(**c) for c in chosen))
         assert with_data(filled, buckets=buckets) == cfg  # nothing else has changed
         assert resolved(filled, manifest) == filled
         assert prepare(filled) == manifest
@@ -328,20 +381,13 @@ class TestValidation:
             make_pipeline(cfg, manifest, split="validation")
 
 
-def test_batch_must_divide_by_processes(prepared):
-    cfg, manifest = prepared
-    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size=7))
-    with pytest.raises(ConfigError, match=r"train.batch_size = 7 does not divide by the 3 processes; .* are 6 and 9"):
-        make_pipeline(cfg, manifest, split="train", process_count=3)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_that_is_damaged_while_training_is_named(tmp_path, workers):
     make_videos(tmp_path, a=(13,), b=(13,))
     cfg = small_config(tmp_path, workers=workers)
     manifest = prepare(cfg)
     iterator = make_pipeline(cfg, manifest, split="train")
-    shard = manifest.folder / manifest.shards[0].file
+    shard = manifest.shard_path(0)
     content = bytearray(shard.read_bytes())
     for at in (content.index(b"video.npy"), content.rindex(b"video.npy") - 2000):
         content[at : at + 64] = bytes(64)
@@ -352,17 +398,16 @@ def test_a_shard_that_is_damaged_while_training_is_named(tmp_path, workers):
 
 
 @pytest.mark.parametrize("damaged", [0, 1])
-def test_checksums_are_compared_before_the_first_batch(tmp_path, monkeypatch, damaged):
+def test_checksums_are_compared_before_the_first_batch(tmp_path, damaged):
     """Even of bytes that reading would take as they are; each process answers for its part of the shards."""
-    monkeypatch.setattr("moc_jax.data.shards._SHARD_BYTES", 1)
     make_videos(tmp_path, a=(5,), b=(9,))
-    cfg = small_config(tmp_path)
+    cfg = small_config(tmp_path, verify="full")
     manifest = prepare(cfg)
-    shard = manifest.folder / manifest.shards[damaged].file
+    shard = manifest.shard_path(damaged)
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(DataError, match=rf"{shard.name} is damaged: its SHA-256 .*prepare the data again"):
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged: its SHA-256 .*moc-prepare .* encodes"):
         make_pipeline(cfg, manifest, split="train")
     make_pipeline(cfg, manifest, split="train", process_index=1 - damaged, process_count=2)
     with pytest.raises(DataError, match=rf"{shard.name} is damaged"):
@@ -372,22 +417,80 @@ def test_checksums_are_compared_before_the_first_batch(tmp_path, monkeypatch, da
         make_pipeline(cfg, manifest, split="train")
 
 
+def test_checksums_are_compared_once(tmp_path, monkeypatch):
+    """Preparing read them all, and mended what was damaged."""
+    make_videos(tmp_path, a=(5,), b=(9,))
+    cfg = small_config(tmp_path, verify="full")
+    shards, read, sha256 = prepare(cfg).shards, [], manifest_module.sha256
+    for module in (manifest_module, cache_module):
+        monkeypatch.setattr(module, "sha256", lambda path: read.append(path.name) or sha256(path))
+    make_pipeline(cfg, prepared_together(cfg, None), split="train").close()
+    assert sorted(name for name in read if name.endswith(".array_record")) == sorted(
+        shard.file.rpartition("/")[2] for shard in shards
+    )
+
+
+def test_checksums_are_compared_in_the_background(tmp_path):
+    """Lazily, batches come first; a byte that reading takes as it is stops the run soon after."""
+    make_videos(tmp_path, a=(13,), b=(9,))
+    cfg = small_config(tmp_path)
+    manifest = prepare(cfg)
+    data = make_pipeline(cfg, manifest, split="train")
+    _take(data, 2)
+    shard = manifest.shard_path(0)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    data = make_pipeline(cfg, manifest, split="train")
+    next(data)
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged: its SHA-256"):
+        collections.deque(itertools.islice(data, 1000), maxlen=0)
+    data.close()
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged"):
+        next(data)
+
+
 def test_nan_in_a_shard_names_it(tmp_path, monkeypatch):
     make_videos(tmp_path, a=(13,))
     monkeypatch.setattr("moc_jax.data.shards._half", lambda array: np.full(array.shape, np.nan, np.float16))
     cfg = small_config(tmp_path)
     manifest = prepare(cfg)
-    with pytest.raises(DataError, match=r"scenes-00000.array_record is damaged at record 0 \(scene a.mp4#0\).*NaN"):
+    with pytest.raises(DataError, match=r"\w{32}.array_record is damaged at record 0 \(scene a.mp4#0\).*NaN"):
         next(make_pipeline(cfg, manifest, split="train"))
 
 
-def test_several_shards(tmp_path, monkeypatch):
-    """A new shard begins past the size limit; scenes are found in theirs."""
-    monkeypatch.setattr("moc_jax.data.shards._SHARD_BYTES", 1)
-    make_videos(tmp_path, a=(5,), b=(9,), c=(13,))
-    cfg = small_config(tmp_path)
+def test_each_video_has_a_shard(tmp_path):
+    """In which its scenes lie one after another."""
+    make_videos(tmp_path, a=(5, 9, 9), b=(9,))
+    (tmp_path / "videos" / "a.yaml").write_text("cuts: [0.41, 1.16]")
+    cfg = small_config(tmp_path, shots_per_scene=2)
     manifest = prepare(cfg)
-    assert [(scene.shard, scene.record) for scene in manifest.scenes] == [(0, 0), (1, 0), (2, 0)]
-    assert [shard.records for shard in manifest.shards] == [1, 1, 1]
-    assert [ShardReader(manifest).read(s)[0][0].shape[0] for s in manifest.scenes] == [2, 3, 4]
+    assert [(scene.shard, scene.record) for scene in manifest.scenes] == [(0, 0), (0, 2), (1, 0)]
+    assert [shard.records for shard in manifest.shards] == [3, 1]
+    assert [[len(shot) for shot in ShardReader(manifest).read(s)[0]] for s in manifest.scenes] == [[2, 3], [3], [3]]
     assert codec_of(manifest).channels == 4
+
+
+def test_parts_of_a_long_shot_continue_one_another(tmp_path):
+    """They share a caption, once; a part that a still stands for breaks the take on both sides, and has its own."""
+    videos = make_videos(tmp_path, a=(41,), b=(9,))
+    (videos / "a.yaml").write_text("shots: [a long one]\ncuts: []")
+    cfg = small_config(tmp_path, max_shot_frames=17, caption_dropout=0.0, image_conditioning=0.0, buckets=(ONE,))
+    manifest = prepare(cfg)
+    seen = {}
+    for batch in _take(make_pipeline(cfg, manifest, split="train"), 4):
+        for row in _rows(batch):
+            seen[int(row.lengths.shot_frames.sum())] = row.lengths
+    assert seen[3].continues.tolist() == [False] * 3
+    assert seen[12].shot_frames.tolist() == [4, 4, 4]
+    assert seen[12].continues.tolist() == [False, True, True]
+    assert seen[12].text_lengths.tolist() == [3, 4, 0, 0]
+    stills = make_pipeline(with_data(cfg, image_conditioning=0.5), manifest, split="train")
+    found = set()
+    for row in (row for batch in _take(stills, 40) for row in _rows(batch)):
+        frames, text = row.lengths.shot_frames.tolist(), row.lengths.text_lengths.tolist()
+        if frames[1]:
+            whole = [n == 4 for n in frames]
+            expected = [False, whole[0] and whole[1], whole[1] and whole[2]]
+            assert row.lengths.continues.tolist() == expected
+            assert text == [3, 4, *(0 if runs else 4 for runs in expected[1:])]
+            found.add(tuple(whole))
+    assert len(found) == 8

@@ -56,6 +56,7 @@ def test_buckets_are_mixed():
     assert changes > 16  # a fair coin would change about 32 times
 
 
+@settings(deadline=None)
 @given(sizes=_SIZES, batch_size=st.integers(1, 5))
 def test_validation_shows_each_scene_once(sizes, batch_size):
     plan = ValidationPlan(sizes, batch_size)

@@ -1,10 +1,10 @@
 """From files to shards: what is stored, what is left out, what is reused, and what a crash or a full disk leaves."""
 
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,17 +18,16 @@ from moc_jax.codecs import pixels_from_unit, pixels_to_unit
 from moc_jax.codecs.pca import PCACodec
 from moc_jax.config import ConfigError
 from moc_jax.data.captions import CaptionError
-from moc_jax.data.encode import SceneEncoder
+from moc_jax.data.encode import Encoder
 from moc_jax.data.manifest import DataError, codec_of, load_manifest, verify
 from moc_jax.data.prepare import prepare
 from moc_jax.data.quality import psnr
 from moc_jax.data.shards import ShardReader
-from moc_jax.data.video import VideoError, read_video, write_video
+from moc_jax.data.video import read_video, write_video
+from moc_jax.data.work import Work
 from tests.data.clips import make_clip
 from tests.data.odd_files import stamped
 from tests.data.small import SIZE, make_videos, small_config, with_data
-
-prepare_module = importlib.import_module("moc_jax.data.prepare")  # the package offers the function by this name
 
 
 def test_stored_latents_are_the_encoded_shots(tmp_path):
@@ -49,7 +48,7 @@ def test_stored_latents_are_the_encoded_shots(tmp_path):
     assert stills.shape == (2, 3, 1, 2, 3, 4)
     for still, frame in zip(stills[1], (14, 24, 34)):
         np.testing.assert_allclose(still, codec.encode(frames[frame : frame + 1]), atol=0.01)
-    counts = {"files": 1, "shots": 2, "short_shots": 0, "frames": 35, "cut_frames": 1, "latent_frames": 10}
+    counts = {"files": 1, "shots": 2, "short_shots": 0, "frames": 35, "unused_frames": 1, "latent_frames": 10}
     assert manifest.counts == counts
     assert "captions for 1 shots, but 2 were found; the others have the default caption" in manifest.summary()
     assert "1 training and 0 held-out scenes from 1 files: 2 shots, 10 latent frames" in manifest.summary()
@@ -57,14 +56,14 @@ def test_stored_latents_are_the_encoded_shots(tmp_path):
 
 def test_codec_is_fitted_on_training_clips_alone(tmp_path):
     make_videos(tmp_path, a=(13,), b=(13,))
-    make_videos(tmp_path / "held", c=(13,))
+    make_videos(tmp_path / "held", c=(14,))
     cfg = small_config(tmp_path)
     alone = codec_of(prepare(cfg)).fingerprint
-    with_validation = with_data(cfg, validation_source=(str(tmp_path / "held" / "videos"),))
+    with_validation = with_data(cfg, validation_source=(str(tmp_path / "held" / "videos"),), refit_codec=True)
     manifest = prepare(with_validation)
     assert codec_of(manifest).fingerprint == alone
     assert [scene.name for scene in manifest.split("validation")] == ["c.mp4#0"]
-    both = with_data(cfg, source=(str(tmp_path / "videos"), str(tmp_path / "held" / "videos")))
+    both = with_data(cfg, source=(str(tmp_path / "videos"), str(tmp_path / "held" / "videos")), refit_codec=True)
     assert codec_of(prepare(both)).fingerprint != alone
 
 
@@ -78,7 +77,7 @@ def test_bad_files_are_named_and_the_run_goes_on(tmp_path):
     assert set(manifest.skipped) == {"broken.mp4", "empty.avi", "short.mp4"}
     assert manifest.skipped["short.mp4"] == "too short: its longest shot has 7 frames at 12 fps, but 9 are needed"
     summary = manifest.summary()
-    assert "left out: 3 files, 0 short shots, 0 of 35 frames" in summary
+    assert "left out: 3 files, 0 short shots; 0 of 35 frames, there and at the ends of shots (0.0%)" in summary
     assert "skipped broken.mp4: it cannot be decoded (Invalid data" in summary
     assert "note: 1 of 2 files have no caption file but the defaults: good.mp4" in summary
 
@@ -89,34 +88,19 @@ def test_short_shots_are_left_out_and_captions_stay_with_their_shots(tmp_path):
     manifest = prepare(small_config(tmp_path, min_shot_frames=9))
     assert manifest.scenes[0].captions == ("a video", "first", "third")
     assert manifest.counts["short_shots"] == 1
-    assert manifest.counts["cut_frames"] == 7
-
-
-def test_failure_between_the_two_readings_drops_the_file(tmp_path, monkeypatch):
-    make_videos(tmp_path, a=(13,), b=(13,))
-    scenes = SceneEncoder.scenes
-
-    def failing(self, source, cuts):
-        if source.name == "a.mp4":
-            raise VideoError(source.path, "it became shorter while it was read")
-        return scenes(self, source, cuts)
-
-    monkeypatch.setattr(SceneEncoder, "scenes", failing)
-    manifest = prepare(small_config(tmp_path))
-    assert manifest.skipped == {"a.mp4": "it became shorter while it was read"}
-    assert [scene.name for scene in manifest.scenes] == ["b.mp4#0"]
+    assert manifest.counts["unused_frames"] == 7
 
 
 def test_latents_that_are_not_finite_name_the_file(tmp_path, monkeypatch):
     make_videos(tmp_path, a=(13,), b=(13,))
-    stills = SceneEncoder._stills
+    stills = Encoder._stills
 
     def poisoned(self, video):
         bad = np.nan if not np.isclose(video[0, 0, 0, 0], poisoned.first, atol=0.01) else 0.0
         return stills(self, video) + np.float32(bad)
 
     poisoned.first = pixels_to_unit(read_video(tmp_path / "videos" / "b.mp4", *SIZE, 12.0))[0, 0, 0, 0]
-    monkeypatch.setattr(SceneEncoder, "_stills", poisoned)
+    monkeypatch.setattr(Encoder, "_stills", poisoned)
     manifest = prepare(small_config(tmp_path))
     assert manifest.skipped == {"a.mp4": "its latents hold NaN or infinite values"}
 
@@ -134,11 +118,39 @@ def test_long_files_become_several_scenes(tmp_path):
     np.testing.assert_allclose(shots[1], expected, atol=2e-3 * np.abs(expected).max())
 
 
-def test_long_shots_are_cut_off(tmp_path):
-    make_videos(tmp_path, a=(30, 13))
+def test_long_shots_are_used_whole(tmp_path):
+    """A shot of 50 frames, of which a part may have 20: three of 17, 17 and 13, each continuing the one before."""
+    videos = make_videos(tmp_path, a=(50, 13))
+    (videos / "a.yaml").write_text("shots: [long, short]\ncuts: [4.166]")
     manifest = prepare(small_config(tmp_path, max_shot_frames=20))
-    assert [shot.frames for shot in manifest.scenes[0].shots] == [5, 4]  # 17 = 4 * 4 + 1 of 20 frames
-    assert manifest.counts["cut_frames"] == 13
+    (scene,) = manifest.scenes
+    assert [(s.frames, s.start, s.continues) for s in scene.shots] == [
+        (5, 0, False),
+        (5, 17, True),
+        (4, 34, True),
+        (4, 50, False),
+    ]
+    assert scene.captions == ("a video", "long", "long", "long", "short")
+    assert manifest.counts["unused_frames"] == 3
+    assert manifest.counts["short_shots"] == 0
+    assert "4 shots (2 of them continue the one before), 18 latent frames" in manifest.summary()
+    frames = pixels_to_unit(read_video(videos / "a.mp4", *SIZE, 12.0))
+    shots, _ = ShardReader(manifest).read(scene)
+    expected = codec_of(manifest).encode(frames[34:47])
+    np.testing.assert_allclose(shots[2], expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_parts_of_long_shots_as_scenes_of_their_own(tmp_path):
+    """Nothing is encoded again: what makes a scene is the manifest's."""
+    videos = make_videos(tmp_path, a=(9, 9, 30, 9))
+    (videos / "a.yaml").write_text("cuts: [0.75, 1.5, 4.0]")
+    cfg = small_config(tmp_path, max_shot_frames=20)
+    assert [len(scene.shots) for scene in prepare(cfg).scenes] == [5]
+    manifest = prepare(with_data(cfg, long_shots="scenes"))
+    assert [[s.start for s in scene.shots] for scene in manifest.scenes] == [[0, 9], [18], [35], [48]]
+    assert not any(shot.continues for scene in manifest.scenes for shot in scene.shots)
+    assert [scene.record for scene in manifest.scenes] == [0, 2, 3, 4]
+    assert len(list((tmp_path / "cache" / "encoded").glob("*/*.json"))) == 1
 
 
 def test_shots_fill_whole_temporal_patches(tmp_path):
@@ -178,7 +190,7 @@ class TestSplit:
 
     def test_given_files_are_held_out_instead_of_a_fraction(self, tmp_path):
         make_videos(tmp_path, a=(13,), b=(13,))
-        held = make_videos(tmp_path / "held", c=(13,))
+        held = make_videos(tmp_path / "held", c=(14,))
         manifest = prepare(small_config(tmp_path, validation_source=(str(held),), validation_fraction=1.0))
         assert {s.source: s.split for s in manifest.scenes} == {
             "a.mp4": "train",
@@ -203,7 +215,7 @@ class TestSplit:
 class TestMistakesBeforeWork:
     @pytest.fixture(autouse=True)
     def _no_decoding(self, monkeypatch):
-        monkeypatch.setattr(prepare_module, "_build", lambda *_: pytest.fail("work began"))
+        monkeypatch.setattr(Work, "__init__", lambda *_, **__: pytest.fail("work began"))
 
     def test_no_source(self, tmp_path):
         with pytest.raises(ConfigError, match=r"data.source is empty"):
@@ -237,7 +249,7 @@ def test_nothing_usable_says_why(tmp_path):
     (videos / "broken.mp4").write_bytes(b"x" * 99)
     with pytest.raises(DataError, match=r"(?s)no clip.*\n  broken.mp4: .*\n  short.mp4: too short: .* 4 frames"):
         prepare(small_config(tmp_path, min_shot_frames=5))
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [".lock"]
+    assert not list((tmp_path / "cache").glob("*/manifest.json"))
 
 
 class TestReuse:
@@ -245,7 +257,7 @@ class TestReuse:
         make_videos(tmp_path, a=(13,))
         cfg = small_config(tmp_path)
         first = prepare(cfg)
-        monkeypatch.setattr(prepare_module, "_build", lambda *_: pytest.fail("prepared again"))
+        monkeypatch.setattr(Work, "__init__", lambda *_, **__: pytest.fail("prepared again"))
         os.utime(tmp_path / "videos" / "a.mp4", (0, 0))  # a copied or downloaded file is the same file
         assert prepare(cfg) == first
         # What does not touch the encoded scenes may change.
@@ -290,10 +302,11 @@ class TestReuse:
     def test_a_prepared_folder_can_be_moved_and_used_without_videos(self, tmp_path):
         videos = make_videos(tmp_path, a=(13,))
         cfg = small_config(tmp_path)
-        prepare(cfg).folder.rename(tmp_path / "moved")
+        name = prepare(cfg).folder.name
+        (tmp_path / "cache").rename(tmp_path / "moved")
         (videos / "a.mp4").unlink()
-        moved = with_data(cfg, source=(), cache=str(tmp_path / "moved"))
-        assert prepare(moved).folder == tmp_path / "moved"
+        moved = with_data(cfg, source=(), cache=str(tmp_path / "moved" / name))
+        assert prepare(moved).folder == tmp_path / "moved" / name
         with pytest.raises(DataError, match=r"data.height = 32, but it was prepared with 8; data.fps = 24.0, .* 12.0"):
             prepare(with_data(moved, height=32, fps=24.0))
 
@@ -325,7 +338,7 @@ class TestDamage:
         return prepare(small_config(tmp_path))
 
     def test_missing_and_shortened_shards(self, manifest):
-        shard = manifest.folder / manifest.shards[0].file
+        shard = manifest.shard_path(0)
         content = shard.read_bytes()
         shard.write_bytes(content[:-1])
         with pytest.raises(DataError, match=rf"{shard.name} has {len(content) - 1} bytes instead of {len(content)}"):
@@ -336,7 +349,7 @@ class TestDamage:
 
     def test_changed_byte(self, manifest):
         """The checksum finds it in any place; reading finds it where it matters, and names shard and scene."""
-        shard = manifest.folder / manifest.shards[0].file
+        shard = manifest.shard_path(0)
         content = bytearray(shard.read_bytes())
         start = content.index(b"video.npy")
         content[start : start + 64] = bytes(64)
@@ -386,9 +399,10 @@ prepare(small_config(Path(sys.argv[1]), keyframes=200))
 """
 
 
-@pytest.mark.parametrize("room", [20_000, 70_000])
+@pytest.mark.parametrize("room", [pytest.param(20_000, marks=pytest.mark.long), 70_000])
 def test_full_disk_leaves_nothing_half_written(tmp_path, room):
-    """Files may not grow past a limit, which fails as a full disk does: first the codec, then a shard."""
+    """Files may not grow past a limit, which fails as a full disk does: first the codec, then a shard. What was
+    completed before is kept."""
     make_videos(tmp_path, a=(13, 13, 13), b=(13, 13, 13))
     command = [sys.executable, "-c", _FULL_DISK, str(tmp_path), str(room)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -396,9 +410,16 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, room):
     last = done.stderr.strip().splitlines()[-1]
     assert f"DataError: the encoded scenes cannot be written to {tmp_path / 'cache'}" in last
     assert "File too large" in last
+    left = {path.suffix for path in (tmp_path / "cache").rglob("*") if path.is_file()}
     if room > 50_000:
-        assert "scenes-00000.array_record cannot be written" in last
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]
+        assert re.search(r"encoded/\w\w/\.\w{32}\.array_record\.\d+\.tmp cannot be written", last)
+        assert left == {".npz", ".frames", ".json", ".claim", ".captions", ""}
+        assert len(list((tmp_path / "cache" / "waiting").glob("*.frames"))) == 2
+    else:
+        assert not left & {".npz", ".array_record", ".tmp"}
+    done = prepare(small_config(tmp_path, keyframes=200))
+    assert done.counts["files"] == 2
+    verify(done, range(2))
 
 
 def test_memory_does_not_grow_with_the_video(tmp_path):
@@ -419,8 +440,9 @@ def test_memory_does_not_grow_with_the_video(tmp_path):
     assert long < pixels, f"{long / 1e6:.1f} MB for {pixels / 1e6:.1f} MB of pixels"
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_shot(tmp_path):
-    """One uncut shot, of which 9 frames are kept."""
+    """One uncut shot, in parts of 9 frames."""
 
     def peak(folder, frames):
         make_videos(folder, long=(frames,))
@@ -429,7 +451,7 @@ def test_memory_does_not_grow_with_the_shot(tmp_path):
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert manifest.counts["frames"] == frames
-        assert manifest.counts["cut_frames"] == frames - 9
+        assert manifest.counts["unused_frames"] < 4
         return most
 
     short, long = peak(tmp_path / "short", 30), peak(tmp_path / "long", 300)
@@ -437,7 +459,7 @@ def test_memory_does_not_grow_with_the_shot(tmp_path):
 
 
 def test_what_a_video_has_lost_is_noted_once(tmp_path):
-    """It is decoded twice."""
+    """Also when its frames waited for the codec."""
     (tmp_path / "videos").mkdir()
     stamped(tmp_path / "videos" / "a.mkv", [0, *range(40, 2000, 40), 1960, 14_000, 14_040])
     manifest = prepare(small_config(tmp_path))
@@ -451,14 +473,14 @@ def test_what_a_video_has_lost_is_noted_once(tmp_path):
 
 
 def test_the_codec_is_measured_on_what_it_encodes(tmp_path):
-    """PSNR by split; kept, so that later runs report it too."""
+    """The first part of each video. PSNR by split; kept, so that later runs report it too."""
     videos = make_videos(tmp_path, a=(13, 9), b=(17,))
     (videos / "a.yaml").write_text("cuts: [1.083]")
     held = make_videos(tmp_path / "held", c=(13,), other=(5,))
     cfg = small_config(tmp_path, validation_source=(str(held / "c.mp4"),))
     manifest = prepare(cfg)
     codec, means = codec_of(manifest), {}
-    for split, cuts in {"train": {"a": (13, 22), "b": (17,)}, "validation": {"c": (13,)}}.items():
+    for split, cuts in {"train": {"a": (13,), "b": (17,)}, "validation": {"c": (13,)}}.items():
         folder = videos if split == "train" else held
         clips = [np.split(read_video(folder / f"{name}.mp4", *SIZE, 12.0), ends)[:-1] for name, ends in cuts.items()]
         shots = [shot for clip in clips for shot in clip]
@@ -478,7 +500,6 @@ def test_an_exact_reconstruction_has_a_finite_psnr(tmp_path):
 
 
 def test_many_shots_are_measured_in_part(tmp_path, monkeypatch):
-    monkeypatch.setattr("moc_jax.data.encode._ALL", 3)
     monkeypatch.setattr("moc_jax.data.encode._ONE_IN", 4)
     videos = make_videos(tmp_path, a=(5,) * 9)
     (videos / "a.yaml").write_text(f"cuts: {[round(5 * k / 12, 3) for k in range(1, 9)]}")
@@ -486,7 +507,7 @@ def test_many_shots_are_measured_in_part(tmp_path, monkeypatch):
     monkeypatch.setattr(PCACodec, "decode", lambda self, latents: decoded.append(len(latents)) or decode(self, latents))
     manifest = prepare(small_config(tmp_path))
     assert manifest.counts["shots"] == 9
-    assert len(decoded) == 5  # the first three, the fourth and the eighth
+    assert len(decoded) == 3  # the first, the fifth and the ninth
     assert manifest.codec_psnr.keys() == {"train"}
 
 
@@ -501,7 +522,7 @@ def test_long_shots_are_measured_in_part(tmp_path, monkeypatch):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_is_shown_for_a_log_and_for_a_terminal(tmp_path, capsys, monkeypatch, terminal):
     """In a log, plain lines now and then; on a terminal, a bar."""
-    monkeypatch.setattr("moc_jax.progress.EVERY", 0.01)
+    monkeypatch.setattr("moc_jax.progress.EVERY", 0.001)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     make_videos(tmp_path, a=(13, 13), b=(13,))
     prepare(small_config(tmp_path))

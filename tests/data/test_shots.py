@@ -1,19 +1,22 @@
 """Cuts found where they were made, at any frame rate, and shots that together are the whole video."""
 
+import tempfile
 import weakref
 
 import numpy as np
 import pytest
 
-from moc_jax.data.shots import CutDetector, GivenCuts, begin_shots
+from moc_jax.data.film import Film
+from moc_jax.data.shots import CutDetector, GivenCuts, find_shots
 from moc_jax.data.video import decode, read_video, write_video
 from tests.data.clips import make_clip, make_frames
 
 
 def split_shots(path, height, width, fps, is_cut):
-    """The shots of a file, whole."""
-    shots = begin_shots(decode(path, height, width), (height, width), fps, is_cut, most=None)
-    return (shot for _, shot in shots)
+    """The shots of a file."""
+    with tempfile.TemporaryFile() as file:
+        film = Film(file, height, width)
+        yield from map(np.array, find_shots(decode(path, height, width), fps, is_cut, film))
 
 
 @pytest.mark.parametrize(("fps", "expected"), [(24.0, [14, 30, 9, 21]), (12.0, [7, 15, 5, 10]), (8.0, [5, 10, 3, 7])])
@@ -66,19 +69,9 @@ def test_large_frames_are_looked_at_coarsely():
         assert small(k / 12, frame) == large(k / 12, wide) == (k == 8)
 
 
-def test_shots_are_counted_in_full_and_given_in_part(tmp_path):
-    make_clip(tmp_path / "a.mp4", shots=3, frames_per_shot=(26, 4, 30), fps=24.0)
-    shots = list(split_shots(tmp_path / "a.mp4", 32, 48, 24.0, GivenCuts([26 / 24, 30 / 24])))
-    frames = decode(tmp_path / "a.mp4", 32, 48)
-    begun = list(begin_shots(frames, (32, 48), 24.0, GivenCuts([26 / 24, 30 / 24]), most=10))
-    assert [(count, len(shot)) for count, shot in begun] == [(26, 10), (4, 4), (30, 10)]
-    for (_, beginning), shot in zip(begun, shots):
-        np.testing.assert_array_equal(beginning, shot[:10])
-
-
 @pytest.mark.parametrize("times", [1, 400])
-def test_no_more_of_a_shot_is_held_than_is_given(times):
-    """1000 frames, and frames that stand still, each shown 400 times."""
+def test_no_shot_is_held_in_memory(tmp_path, times):
+    """1000 frames, and frames that stand still, each shown 400 times; and the disk has its room back."""
     made, held = [], []
 
     def frames():
@@ -88,6 +81,16 @@ def test_no_more_of_a_shot_is_held_than_is_given(times):
             held.append(sum(ref() is not None for ref in made[-100:]))
             yield k * times / 24, (k + 1) * times / 24, frame
 
-    ((count, shot),) = begin_shots(frames(), (4, 4), 24.0, GivenCuts([]), most=20)
-    assert (count, len(shot)) == (1000 * times, 20)
-    assert max(held) <= 22
+    with (tmp_path / "film").open("w+b") as file:
+        film = Film(file, 4, 4)
+        lengths = []
+        for shot in find_shots(frames(), 24.0, GivenCuts([times * 400 / 24]), film):
+            begin = sum(lengths)
+            assert [int(frame[0, 0, 0]) for frame in shot[::times]] == [
+                (begin // times + k) % 256 for k in range(len(shot) // times)
+            ]
+            lengths.append(len(shot))
+            film.forget()
+            assert (tmp_path / "film").stat().st_size == 0
+    assert lengths == [400 * times, 600 * times]
+    assert max(held) <= 3

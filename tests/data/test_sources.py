@@ -121,13 +121,29 @@ class TestDuplicates:
     def test_copies_are_files_of_their_own(self, videos):
         for name in ("a", "b"):
             (videos / f"{name}.mp4").write_bytes(b"same")
-        assert len(find(videos)) == 2
+        sources = find(videos)
+        assert len(sources) == 2
+        assert "b.mp4 have equal content: encoded once, shown 2 times in an epoch" in notes_of(sources)
+
+    def test_copies_lie_in_one_split(self, videos, store):
+        for k in range(20):
+            (videos / f"{k}.mp4").write_bytes(b"same")
+        assert len({source.split for source in find(videos, validation_fraction=0.5)}) == 1
+        (store / "copy.mp4").write_bytes(b"same")
+        with pytest.raises(ConfigError, match=r"1.mp4, .*copy.mp4 have equal content and lie in both splits"):
+            find(videos / "1.mp4", validation_source=(str(store),))
 
     @pytest.mark.parametrize("link", [os.link, os.symlink])
     def test_a_file_cannot_be_held_out_under_another_name(self, videos, store, link):
         link(store / "a.mp4", videos / "x.mp4")
         with pytest.raises(ConfigError, match=r"share .*a.mp4 = .*x.mp4; a video cannot be both held out"):
             find(store, validation_source=(str(videos),))
+
+    def test_files_without_a_byte_are_not_equal(self, videos, store):
+        (videos / "x.mp4").touch()
+        (store / "y.mp4").touch()
+        found = find(videos, validation_source=(str(store),))
+        assert {s.name: s.split for s in found if not s.size} == {"x.mp4": "train", "y.mp4": "validation"}
 
     def test_one_file_lies_in_one_split_whatever_its_captions(self, videos, store):
         for k in range(20):
@@ -151,6 +167,7 @@ class TestWhatIsTaken:
         names = ["a.mp4", "a.yaml", "x.jpg", "y.JPG", "z.npy", "README", ".hidden.mp4", "metadata.jsonl"]
         for name in [*names, "lost.txt", "a.mp4.txt"]:
             (videos / name).touch()
+        (videos / "metadata.jsonl").write_text('{"speaks": "of something else"}')
         notes = notes_of(find(videos))
         assert "8 other files not taken as video" in notes
         for part in ("2 .jpg", "1 .npy", "1 without suffix", "1 hidden", "1 .jsonl", "2 .txt"):

@@ -25,7 +25,7 @@ def sample_scene(
     """
     denoising = Denoising(noise=noise, history_noise=history_noise, known=known, lengths=lengths, cfg=cfg)
     solver = denoising.solver
-    constants = tuple(map(jnp.asarray, solver.constants))
+    constants = tuple(map(jnp.asarray, denoising.constants))
 
     def denoise(now, z_0):
         carried, _ = jax.lax.scan(

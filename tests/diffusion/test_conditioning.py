@@ -214,6 +214,15 @@ def test_turns():
     np.testing.assert_array_equal(conditioning.turns(known, lengths, "shots"), [[0, -1, 1], [-1, 0, -1]])
 
 
+def test_a_shot_that_continues_another_has_its_turn():
+    """Unless that one is given; then it has one of its own."""
+    lengths = SceneLengths(jnp.ones((2, 5), jnp.int32), jnp.ones((2, 6), jnp.int32), jnp.zeros((2, 5), bool))
+    lengths = dataclasses.replace(lengths, continues=lengths.continues.at[:, [1, 3, 4]].set(True))
+    known = jnp.zeros((2, 5), bool).at[1, 2].set(True)
+    np.testing.assert_array_equal(conditioning.turns(known, lengths, "shots"), [[0, 0, 1, 1, 1], [0, 0, -1, 1, 1]])
+    np.testing.assert_array_equal(conditioning.turns(known, lengths, "joint"), [[0] * 5, [0, 0, -1, 0, 0]])
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun", "unipc", "dpm++"])
 def test_sampling_undoes_what_training_does(solver):
     """One scene, learned perfectly: no loss at any noise level, and sampled back from any noise."""

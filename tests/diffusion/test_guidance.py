@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moc_jax.diffusion.guidance import guided, guided_velocity
+from moc_jax.diffusion.guidance import Scales, guided, guided_velocity
 from moc_jax.scene import SceneLengths
 
 FRAMES = jnp.array([[2, 1], [3, 0]])
@@ -29,7 +29,7 @@ def model(calls):
 @pytest.mark.parametrize("scale", [0.0, 2.5, 6.0])
 def test_both_branches_in_one_call(scale):
     calls = []
-    velocity = guided_velocity(model(calls), TEXT, LENGTHS, NEGATIVE, NEGATIVE_LENGTHS, scale)
+    velocity = guided_velocity(model(calls), TEXT, LENGTHS, NEGATIVE, NEGATIVE_LENGTHS, Scales(scale=scale))
     got = velocity(Z, T)
     assert calls == [4]
     c = model([])(Z, TEXT, T, LENGTHS)
@@ -39,7 +39,7 @@ def test_both_branches_in_one_call(scale):
 
 def test_scale_one_never_evaluates_the_negative_captions():
     calls = []
-    velocity = guided_velocity(model(calls), TEXT, LENGTHS, NEGATIVE * jnp.nan, NEGATIVE_LENGTHS, 1.0)
+    velocity = guided_velocity(model(calls), TEXT, LENGTHS, NEGATIVE * jnp.nan, NEGATIVE_LENGTHS, Scales(scale=1.0))
     np.testing.assert_array_equal(velocity(Z, T), model([])(Z, TEXT, T, LENGTHS))
     assert calls == [2]
 
@@ -47,3 +47,13 @@ def test_scale_one_never_evaluates_the_negative_captions():
 def test_guidance_extrapolates_from_the_unconditional_velocity():
     c, u = jnp.array([3.0]), jnp.array([1.0])
     assert [float(guided(c, u, g)[0]) for g in (0.0, 1.0, 2.0)] == [1.0, 3.0, 5.0]
+
+
+def test_each_expert_has_its_own_scale():
+    """By the noisiest shot that is there: 0.6 of the first scene, 0.9 of the second."""
+    scales = Scales(scale=2.5, low=4.0, boundary=0.7)
+    got = guided_velocity(model([]), TEXT, LENGTHS, NEGATIVE, NEGATIVE_LENGTHS, scales)(Z, T)
+    c, u = model([])(Z, TEXT, T, LENGTHS), model([])(Z, NEGATIVE, T, NEGATIVE_LENGTHS)
+    g = jnp.array([4.0, 2.5])[:, None, None, None, None]
+    np.testing.assert_allclose(got, u + g * (c - u), rtol=1e-5, atol=1e-5)
+    assert not Scales(scale=1.0, low=2.0, boundary=0.7).off

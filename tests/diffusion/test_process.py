@@ -1,5 +1,7 @@
 """The process against plain numpy, on scenes of unequal shots."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from moc_jax.config import DiffusionConfig
 from moc_jax.diffusion import process
-from moc_jax.scene import Scene, SceneLengths
+from moc_jax.scene import Scene, SceneLengths, clean_frames
 
 SHOTS = [[3, 1, 2], [4, 0, 0]]  # two scenes of 6 and 4 frames in a bucket of 8
 FRAMES = 8
@@ -54,6 +56,19 @@ def test_joint_probability_shares_t_within_a_scene():
     shared = (t == t[:, :1]).all(axis=1)
     assert abs(shared.mean() - 0.3) < 4 * np.sqrt(0.21 / 2000)
     assert len(np.unique(t[shared, 0])) == shared.sum()  # shared within a scene, not across scenes
+
+
+def test_a_shot_that_continues_another_shares_its_t():
+    continues = jnp.tile(jnp.array([False, True, True, False, True, False]), (2000, 1))
+    lengths = SceneLengths(jnp.ones((2000, 6), jnp.int32), jnp.ones((2000, 7), jnp.int32), continues)
+    t = np.asarray(process.sample_timesteps(jax.random.key(3), lengths, DiffusionConfig()))
+    np.testing.assert_array_equal(t, t[:, [0, 0, 0, 3, 3, 5]])
+    assert np.abs(np.corrcoef(t[:, [0, 3, 5]].T) - np.eye(3)).max() < 4 / np.sqrt(2000)
+    plain = SceneLengths(lengths.shot_frames, lengths.text_lengths)
+    np.testing.assert_array_equal(
+        t[:, [0, 3, 5]],
+        process.sample_timesteps(jax.random.key(3), plain, DiffusionConfig())[:, [0, 3, 5]],
+    )
 
 
 def test_shift_by_one_is_the_identity_and_fixes_the_ends():
@@ -166,3 +181,27 @@ def test_one_compilation_for_all_lengths():
     other = SceneLengths(shot_frames=jnp.array([[1, 1, 1], [2, 3, 3]]), text_lengths=first.lengths.text_lengths)
     assert loss(first) != loss(Scene(video=first.video, text=first.text, lengths=other))
     assert len(traces) == 1
+
+
+def test_given_first_frames_stay_clean_and_are_not_learned():
+    """Of the first scene's shots of 3, 1 and 2 frames the last one's; of the second, its only shot's."""
+    scene = make_scene()
+    given = jnp.array([[False, False, True], [True, True, False]])  # the second scene has no second shot
+    lengths = dataclasses.replace(scene.lengths, clean_first=given)
+    is_clean = np.zeros((2, FRAMES), bool)
+    is_clean[0, 4] = is_clean[1, 0] = True
+    np.testing.assert_array_equal(clean_frames(lengths, FRAMES), is_clean)
+    t, noise = jnp.full((2, 3), 0.5), jnp.ones_like(scene.video)
+    z = process.add_noise(scene.video, noise, t, lengths)
+    wanted = process.add_noise(scene.video, noise, t, scene.lengths)
+    np.testing.assert_array_equal(z, jnp.where(is_clean[:, :, None, None, None], scene.video, wanted))
+
+    def velocity(z, t):
+        return jnp.where(is_clean[:, :, None, None, None], jnp.nan, 0.3 * z)
+
+    scene = dataclasses.replace(scene, lengths=lengths)
+    loss, per_shot = process.flow_loss(velocity, scene, jax.random.key(0), DiffusionConfig(), t=t)
+    _, plain = process.flow_loss(lambda z, t: 0.3 * z, scene, jax.random.key(0), DiffusionConfig(), t=t)
+    np.testing.assert_array_equal(per_shot, plain)
+    assert np.isfinite(loss)
+    assert (np.asarray(per_shot) > 0).tolist() == [[True, True, True], [True, False, False]]

@@ -1,5 +1,7 @@
 """Grids against published values; solvers against exact flows and a plain transcription of the published updates."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from moc_jax.config import SampleConfig
 from moc_jax.diffusion import samplers
+from moc_jax.diffusion.conditioning import turn_constants, turn_solver
 
 SOLVERS = ("euler", "heun", "unipc", "dpm++")
 
@@ -209,3 +212,15 @@ def test_the_model_is_traced_once(solver):
     levels = samplers.sigmas(12, 3.0, "wan-unipc")
     jax.jit(lambda z: samplers.solve(velocity, z, levels, solver)).lower(jnp.zeros((2, 3))).compile()
     assert traces == [()]
+
+
+@pytest.mark.parametrize(("solver", "whole"), [("unipc", True), ("dpm++", True), ("euler", False), ("heun", False)])
+def test_models_read_whole_thousandths_where_publishers_give_them(solver, whole):
+    """The solver itself steps along the exact levels."""
+    cfg = SampleConfig(solver=solver, steps=50, shift=3.0, whole_timesteps=True)
+    levels = turn_solver(cfg).levels
+    read, exact, *_ = turn_constants(cfg)
+    np.testing.assert_array_equal(exact, levels.astype(np.float32))
+    wanted = np.floor(1000 * levels) / 1000 if whole else levels
+    np.testing.assert_array_equal(read, wanted.astype(np.float32))
+    np.testing.assert_array_equal(turn_constants(dataclasses.replace(cfg, whole_timesteps=False))[0], exact)

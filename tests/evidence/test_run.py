@@ -1,16 +1,21 @@
 """Runs leave whole results, are not done twice, and the page shows what they say."""
 
+import dataclasses
+import itertools
 import json
+import types
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from evidence import report, run, settings, small
+from evidence import report, run, runs, settings, small
 from evidence.arms import ARMS, arm_of
-from evidence.experiment import interval
-from evidence.results import best_rates, finished, name_of, updates_to
+from evidence.cache import load_weights, save_weights
+from evidence.results import finished, name_of
 from evidence.world import World
 from moc_jax.config import DiffusionConfig, HashConfig, MMDiTConfig, PcaConfig, SampleConfig
+from tests.evidence.made import result
 
 TINY = settings.Setting(
     world=World(shots=4, frames=5, characters=2, places=2, still=True),
@@ -35,19 +40,9 @@ TINY = settings.Setting(
 def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(run.SETTINGS, "small", TINY)
     monkeypatch.setattr(run, "SHEET", 2)
-    argv = [
-        "--setting",
-        "small",
-        "--arms",
-        "own shot",
-        "moc 4x1",
-        "--out",
-        f"{tmp_path}",
-        "--cache",
-        f"{tmp_path}/kept",
-    ]
-    argv += ["--processes", "1", "--part", "2/2", "--also", "own shot"]
-    run.run(argv)
+    folders = ["--out", f"{tmp_path}", "--cache", f"{tmp_path}/kept", "--processes", "1"]
+    argv = ["--setting", "small", "--arms", "moc 4x1", *folders]
+    run.run([*argv, "--also", "own shot"])
     (found,) = finished(tmp_path / "small")
     assert (found["arm"], found["seed"], found["updates"]) == ("moc 4x1", 0, 4)
     assert [test["updates"] for test in found["curve"]] == [2, 4]
@@ -57,9 +52,23 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "small" / "moc-4x1_0.001_0.jpg") as strip:
         assert strip.size == (128, 128)
     capsys.readouterr()
-    run.run(argv)
+    run.run([*argv, "--also", "own shot"])
     assert capsys.readouterr().out == f"1 of 1 runs have results in {tmp_path}/small\n"
-    assert found["also"]["own shot"]["trials"] == 8
+
+    run.run([*argv, "--then", "moc 8x1"])  # by the weights that were kept
+    (again,) = finished(tmp_path / "small")
+    assert again["curve"] == found["curve"]
+    own, other = again["switched"]["own shot"], again["switched"]["moc 8x1"]
+    assert "tuned" not in own
+    assert (own["zero_shot"]["trials"], other["tuned"]["trials"], other["updates"]) == (8, 8, 1)
+    large = dataclasses.replace(TINY, world=dataclasses.replace(TINY.world, size=96), codec_world=TINY.world)
+    monkeypatch.setitem(run.SETTINGS, "long", large)
+    run.run(["--setting", "long", "--init-from", "small", "--updates", "2", "--arms", "moc 4x1", *folders])
+    (long,) = finished(tmp_path / "long")
+    assert [test["updates"] for test in long["curve"]] == [0, 2]
+    assert long["init_from"] == "small"
+    assert np.isnan(long["curve"][0]["loss"])  # of no update
+    assert long["milliseconds"] > 0
     page = report.page_block(tmp_path)
     assert "| moc 4x1 | own shot |" in page
     assert "| moc 4x1 |" in page
@@ -67,95 +76,71 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
     assert sheet.width > 256
 
 
+def test_an_update_takes_what_all_but_the_first_took():
+    curve = [{"updates": n, "seconds": seconds} for n, seconds in ((100, 60.0), (200, 2.0), (250, 1.0))]
+    assert runs._pace(curve) == 20
+    assert runs._pace([{"updates": 0, "seconds": 0.0}, *curve]) == 20  # tested before
+    assert runs._pace(curve[:1]) == 600
+
+
+def argv_of(folder):
+    return ["--arms", "own shot", "--out", f"{folder}/out", "--cache", f"{folder}/kept"]
+
+
+def test_what_another_process_works_on_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_laboratory", lambda *_: None)  # nothing to train with
+    with run._claimed(tmp_path / "kept" / "locks" / "full" / "own-shot_0.001_0"):
+        run.run(argv_of(tmp_path))
+    with pytest.raises(AttributeError, match="train"):
+        run.run(argv_of(tmp_path))
+
+
+def test_what_would_not_end_in_time_is_left(tmp_path, monkeypatch, capsys):
+    trained = []
+    lab = types.SimpleNamespace(train=lambda run, *_: trained.append(run), setting=TINY, switch=lambda *_: None)
+    monkeypatch.setattr(run, "_laboratory", lambda *_: lab)
+    monkeypatch.setattr(run.time, "perf_counter", itertools.count(run._BEGIN, 40.0).__next__)
+    run.run([*argv_of(tmp_path), "--seeds", "0", "1", "2", "3", "--within", "3"])  # 40 s each, and between
+    assert [of.seed for of in trained] == [0, 1]
+    assert "own-shot_0.001_2 and what follows is left: it would not end in 3 minutes" in capsys.readouterr().out
+
+
+def test_a_run_starts_from_the_weights_of_another_setting(tmp_path):
+    (tmp_path / "out" / "still").mkdir(parents=True)
+    argv = [*argv_of(tmp_path), "--init-from", "still"]
+    with pytest.raises(ValueError, match="has no finished run of 'own shot'"):
+        run.run(argv)
+    for arm in ("own shot", "dense"):
+        path = tmp_path / "out" / "still" / f"{name_of(arm, 2e-3, 0)}.json"
+        path.write_text(json.dumps(result(arm, 2e-3, 0, 9)))
+    with pytest.raises(ValueError, match=r"own-shot_0.002_0.npz does not exist; train 'own shot' with seed 0"):
+        run.run(argv)
+    weights = tmp_path / "kept" / "weights" / "still" / "dense_0.002_0.npz"
+    save_weights(weights, {"a": {"b": np.arange(3.0)}})
+    args = run.tyro.cli(run.Arguments, args=[*argv_of(tmp_path), "--init-from", "still/dense"])
+    assert run._start(args, run.Run("own shot", 1e-3, 0)) == weights
+    assert load_weights(weights, {"a": {"b": 0}})["a"]["b"].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (["--setting", "ful"], "--setting ful: known are full, still, small"),
-        (["--part", "3/2"], "--part 3/2: must be i/n"),
-        (["--part", "0/2"], "--part 0/2: must be i/n"),
+        (["--setting", "ful"], "--setting ful: known are full, still, long, long-still, video, small"),
+        (["--part", "2/2"], "--part 2/2: must be i/n with i from 0 to n - 1"),
+        (["--part", "x"], "--part x: must be i/n"),
         (["--updates", "0"], "--updates 0: must be at least 1"),
         (["--gpus", "0"], "--gpus 0: must be at least 1"),
+        (["--per-gpu", "0"], "--per-gpu 0: must be at least 1"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_done(wrong, says, tmp_path, capsys):
     folders = ["--out", f"{tmp_path}/out", "--cache", f"{tmp_path}/kept"]
     with pytest.raises(SystemExit):
         run.run([*wrong, *folders])
-    assert says in capsys.readouterr().err
+    assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())  # it stands in a frame
     with pytest.raises(ValueError, match="moc8x6"):
         run.run(["--arms", "moc8x6", *folders])
     assert not list(tmp_path.iterdir())
-
-
-def result(arm, rate, seed, correct, trials=200):
-    low, high = interval(correct, trials)
-    test = {"correct": correct, "trials": trials, "share": correct / trials, "low": low, "high": high, "of_story": 0.5}
-    of_all = test | {"box_psnr": 20.0, "background_psnr": 25.0, "dynamic_degree": 0.01}
-    level = {"level": 0.95, "error": 1.0, "box_error": 0.5, "box_error_by_gap": {"1": 0.5}}
-    if arm.startswith("moc"):
-        level |= {"into_reveal": [[0.25, 0.75], [0.1, 0.1]], "into_reveal_by_chance": 0.125}
-    return {
-        "arm": arm,
-        "learning_rate": rate,
-        "seed": seed,
-        "setting": "full",
-        "final": False,
-        "command": "python -m evidence.run",
-        "versions": {"jax": "0.12.0"},
-        "device": "H200",
-        "date": "2026-01-01",
-        "stories": 12000,
-        "held_out": 200,
-        "finished": True,
-        "skipped": 0.75,
-        "updates": 500,
-        "milliseconds": 20.0,
-        "truth_dynamic_degree": 0.02,
-        "curve": [{"updates": n, **test, "share": share} for n, share in ((250, 0.1), (500, correct / trials))],
-        "test": {"all": of_all, "by_gap": {"10": of_all, "2": of_all}},
-        "levels": [level],
-    }
-
-
-@pytest.fixture
-def folder(tmp_path):
-    runs = [("dense", 1e-3, 0, 40), ("moc 8x6", 1e-3, 0, 100), ("moc 8x6", 2e-3, 0, 160), ("moc 8x6", 2e-3, 1, 180)]
-    (tmp_path / "full").mkdir()
-    Image.new("RGB", (256, 640)).save(tmp_path / "full" / "truth.jpg")
-    for of in runs:
-        path = tmp_path / "full" / f"{name_of(*of[:3])}.json"
-        path.write_text(json.dumps(result(*of)))
-        Image.new("RGB", (256, 640)).save(path.with_suffix(".jpg"))
-    (tmp_path / "full" / "half.json").write_text(json.dumps(result("own shot", 1e-3, 0, 9) | {"finished": False}))
-    return tmp_path
-
-
-def test_the_page_has_each_arm_at_its_best_rate(folder):
-    found = finished(folder / "full")
-    assert best_rates(found) == {"dense": 1e-3, "moc 8x6": 2e-3}
-    assert [updates_to(r, 0.5) for r in found] == [None, 500, 500, 500]
-    lines = report.page_block(folder).splitlines()
-    low, high = (round(100 * of) for of in interval(340, 400))
-    row = f"| moc 8x6 | 75 % | 2 | 0.002 of 2 | 500 | 20 | 85 ({low}..{high}) | 80, 90 | 50 | 500, 500 |"
-    row += " 20.0 | 25.0 | 0.0100 |"
-    assert row in lines
-    assert lines.index(row) < next(n for n, line in enumerate(lines) if line.startswith("| dense |"))
-    assert "| moc 8x6 | 0.95 | 12 | 50 (75) | 10 (10) |" in lines
-    assert "| arm | 2 | 10 |" in lines
-    assert not any("own shot" in line for line in lines)
-
-
-def test_plots_and_sheets_are_drawn_and_the_page_is_rewritten(folder):
-    root = folder / "root"
-    (root / "docs" / "pictures").mkdir(parents=True)
-    (root / "docs" / "evidence.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.main(report.Arguments(results=folder, write=True, root=root))
-    text = (root / "docs" / "evidence.md").read_text()
-    assert text == f"before\n{report.BEGIN}\n{report.page_block(folder)}\n{report.END}\nafter\n"
-    for kind in ("updates", "gap", "sheet"):
-        assert f"pictures/evidence_full_{kind}.png" in text
-        with Image.open(root / "docs" / "pictures" / f"evidence_full_{kind}.png") as picture:
-            assert picture.width > 700
 
 
 def test_several_gpus_share_the_runs(monkeypatch):
@@ -163,27 +148,44 @@ def test_several_gpus_share_the_runs(monkeypatch):
 
     class Process:
         def __init__(self, command, env):
-            started.append((command, env["CUDA_VISIBLE_DEVICES"]))
+            started.append((command, env["CUDA_VISIBLE_DEVICES"], env["XLA_PYTHON_CLIENT_MEM_FRACTION"]))
 
         def wait(self):
             return 0
 
     monkeypatch.setattr(run.subprocess, "Popen", Process)
     with pytest.raises(SystemExit) as end:
-        run.run(["--arms", "dense", "moc 8x6", "--gpus", "2"])
+        run.run(["--arms", "dense", "moc 8x6", "--gpus", "2", "--per-gpu", "2"])
     assert end.value.code is None
-    words = ["-m", "evidence.run", "--arms", "dense", "moc 8x6", "--gpus", "2", "--gpus=1"]
-    assert [(command[1:], gpu) for command, gpu in started] == [
-        ([*words, "--part=1/2"], "0"),
-        ([*words, "--part=2/2"], "1"),
+    words = ["-m", "evidence.run", "--arms", "dense", "moc 8x6", "--gpus", "2", "--per-gpu", "2"]
+    assert [(command[1:], *rest) for command, *rest in started] == [
+        ([*words, "--gpus=1", "--per-gpu=1", f"--part={i}/4"], gpu, "0.45")
+        for i, gpu in enumerate(("0", "1", "0", "1"))
     ]
     args = run.tyro.cli(run.Arguments, args=started[0][0][3:])
-    assert (args.gpus, args.part, args.arms) == (1, "1/2", ("dense", "moc 8x6"))
+    assert (args.gpus, args.per_gpu, args.part, args.arms) == (1, 1, "0/4", ("dense", "moc 8x6"))
+
+
+def test_the_final_table_is_of_its_own_seeds_at_the_rates_that_choices_made(tmp_path):
+    args = run.Arguments(final=True, arms=("dense", "moc 8x6"), out=tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.json").write_text(json.dumps(result("dense", 2e-3, 0, 9)))
+    with pytest.raises(ValueError, match=r"has no finished run of moc 8x6; give --learning-rates"):
+        run._runs(args)
+    (tmp_path / "full" / "b.json").write_text(json.dumps(result("moc 8x6", 5e-4, 0, 9)))
+    seeds = json.loads(settings.FINAL_FILE.read_text())["training_seeds"]
+    assert [dataclasses.astuple(of) for of in run._runs(args)] == [
+        (arm, rate, seed) for arm, rate in (("dense", 2e-3), ("moc 8x6", 5e-4)) for seed in seeds
+    ]
+    args = dataclasses.replace(args, learning_rates=(1e-3,), seeds=(5,))
+    assert [(of.learning_rate, of.seed) for of in run._runs(args)] == [(1e-3, 5)] * 2
+    assert dataclasses.astuple(run._runs(run.Arguments(arms=("dense",)))[0]) == ("dense", 1e-3, 0)
 
 
 def test_final_stories_are_others_than_those_of_training_and_choices():
     seeds, rows = settings.final_seeds()
     assert len(seeds) >= 200
+    assert settings.final_seeds(100) == (seeds[:100], [3, 29, 58, 81])
     assert len(rows) == 10
     assert set(rows) <= set(range(len(seeds)))
     assert len({settings.TRAINING, settings.CHOICES, settings.FINAL}) == 3
@@ -201,8 +203,3 @@ def test_the_small_evidence_fails_without_memory_and_with_a_leak():
     assert "something but memory tells" in small.verdict(good, good)
     for name in small.ARMS:
         arm_of(name)
-
-
-def test_the_page_shows_the_committed_results():
-    text = (report.ROOT / report.PAGE).read_text()
-    assert report.with_block(text, report.page_block(report.RESULTS), report.BEGIN, report.END) == text

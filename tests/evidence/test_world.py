@@ -5,8 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from evidence.measures import drawn, dynamic_degree, nearest, psnr
-from evidence.world import CANDIDATES, NAMES, World, boxes, distinct_looks, render, render_shot
+from evidence.dataset import fit
+from evidence.measures import drawn, dynamic_degree, psnr
+from evidence.stories import CANDIDATES
+from evidence.world import NAMES, World, distinct_looks
+from moc_jax.codecs import pixels_from_unit, pixels_to_unit
+from moc_jax.config import PcaConfig
+from tests.evidence.made import check_identified
 
 WORLD = World(shots=12, frames=5, characters=4, places=3)
 
@@ -14,9 +19,9 @@ WORLD = World(shots=12, frames=5, characters=4, places=3)
 def test_a_story_is_a_function_of_its_seed():
     again = World(shots=12, frames=5, characters=4, places=3)
     again.story(1)  # whatever else was drawn before
-    assert (render(WORLD.story(7)) == render(again.story(7))).all()
+    assert (WORLD.story(7).render() == again.story(7).render()).all()
     others = [WORLD.story(8), dataclasses.replace(WORLD, split=1).story(7)]
-    assert all((render(other) != render(WORLD.story(7))).mean() > 0.5 for other in others)
+    assert all((other.render() != WORLD.story(7).render()).mean() > 0.5 for other in others)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -54,7 +59,7 @@ def test_captions_say_who_is_where_and_not_how_anybody_looks():
 def test_in_a_still_world_a_recall_differs_from_its_reveal_by_the_place_alone():
     story = dataclasses.replace(WORLD, still=True).story(1)
     for recall, reveal in story.recalls:
-        frames, before = render_shot(story, recall), render_shot(story, reveal)
+        frames, before = story.render_shot(recall), story.render_shot(reveal)
         assert (frames == frames[:1]).all()
         assert story.shots[recall].caption == story.shots[reveal].caption
         assert (frames[:, 28:37, 28:37] == before[:, 28:37, 28:37]).all()  # inside of any outline
@@ -65,37 +70,27 @@ def test_only_the_box_changes_with_the_look():
     other = WORLD.story(1).looks[0]
     for story in map(dataclasses.replace(WORLD, frames=15).story, range(2, 12)):
         for index, shot in enumerate(story.shots):
-            changed = (render_shot(story, index) != render_shot(story, index, other)).any(-1)
-            assert not (changed & ~boxes(shot)).any()
-            assert (changed[boxes(shot)].mean() > 0.15) == (shot.character is not None)
+            changed = (story.render_shot(index) != story.render_shot(index, other)).any(-1)
+            assert not (changed & ~shot.box).any()
+            assert (changed[shot.box].mean() > 0.15) == (shot.character is not None)
 
 
 def test_a_recall_is_no_copy_of_its_reveal():
     for seed in range(10):
         story = WORLD.story(seed)
         for recall, reveal in story.recalls:
-            frames, before = render_shot(story, recall), render_shot(story, reveal)
+            frames, before = story.render_shot(recall), story.render_shot(reveal)
             everywhere = np.ones(frames.shape[:3], bool)
             assert max(psnr(frames, before[[f] * len(frames)], everywhere) for f in range(len(before))) < 26
 
 
 def test_frames_move():
-    assert all(dynamic_degree(render_shot(WORLD.story(s), 0)) > 0.002 for s in range(20))
-    assert dynamic_degree(render_shot(WORLD.story(0), 0)[[0, 0, 0]]) == 0
+    assert all(dynamic_degree(WORLD.story(s).render_shot(0)) > 0.002 for s in range(20))
+    assert dynamic_degree(WORLD.story(0).render_shot(0)[[0, 0, 0]]) == 0
 
 
 def test_the_truth_is_identified_and_others_are_not():
-    for seed in range(5):
-        story = WORLD.story(seed)
-        looks = (*story.looks, *story.strangers)
-        assert len(looks) == CANDIDATES
-        noise = np.random.default_rng(seed)
-        for recall, _ in story.recalls:
-            for truth in (story.shots[recall].character, 9):
-                frames = render_shot(story, recall, looks[truth]).astype(np.float32)
-                noisy = np.clip(frames + noise.normal(0, 40, frames.shape), 0, 255).astype(np.uint8)
-                pixels = drawn(story, recall, looks, lambda frames: frames)
-                assert nearest(noisy[boxes(story.shots[recall])], pixels) == truth
+    check_identified(WORLD, 5)
 
 
 def test_without_memory_every_candidate_is_as_likely():
@@ -109,6 +104,38 @@ def test_without_memory_every_candidate_is_as_likely():
     assert abs(np.mean(found) - 4 / CANDIDATES) < 3 * np.sqrt(0.25 * 0.75 / 600)
 
 
+def test_large_frames_show_more_of_the_place_and_characters_everywhere():
+    large = dataclasses.replace(WORLD, size=160, frames=41)
+    seen = np.zeros((160, 160), bool)
+    for seed in range(4):
+        story = large.story(seed)
+        assert [shot.caption for shot in story.shots] == [shot.caption for shot in WORLD.story(seed).shots]
+        recall, _ = story.recalls[0]
+        frames, other = story.render_shot(recall), story.render_shot(recall, story.strangers[0])
+        changed, box = (frames != other).any(-1), story.shots[recall].box
+        assert frames.shape == (41, 160, 160, 3)
+        assert not (changed & ~box).any()
+        assert (box.sum((1, 2)) >= 28**2).all()  # whole in every frame
+    for seed in range(8):
+        seen |= np.any([shot.box.any(0) for shot in large.story(seed).shots], axis=0)
+    assert min(seen.any(0).mean(), seen.any(1).mean()) > 0.95  # from edge to edge, by nine ways
+    assert seen.mean() > 0.7
+
+
+def test_looks_are_those_of_the_whole_frames_reconstruction():
+    codec = fit(WORLD, PcaConfig(channels=8), 4)
+
+    def reconstruct(frames):
+        return pixels_from_unit(codec.decode(codec.encode(pixels_to_unit(frames))))
+
+    story = dataclasses.replace(WORLD, size=200).story(0)
+    shot = story.recalls[0][0]
+    found = drawn(story, shot, story.looks[:2], reconstruct)
+    for look, pixels in zip(story.looks, found):
+        whole = reconstruct(story.render_shot(shot, look))[story.shots[shot].box]
+        assert np.abs(whole.astype(int) - pixels).max() <= 1  # rounded apart
+
+
 def test_what_no_world_can_be_is_refused():
     with pytest.raises(ValueError, match=r"7 characters in 12 shots: each needs a reveal and a recall.*try 6"):
         World(shots=12, characters=7)
@@ -116,3 +143,7 @@ def test_what_no_world_can_be_is_refused():
         World(places=9)
     with pytest.raises(ValueError, match=r"16 frames; choose 1\.\.15"):
         World(frames=16)
+    with pytest.raises(ValueError, match=r"61 frames; choose 1\.\.60"):
+        World(frames=61, size=128)
+    with pytest.raises(ValueError, match=r"frames of 56 pixels; choose 64 or more"):
+        World(size=56)

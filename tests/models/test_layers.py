@@ -10,6 +10,7 @@ from flax import nnx
 
 from moc_jax.models import layers, rope
 from moc_jax.models.layers import gated_sum, gelu, modulated_norm, normed_heads, of_groups
+from moc_jax.models.linear import Linear
 from moc_jax.models.rope import rotate
 
 B, GROUPS, EACH, M, H, D = 2, 3, 4, 24, 2, 8
@@ -84,6 +85,18 @@ def test_nothing_but_inputs_and_numbers_per_row_is_kept_and_bfloat16_stays_so(na
         assert kept.dtype == jnp.bfloat16 or kept.size < low[0].size, kept
     gradients = jax.eval_shape(lambda out, *x: jax.vjp(function, *x)[1](out), out, *low)
     assert [(x.dtype, x.shape) for x in gradients] == [(x.dtype, x.shape) for x in low]
+
+
+def test_remat_sees_the_products_of_linear_maps():
+    linear = Linear({"embed": 8}, {"mlp": 24}, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+    def kept(policy):
+        run = jax.checkpoint(lambda x: jnp.sum(jnp.sin(linear(x))), policy=layers.KEPT[policy])
+        backward = jax.eval_shape(lambda x: jax.vjp(run, x)[1], jax.ShapeDtypeStruct((2, 5, 8), jnp.float32))
+        return [x.shape for x in jax.tree.leaves(backward)]
+
+    assert (10, 24) in kept("dots")
+    assert (10, 24) not in kept("attention")
 
 
 def test_each_group_has_its_captions_numbers_to_the_bit():

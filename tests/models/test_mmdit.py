@@ -212,7 +212,7 @@ def test_patches_across_frames_and_sizes_that_do_not_divide():
 
 
 def test_presets_reach_from_the_demo_to_three_billion_parameters():
-    counts = {name: parameter_count(cfg) for name, cfg in PRESETS.items()}
+    counts = {name: parameter_count(cfg) for name, cfg in PRESETS.items() if cfg.name == "mmdit"}
     assert counts["demo"] < 5e6
     assert 2.9e9 < counts["3b"] < 3.1e9
     assert list(counts.values()) == sorted(counts.values())
@@ -226,3 +226,27 @@ def test_matrix_flops_are_what_the_compiler_counts():
     counted = sum(jax.jit(jnp.dot).lower(x, m).compile().cost_analysis()["flops"] for m in w)
     ends = 2 * 2 * cfg.dim * 16 * 100
     assert matrix_flops(cfg, 0, 100) == pytest.approx(counted + ends, rel=1e-6)
+
+
+@pytest.mark.long
+def test_dense_layers_are_dense():
+    """Captions included. All of them: dense attention. One: its routes are empty, and the other's are not."""
+    video, text, t = _inputs()
+    dense = _run(video, text, t, _lengths(), dataclasses.replace(MOC, mode="dense"))
+    every = _run(video, text, t, _lengths(), dataclasses.replace(MOC, dense_layers=(0, 1)))
+    np.testing.assert_allclose(every[0, :9], dense[0, :9], atol=2e-5)
+    seen = _model_of(WEIGHTS, video, text, t, _lengths(), dataclasses.replace(MOC, dense_layers=(1,)))
+    assert (np.asarray(seen.routes[0]) >= 0).any()
+    assert (np.asarray(seen.routes[1]) == -1).all()
+    assert np.abs(seen.velocity - every)[0, :9].max() > 1e-3
+
+
+@pytest.mark.long
+def test_a_clean_first_frame_stands_at_no_noise():
+    """Its shot's level reaches it no more than a clean shot's."""
+    video, text, t = _inputs()
+    lengths = _lengths((9, 0, 0), (2, 3, 0, 0))
+    given = dataclasses.replace(lengths, clean_first=jnp.array([[True, False, False], [False] * 3]))
+    still = t.at[0, 0].set(0.0)
+    np.testing.assert_allclose(_run(video, text, still, given)[0], _run(video, text, still, lengths)[0], atol=2e-5)
+    assert np.abs(_run(video, text, t, given) - _run(video, text, t, lengths))[0, :9].max() > 1e-3

@@ -11,7 +11,8 @@ import pytest
 
 from moc_jax.sampling import atlas as page
 from moc_jax.sampling.atlas import AtlasError, atlas, save_atlas
-from moc_jax.sampling.generate import Picks, Sample
+from moc_jax.sampling.generate import Sample
+from moc_jax.sampling.picks import Picks
 from moc_jax.sampling.storyboard import Shot, Storyboard
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

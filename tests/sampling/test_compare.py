@@ -57,7 +57,7 @@ def test_a_training_scene_comes_with_its_storyboard_and_its_reconstruction(tmp_p
     ceiling, per_shot = mean_psnr(shots, scene.original)
     shown = ", ".join(f"{value:.1f}" for value in per_shot)
     assert lines[1] == f"PSNR of the reconstruction against the original: {ceiling:.2f} dB (by shot: {shown})"
-    canvas = Canvas(config.data, codec, config.model.patch)
+    canvas = Canvas(config.data, codec, config.model.patch, config.moc)
     request = make_request([board], canvas, config.sample, build_text_encoder(config.text))
     np.testing.assert_array_equal(request.lengths.shot_frames, [[3, 4]])
 

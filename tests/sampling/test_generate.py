@@ -14,7 +14,8 @@ from moc_jax.config import BucketConfig, ConfigError, MeshConfig, PcaConfig
 from moc_jax.cuts import chunk_table_from
 from moc_jax.data.manifest import SceneEntry, ShotEntry
 from moc_jax.data.video import write_video
-from moc_jax.sampling.generate import Sampler, SamplingError, _noises, routing_shares
+from moc_jax.sampling.generate import Sampler, SamplingError, _noises
+from moc_jax.sampling.picks import routing_shares
 from moc_jax.sampling.scenes import make_request, scene_storyboard
 from moc_jax.sampling.storyboard import StoryboardError
 from moc_jax.scene import GLOBAL, TEXT, VIDEO
@@ -158,7 +159,7 @@ def test_warnings_of_what_will_not_work_as_hoped():
 
 
 def test_the_storyboard_of_a_training_scene_has_its_durations():
-    shots = tuple(ShotEntry(caption=f"shot {n}", frames=n, start=0) for n in (1, 7, 3))
+    shots = tuple(ShotEntry(caption=f"shot {n}", frames=n, start=0, continues=False) for n in (1, 7, 3))
     entry = SceneEntry(name="a#0", source="a", split="train", caption="all", shots=shots, shard=0, record=0)
     board = scene_storyboard(entry, stride=CONFIG.codec.stride[0], fps=CONFIG.data.fps)
     request = make_request([board], canvas_of(CONFIG), CONFIG.sample, build_text_encoder(CONFIG.text))
@@ -354,6 +355,7 @@ def test_a_compilation_is_left_when_stop_is_asked():
         sampler(make_params(), [TWO], bucket=BUCKET)
 
 
+@pytest.mark.long
 def test_call_by_call_is_the_same_as_in_one_program():
     config = with_sample(order="shots", solver="heun")
     sampler = Sampler(config, make_codec())
@@ -361,8 +363,8 @@ def test_call_by_call_is_the_same_as_in_one_program():
 
     @jax.jit
     def whole(params, request):
-        known, lengths = request.known, request.lengths
-        return sample_scene(sampler._velocity(params, request), *_noises(request), known, lengths, config.sample)
+        velocity_fn = sampler._velocity(config.moc, params, request)
+        return sample_scene(velocity_fn, *_noises(request), request.known, request.lengths, config.sample)
 
     np.testing.assert_allclose(
         sampler._run(make_params(), request), whole(make_params(), jax.tree.map(jnp.asarray, request)), atol=2e-5

@@ -123,3 +123,18 @@ def test_pictures_are_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
     with Image.open(tmp_path / "new" / "a.png") as image:
         assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_shots_that_continue_the_one_before_are_marked(monkeypatch):
+    written, text = [], ImageDraw.ImageDraw.text
+
+    def watched(self, at, line, *arguments, **options):
+        written.append(line)
+        return text(self, at, line, *arguments, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", watched)
+    contact_sheet(make_rows(), ["a", "a", "b"], continues=[False, True, False])
+    assert [line for line in written if "shot " in line] == ["shot 1", "→ shot 2", "shot 3"]
+    shares = np.full((1, 3, 3), 0.2, np.float32)
+    marked = routing_picture(shares, continues=[False, True, False])
+    assert marked.tobytes() != routing_picture(shares).tobytes()

@@ -1,9 +1,11 @@
 """sample.py as a user calls it, in this process, on a checkpoint of a tiny model."""
 
 import dataclasses
+import json
 import os
 import re
 import signal
+import sys
 import time
 
 import av
@@ -17,10 +19,13 @@ from moc_jax.checkpoint_names import CheckpointError
 from moc_jax.cli import clean_exit
 from moc_jax.codecs import CodecMismatch
 from moc_jax.commands import sample, videos
-from moc_jax.config import AttentionConfig, ConfigError, PcaConfig
+from moc_jax.commands.sample_arguments import SAMPLE, Arguments
+from moc_jax.config import AttentionConfig, ConfigError, PcaConfig, Umt5Config, WanVaeConfig
 from moc_jax.data import codec_of, prepare
+from moc_jax.digest import tree_digests, weights_digest
+from moc_jax.provenance import read_provenance
 from moc_jax.sampling.generate import Sampler
-from moc_jax.sampling.storyboard import StoryboardError
+from moc_jax.sampling.storyboard import StoryboardError, load_storyboard, storyboard_digest
 from tests.data.small import make_videos, small_config
 from tests.sampling.worlds import CONFIG, make_codec, make_params
 from tests.training.processes import environment, finish, start_python
@@ -87,6 +92,29 @@ def test_from_checkpoint_and_storyboard_to_video_and_pictures(run_folder, boards
     call(run_folder, *words, "--overwrite")
     assert (boards / "a.mp4").read_bytes() == before  # same seed, same bytes
 
+    made, digests = read_provenance(boards / "a.mp4"), tree_digests(make_params())
+    assert (made.weights, made.step, made.seed) == (weights_digest(digests), 3, 3)
+    assert made.storyboard == storyboard_digest(dataclasses.replace(load_storyboard(boards / "one.yaml"), seed=3))
+    assert (made.settings["sample"]["steps"], made.settings["moc"]["top_k"]) == (3, 1)
+    assert not made.partly_given
+
+
+def test_a_filter_may_refuse_a_caption(run_folder, boards, no_sampling):
+    answer = 'import sys\nfor line in sys.stdin: print(\'{"allowed": false, "reason": "dark"}\', flush=True)'
+    (boards / "filter.py").write_text(answer)
+    words = ["--out", boards / "a.mp4", "--caption-filter", f"{sys.executable} '{boards / 'filter.py'}'"]
+    with pytest.raises(StoryboardError, match=r"one.yaml: caption is refused: dark"):
+        call(boards / "no run", "--storyboard", boards / "one.yaml", *words)  # before anything is read
+    assert not (boards / "a.mp4").exists()
+
+
+def test_what_shots_of_generations_say_is_not_dropped(boards, no_sampling):
+    (boards / "pins.yaml").write_text(
+        "caption: x\nshots: [{caption: a, seconds: 1}, {caption: b, seconds: 1, remember: [1]}]"
+    )
+    with pytest.raises(StoryboardError, match=r"pins.yaml: shots\[1\].remember is for a generation.*give --extend"):
+        call(boards / "no run", "--storyboard", boards / "pins.yaml", "--out", boards / "a.mp4")
+
 
 def test_a_long_storyboard_is_named_before_anything_is_loaded(boards, capsys):
     """Whatever bytes its name has."""
@@ -98,6 +126,7 @@ def test_a_long_storyboard_is_named_before_anything_is_loaded(boards, capsys):
 
 
 def test_several_storyboards_make_a_folder(run_folder, boards):
+    """Each over four devices."""
     out = boards / "videos"
     call(
         run_folder,
@@ -109,13 +138,17 @@ def test_several_storyboards_make_a_folder(run_folder, boards):
         "--contact-sheet",
         out,
         "--dense",
+        "--mesh.data",
+        2,
+        "--mesh.context",
+        4,
     )
     assert sorted(p.name for p in out.iterdir()) == ["one.mp4", "one.png", "two.mp4", "two.png"]
     assert len(read(out / "two.mp4")[0]) == 6
 
 
 def test_every_setting_takes_its_place():
-    args = sample.Arguments(
+    args = Arguments(
         checkpoint="run",
         storyboard=(),
         out="x.mp4",
@@ -141,9 +174,19 @@ def test_every_setting_takes_its_place():
     assert config.sample == dataclasses.replace(
         CONFIG.sample, solver="dpm++", steps=7, guidance=3.0, shift=2.0, order="shots", history_noise=0.1
     )
-    plain = sample.Arguments(checkpoint="run", storyboard=(), out="x.mp4")
+    plain = Arguments(checkpoint="run", storyboard=(), out="x.mp4")
     assert CONFIG.attention.backend == "reference"  # where it was trained; here, what suits this machine
     assert sample.configure(CONFIG, 1, plain) == dataclasses.replace(CONFIG, attention=AttentionConfig())
+
+
+def test_public_weights_may_lie_elsewhere():
+    model = dataclasses.replace(CONFIG.model, latent_channels=16, text_dim=4096)
+    codec, text = WanVaeConfig(version="2.1", weights="there"), Umt5Config(weights="there", tokenizer="own")
+    config = dataclasses.replace(CONFIG, model=model, codec=codec, text=text)
+    args = Arguments(checkpoint="run", out="a.mp4", weights="here")
+    found = sample.configure(config, 1, args)
+    assert (found.codec.weights, found.text.weights, found.text.tokenizer) == ("here", "here", "own")
+    assert sample.configure(CONFIG, 1, args).codec == CONFIG.codec
 
 
 def test_help_shows_the_values_of_the_checkpoint_beside_it(run_folder, capsys):
@@ -153,7 +196,7 @@ def test_help_shows_the_values_of_the_checkpoint_beside_it(run_folder, capsys):
     text = " ".join(re.sub(r"[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
     config, step = saved_config(str(run_folder))
     moc = config.moc_at(step - 1)
-    values = {name.replace("_", "-"): getattr(config.sample, name) for name in sample.SAMPLE}
+    values = {name.replace("_", "-"): getattr(config.sample, name) for name in SAMPLE}
     for name, value in {**values, "top-k": moc.top_k, "chunk": moc.chunk.size, "step": step}.items():
         assert re.search(rf"--{name} (?:(?!--).)*default: {re.escape(str(value))}\)", text), (name, value)
     assert re.search(r"--out (?:(?!--).)*\(required\)", text)
@@ -172,7 +215,7 @@ def test_help_explains_each_setting(capsys):
         sample.main(["--help"])
     assert caught.value.code == 0
     text = " ".join(re.sub(r"[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
-    for field in dataclasses.fields(sample.Arguments):
+    for field in dataclasses.fields(Arguments):
         assert f"--{field.name.replace('_', '-')}" in text
     for phrase in ("Chunks that each query picks", "Replace files that exist", "Which checkpoint"):
         assert phrase in text
@@ -255,6 +298,7 @@ def test_single_files_that_cannot_be_written_are_named_first_too(boards, monkeyp
     assert sorted(p.name for p in boards.iterdir()) == ["folder", "one.yaml", "two.yaml"]
 
 
+@pytest.mark.long
 def test_sigterm_ends_sampling_with_a_line_and_without_a_file(run_folder, boards):
     words = ["--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", "--steps", 10**5, "--solver", "euler"]
     script = "import moc_jax.progress; moc_jax.progress.EVERY = 0.2; from moc_jax.cli import sample; sample()"
@@ -291,6 +335,28 @@ def test_a_training_scene_is_shown_with_its_scores(tmp_path, capsys, monkeypatch
     assert len(read(tmp_path / "scene-0.mp4")[0]) == 22  # 9 and 13 frames
     with pytest.raises(ConfigError, match=r"scene-0\.mp4 exists"):
         call(folder, *words)
+
+
+@pytest.mark.long
+def test_an_episode_has_a_video_for_each_shot(run_folder, tmp_path, monkeypatch, capsys):
+    """As StoryMem and EntityBench name them; a scene of HoloCine's is one video."""
+    monkeypatch.setattr("moc_jax.stories.PROMPT_SECONDS", 0.5)
+    scenes = [{"scene_num": 1, "video_prompts": ["a", "b"], "cut": [True, False]}, {"video_prompts": ["c"]}]
+    (tmp_path / "episode.json").write_text(json.dumps({"story_overview": "all", "scenes": scenes}))
+    holocine = {"global_caption": "x", "shot_captions": ["one", "two"], "num_frames": 16}
+    (tmp_path / "scene.json").write_text(json.dumps(holocine))
+    out = tmp_path / "out"
+    call(run_folder, "--storyboard", tmp_path / "episode.json", "--out", out)
+    names = ["01_01.mp4", "01_02.mp4", "02_01.mp4"]
+    assert sorted(path.name for path in (out / "episode").iterdir()) == names
+    assert [len(read(out / "episode" / name)[0]) for name in names] == [5, 5, 5]  # half a second is six
+    assert f"{out / 'episode'}: 3 shots, 15 frames at 12 fps" in capsys.readouterr().out
+    call(run_folder, "--storyboard", tmp_path / "scene.json", "--out", tmp_path / "scene.mp4", "--steps", 1)
+    assert len(read(tmp_path / "scene.mp4")[0]) == 10  # twice half a second
+    with pytest.raises(ConfigError, match=r"episode/01_01.mp4 exists"):
+        call(run_folder, "--storyboard", tmp_path / "episode.json", "--out", out)
+    with pytest.raises(ConfigError, match=r"x.mp4 is one file, but there are 3 videos of single shots; give a folder"):
+        call(run_folder, "--storyboard", tmp_path / "episode.json", "--out", tmp_path / "x.mp4")
 
 
 @pytest.mark.usefixtures("no_sampling")

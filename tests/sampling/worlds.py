@@ -46,7 +46,7 @@ def make_codec(cfg=CONFIG.codec):
 
 
 def canvas_of(config):
-    return Canvas(config.data, make_codec(), config.model.patch)
+    return Canvas(config.data, make_codec(), config.model.patch, config.moc)
 
 
 @functools.cache

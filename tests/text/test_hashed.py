@@ -80,3 +80,10 @@ def test_too_long_names_count_limit_and_fix():
     assert len(encoder("one two three four")) == 5
     with pytest.raises(ValueError, match=r"'one two .*has 6 tokens.*text.max_tokens is 5.*raise text.max_tokens"):
         encoder("one two three four five")
+
+
+def test_a_batch_is_each_caption_alone():
+    encoder = build_text_encoder(HashConfig(dim=8))
+    captions = ["", "a bike", "Ein Rad, 自転車"]
+    for together, alone in zip(encoder.batch(captions), map(encoder, captions), strict=True):
+        np.testing.assert_array_equal(together, alone)

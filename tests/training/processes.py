@@ -67,16 +67,25 @@ def wait_until(condition, process, pause=0.002):
         time.sleep(pause)
 
 
-def two(command, workdir, *arguments):
-    """The same command as two processes of one run."""
+def free_port():
+    """One that nobody listens at now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    cluster = ["--mesh.distributed", "True", "--mesh.coordinator", f"127.0.0.1:{port}", "--mesh.num-processes", "2"]
-    return [command(workdir, *arguments, *cluster, "--mesh.process-id", str(i)) for i in range(2)]
+        return free.getsockname()[1]
+
+
+def several(count, command, workdir, *arguments):
+    """The same command as so many processes of one run."""
+    cluster = ["--mesh.coordinator", f"127.0.0.1:{free_port()}", "--mesh.num-processes", str(count)]
+    return [command(workdir, *arguments, *cluster, "--mesh.process-id", str(i)) for i in range(count)]
+
+
+def two(command, workdir, *arguments):
+    """The same command as two processes of one run."""
+    return several(2, command, workdir, *arguments)
 
 
 def finish_both(processes):
     results = [finish(process) for process in processes]
-    assert [code for code, _ in results] == [0, 0], "\n".join(out for _, out in results)
+    assert not any(code for code, _ in results), "\n".join(out for _, out in results)
     return [out for _, out in results]

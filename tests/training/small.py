@@ -35,7 +35,7 @@ CONFIG = Config(
 # The same, to be run on videos.
 DATA = dataclasses.replace(
     CONFIG,
-    data=DataConfig(height=32, width=48, fps=12.0, caption_dropout=0.3, image_conditioning=0.3),
+    data=DataConfig(height=32, width=48, fps=12.0, caption_dropout=0.3, image_conditioning=0.3, max_buckets=1),
     train=TrainConfig(steps=6, batch_size=2, checkpoint_every=3, log_every=2),
 )
 

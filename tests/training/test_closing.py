@@ -6,6 +6,7 @@ import pytest
 
 from moc_jax.training.closing import closing_all
 from moc_jax.training.metrics import Metrics
+from moc_jax.training.speed import Speed
 
 
 def failing(name, done, error=OSError):
@@ -50,10 +51,10 @@ def test_nothing_wrong_is_nothing_raised():
 
 def test_a_bar_that_cannot_be_closed_loses_no_log(tmp_path):
     """As when the terminal is gone."""
-    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
+    metrics = Metrics(str(tmp_path), start=0, steps=3, speed=Speed("cpu", 1), enabled=True)
     metrics.write(1, {"loss": 1.0})
     metrics._progress.close()
     metrics._progress = types.SimpleNamespace(close=lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         metrics.close()
-    assert metrics._file.closed
+    assert metrics._file._file.closed

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from etils import epath
 
+from moc_jax.training import history
 from moc_jax.training.metrics import Metrics, draw_loss_curve, read_metrics
+from moc_jax.training.speed import Speed
 
 ROWS = [json.dumps({"step": step, "loss": 1 / step}).encode() for step in range(1, 7)]
 WHOLE = b"".join(row + b"\n" for row in ROWS)
@@ -49,7 +51,7 @@ def resume(workdir, start=5):
     """The warnings of going on after step `start`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        Metrics(str(workdir), start=start, steps=9, enabled=True).close()
+        Metrics(str(workdir), start=start, steps=9, speed=Speed("cpu", 1), enabled=True).close()
     return [str(w.message) for w in caught if w.category is UserWarning]
 
 
@@ -99,7 +101,7 @@ def test_a_last_line_that_was_cut_off_is_what_a_kill_leaves(tmp_path):
 
 
 def test_numbers_that_are_not_finite_become_null_and_the_curve_leaves_them_out(tmp_path):
-    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
+    metrics = Metrics(str(tmp_path), start=0, steps=3, speed=Speed("cpu", 1), enabled=True)
     metrics.write(1, {"loss": 0.5, "validation": {"mean": float("nan"), "t_0.5": np.float32("inf")}}, board=False)
     metrics.close()
     assert read_metrics(tmp_path / "metrics.jsonl") == [
@@ -186,7 +188,7 @@ def test_without_a_place_for_tensorboard_the_run_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_tensorboard_that_goes_away_stops_nothing(tmp_path, monkeypatch):
-    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
+    metrics = Metrics(str(tmp_path), start=0, steps=3, speed=Speed("cpu", 1), enabled=True)
 
     def refuse():
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -207,3 +209,20 @@ def test_a_curve_that_cannot_be_drawn_at_the_end_is_a_warning(tmp_path, broken):
     (tmp_path / broken).mkdir()
     with pytest.warns(UserWarning, match=r"loss\.png could not be drawn"):
         assert not draw_loss_curve(tmp_path / "metrics.jsonl", epath.Path(tmp_path) / "loss.png")
+
+
+def test_in_a_bucket_where_nothing_can_be_added_to_a_file_no_line_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(history, "is_address", lambda path: True)
+    kind = type(path := epath.Path(tmp_path / "metrics.jsonl"))
+    opened = kind.open
+    # A bucket's file that is opened to add to it is emptied.
+    monkeypatch.setattr(kind, "open", lambda path, mode="r", **more: opened(path, mode.replace("a", "w"), **more))
+    (tmp_path / "metrics.jsonl").write_bytes(WHOLE)
+    log = history.Log(path)
+    log.write('{"step": 7}\n')
+    assert path.read_bytes() == WHOLE
+    log.keep()
+    assert path.read_bytes() == WHOLE + b'{"step": 7}\n'
+    log.write('{"step": 8}\n')
+    log.close()
+    assert path.read_bytes() == WHOLE + b'{"step": 7}\n{"step": 8}\n'

@@ -9,10 +9,24 @@ import threading
 
 import pytest
 
+from moc_jax import cloud
 from moc_jax.config import ConfigError
+from moc_jax.files import is_address
 from moc_jax.training import lock as module
 from moc_jax.training.lock import NAME, Lock, LockError, this_process
 from moc_jax.training.workdir import claimed
+from tests.clouds import storage
+
+__all__ = ["storage"]
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def workdir(request, tmp_path):
+    """On a disk, and in a bucket."""
+    if request.param == "folder":
+        return tmp_path
+    request.getfixturevalue("storage")
+    return f"gs://bucket/{tmp_path.name}"
 
 
 @pytest.fixture
@@ -22,18 +36,27 @@ def quick(monkeypatch):
     monkeypatch.setattr(module, "REFRESH", 0.05)
 
 
-def leave(folder, sign=7, **changes):
+def leave(workdir, sign=7, **changes):
     """The lock of another run."""
     holder = dataclasses.replace(this_process(), **changes)
-    (folder / NAME).write_text(json.dumps({**dataclasses.asdict(holder), "sign": sign}))
+    text = json.dumps({**dataclasses.asdict(holder), "sign": sign})
+    cloud.write(f"{workdir}/{NAME}", text.encode()) if is_address(workdir) else (workdir / NAME).write_text(text)
 
 
-def holder(folder):
-    return json.loads((folder / NAME).read_text())
+def content(workdir):
+    return cloud.read(f"{workdir}/{NAME}")[0] if is_address(workdir) else (workdir / NAME).read_bytes()
 
 
-def take(folder):
-    lock = Lock(folder)
+def holder(workdir):
+    return json.loads(content(workdir))
+
+
+def is_empty(workdir):
+    return cloud.is_empty(workdir) if is_address(workdir) else not os.listdir(workdir)
+
+
+def take(workdir):
+    lock = Lock(workdir)
     lock.acquire()
     return lock
 
@@ -44,29 +67,29 @@ def ended():
     return process.pid
 
 
-def test_the_second_is_refused_and_told_whose_it_is(tmp_path):
-    first = take(tmp_path)
-    before = (tmp_path / NAME).read_bytes()
+def test_the_second_is_refused_and_told_whose_it_is(workdir):
+    first = take(workdir)
+    before = content(workdir)
     with pytest.raises(LockError) as refused:
-        take(tmp_path)
-    mine = holder(tmp_path)
-    for part in (f"{tmp_path} is in use by process {os.getpid()} on host {mine['host']}", mine["since"], "--workdir"):
+        take(workdir)
+    mine = holder(workdir)
+    for part in (f"{workdir} is in use by process {os.getpid()} on host {mine['host']}", mine["since"], "--workdir"):
         assert part in str(refused.value)
-    assert (tmp_path / NAME).read_bytes() == before
+    assert content(workdir) == before
     first.check(now=True)
     first.release()
-    assert os.listdir(tmp_path) == []
-    take(tmp_path).release()
+    assert is_empty(workdir)
+    take(workdir).release()
 
 
-def test_a_killed_holder_of_this_host_is_followed_at_once(tmp_path, monkeypatch):
+def test_a_killed_holder_of_this_host_is_followed_at_once(workdir, monkeypatch):
     monkeypatch.setattr(module, "LEASE", 1e9)  # nothing is waited for
     zombie = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
     zombie.stdout.read()
     os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
     for changes in ({"pid": ended()}, {"started": "1"}, {"pid": zombie.pid}):  # gone; its id used again; not yet reaped
-        leave(tmp_path, **changes)
-        take(tmp_path).release()
+        leave(workdir, **changes)
+        take(workdir).release()
     zombie.communicate()
 
 
@@ -78,16 +101,16 @@ def test_a_holder_that_lives_is_never_followed(tmp_path):
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("changes", [{"host": "other"}, {"boot": "before"}, {"space": "pid:[1]"}])
-def test_another_host_is_followed_once_it_gave_no_sign_for_the_lease(tmp_path, changes):
-    leave(tmp_path, **changes)
+def test_another_host_is_followed_once_it_gave_no_sign_for_the_lease(workdir, changes):
+    leave(workdir, **changes)
     now, said = [0.0], []
-    lock = Lock(tmp_path, clock=lambda: now[0])
+    lock = Lock(workdir, clock=lambda: now[0])
     lock._over = Ticks(now, 0.1)
     lock.acquire(said.append)
     assert now[0] == pytest.approx(0.4)
     assert f"on host {changes.get('host', this_process().host)}" in said[0]
-    assert holder(tmp_path)["pid"] == os.getpid()
-    assert holder(tmp_path)["host"] == this_process().host
+    assert holder(workdir)["pid"] == os.getpid()
+    assert holder(workdir)["host"] == this_process().host
     lock.release()
 
 
@@ -106,35 +129,35 @@ class Ticks(threading.Event):
 
 
 @pytest.mark.usefixtures("quick")
-def test_another_host_that_gives_a_sign_keeps_its_folder(tmp_path):
-    leave(tmp_path, host="other")
-    threading.Timer(0.1, lambda: leave(tmp_path, host="other", sign=8)).start()
+def test_another_host_that_gives_a_sign_keeps_its_folder(workdir):
+    leave(workdir, host="other")
+    threading.Timer(0.1, lambda: leave(workdir, host="other", sign=8)).start()
     with pytest.raises(LockError, match="on host other"):
-        take(tmp_path)
-    assert holder(tmp_path)["sign"] == 8
+        take(workdir)
+    assert holder(workdir)["sign"] == 8
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_holder_gives_signs(tmp_path):
-    lock = take(tmp_path)
-    first = holder(tmp_path)["sign"]
+def test_the_holder_gives_signs(workdir):
+    lock = take(workdir)
+    first = holder(workdir)["sign"]
     deadline = threading.Event()
     for _ in range(100):
-        if holder(tmp_path)["sign"] >= first + 2:
+        if holder(workdir)["sign"] >= first + 2:
             break
         deadline.wait(0.05)
-    assert holder(tmp_path)["sign"] >= first + 2
+    assert holder(workdir)["sign"] >= first + 2
     lock.release()
 
 
-def test_of_many_starts_at_once_one_gets_it(tmp_path):
+def test_of_many_starts_at_once_one_gets_it(workdir):
     for leftover in (False, True) * 10:
         if leftover:
-            leave(tmp_path, started="1")
+            leave(workdir, started="1")
         ready, results = threading.Barrier(8), []
 
         def start(ready=ready, results=results):
-            lock = Lock(tmp_path)
+            lock = Lock(workdir)
             ready.wait()
             try:
                 lock.acquire()
@@ -150,12 +173,12 @@ def test_of_many_starts_at_once_one_gets_it(tmp_path):
         winner.release()
 
 
-def test_a_run_that_slept_too_long_notices_and_leaves_the_others_lock(tmp_path):
+def test_a_run_that_slept_too_long_notices_and_leaves_the_others_lock(workdir):
     now = [0.0]
-    lock = Lock(tmp_path, clock=lambda: now[0])
+    lock = Lock(workdir, clock=lambda: now[0])
     lock.acquire()
     lock.check()
-    leave(tmp_path, host="other")
+    leave(workdir, host="other")
     lock.check()  # it was looked at a moment ago
     now[0] = 100.0
     with pytest.raises(LockError, match=r"was taken over by process \d+ on host other.*this run stops"):
@@ -163,7 +186,7 @@ def test_a_run_that_slept_too_long_notices_and_leaves_the_others_lock(tmp_path):
     with pytest.raises(LockError):
         lock.check()
     lock.release()
-    assert holder(tmp_path)["host"] == "other"
+    assert holder(workdir)["host"] == "other"
 
 
 def test_a_lock_that_was_removed_is_lost(tmp_path):
@@ -182,6 +205,22 @@ def test_storage_that_is_out_of_reach_for_a_while_proves_nothing(tmp_path, monke
     lock.check(now=True)
     lock.release()
     assert os.listdir(tmp_path) == []
+
+
+def test_an_answer_that_was_lost_is_no_loss(storage, monkeypatch):
+    """The client repeats a request whose answer it didn't get, and hears that the object is there: it is ours."""
+    write, lost, workdir = cloud.write, [], "gs://bucket/lost-answer"
+
+    def twice(address, content, **condition):
+        if not lost:
+            lost.append(write(address, content, **condition))
+        return write(address, content, **condition)
+
+    monkeypatch.setattr(cloud, "write", twice)
+    lock = take(workdir)
+    lock.check(now=True)
+    lock.release()
+    assert is_empty(workdir)
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,12 @@ def test_a_run_writes_everything_and_a_second_one_has_nothing_to_do(
     assert config_from_json((run / "config.json").read_text()).train.validate_every == 2
     assert (run / "loss.png").stat().st_size > 5000
     assert len(list((run / "tensorboard").iterdir())) == 1
+    speed = read_metrics(run / "speed.jsonl")
+    assert [row["step"] for row in speed] == [0, 2, 3, 4, 6, 6]  # logged, and before each checkpoint
+    assert 0 < speed[-1]["goodput"] <= 1
     assert out.count("compiled the step") == 2  # one per stage; validation and previews bring no other
-    for told in ("parameters", "2 training and 1 held-out scenes", "chunks of 2 frames", "chunks of 1 frames", "FLOP"):
+    kinds = "parameters", "2 training and 1 held-out scenes", "chunks of 2 frames", "chunks of 1 frames"
+    for told in (*kinds, "FLOP", "MFU is left out"):
         assert told in out, told
     assert re.search(r"^training: 6 of 6 steps in [\d:]+, loss \d\.\d{4}$", err, re.MULTILINE)
     assert "\r" not in out + err
@@ -74,6 +78,15 @@ def test_a_run_writes_everything_and_a_second_one_has_nothing_to_do(
     assert len(previews) == 2
     loaded = load_for_sampling(str(run))
     assert loaded.step == 6
+    card = (run / "checkpoints" / "6" / "README.md").read_text()
+    for told in (
+        "pipeline_tag: text-to-video",
+        f"SHA-256 `{loaded.digest}`",
+        "6 of 6 steps",
+        "2 scenes of",
+        "Licence:",
+    ):
+        assert told in card, told
     assert previews[1][1] == float(np.abs(np.asarray(loaded.params["final"]["kernel"])).sum())
 
 
@@ -96,10 +109,11 @@ def test_going_on_is_the_same_as_not_stopping(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_devices_train_like_one(start, tmp_path):
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4}, {"data": 2, "context": 2, "tensor": 2}], ids=str)
+def test_eight_devices_train_like_one(start, tmp_path, sizes):
     one = start(train={"batch_size": 8, "steps": 3}, mesh=mesh_of(1))
     os.rename(tmp_path / "run", tmp_path / "one")
-    many = start(train={"batch_size": 8, "steps": 3}, mesh=mesh_of(8, data=2, fsdp=4))
+    many = start(train={"batch_size": 8, "steps": 3}, mesh=mesh_of(8, **sizes))
     np.testing.assert_allclose([row["loss"] for row in many], [row["loss"] for row in one], rtol=2e-5)
 
 
@@ -210,6 +224,7 @@ def test_what_may_change(parts):
     assert len(changes) == sum(map(len, parts.values()))
 
 
+@pytest.mark.long
 def test_the_log_is_plain_json(start, tmp_path):
     start(train={"steps": 1})
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
@@ -263,6 +278,6 @@ def test_too_little_memory_names_the_settings_that_need_less(start, monkeypatch,
 
 
 def test_too_little_memory_for_the_weights_is_named(start, monkeypatch):
-    monkeypatch.setattr(loop, "create_state", Hungry("run"))
+    monkeypatch.setattr("moc_jax.training.start.create_state", Hungry("run"))
     with pytest.raises(TrainingError, match="too small for the weights, the optimizer's state and the moving ave"):
         start()

@@ -5,16 +5,16 @@ import json
 import time
 
 import numpy as np
-import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from moc_jax.training.metrics import PEAK_FLOPS, Clock, Metrics, draw_loss_curve, read_metrics, utilisation
+from moc_jax.training.metrics import Metrics, draw_loss_curve, read_metrics
+from moc_jax.training.speed import Speed
 
 
 def test_numbers_come_back_exactly(tmp_path):
-    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
+    metrics = Metrics(str(tmp_path), start=0, steps=3, speed=Speed("cpu", 1), enabled=True)
     losses = [float(np.float32(x)) for x in (0.1, 1 / 3, 2e-20)]
     for step, loss in enumerate(losses, 1):
         metrics.write(step, {"loss": loss})
@@ -28,15 +28,17 @@ def test_going_on_drops_what_lies_beyond_the_checkpoint_and_what_was_cut_off(tmp
     path = tmp_path / "metrics.jsonl"
     whole = "".join(json.dumps({"step": step, "loss": step / 3}) + "\n" for step in range(1, 8))
     path.write_text(whole + '{"step": 8, "lo')
-    Metrics(str(tmp_path), start=5, steps=9, enabled=True).close()
+    Metrics(str(tmp_path), start=5, steps=9, speed=Speed("cpu", 1), enabled=True).close()
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
     assert whole.startswith(path.read_text())
-    Metrics(str(tmp_path), start=0, steps=9, enabled=True).close()  # starting anew starts the log anew
+    Metrics(
+        str(tmp_path), start=0, steps=9, speed=Speed("cpu", 1), enabled=True
+    ).close()  # starting anew starts the log anew
     assert read_metrics(path) == []
 
 
 def test_only_the_main_process_writes(tmp_path):
-    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=False)
+    metrics = Metrics(str(tmp_path), start=0, steps=3, speed=Speed("cpu", 1), enabled=False)
     metrics.write(1, {"loss": 1.0})
     metrics.board(1, {"x": 1.0})
     metrics.progress(1)
@@ -69,7 +71,7 @@ def _points(folder):
 
 
 def test_tensorboard_gets_every_number_by_name(tmp_path):
-    metrics = Metrics(str(tmp_path), start=0, steps=3, enabled=True)
+    metrics = Metrics(str(tmp_path), start=0, steps=3, speed=Speed("cpu", 1), enabled=True)
     metrics.write(1, {"loss": 1.0}, board=False)
     metrics.write(2, {"loss": 2.0, "validation": {"mean": 0.5, "t_0.500": 0.25}})
     metrics.board(2, {"speed/steps_per_second": 4.0})
@@ -84,27 +86,11 @@ def test_tensorboard_gets_every_number_by_name(tmp_path):
 
 def test_tensorboard_forgets_what_a_resumed_run_does_again(tmp_path):
     """A file says its version first; points of earlier files count up to the step that it starts with."""
-    Metrics(str(tmp_path), start=300, steps=999, enabled=True).close()
+    Metrics(str(tmp_path), start=300, steps=999, speed=Speed("cpu", 1), enabled=True).close()
     version, session = _events(tmp_path / "tensorboard")
     assert (version.file_version, version.step) == ("brain.Event:2", 0)
     assert (session.session_log.status, session.step) == (SessionLog.START, 301)
     assert abs(session.wall_time - time.time()) < 100
-
-
-def test_rates_leave_pauses_out(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    clock = Clock()
-    now[0] += 2
-    clock.add(steps=1, tokens=10)
-    now[0] += 50
-    clock.leave_out(50)
-    now[0] += 2
-    clock.add(steps=1, tokens=30)
-    assert clock.rates() == {"steps": 0.5, "tokens": 10}
-    now[0] += 1
-    clock.add(steps=3)
-    assert clock.rates() == {"steps": 3}
 
 
 def test_progress_leaves_pauses_out_and_shows_the_loss(tmp_path, monkeypatch):
@@ -113,7 +99,7 @@ def test_progress_leaves_pauses_out_and_shows_the_loss(tmp_path, monkeypatch):
     monkeypatch.setattr("moc_jax.progress.EVERY", 0.02)
     now = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    metrics = Metrics(str(tmp_path), start=10, steps=40, enabled=True)
+    metrics = Metrics(str(tmp_path), start=10, steps=40, speed=Speed("cpu", 1), enabled=True)
     now[0] += 102.0
     metrics.leave_out(100.0)
     metrics.progress(20, loss="0.1234")
@@ -122,11 +108,6 @@ def test_progress_leaves_pauses_out_and_shows_the_loss(tmp_path, monkeypatch):
     metrics.close()
     assert "training: 20 of 40 steps (50%), 5 steps/s, 00:04 left, loss 0.1234\n" in out.getvalue()
     assert "\r" not in out.getvalue()
-
-
-def test_utilisation_is_told_for_known_devices_only():
-    assert utilisation(2 * 0.4 * PEAK_FLOPS["TPU v5p"], "TPU v5p", 2) == pytest.approx(0.4)
-    assert utilisation(1e12, "cpu", 1) is None
 
 
 def test_the_loss_curve_is_a_picture(tmp_path):

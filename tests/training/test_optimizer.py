@@ -53,6 +53,7 @@ def test_only_matrices_decay():
     np.testing.assert_array_equal(updates["bias"], 0)
 
 
+@pytest.mark.long
 def test_of_the_model_kernels_decay_and_no_bias_or_scale():
     """Also where heads are an axis of their own, a bias's too."""
     weights = models.abstract(MMDiTConfig(dim=16, depth=2, heads=2, latent_channels=4, text_dim=8))[1]

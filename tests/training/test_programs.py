@@ -10,7 +10,7 @@ import pytest
 from moc_jax.config import BucketConfig, ChunkStage, TrainConfig
 from moc_jax.data import prepare
 from moc_jax.signals import Signals
-from moc_jax.training import loop
+from moc_jax.training import loop, start
 from moc_jax.training.loop import train
 from moc_jax.training.programs import Programs, StagePrograms, Wanted
 from moc_jax.training.stop import RunStop
@@ -141,7 +141,7 @@ def test_the_next_stage_is_compiled_before_it_begins(prepared_config, tmp_path, 
             if asked.ahead:
                 compiled.set()
 
-    dispatch, create = loop._Run._dispatch, loop.create_state
+    dispatch, create = loop._Run._dispatch, start.create_state
 
     def dispatched(self, step):
         if step == 3:
@@ -151,7 +151,7 @@ def test_the_next_stage_is_compiled_before_it_begins(prepared_config, tmp_path, 
 
     monkeypatch.setattr(loop, "Programs", Told)
     monkeypatch.setattr(loop._Run, "_dispatch", dispatched)
-    monkeypatch.setattr(loop, "create_state", lambda *args: events.append("state") or create(*args))
+    monkeypatch.setattr(start, "create_state", lambda *args: events.append("state") or create(*args))
     train(config, prepare(config), mesh_of(1))
     first, then = events.index("chunks of 1 frames"), events.index("chunks of 2 frames")
     assert events.index(1) < then < events.index(3) < events.index(4)

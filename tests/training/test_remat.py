@@ -9,30 +9,38 @@ from flax import nnx
 
 from moc_jax import models
 from moc_jax.attention.api import RoutedAttention
-from moc_jax.config import BucketConfig
+from moc_jax.chips import chip_of
+from moc_jax.config import BucketConfig, WanConfig
 from moc_jax.models import kept_bytes
+from moc_jax.planning.plan import plan_training
+from moc_jax.planning.topology import topology
+from moc_jax.scene import SceneShape
 from moc_jax.training import remat, start
-from moc_jax.training.state import device_bytes
+from moc_jax.training.held import state_bytes, training_bytes
 from tests.training.small import CONFIG, blueprint_of, changed, make_scene, mesh_of
 
 AUTO = changed(CONFIG, model={"remat": "auto"}, data={"height": 32, "width": 32})
 BLUEPRINT = blueprint_of(AUTO, mesh_of(1))
 SHAPES = BucketConfig(shots=2, frames=4, text_tokens=8), BucketConfig(shots=3, frames=7, text_tokens=9)
+WAN = WanConfig(dim=16, depth=2, heads=2, mlp_dim=64, latent_channels=4, text_dim=8, text_rows=4, dtype="float32")
+ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
 TOKENS = 9 + 7 * 4  # of a scene in the larger one, which those of small.py are in too
 
 
 @pytest.mark.long
-def test_what_is_kept_is_counted():
+@pytest.mark.parametrize("sinks", [0, 1])
+@pytest.mark.parametrize(("model", "tokens", "captions"), [(CONFIG.model, TOKENS, 0), (WAN, 7 * 4, 10)])
+def test_what_is_kept_is_counted(model, tokens, captions, sinks):
     """By the shapes of what the backward pass of the whole model takes from the forward pass, but for a percent."""
     scene = jax.tree.map(jnp.asarray, make_scene(batch=2))
-    params = blueprint_of(CONFIG, mesh_of(1)).abstract.params
+    params, moc = models.abstract(model)[1], changed(CONFIG, moc={"sink_chunks": sinks}).moc
 
     def kept(policy):
-        graph = models.abstract(dataclasses.replace(CONFIG.model, remat=policy))[0]
+        graph = models.abstract(dataclasses.replace(model, remat=policy))[0]
 
         def forward(params):
             network, t = nnx.merge(graph, params), jnp.ones((2, 3))
-            inputs = scene.video, scene.text, t, scene.lengths, CONFIG.moc
+            inputs = scene.video, scene.text, t, scene.lengths, moc
             return network(*inputs, key=jax.random.key(0), attention=RoutedAttention(backend="xla"))
 
         backward = jax.eval_shape(lambda params: jax.vjp(forward, params)[1], params)
@@ -40,37 +48,72 @@ def test_what_is_kept_is_counted():
 
     least = kept("full")
     for policy in ("attention", "attention+mlp", "dots"):
-        counted = kept_bytes(CONFIG.model, policy, CONFIG.moc) - kept_bytes(CONFIG.model, "full", CONFIG.moc)
-        counted //= CONFIG.model.depth
-        pairs = 4 * CONFIG.model.heads * 4  # where the pairs of four picks lie, which plain XLA does not keep
-        expected = 2 * CONFIG.model.depth * TOKENS * (counted - pairs)
+        counted = kept_bytes(model, policy, moc, 3) - kept_bytes(model, "full", moc, 3)
+        counted //= model.depth
+        # Where the pairs of four picks, and of two other shots' sinks, lie: plain XLA does not keep it.
+        pairs = 4 * model.heads * (4 + 2 * sinks)
+        keys_and_values = 2 * 4 * model.dim * captions * (policy == "dots")  # of captions that are read apart
+        expected = 2 * model.depth * (tokens * (counted - pairs) + keys_and_values)
         assert kept(policy) - least == pytest.approx(expected, rel=0.02)
 
 
 def test_the_fastest_that_fits_is_chosen():
-    state, wide = BLUEPRINT.abstract, dataclasses.replace(AUTO.model, dim=2048)
-    needs = [remat.needed_bytes(wide, policy, AUTO.moc, state, TOKENS) for policy in remat.POLICIES]
-    assert needs == sorted(needs, reverse=True)
-    for policy, need in zip(remat.POLICIES, needs):
-        chosen, why = remat.choose(wide, AUTO.moc, state, TOKENS, int(need / 0.95) + 1)
+    shape = SceneShape(shots=3, text_tokens=9, frames=7, rows=2, columns=2)
+    wide, of = dataclasses.replace(AUTO.model, dim=2048), (AUTO.moc, shape, 1, state_bytes(BLUEPRINT.abstract))
+    needs = {policy: training_bytes(wide, policy, *of, ONE, None).total for policy in remat.policies(wide)}
+    assert tuple(needs) == remat.POLICIES
+    assert list(needs.values()) == sorted(needs.values(), reverse=True)
+    for policy, need in needs.items():
+        chosen, why = remat.choose(needs, int(need / 0.95) + 1)
         assert chosen == policy
         assert "the fastest that fits" in why
-    assert remat.choose(AUTO.model, AUTO.moc, state, TOKENS, 2**40)[0] == "attention+mlp"  # narrow
-    chosen, why = remat.choose(wide, AUTO.moc, state, TOKENS, need)
+    assert remat.policies(AUTO.model)[0] == "attention+mlp"  # narrow
+    chosen, why = remat.choose(needs, int(need))
     assert chosen == "full"
     assert "none surely fits" in why
 
 
+def asked_of(config, mesh, monkeypatch):
+    """What a run counts its bytes from: for each bucket, scenes, state, mesh, chip, and what attention moves."""
+    asked, count = [], start.training_bytes
+    monkeypatch.setattr(start, "training_bytes", lambda *args: asked.append(args[3:]) or count(*args))
+    start.with_remat(config, blueprint_of(config, mesh), SHAPES, mesh)
+    monkeypatch.undo()
+    return asked[: len(SHAPES)]
+
+
 def test_what_is_needed_is_a_devices_share(monkeypatch):
-    asked = []
-    monkeypatch.setattr(start, "choose", lambda *args: asked.append(args[2:]) or ("full", ""))
     config = changed(AUTO, train={"batch_size": 8})
-    for mesh in (mesh_of(1), mesh_of(4, data=2, fsdp=2)):
-        start.with_remat(config, blueprint_of(config, mesh), SHAPES, mesh)
-    (whole, tokens, memory), (share, fewer, same) = asked
-    assert (tokens, fewer) == (8 * TOKENS, 2 * TOKENS)  # of the largest bucket
-    assert 0.5 < device_bytes(share) / device_bytes(whole) < 0.7
-    assert memory == same > 2**20
+    for devices, sizes, scenes in ((1, {}, 8), (4, {"data": 2, "fsdp": 2}, 2)):
+        with jax.set_mesh(mesh := mesh_of(devices, **sizes)):
+            asked = asked_of(config, mesh, monkeypatch)
+        assert [(of[0].shots, of[0].text_tokens, of[0].video_tokens) for of in asked] == [(2, 8, 16), (3, 9, 28)]
+        assert {of[1] for of in asked} == {scenes}
+        share = sum(asked[0][2].values()) / sum(state_bytes(blueprint_of(config, mesh_of(1)).abstract).values())
+        assert share == 1 if devices == 1 else 0.5 < share < 0.7
+        assert {of[3]["fsdp"] for of in asked} == {sizes.get("fsdp", 1)}
+        assert {of[-1].at_once for of in asked} == {0}
+
+
+def test_what_groups_of_tokens_gather_is_needed_too(monkeypatch):
+    with jax.set_mesh(mesh := mesh_of(8, data=1, context=8)):
+        _, (shape, scenes, state, sizes, _, moved) = asked_of(AUTO, mesh, monkeypatch)
+    # Of three other groups, keys and values of one head of 8: 4 of 16 rows of text, and a token of each of 7 frames.
+    assert moved.at_once == scenes * 3 * (16 // 4 + 7) * 2 * 8 * 4
+    of = AUTO.model, "full", AUTO.moc, shape, scenes, state, sizes, None
+    assert training_bytes(*of, moved).total - training_bytes(*of).total == 5 * moved.at_once
+
+
+@pytest.mark.parametrize("kind", ["TPU v5p", "NVIDIA H200", "cpu"])
+def test_a_run_reckons_with_what_moc_plan_says(kind, monkeypatch):
+    config = changed(AUTO, data={"buckets": SHAPES[1:]}, train={"batch_size": 8})
+    mesh, chip = mesh_of(4, data=1, fsdp=2, context=2), chip_of(kind)
+    monkeypatch.setattr(start, "chip_of", lambda kind: chip)
+    with jax.set_mesh(mesh):
+        needed = start._needed(config, "attention", blueprint_of(config, mesh), SHAPES[1:], mesh)
+    name = {"TPU v5p": "v5p:1x2x2"}.get(kind, "h200:4")
+    plan = changed(config, model={"remat": "attention"}, mesh={"data": 1, "fsdp": 2, "context": 2})
+    assert needed == pytest.approx(plan_training(plan, topology(name)).held.total, rel=1e-6)
 
 
 def test_a_run_keeps_the_policy_that_it_began_with(monkeypatch):

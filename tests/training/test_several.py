@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import time
 
 import jax
@@ -12,7 +13,17 @@ from moc_jax.config import ConfigError, MeshConfig
 from moc_jax.processes import join, losses_reported
 from moc_jax.training.metrics import read_metrics
 from tests.data.clips import make_clip
-from tests.training.processes import TIMEOUT, finish, finish_both, kill, start_python, steps_logged, two, wait_until
+from tests.training.processes import (
+    TIMEOUT,
+    finish,
+    finish_both,
+    free_port,
+    kill,
+    start_python,
+    steps_logged,
+    two,
+    wait_until,
+)
 
 
 def patched(config_file, environment, patch):
@@ -37,10 +48,25 @@ def test_what_is_wrong_with_the_data_ends_all_processes_with_the_reason(command,
     (code, first), (other_code, second) = (finish(p) for p in two(command, tmp_path / "run", *data))
     assert (code, other_code) == (1, 1)
     assert "clip.yaml" in first
-    assert "error: process 0 could not prepare the data: " in second
+    assert "error: process 0 could not find the videos and their captions: " in second
     assert "clip.yaml" in second
     assert "Traceback" not in first + second
     assert time.monotonic() - begin < TIMEOUT / 5
+
+
+@pytest.mark.long
+def test_a_workdir_that_hosts_do_not_share_is_refused_at_the_start(command, tmp_path):
+    def start(workdir, *arguments):
+        return command(workdir / f"host{arguments[-1]}" / "run", *arguments)
+
+    (code, first), (other_code, second) = (finish(process) for process in two(start, tmp_path))
+    assert (code, other_code) == (1, 2), first + second
+    reason = f"workdir {tmp_path}/host1/run on host {socket.gethostname()} is not the folder that process 0 uses"
+    assert f"error: process 1 could not see the workdir of process 0: {reason}" in first
+    assert f"error: {reason}" in second
+    assert "give a --workdir on storage that all hosts share" in second
+    assert "Traceback" not in first + second
+    assert not (tmp_path / "host0" / "run").exists()  # what was refused leaves no trace
 
 
 @pytest.mark.slow
@@ -56,9 +82,9 @@ def test_preparing_may_take_longer_than_any_collective_waits(config_file, comman
     """Gloo gives up after 30 s."""
     patch = """
 import time, moc_jax.data as data
-def slow(*arguments, prepare=data.prepare):
+def slow(*arguments, prepare=data.prepare, **options):
     time.sleep(40 if process == 0 else 0)
-    return prepare(*arguments)
+    return prepare(*arguments, **options)
 data.prepare = slow
 """
     start = patched(config_file, command.environment, patch)
@@ -100,39 +126,56 @@ def initialised(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "passed"),
     [
-        ({}, (None, None, None)),
-        ({"coordinator": "host:1"}, ("host:1", None, None)),
-        ({"num_processes": 2, "process_id": 1}, (None, 2, 1)),
-        ({"coordinator": "host:1", "num_processes": 2, "process_id": 0}, ("host:1", 2, 0)),
+        ({"coordinator": "host:1"}, ("host:1", None, None, None)),
+        ({"num_processes": 2, "process_id": 1}, (None, 2, 1, None)),
+        ({"coordinator": "host:1", "num_processes": 2, "process_id": 0}, ("host:1", 2, 0, None)),
+        ({"local_device_ids": (0, 3)}, (None, None, None, [0, 3])),
     ],
 )
 def test_what_is_not_given_is_left_to_the_cluster(initialised, given, passed):
-    join(MeshConfig(distributed=True, **given))
+    join(MeshConfig(**given))
     assert initialised == [passed]
 
 
 def test_the_heartbeat_is_passed_on(monkeypatch):
     told = []
     monkeypatch.setattr("jax.distributed.initialize", lambda *_, **named: told.append(named))
-    join(MeshConfig(distributed=True))
-    join(MeshConfig(distributed=True, heartbeat=20))
-    assert told == [{"heartbeat_timeout_seconds": seconds} for seconds in (100, 20)]  # 100 s is jax's own, too
+    join(MeshConfig(num_processes=2))
+    join(MeshConfig(num_processes=2, heartbeat=20))
+    assert [named["heartbeat_timeout_seconds"] for named in told] == [100, 20]  # 100 s is jax's own, too
 
 
-def test_one_process_joins_nothing(initialised):
-    join(MeshConfig())
+@pytest.mark.parametrize("distributed", [True, False])
+def test_one_process_joins_nothing(initialised, distributed):
+    join(MeshConfig(distributed=distributed))
     assert initialised == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_waits_for_others_in_vain_says_so(command, process):
+    script = (
+        "from moc_jax.config import MeshConfig\nfrom moc_jax.processes import join\n"
+        f"join(MeshConfig(coordinator='127.0.0.1:{free_port()}', num_processes=2, process_id={process}, "
+        "initialization_timeout=2))"
+    )
+    code, out = finish(start_python(["-c", script], command.environment))
+    assert code == 1, out
+    assert re.search(rf"error: process {process} waited 2 s at 127.0.0.1:\d+, but not all 2 processes came", out)
+    assert "Check failure" not in out
 
 
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({"distributed": True, "num_processes": 2, "process_id": 2}, r"process_id is 2, .* must lie in 0\.\.1"),
-        ({"distributed": True, "num_processes": -1}, "num_processes is -1"),
-        ({"distributed": True, "process_id": -2}, "process_id is -2"),
-        ({"distributed": True, "heartbeat": 1}, r"heartbeat is 1; it must lie in 2\.\.86400"),
-        ({"coordinator": "host:1"}, r"mesh\.distributed is False"),
-        ({"process_id": 0}, r"mesh\.distributed is False"),
+        ({"num_processes": 2, "process_id": 2}, r"process_id is 2, .* must lie in 0\.\.1"),
+        ({"num_processes": -1}, "num_processes is -1"),
+        ({"process_id": -2}, "process_id is -2"),
+        ({"heartbeat": 1}, r"heartbeat is 1; it must lie in 2\.\.86400"),
+        ({"initialization_timeout": 0}, r"initialization_timeout is 0; it must lie in 1\.\.86400"),
+        ({"distributed": False, "coordinator": "host:1"}, r"mesh\.distributed is False"),
+        ({"distributed": False, "process_id": 0}, r"mesh\.distributed is False"),
+        ({"distributed": False, "local_device_ids": (0,)}, r"mesh\.distributed is False"),
     ],
 )
 def test_processes_that_cannot_find_each_other_are_refused(given, problem):
@@ -141,7 +184,7 @@ def test_processes_that_cannot_find_each_other_are_refused(given, problem):
 
 
 def test_a_coordinator_alone_outside_of_a_cluster_is_told_in_words(command, tmp_path):
-    code, out = finish(command(tmp_path, "--mesh.distributed", "True", "--mesh.coordinator", "127.0.0.1:1"))
+    code, out = finish(command(tmp_path, "--mesh.coordinator", "127.0.0.1:1"))
     assert code == 2
     assert "give --mesh.coordinator host:port, --mesh.num-processes and --mesh.process-id" in out
     assert "Traceback" not in out
@@ -157,7 +200,7 @@ import sys, time
 from moc_jax.config import MeshConfig
 from moc_jax.processes import join
 coordinator, process = sys.argv[sys.argv.index("--mesh.coordinator") + 1], int(sys.argv[-1])
-join(MeshConfig(distributed=True, coordinator=coordinator, num_processes=2, process_id=process))
+join(MeshConfig(coordinator=coordinator, num_processes=2, process_id=process))
 print("joined", flush=True)
 time.sleep(1000 if "wait" in sys.argv else 0)
 """
@@ -205,17 +248,50 @@ def test_a_process_that_is_lost_in_training_is_named_within_the_heartbeat(comman
             kill(process)
 
 
-def test_an_error_of_jax_waits_for_the_watchers_verdict(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "processes", "waits"),
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection reset by peer"), 2, [30]),
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection reset by peer"), 1, []),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), 2, [30]),  # in the midst of dispatch
+        (ConfigError("data.fps is 0: too few"), 2, []),
+    ],
+)
+def test_an_error_of_xla_waits_for_the_watchers_verdict(monkeypatch, error, processes, waits):
     slept = []
     monkeypatch.setattr("time.sleep", slept.append)
-    for count in (1, 2):
-        monkeypatch.setattr("jax.process_count", lambda: count)  # noqa: B023
-        with pytest.raises(jax.errors.JaxRuntimeError, match="Connection reset"), losses_reported(20):
-            raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
-    assert slept == [30]
+    monkeypatch.setattr("jax.process_count", lambda: processes)
+    with pytest.raises(type(error), match=str(error)), losses_reported(20):
+        raise error
+    assert slept == waits
 
 
 # ------------------------------------------------------------------------------------------------ training together
+
+
+PERMUTED = """
+import sys
+import jax, numpy as np
+from moc_jax.config import MeshConfig
+from moc_jax.processes import gather, join
+from moc_jax.sharding import AXES, own_rows, shard_batch
+coordinator, process = sys.argv[sys.argv.index("--mesh.coordinator") + 1], int(sys.argv[-1])
+join(MeshConfig(coordinator=coordinator, num_processes=2, process_id=process))
+mesh = jax.sharding.Mesh(np.array(jax.devices())[[0, 2, 1, 3]].reshape(2, 2, 1, 1), AXES)
+mine = own_rows(8, mesh)
+x = shard_batch(np.array(mine), mesh)
+for shard in x.addressable_shards:
+    assert shard.data.tolist() == list(range(8))[shard.index[0]], shard
+print(gather(str(mine)), flush=True)
+"""
+
+
+def test_each_process_reads_the_rows_that_its_devices_hold(command, tmp_path):
+    """In the mesh, devices of the two processes take turns, as they do on TPUs."""
+    flags = f"{command.environment['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    environment = {**command.environment, "XLA_FLAGS": flags}
+    outs = finish_both(two(lambda workdir, *cluster: start_python(["-c", PERMUTED, *cluster], environment), tmp_path))
+    assert [out.splitlines()[-1] for out in outs] == ["['(0, 1, 4, 5)', '(2, 3, 6, 7)']"] * 2
 
 
 @pytest.mark.slow

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from moc_jax.checkpoint import CheckpointError, load_codec_state, load_for_sampling
-from moc_jax.codecs import CodecMismatch, load_codec
+from moc_jax.codecs import CodecMismatch
 from moc_jax.config import ConfigError
 from moc_jax.data import DataError, codec_of, prepare
-from moc_jax.data.manifest import CODEC, load_manifest
+from moc_jax.data.work import Work
 from moc_jax.training.loop import train
 from moc_jax.training.metrics import read_metrics
-from moc_jax.training.start import check_initial, initial_codec
+from moc_jax.training.start import check_initial, initial_codec, trained_on
 from moc_jax.training.state import create_state
 from tests.data.clips import make_clip
 from tests.training.small import CONFIG, blueprint_of, changed, mesh_of
@@ -85,7 +85,7 @@ def test_weights_of_another_model_are_refused_before_any_video_is_opened(first, 
 
 
 def test_what_can_not_be_resumed_is_refused_before_any_video_is_opened(first, monkeypatch):
-    assert initial_codec(first) is None
+    assert initial_codec(first).fingerprint == prepare(first).codec_fingerprint
     with pytest.raises(ConfigError, match=r"can't be resumed .*: model\.mlp_ratio is 4\.0 there and 2\.0"):
         initial_codec(changed(first, model={"mlp_ratio": 2.0}))
     monkeypatch.setattr("moc_jax.checkpoint_layout.FORMAT", 4)
@@ -101,28 +101,60 @@ def test_data_of_another_codec_is_refused(first, second):
         prepare(hand_made, initial_codec(hand_made))
 
 
-def test_a_cache_that_was_prepared_again_with_other_bits_is_refused(first, tmp_path):
-    """Its fingerprint, of settings and sources, is that of before."""
+@pytest.mark.long
+def test_a_run_keeps_its_codec_when_another_is_fitted(first, tmp_path, capsys):
+    """The cache is lost, or a run beside this one fits a codec on more videos: latents stay what they were."""
     shutil.copytree(first.workdir, tmp_path / "run")
-    manifest = prepare(first)
-    folder = tmp_path / "cache" / manifest.fingerprint
-    shutil.copytree(manifest.folder, folder)
-    with np.load(folder / CODEC) as arrays:
-        state = dict(arrays)
-    state["rest_basis"] = np.nextafter(state["rest_basis"], np.float32(2))
-    np.savez(folder / CODEC, **state)
-    other = load_codec(first.codec, state).fingerprint
-    dataclasses.replace(load_manifest(folder), codec_fingerprint=other).save()
-
+    known = prepare(first)
     config = changed(first, train={"steps": 3}, data={"cache": str(tmp_path / "cache")})
     config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
-    known = manifest.codec_fingerprint
-    with pytest.raises(CodecMismatch, match=rf"codec {known}, but .* codec {other}.*--train\.init-from") as error:
-        train(config, prepare(config), mesh_of(1))
-    assert str(tmp_path / "run") in str(error.value)
+    beside = changed(config, data={"source": (*config.data.source, *config.data.validation_source)})
+    assert prepare(changed(beside, data={"validation_source": ()})).codec_fingerprint != known.codec_fingerprint
+    manifest = prepare(config, initial_codec(config))
+    assert manifest.fingerprint == known.fingerprint
+    assert manifest.codec_fingerprint == known.codec_fingerprint
+    train(config, manifest, mesh_of(1))
+    assert "resuming after step 2" in capsys.readouterr().out
 
 
-def test_going_on_with_other_videos_names_the_way_out(first, second, tmp_path):
+def test_resuming_with_other_videos_names_the_ways_out_before_any_is_opened(first, second, tmp_path, monkeypatch):
     shutil.copytree(first.workdir, second.workdir)
-    with pytest.raises(DataError, match="give another --workdir"):
-        train(second, prepare(second), mesh_of(1))
+    known = trained_on(second)
+    assert known == prepare(first).fingerprint
+    monkeypatch.setattr(Work, "__init__", lambda *_, **__: pytest.fail("work began"))
+    ways = r"--train\.allow-new-data True; .* --train\.init-from and another --workdir"
+    with pytest.raises(DataError, match=rf"trained on other data than it is given now; .*{ways}"):
+        prepare(second, initial_codec(second), known=known)
+    there = changed(second, data={"cache": first.data.cache})
+    with pytest.raises(DataError, match=r"given now \(1 video new, 3 videos gone\); "):
+        prepare(there, initial_codec(there), known=known)
+    settings = changed(first, data={"keyframes": 2})
+    with pytest.raises(DataError, match=r"given now \(data\.keyframes = 2\); "):
+        prepare(settings, initial_codec(first), known=known)
+    captions = changed(
+        first, data={"validation_source": (), "source": (*first.data.source, *first.data.validation_source)}
+    )
+    with pytest.raises(DataError, match=r"given now \(captions or splits differ\); "):
+        prepare(captions, initial_codec(first), known=known)
+    assert prepare(first, known=known).fingerprint == known
+    assert trained_on(changed(second, train={"allow_new_data": True})) is None
+    assert trained_on(dataclasses.replace(second, workdir=str(tmp_path / "new"))) is None
+
+
+@pytest.mark.long
+def test_a_run_takes_more_videos_when_told_so(first, tmp_path, capsys):
+    """Steps are counted on, with the codec of before; the new data's first epoch begins, and resumes exactly."""
+    shutil.copytree(first.workdir, tmp_path / "run")
+    make_clip(tmp_path / "more.mp4", shots=2, seed=7, frames_per_shot=9)
+    config = changed(
+        dataclasses.replace(first, workdir=str(tmp_path / "run")),
+        train={"steps": 4, "allow_new_data": True},
+        data={"source": (*first.data.source, str(tmp_path / "more.mp4"))},
+    )
+    manifest = prepare(config, initial_codec(config), known=trained_on(config))
+    assert manifest.codec_fingerprint == prepare(first).codec_fingerprint
+    train(config, manifest, mesh_of(1))
+    assert "other data than before step 2: its first epoch begins" in capsys.readouterr().out
+    train(changed(config, train={"steps": 5, "allow_new_data": False}), manifest, mesh_of(1))
+    assert "other data" not in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(f"{config.workdir}/metrics.jsonl")] == [1, 2, 3, 4, 5]

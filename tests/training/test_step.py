@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,21 @@ import pytest
 from moc_jax.config import ChunkStage, OptimizerConfig
 from moc_jax.diffusion.process import flow_loss
 from moc_jax.scene import Scene, SceneLengths
-from moc_jax.sharding import shard_batch, weight_spec
+from moc_jax.sharding import shard_batch, weight_sharding
 from moc_jax.training import step as step_module
 from moc_jax.training.optimizer import make_optimizer
 from moc_jax.training.state import TrainState, create_state
 from moc_jax.training.step import make_train_step, make_validation_step, validation_levels
 from tests.training.small import CONFIG, blueprint_of, changed, make_scene, mesh_of, random_state
 
-MESHES = {"1": (1, {}), "8x1": (8, {"data": 8}), "2x4": (8, {"data": 2, "fsdp": 4}), "1x8": (8, {"data": 1, "fsdp": 8})}
+MESHES = {
+    "1": (1, {}),
+    "8x1": (8, {"data": 8}),
+    "2x4": (8, {"data": 2, "fsdp": 4}),
+    "1x8": (8, {"data": 1, "fsdp": 8}),
+    "2x2x2x1": (8, {"data": 2, "fsdp": 2, "context": 2}),
+    "1x2x2x2": (8, {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}),
+}
 
 
 @functools.cache
@@ -47,7 +55,8 @@ def advance(state, scene, name="1", config=CONFIG):
         return step(state, shard_batch(scene, mesh), config.moc)
 
 
-SHARDED = ["2x4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("8x1", "1x8"))]
+SHARDED = [pytest.param("2x4", marks=pytest.mark.long)]  # test_meshes.py has more of the model, of steps less
+SHARDED += [pytest.param(name, marks=pytest.mark.slow) for name in ("8x1", "1x8", "2x2x2x1", "1x2x2x2")]
 
 
 @functools.cache
@@ -55,6 +64,7 @@ def two_steps(name):
     return run(make_scene(1), make_scene(2), name=name)
 
 
+@pytest.mark.long  # tests/test_meshes.py has five meshes of more kinds
 @pytest.mark.parametrize("name", SHARDED)
 def test_any_mesh_gives_the_losses_and_gradients_of_one_device(name):
     (one, told_one), (many, told_many) = two_steps("1"), two_steps(name)
@@ -76,13 +86,14 @@ def test_the_state_stays_where_the_table_puts_it(name):
     (state, _), (mesh, blueprint, _) = two_steps(name), program(name)
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, state, blueprint.shardings))
     kernel = ("blocks", "video", "mlp", "up", "kernel")
-    spec = weight_spec(blueprint.logical[kernel], (2, 16, 64), mesh)
-    assert spec == jax.P(None, "fsdp" if mesh.shape["fsdp"] > 1 else None, None)
+    spec = weight_sharding(blueprint.logical[kernel], (2, 16, 64), mesh).spec
+    split = {axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+    assert split == {axis for axis in ("fsdp", "tensor") if mesh.shape[axis] > 1}
     for tree in (state.params, state.ema, state.optimizer[1][0].mu, state.optimizer[1][0].nu):
         for key in kernel:
             tree = tree[key]
         assert tree.sharding.spec == spec
-        assert tree.addressable_shards[0].data.shape == (2, 16 // mesh.shape["fsdp"], 64)
+        assert tree.addressable_shards[0].data.size == tree.size // (mesh.shape["fsdp"] * mesh.shape["tensor"])
 
 
 def test_the_first_weights_do_not_depend_on_the_mesh():
@@ -143,6 +154,18 @@ def test_this_xla_knows_the_options_of_gpus():
         lowered.compile(compiler_options={"xla_gpu_enable_nothing": True})
 
 
+def test_options_that_xla_flags_names_are_left_to_it(monkeypatch):
+    class Device:
+        platform = "gpu"
+
+    mesh = types.SimpleNamespace(devices=np.array([Device()]))
+    assert step_module.compiler_options(mesh) == step_module._OPTIONS["gpu"]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true --xla_dump_to=somewhere")
+    assert set(step_module._OPTIONS["gpu"]) - set(step_module.compiler_options(mesh)) == {"xla_gpu_enable_triton_gemm"}
+    Device.platform = "cpu"
+    assert step_module.compiler_options(mesh) is None
+
+
 def test_no_step_calls_back_into_python():
     """Such a program is never kept, and would be compiled at every start."""
     mesh, blueprint, step = program()
@@ -180,6 +203,7 @@ def test_one_compilation_per_bucket_and_chunk_size(traces):
 # ------------------------------------------------------------------------------------------------ optimizer and average
 
 
+@pytest.mark.long
 def test_accumulation_weighs_gradients_by_shots_and_moves_nothing_in_between():
     config = changed(CONFIG, optimizer={"accumulate": 2})
     state = random_state(config, program("1", config)[1])

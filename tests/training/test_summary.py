@@ -1,8 +1,9 @@
-"""What is told before the first step: figures that agree with those counted elsewhere."""
+"""What is printed before the first step: figures that agree with those counted elsewhere."""
 
 import collections
 import shutil
 
+import jax
 import pytest
 
 from moc_jax.attention.accounting import account
@@ -40,6 +41,10 @@ def test_the_cost_of_a_scene_is_that_of_the_batches_it_comes_in(made):
     assert cost.sparsity == counted.sparsity
     assert cost.flops == 3 * (matrix_flops(config.model, text, counted.tokens - text) + attention) / 2
     assert 0 < cost.attention_share < 1
+    taught = changed(config, moc={"visibility": "past"}, diffusion={"teacher_forcing": True})
+    once, twice = (scene_costs(each, taught.moc, data.buckets)[0] for each in (config, taught))
+    assert twice.flops == 2 * once.flops
+    assert twice.tokens == once.tokens, "of the scene, however often it is computed"
 
 
 def test_every_stage_of_the_schedule_is_counted(made):
@@ -79,13 +84,42 @@ def test_the_summary_names_what_a_user_looks_for(made, monkeypatch, tmp_path):
         assert ("NOT ENOUGH for the 2 that are kept" in text) == (free == 10**5)
 
 
+def test_the_summary_says_how_a_scene_lies_on_its_devices(made):
+    config, manifest, data = made
+    with jax.set_mesh(mesh := mesh_of(8, data=1, context=8)):
+        for kind, told in (
+            ("gather", "B of keys, and as much of gradients; "),
+            ("dispatch", " rounds of anchors and "),
+        ):
+            of = changed(config, attention={"exchange": kind})
+            costs = stage_costs(of, data.buckets)
+            text = summary(of, manifest, [data.buckets], costs, mesh, blueprint_of(of, mesh))
+            lies = "a scene lies on 8 devices, 2 groups of heads x 4 of tokens; for a layer each receives "
+            assert text.count(lies) == text.count(told) == 2
+
+
+def test_the_summary_names_sinks_and_descriptors(made):
+    config, manifest, data = made
+    plain, more = config, changed(config, moc={"sink_chunks": 1, "descriptors": 2})
+    texts, pairs = [], []
+    for of in (plain, more):
+        costs = stage_costs(of, data.buckets)
+        texts.append(summary(of, manifest, [data.buckets], costs, mesh_of(1), blueprint_of(of, mesh_of(1))))
+        pairs.append([cost.sparsity for of_buckets in costs.values() for cost in of_buckets if cost is not None])
+    assert "top 2 by 2 descriptors and the first 1 of earlier shots" in texts[1]
+    assert "descriptors" not in texts[0]
+    assert all(a >= b for a, b in zip(*pairs))
+
+
 def test_weights_that_no_mesh_axis_divides_are_named(made):
     config, manifest, data = made
-    odd = changed(config, model={"dim": 12, "heads": 2, "mlp_ratio": 0.75})  # 12 and 9 by 8
-    mesh = mesh_of(8, data=1, fsdp=8)
+    odd = changed(config, model={"dim": 12, "heads": 2, "mlp_ratio": 0.75})
+    mesh = mesh_of(7, data=1, fsdp=7)
     blueprint = blueprint_of(odd, mesh)
     text = summary(odd, manifest, [data.buckets], stage_costs(odd, data.buckets), mesh, blueprint)
-    assert "not split over fsdp, since no dimension divides by 8: blocks/text/mlp/down/bias (2, 12)" in text
+    assert "whole on every device, as no dimension divides by mesh.fsdp and context: blocks/text/mlp/" in text
+    assert "blocks/video/mlp/up/kernel (2, 12, 9)" in text
+    assert "bias" not in text
 
 
 def test_batches_that_make_no_update_are_reported(made):

@@ -96,7 +96,7 @@ def test_ctrl_c_while_preparing_is_told_in_a_line(config_file, command, tmp_path
 import signal, sys, time, moc_jax.data as data
 from moc_jax.commands import train
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
-def prepare(*arguments):
+def prepare(*arguments, **options):
     print("preparing", flush=True)
     for _ in range(600):  # another thread may take the signal, which ends no sleep of this one
         time.sleep(0.1)
@@ -119,7 +119,7 @@ def start_here(config_file, monkeypatch, capsys):
     """start_here(*arguments) -> (exit code, messages) of train.py in this process; no video may be opened."""
 
     def run(*arguments):
-        monkeypatch.setattr(moc_jax.data, "prepare", lambda *_: pytest.fail("it began to prepare the data"))
+        monkeypatch.setattr(moc_jax.data, "prepare", lambda *_, **__: pytest.fail("it began to prepare the data"))
         with pytest.raises(SystemExit) as ended:
             train.main(["--config", str(config_file), *map(str, arguments)])
         return ended.value.code, capsys.readouterr().err
@@ -133,13 +133,15 @@ def start_here(config_file, monkeypatch, capsys):
         ("file", "file is a file; give another name"),
         ("file/run", "file is a file; give another name"),
         ("x" * 300, "a name in it is too long"),
-        ("gs://bucket/run", "Install that package"),
-        ("nfs://host/run", "addresses that begin with nfs:// are not known"),
+        ("gs://bucket/run", "pip install 'moc_jax[gcs]'"),
         ("gs:/bucket/run", "lacks a slash"),
         ("link/run.lock", "run.lock"),
     ],
 )
-def test_a_workdir_that_can_be_none_is_refused_before_any_video_is_opened(start_here, tmp_path, workdir, message):
+def test_a_workdir_that_can_be_none_is_refused_before_any_video_is_opened(
+    start_here, tmp_path, monkeypatch, workdir, message
+):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where it is not installed
     (tmp_path / "file").write_text("precious")
     (tmp_path / "link").mkdir()
     (tmp_path / "link" / "run.lock").symlink_to(tmp_path / "file")
@@ -166,7 +168,7 @@ def test_a_data_cache_that_can_be_none_is_refused_before_any_video_is_opened(pre
     for cache, message in (
         (tmp_path / "file", "is a file; give another name"),
         (tmp_path / ("x" * 300), "a name in it is too long"),
-        ("gs://bucket/cache", "is an address"),
+        ("s3://bucket/cache", "is .*; addresses of s3:// can't be used here: give a path or a gs:// address"),
         (f"{tmp_path}/a\0b", ""),
     ):
         with pytest.raises(ConfigError, match=rf"data\.cache .*{message}"):
@@ -184,4 +186,5 @@ def test_what_killed_runs_left_in_the_data_cache_is_removed(prepared_config, tmp
     """Also of settings or videos that are others now."""
     (tmp_path / ".0123456789abcdef.partial" / "deep").mkdir(parents=True)
     manifest = prepare(changed(prepared_config, data={"cache": str(tmp_path)}))
-    assert sorted(os.listdir(tmp_path)) == [".lock", manifest.folder.name]
+    there = {name.partition("-")[0] for name in os.listdir(tmp_path)}
+    assert there == {".lock", ".work", "captions", "codecs", "encoded", "waiting", manifest.folder.name}

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moc_jax.attention import routing
+from moc_jax.attention.columns import columns
 from moc_jax.attention.layout import ALIGN, LOG2E, Heads, Queries, by_group, head_groups, round_up, sum_other_shares
 from moc_jax.attention.pallas_gpu import device, flash, flash_backward, router
 from moc_jax.attention.pallas_gpu.device import Hopper
@@ -48,11 +48,17 @@ _GradientsOf = tuple[Float[Array, "B Q H D"], Float[Array, "B N H D"], Float[Arr
 # type or D is none that the kernels can do.
 
 
-def select(q, k, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> Int[Array, "B H Q K"]:
-    """The best candidates of every query, best first."""
-    device.check(backend, q, k)
+def means(k, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> Float32[Array, "B H _ D"]:
+    """See backends.py."""
     with jax.named_scope("moc_route"):
-        return router.select(q, routing.descriptors(k, table), queries, table, cfg, interpret=backend.interpret)
+        return columns(k, table, cfg)
+
+
+def select(q, phi, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Hopper) -> Int[Array, "B H Q K"]:
+    """The best candidates of every query, best first."""
+    device.check(backend, q)
+    with jax.named_scope("moc_route"):
+        return router.select(q, phi, queries, table, cfg, interpret=backend.interpret)
 
 
 def attend(

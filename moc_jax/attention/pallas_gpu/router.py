@@ -85,7 +85,7 @@ def can_select(picks: int) -> bool:
 @typed
 def select(
     q: Float[Array, "B Q H D"],
-    phi: Float32[Array, "B H C D"],
+    phi: Float32[Array, "B H _ D"],
     queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
@@ -97,7 +97,7 @@ def select(
 
     Args:
         q: After QK-norm and rotary embedding, as `device.check` wants it.
-        phi: The chunks' descriptors, `routing.descriptors`.
+        phi: `columns.columns`.
         tiling: None: what suits the sizes.
         interpret: As `Hopper.interpret`.
 
@@ -109,7 +109,8 @@ def select(
     top_k = min(cfg.top_k, chunks)  # no query has more candidates than there are chunks
     if top_k > _MOST_PICKS:
         raise NotImplementedError(
-            f"moc.top_k is {cfg.top_k} of {chunks} chunks; the routing kernel keeps at most {_MOST_PICKS} picks in "
+            f"moc.top_k is {cfg.top_k // cfg.descriptors} of {chunks // cfg.descriptors} chunks, moc.descriptors is "
+            f"{cfg.descriptors}; the routing kernel keeps at most {_MOST_PICKS} picks x descriptors in "
             'registers: pick fewer, larger chunks, or use backend="xla"'
         )
     q = jnp.pad(q, ((0, 0), (0, -rows % ALIGN), (0, 0), (0, 0)))
@@ -142,7 +143,7 @@ def _parts(phi, table, tiling, dtype):
     put its largest mean just below float16's largest number.
     """
     batch, heads, chunks, head_dim = phi.shape
-    pickable = pickable_chunks(table)[:, None, :, None]
+    pickable = jnp.repeat(pickable_chunks(table), chunks // table.kind.shape[1], axis=1)[:, None, :, None]
     if dtype == jnp.float16:
         size = jnp.where(pickable & jnp.isfinite(phi), jnp.abs(phi), 0.0)
         _, exponent = jnp.frexp(jnp.max(size, axis=(2, 3), keepdims=True))

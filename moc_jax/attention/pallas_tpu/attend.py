@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from moc_jax.attention.columns import columns
 from moc_jax.attention.layout import LOG2E, Heads, Queries, by_group, head_groups, sum_other_shares
 from moc_jax.attention.pallas_tpu import device, flash, flash_backward, moves, packing, pairs, pool, router, tuning
 from moc_jax.attention.pallas_tpu.batching import more_scenes
@@ -42,7 +43,7 @@ from moc_jax.attention.pallas_tpu.tuning import Blocks
 from moc_jax.attention.residuals import named_outputs, named_routes
 from moc_jax.config import MoCConfig
 from moc_jax.scene import ChunkTable
-from moc_jax.shapes import Array, Float, Int
+from moc_jax.shapes import Array, Float, Float32, Int
 
 _BUFFER = 5 * 2**29  # bytes of a buffer of pairs' outputs, and not more than
 _SHARE = 24  # this part of the chip's memory
@@ -65,15 +66,28 @@ class _Static(NamedTuple):
 # Shapes are those of `backends.Implementation`, checked before.
 
 
-def select(q, k, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu) -> Int[Array, "B H Q K"]:
+def means(k, table: ChunkTable, cfg: MoCConfig, backend: Tpu) -> Float32[Array, "B H _ D"]:
+    """See backends.py.
+
+    Raises:
+        NotImplementedError: as `attend`.
+    """
+    chip = device.target(backend.chip)
+    device.check(k, k, k)
+    with jax.named_scope("moc_route"):
+        return columns(k, table, cfg, functools.partial(pool.descriptors, chip=chip))
+
+
+def select(q, phi, queries: Queries, table: ChunkTable, cfg: MoCConfig, backend: Tpu) -> Int[Array, "B H Q K"]:
     """The best candidates of every query, best first; -1 fills room that holds none.
 
     Raises:
         NotImplementedError: as `attend`.
     """
     chip = device.target(backend.chip)
-    device.check(q, k, k)
-    return router.select(q, pool.descriptors(k, table, chip=chip), queries, table, cfg, chip=chip)
+    device.check(q, q, q)
+    with jax.named_scope("moc_route"):
+        return router.select(q, phi, queries, table, cfg, chip=chip)
 
 
 def attend(
@@ -153,10 +167,15 @@ def _layout(routes, queries: Queries, table: ChunkTable, cfg: MoCConfig, static:
     return more_scenes(of_scenes)(routes, queries, table)
 
 
+def buffer_limit(chip: Chip) -> int:
+    """Bytes that the pairs' outputs of a group of heads may take."""
+    return min(_BUFFER, chip.memory // _SHARE)
+
+
 def _groups(q, placement: Placement, chip: Chip) -> int:
     """Groups of heads whose pairs' outputs fit the buffer."""
     per_head = placement.tile_chunk.shape[0] * placement.slots * packing.packed_width(q.shape[3], q.dtype) * 4
-    return head_groups(q.shape[2], per_head, min(_BUFFER, chip.memory // _SHARE))
+    return head_groups(q.shape[2], per_head, buffer_limit(chip))
 
 
 def _place(routes, order: Order, table: ChunkTable, static: _Static, dim: int, dtype) -> Placement:

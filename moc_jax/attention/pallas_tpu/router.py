@@ -58,7 +58,7 @@ def tiling_of(tokens: int, top_k: int) -> ScanTiling:
 @typed
 def select(
     q: Float[Array, "B Q H D"],
-    phi: Float32[Array, "B H C D"],
+    phi: Float32[Array, "B H _ D"],
     queries: Queries,
     table: ChunkTable,
     cfg: MoCConfig,
@@ -72,7 +72,7 @@ def select(
 
     Args:
         q: After QK-norm and rotary embedding, as `device.check` wants it.
-        phi: The chunks' descriptors, `routing.descriptors`.
+        phi: `columns.columns`.
         chip: That the program is for.
         tiling: None: what suits the sizes.
     """
@@ -101,7 +101,8 @@ def _parts(phi, table, tiling, dtype):
     Each eight chunks are so many rows of every part, smallest part first.
     """
     head_dim = phi.shape[3]
-    phi = jnp.where(pickable_chunks(table)[:, None, :, None], phi, jnp.nan)
+    pickable = jnp.repeat(pickable_chunks(table), phi.shape[2] // table.kind.shape[1], axis=1)
+    phi = jnp.where(pickable[:, None, :, None], phi, jnp.nan)
     phi = jnp.pad(phi, ((0, 0), (0, 0), (0, -phi.shape[2] % tiling.chunks), (0, 0)), constant_values=jnp.nan)
     tiles = phi.shape[2] // tiling.chunks
     phi = phi.reshape(-1, tiles, tiling.chunks // _SUBLANES, _SUBLANES, head_dim)

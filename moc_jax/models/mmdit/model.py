@@ -9,27 +9,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
-from moc_jax.attention.residuals import RESIDUALS
+from moc_jax.attention.api import RoutedAttention, SceneAttention
+from moc_jax.attention.continued import Seen
+from moc_jax.attention.deal import Deal
+from moc_jax.attention.kept import Kept
+from moc_jax.attention.sharded import deal_of
 from moc_jax.config import MMDiTConfig, MoCConfig, Remat
-from moc_jax.models.family import Routed
-from moc_jax.models.layers import MLP_OUTPUT, Linear, Modulation, TimeEmbedding, modulated_norm, of_groups
-from moc_jax.models.mmdit.block import Attend, Block, BlockModulation, Slots, stacked
+from moc_jax.models.after import Forward, Over, Wanted, standing
+from moc_jax.models.dense_layers import dense_in_some
+from moc_jax.models.family import After, Routed
+from moc_jax.models.layers import KEPT, Modulation, TimeEmbedding, modulated_norm, of_groups, stacked
+from moc_jax.models.linear import Linear, cast_once, linear_of
+from moc_jax.models.mmdit.block import Attend, Block, BlockModulation, Slots
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
 from moc_jax.models.rope import Turns, rope_angles, turns_of
-from moc_jax.scene import ChunkTable, SceneLengths, chunk_table, frame_shot, positions
+from moc_jax.scene import SceneLengths, chunk_table, clean_frames, frame_shot, positions
 from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
-from moc_jax.sharding import batch_sharded, key_path
-
-_policies = jax.checkpoint_policies
-_of_attention = _policies.save_only_these_names(*RESIDUALS)
-_KEPT = {  # by `remat`, for the backward pass beside a block's inputs
-    "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _of_attention),
-    "attention+mlp": _policies.save_only_these_names(*RESIDUALS, MLP_OUTPUT),
-    "attention": _of_attention,
-    "full": None,
-    "auto": None,
-}
+from moc_jax.sharding import constrained
 
 Streams = tuple[Float[Array, "B L M"], Float[Array, "B V M"]]  # text and video
 
@@ -39,11 +35,10 @@ class MMDiT(nnx.Module):
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        dtype = jnp.dtype(cfg.dtype)
-        width = cfg.patch_size * cfg.latent_channels
+        linear, width = linear_of(cfg, rngs), cfg.patch_size * cfg.latent_channels
         self.time = TimeEmbedding(cfg, rngs=rngs)
-        self.text_in = Linear({"text": cfg.text_dim}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
-        self.video_in = Linear({"patch": width}, {"embed": cfg.dim}, dtype=dtype, rngs=rngs)
+        self.text_in = linear({"text": cfg.text_dim}, {"embed": cfg.dim})
+        self.video_in = linear({"patch": width}, {"embed": cfg.dim})
         self.modulation = stacked(BlockModulation, cfg, rngs)
         self.blocks = stacked(Block, cfg, rngs)
         self.final_modulation = Modulation(cfg, 2, rngs=rngs)
@@ -60,10 +55,10 @@ class MMDiT(nnx.Module):
         return 2 * (cfg.depth * per_stream * (text_tokens + video_tokens) + ends)
 
     @staticmethod
-    def kept_bytes(cfg: MMDiTConfig, remat: Remat, moc: MoCConfig) -> int:
-        """Bytes per token that all blocks together keep for the backward pass; `remat` is neither `none` nor `auto`."""
+    def kept_bytes(cfg: MMDiTConfig, remat: Remat, moc: MoCConfig, shots: int) -> int:
+        """See `VideoModel`."""
         width, hidden = (size * jnp.dtype(cfg.dtype).itemsize for size in (cfg.dim, cfg.mlp_dim))
-        picks = 0 if moc.mode == "dense" or moc.top_k == 0 else moc.top_k + moc.max_drop_in
+        picks = moc.most_picks(shots)
         attention = width + 4 * cfg.heads * (1 + 2 * picks)  # output, log-sum-exp, routes and where their pairs lie
         beside_input = {
             "full": 0,
@@ -84,9 +79,11 @@ class MMDiT(nnx.Module):
         *,
         key: Key[Array, ""] | None = None,
         attention: SceneAttention = RoutedAttention(),
+        condition: None = None,
+        after: After | None = None,
     ) -> Float32[Array, "B F Y X Z"]:
         """Velocity; see `VideoModel`."""
-        return self._forward(video, text, t, lengths, moc, key, attention, with_routes=False)[0]
+        return self._forward(video, text, t, lengths, moc, key, attention, after, "velocity").velocity
 
     @typed
     def routed(
@@ -99,11 +96,43 @@ class MMDiT(nnx.Module):
         *,
         key: Key[Array, ""] | None = None,
         attention: SceneAttention = RoutedAttention(),
+        condition: None = None,
+        after: After | None = None,
     ) -> Routed:
         """Velocity, routes and chunk table; see `VideoModel`."""
-        velocity, routes, table = self._forward(video, text, t, lengths, moc, key, attention, with_routes=True)
-        assert routes is not None
-        return Routed(velocity=velocity, routes=routes[:, :, :, text.shape[1] :], table=table)
+        return self._forward(video, text, t, lengths, moc, key, attention, after, "routes").routed(text.shape[1])
+
+    @typed
+    def remember(
+        self,
+        video: Float[Array, "B F Y X Z"],
+        text: Float[Array, "B L E"],
+        t: Float[Array, "B S"],
+        lengths: SceneLengths,
+        moc: MoCConfig,
+        after: After,
+        *,
+        attention: SceneAttention = RoutedAttention(),
+    ) -> Kept:
+        """What is kept, these shots included; see `VideoModel`."""
+        return self._forward(video, text, t, lengths, moc, None, attention, after, "new").kept()
+
+    @typed
+    def features(
+        self,
+        video: Float[Array, "B F Y X Z"],
+        text: Float[Array, "B L E"],
+        t: Float[Array, "B S"],
+        lengths: SceneLengths,
+        moc: MoCConfig,
+        *,
+        attention: SceneAttention = RoutedAttention(),
+        condition: None = None,
+    ) -> Float32[Array, "depth B 2 S H D"]:
+        """Means of q and k of each shot; see `VideoModel`."""
+        means = self._forward(video, text, t, lengths, moc, None, attention, None, "means").seen.means
+        assert means is not None
+        return means
 
     def _forward(
         self,
@@ -114,66 +143,74 @@ class MMDiT(nnx.Module):
         moc: MoCConfig,
         key: Key[Array, ""] | None,
         attention: SceneAttention,
-        *,
-        with_routes: bool,
-    ) -> tuple[Float32[Array, "B F Y X Z"], Int[Array, "depth B H N K"] | None, ChunkTable]:
+        after: After | None,
+        wanted: Wanted,
+    ) -> Forward:
         cfg = self.cfg
         shape, lengths = scene_shape(cfg, video.shape, text.shape, lengths)
         table = chunk_table(lengths, shape, moc.chunk)
-        turns = turns_of(rope_angles(positions(lengths, shape), cfg.head_dim, cfg.rope_theta))
+        deal = deal_of(shape, cfg.heads, attention)
         captions = shape.shots + 1  # the global one is the first
-        of_text = jax.nn.one_hot(table.token_shot[:, : shape.text_tokens] + 1, captions)
-        of_frames = jax.nn.one_hot(frame_shot(lengths.shot_frames, shape.frames) + 1, captions)
-        slots = of_text, of_frames
+        of_text = jax.nn.one_hot(deal.text_dealt(table.token_shot[:, : shape.text_tokens] + 1), captions)
+        shot = frame_shot(lengths.shot_frames, shape.frames)
+        of_frames = jax.nn.one_hot(jnp.where(clean_frames(lengths, shape.frames), 0, shot + 1), captions)
+        slots = _split(of_text, deal.of_pieces(of_frames))
         time = self.time(jnp.pad(t.astype(jnp.float32), ((0, 0), (1, 0))))
+        place = None if after is None else standing(after, video.shape, lengths, shape, cfg, moc, key)
+        at = positions(lengths, shape) if place is None else place.of_given(positions(place.lengths, place.shape))
+        turns = _turns(at, deal, cfg)
 
         dtype = jnp.dtype(cfg.dtype)
-        streams = self.text_in(text.astype(dtype)), self.video_in(tokens_of(video, cfg.patch).astype(dtype))
-        attend = _over_the_scene(attention, table, moc, with_routes)
-        (_, x), routes = self._run_blocks(streams, time, slots, turns, attend, key)
+        with jax.named_scope("tokens"):
+            text, tokens = _split(
+                deal.text_dealt(text.astype(dtype)), deal.dealt(tokens_of(video, cfg.patch).astype(dtype))
+            )
+            streams = _split(self.text_in(text), self.video_in(tokens))
+        shots = jax.nn.one_hot(shot, shape.shots)
+        over = dense_in_some(Over(attention, moc, deal, table, shots, place, wanted))
+        (_, x), seen = self._run_blocks(streams, time, slots, turns, over, key)
 
         shift, scale = of_groups(self.final_modulation(time), slots[1])
-        x = modulated_norm(x, scale, shift, jnp.dtype(jnp.float32))
-        return video_of(self.final(x), shape, cfg.patch), routes, table
+        with jax.named_scope("velocity"):
+            x = self.final(modulated_norm(x, scale, shift, jnp.dtype(jnp.float32)))
+            x = deal.restored(constrained(x, "batch", "stream"))
+            return Forward(constrained(video_of(x, shape, cfg.patch), "batch", "frames"), seen, table, place)
 
     def _run_blocks(
         self,
         streams: Streams,
         time: Float32[Array, "B P M"],
         slots: Slots,
-        turns: Turns,
+        turns: tuple[Turns, Turns],
         attend: Attend,
         key: Key[Array, ""] | None,
-    ) -> tuple[Streams, Int[Array, "depth B H N K"] | None]:
+    ) -> tuple[Streams, Seen]:
         graph, weights = nnx.split(self.blocks)
-        dtype = jnp.dtype(self.cfg.dtype)  # of all weights but the norms': one pass, and what layers read is half
-        weights = jax.tree.map_with_path(lambda path, x: x if "scale" in key_path(path) else x.astype(dtype), weights)
+        weights = cast_once(weights, self.cfg)
         # Modulation is per caption: of all layers at once, and outside of what is recomputed.
-        of_modulation, stack = nnx.split(self.modulation)
-        times = jnp.broadcast_to(time[None], (self.cfg.depth, *time.shape))
-        modulations = jax.vmap(lambda layer, time: nnx.merge(of_modulation, layer)(time))(stack, times)
+        with jax.named_scope("modulation"):
+            modulations = self.modulation(time)
 
         def body(streams, layer):
             weights, modulations, index = layer
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            text, video, routes = nnx.merge(graph, weights)(*streams, modulations, slots, turns, attend, layer_key)
-            return (text, video), routes
+            layer = nnx.merge(graph, weights)
+            text, video, seen = layer(*streams, modulations, slots, turns, attend, layer_key, index)
+            return _split(text, video), seen
 
         if self.cfg.remat != "none":
-            body = jax.checkpoint(body, policy=_KEPT[self.cfg.remat], prevent_cse=False)  # scan keeps passes apart
+            body = jax.checkpoint(body, policy=KEPT[self.cfg.remat], prevent_cse=False)  # scan keeps passes apart
         return lax.scan(body, streams, (weights, modulations, jnp.arange(self.cfg.depth)))
 
 
-def _over_the_scene(attention: SceneAttention, table: ChunkTable, moc: MoCConfig, with_routes: bool) -> Attend:
-    """Attention over this scene's chunks, each device on its own share of the batch."""
+def _split(text: Array, video: Array) -> tuple[Array, Array]:
+    """Tokens, or groups of them, each on one device."""
+    return constrained(text, "batch", "stream"), constrained(video, "batch", "stream")
 
-    def attend(q, k, v, key):
-        keys = None if key is None else scene_keys(key, q.shape[0], q.shape[2])
 
-        def local(q, k, v, table, keys):
-            out, routes = attention(q, k, v, table, moc, key=keys)
-            return (out, routes) if with_routes else (out, None)
-
-        return batch_sharded(local)(q, k, v, table, keys)
-
-    return attend
+def _turns(positions: Int[Array, "B N 3"], deal: Deal, cfg: MMDiTConfig) -> tuple[Turns, Turns]:
+    """How heads of text and of video are turned, where their tokens are."""
+    dealt = deal.text_dealt(positions[:, : deal.text]), deal.dealt(positions[:, deal.text :])
+    text, video = (constrained(each, "batch", "tokens") for each in dealt)
+    of_text, of_video = (turns_of(rope_angles(each, cfg.head_dim, cfg.rope_theta)) for each in (text, video))
+    return of_text, of_video

@@ -74,7 +74,7 @@ def gradients(q, k, v, table, cfg, backend):
     return vjp(out)
 
 
-@pytest.mark.parametrize("backend", ["auto", "pallas_tpu"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("pallas_tpu", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("cfg", "forward", "backward"),
     [
@@ -89,6 +89,7 @@ def test_programs_for_tpus_hold_the_kernels(cfg, forward, backward, backend, on_
     assert kernels(trace(gradients, cfg, backend=backend)) == forward + backward
 
 
+@pytest.mark.long
 def test_vmap_calls_each_kernel_once():
     """With more scenes, not scene by scene."""
     cfg = MoCConfig(top_k=3)
@@ -199,6 +200,7 @@ def test_chunks_longer_than_a_block(monkeypatch):
         assert_close(got, expected, which, table=GRADIENT)
 
 
+@pytest.mark.long
 def test_one_function_for_two_chips_is_two_programs():
     """The chip is part of what jit compiles for: v4, whose vector memory is small, has its own blocks, and v6e its."""
     q = shape(1, 4608, 2, 128, dtype=jnp.bfloat16)

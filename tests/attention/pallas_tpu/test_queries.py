@@ -49,7 +49,8 @@ class Case:
         table = table_of(PAIR)
         queries, routes = queries_of(table), jnp.zeros((BATCH, HEADS, TOKENS, 0), jnp.int32)
         if cfg.mode == "moc":
-            routes = attend.select(q, k, queries, table, cfg, BACKEND)
+            phi = attend.means(k, table, cfg, BACKEND)
+            routes = attend.select(q, phi, queries, table, cfg, BACKEND)
         return cls(cfg=cfg, q=q, k=k, v=v, d_out=d_out, table=table, queries=queries, routes=routes)
 
     def some(self, rows: slice):
@@ -84,7 +85,8 @@ def check_slices_of_outputs(case, out):
     for rows in SLICES:
         some = case.some(rows)
         if case.cfg.mode == "moc":
-            np.testing.assert_array_equal(attend.select(some.q, some.k, *some.rest), some.routes)
+            phi = attend.means(some.k, case.table, case.cfg, BACKEND)
+            np.testing.assert_array_equal(attend.select(some.q, phi, *some.rest), some.routes)
         np.testing.assert_array_equal(some.attend(), out[:, rows])
 
 

@@ -104,6 +104,7 @@ def test_a_nan_score_is_never_picked(interpreter):
     assert (got[0, :, 14] == -1).all()
 
 
+@pytest.mark.long
 def test_several_tiles_of_chunks_and_blocks_of_tokens(interpreter):
     """44 chunks in tiles of 16; 400 tokens in blocks of 256; lists that begin in one tile and fill in another."""
     scenes = [cut(3, (2, [9] * 20), (1, [8] * 19)), cut(1, (0, [3, 30] * 5), (0, [11] * 9), (2, [40]))]

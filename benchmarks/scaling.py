@@ -1,0 +1,218 @@
+"""How much faster are several GPUs on one scene, and on a scene for each?
+
+    python -m benchmarks.scaling                                 # all that the devices of this machine can do
+    python -m benchmarks.scaling --which context --counts 1 4    # one scene, its tokens split over 4
+    python -m benchmarks.scaling --which context --scene.attention.exchange dispatch    # or gather, where groups differ
+
+The model and scene are those of benchmarks/model.py: 3.1 B parameters, 180 504 tokens. Measured are
+
+    context     a training step of one scene over n devices, as every split into groups of heads x groups of tokens
+    fsdp        a training step of n scenes, one on each device, whose weights are split
+    sampling    one call of the model for one scene over n devices
+    long        a training step of a scene of four times the shots, over all devices
+
+with milliseconds, tokens/s, how much that is of one device's times n, what a device needs, what it receives of others
+for attention, counted, and from a profile, for how long its collectives ran, and for how long nothing ran beside them.
+"""
+
+import dataclasses
+import gc
+import itertools
+import pathlib
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+
+from benchmarks import model as whole
+from benchmarks import results
+from benchmarks.measure import Effort, Program, time_launches
+from benchmarks.trace import apart, kernels, profiled
+from moc_jax import models
+from moc_jax.attention.accounting import chosen_exchange
+from moc_jax.attention.api import RoutedAttention, routed_attention
+from moc_jax.attention.sharded import deal_of
+from moc_jax.config import Config, ExchangeKind, HashConfig, MeshConfig, TrainConfig
+from moc_jax.scene import Scene, chunk_table
+from moc_jax.sharding import make_mesh, shard_batch
+from moc_jax.training.state import create_state, make_blueprint
+from moc_jax.training.step import make_train_step
+
+Which = Literal["context", "fsdp", "sampling", "long"]
+_COLLECTIVE = re.compile(r"nccl|all_to_all|allgather|reducescatter", re.IGNORECASE)
+_LONGER = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What is measured, and of which model and scene."""
+
+    scene: whole.Arguments = whole.Arguments()
+    """As in benchmarks/model.py."""
+    which: tuple[Which, ...] = ("context", "fsdp", "sampling", "long")
+    counts: tuple[int, ...] = ()
+    """Numbers of devices; none: 1, 2, 4, ... as there are."""
+    profile: bool = True
+    """Also trace a launch of each, where there are GPUs."""
+    out: pathlib.Path = results.FOLDER
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measurement."""
+
+    which: Which
+    devices: int
+    head_groups: int = 0
+    scenes: int = 1
+    longer: int = 1
+    exchange: ExchangeKind = "auto"
+
+    @property
+    def mesh(self) -> MeshConfig:
+        """Its axes."""
+        if self.which == "fsdp":
+            return MeshConfig(data=1, fsdp=self.devices)
+        return MeshConfig(data=1, context=self.devices)
+
+    @property
+    def name(self) -> str:
+        """In results."""
+        split = f", {self.head_groups}x{self.devices // self.head_groups}" if self.head_groups else ""
+        forced = "" if self.exchange == "auto" else f", {self.exchange}"
+        return f"{self.which}, {self.devices} devices{split}{forced}"
+
+
+def cases(args: Arguments, counts: Sequence[int]) -> Iterator[Case]:
+    """All that are asked for: those of fewer devices first, which the others are compared with."""
+    heads, asked = args.scene.model.heads, args.scene.attention.exchange
+    for which, count in itertools.product(args.which, counts):
+        if which == "context":
+            for groups in (u for u in range(count, 0, -1) if count % u == 0 and heads % u == 0):
+                forced = asked if groups < count else "auto"
+                yield Case(which=which, devices=count, head_groups=groups, exchange=forced)
+        elif which == "fsdp":
+            yield Case(which=which, devices=count, scenes=count)
+        elif which == "sampling":
+            yield Case(which=which, devices=count)
+        elif count == max(counts):
+            yield Case(which=which, devices=count, longer=_LONGER)
+
+
+def main(args: Arguments, command: str) -> None:
+    """Measures, stores and prints."""
+    there = len(jax.devices())
+    counts = args.counts or tuple(2**i for i in range(there.bit_length()) if 2**i <= there)
+    rates: dict[str, float] = {}
+    print(
+        f"{'':<26} {'ms':>9} {'tokens/s':>10} {'of n':>6} {'GiB':>6} {'MB/layer':>9} {'collectives':>12} {'alone':>7}"
+    )
+    for case in cases(args, counts):
+        try:
+            found = measure(case, args)
+        except whole.DoesNotFit as error:
+            print(f"{case.name:<26} {error}")
+            continue
+        rate = found["tokens_per_second"]
+        if case.devices == 1:
+            rates[case.which] = rate
+        base = rates.get(case.which)
+        found["scaling"] = rate / base / case.devices if base else None
+        results.store(args.out, "scaling", case.name, command, found)
+        print(row(case.name, found), flush=True)
+        gc.collect()
+
+
+def row(name: str, found: dict[str, Any]) -> str:
+    """One line of the table."""
+    scaling = "" if found["scaling"] is None else f"{found['scaling']:.1%}"
+    moved = [f"{found[key]:.1f}" if key in found else "" for key in ("collectives_ms", "alone_ms")]
+    return (
+        f"{name:<26} {found['ms']:>9.1f} {found['tokens_per_second']:>10.0f} {scaling:>6} {found['gib']:>6.1f} "
+        f"{found['received_mb']:>9.1f} {moved[0]:>12} {moved[1]:>7}"
+    )
+
+
+def measure(case: Case, args: Arguments) -> dict[str, Any]:
+    """One entry."""
+    asked = dataclasses.replace(args.scene, scenes=case.scenes, shots=args.scene.shots * case.longer)
+    if asked.model.remat == "auto":  # the same for all, or they could not be compared
+        asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, remat="full"))
+    config = Config(
+        model=asked.model, moc=asked.moc, text=HashConfig(dim=asked.model.text_dim), train=TrainConfig(ema_decay=0.0)
+    )
+    attention = routed_attention(dataclasses.replace(asked.attention, head_groups=case.head_groups))
+    mesh = make_mesh(case.mesh, jax.devices()[: case.devices])
+    with jax.set_mesh(mesh):
+        scene = shard_batch(whole.make_scene(asked), mesh)
+        shape, lengths = models.scene_shape(config.model, scene.video.shape, scene.text.shape, scene.lengths)
+        deal = deal_of(shape, config.model.heads, attention)
+        table = jax.eval_shape(lambda: chunk_table(lengths, shape, config.moc.chunk))
+        sizes = {"heads": config.model.heads, "head_dim": config.model.head_dim, "element_bytes": 2}
+        received = chosen_exchange(deal, table, config.moc, attention.exchange, **sizes)
+        launch, program = prepared(case, config, attention, mesh, scene)
+        timing = time_launches(launch, Effort(samples=asked.repeats))
+        found = {
+            "devices": case.devices,
+            "groups": [deal.head_groups, deal.groups],
+            "tokens": case.scenes * shape.tokens,
+            "ms": timing.median_ms,
+            "tokens_per_second": 1e3 * case.scenes * shape.tokens / timing.median_ms,
+            "gib": program.memory.peak / 2**30,
+            "exchange": received.kind,
+            "received_mb": received.forward / 1e6,
+        }
+        if args.profile and jax.default_backend() == "gpu":
+            found |= dict(zip(("collectives_ms", "alone_ms"), collectives(launch), strict=True))
+    return found
+
+
+def prepared(
+    case: Case, config: Config, attention: RoutedAttention, mesh: jax.sharding.Mesh, scene: Scene
+) -> tuple[Callable[[], Any], Program]:
+    """What is timed, compiled."""
+    blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
+    state = create_state(blueprint)
+    if case.which == "sampling":
+
+        def velocity(params, scene):
+            t = jnp.full(scene.lengths.shot_frames.shape, 0.9)
+            network = nnx.merge(blueprint.graph, params)
+            return network(scene.video, scene.text, t, scene.lengths, config.moc, attention=attention)
+
+        program = whole.fitting(jax.jit(velocity).lower(state.params, scene), config.model)
+        return lambda: program(state.params, scene), program
+    step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, attention)
+    program = whole.fitting(step.lower(state, scene, config.moc), config.model)
+
+    def launch():
+        nonlocal state
+        state, metrics = program(state, scene)
+        return metrics
+
+    return launch, program
+
+
+def collectives(launch: Callable[[], Any]) -> tuple[float, float]:
+    """Milliseconds of a launch in which a collective ran on the first GPU, and in which nothing else did."""
+    found = list(kernels(profiled(launch)))
+    ran, _ = apart(found, 2, lambda name: 0 if _COLLECTIVE.search(name) else 1)
+    _, alone = apart(found, 2, lambda name: 1 if _COLLECTIVE.search(name) else 0)
+    return ran, alone
+
+
+def run(argv: Sequence[str]) -> None:
+    """The command line."""
+    one_kind = (tyro.conf.AvoidSubcommands,)  # of model
+    args = tyro.cli(Arguments, args=list(argv), description=__doc__, config=one_kind)
+    main(args, shlex.join(["python", "-m", "benchmarks.scaling", *argv]))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -1,0 +1,48 @@
+"""The demo, to be sampled shot by shot: each shot is learned after those before it, and sees no later one.
+
+As configs/demo.py, one real clip of ten seconds and six shots, learned whole. Under `past` visibility and with teacher
+forcing every shot reads the shots before it at a noise level of their own, as in sampling; a step has twice the tokens.
+What finished shots are read by is then kept while the next one is sampled.
+
+    moc-train --config demo_past
+    moc-sample --checkpoint out/demo_past --storyboard configs/demo/storyboard.yaml --out out/demo_past/sample.mp4
+
+The clip has to be there: `python -m moc_jax.data.demo_clip cache/demo`.
+"""
+
+import dataclasses
+
+from moc_jax.config import (
+    ChunkConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    HashConfig,
+    MoCConfig,
+    OptimizerConfig,
+    PcaConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from moc_jax.config.presets import PRESETS
+
+config = Config(
+    workdir="out/demo_past",
+    moc=MoCConfig(chunk=ChunkConfig(unit="frames", size=2), top_k=3, visibility="past"),
+    model=dataclasses.replace(PRESETS["demo"], latent_channels=32, text_dim=128),
+    codec=PcaConfig(channels=32),
+    text=HashConfig(dim=128),
+    data=DataConfig(
+        source=("cache/demo",),
+        cache="cache/demo-latents",
+        height=64,
+        width=160,
+        fps=12,
+        caption_dropout=0.0,  # one scene: nothing to steer away from
+        image_conditioning=0.0,
+    ),
+    diffusion=DiffusionConfig(t_mean=0.7, teacher_forcing=True),  # high noise is where scenes are distinguished
+    sample=SampleConfig(steps=20, shift=1.0, order="shots"),
+    optimizer=OptimizerConfig(learning_rate=8e-3, schedule="cosine", warmup_steps=50),
+    train=TrainConfig(steps=900, ema_decay=0.99, checkpoint_every=300),
+)

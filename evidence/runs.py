@@ -1,0 +1,224 @@
+"""One run: an arm is trained and tested, and what it learned tested and trained on as other arms."""
+
+import concurrent.futures
+import dataclasses
+import datetime
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from evidence.arms import arm_of
+from evidence.cache import load_weights, save_weights
+from evidence.cost import Cost, cost_of
+from evidence.dataset import Dataset
+from evidence.exam import Exam, grade
+from evidence.experiment import Programs, Task, Trainer
+from evidence.findings import best_head, probed, save_sheet, share, summary
+from evidence.recolor import Recolorings
+from evidence.results import Result, name_of
+from evidence.settings import Setting
+from moc_jax.files import write_text
+from moc_jax.models.patches import scene_shape
+from moc_jax.phases import Phases
+from moc_jax.reading import parse_json
+from moc_jax.scene import Scene, chunk_table
+
+LEVELS = (0.2, 0.4, 0.6, 0.8, 0.95)
+"""Noise levels of the validation loss and of the picks."""
+TUNED = 0.05
+"""Updates of an arm that goes on as another, as a share of those before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One arm, learning rate and seed."""
+
+    arm: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return name_of(self.arm, self.learning_rate, self.seed)
+
+
+def missing(result: Result, also: Sequence[str], then: Sequence[str]) -> list[str]:
+    """The arms as which its weights are still to be tested, or tested and trained."""
+    done = result.get("switched", {})
+    return [
+        name
+        for name in dict.fromkeys((*also, *then))
+        if "tuned" not in done.get(name, {}) and (name in then or name not in done)
+    ]
+
+
+class Library:
+    """The programs of one setting's arms; what is compiled for an arm serves all of its runs."""
+
+    def __init__(self, setting: Setting, data: Dataset, colors: Recolorings | None, backend: str):
+        """For data and colors of these shapes."""
+        self._setting, self._shapes, self._backend = setting, (data, colors), backend
+        self._programs: dict[str, Programs] = {}
+
+    def of(self, arm: str, *, ahead: bool = True, fresh: bool = True) -> Programs:
+        """An arm's programs; if they are new, they begin to be compiled `ahead`, as `Programs.compile` has it."""
+        if arm not in self._programs:
+            setting = self._setting
+            task = Task(
+                model=setting.model,
+                diffusion=setting.diffusion,
+                sample=setting.sample,
+                batch=setting.batch,
+                warmup=setting.warmup,
+                box_weight=setting.box_weight,
+            )
+            self._programs[arm] = Programs(task, arm_of(arm, self._backend), setting.world)
+            if ahead:
+                self._programs[arm].compile(*self._shapes, fresh=fresh)
+        return self._programs[arm]
+
+    def cost(self, arm: str, scene: Scene) -> Cost:
+        """Of an arm's attention to such a scene."""
+        model, value = self._setting.model, arm_of(arm, self._backend)
+        shape, lengths = scene_shape(model, scene.video.shape, scene.text.shape, scene.lengths)
+        table = jax.jit(chunk_table, static_argnums=(1, 2))(lengths, shape, value.moc.chunk)
+        return cost_of(table, value, model.head_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Laboratory:
+    """All that runs of one setting have in common."""
+
+    setting: Setting
+    library: Library
+    data: Dataset
+    exam: Exam
+    colors: Recolorings | None
+    """That stories are trained on in."""
+    rows: list[int]
+    """Of the contact sheets."""
+    folder: pathlib.Path
+    """Of results."""
+    weights: pathlib.Path
+    """Folder of trained weights."""
+    about: dict[str, Any]
+    """What every result says of its making."""
+
+    def train(self, run: Run, updates: int, seconds: float, start: pathlib.Path | None = None) -> None:
+        """Trains from fresh weights or those in a file, and tests; the result's file is there from the first test on,
+        and says whether it is finished."""
+        begin, phases = time.perf_counter(), Phases()
+        programs = self.library.of(run.arm, fresh=start is None)
+        weights = None if start is None else load_weights(start, programs.abstract_weights)
+        trainer = Trainer(programs, self.data, run.seed, run.learning_rate, weights, self.colors)
+        quick, curve, done = self.exam.first(self.setting.quick), [], 0
+        result: dict[str, Any] = dataclasses.asdict(run) | self.about
+        result |= {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), "finished": False, "curve": curve}
+        result |= dataclasses.asdict(self.library.cost(run.arm, self.data.scenes(jnp.arange(1))))
+        phases.done("weights")
+
+        def graded(test: dict[str, Any], latents: np.ndarray) -> None:
+            curve.append(test | share(grade(quick, latents)))
+            self._write(run, result)
+            low, high = (100 * curve[-1][name] for name in ("low", "high"))
+            print(f"{run.name}: {test['updates']} updates, {low:.0f}..{high:.0f} % correct", flush=True)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as beside:  # grading takes the processor alone
+            grading, loss, took = [], None, 0.0
+            while True:
+                if done or start is not None:  # fresh weights have nothing to tell
+                    latents = programs.sample(trainer.weights, quick.data, jax.random.key(1))
+                    probe = probed(programs, trainer.weights, quick, LEVELS[-1])
+                    test = {"updates": done, "loss": loss, "seconds": took, "box_error": probe["box_error"]}
+                    test |= {name: probe[name] for name in ("into_reveal",) if name in probe}
+                    test |= {"read": best_head(probe["read"])} if "read" in probe else {}
+                    grading.append(beside.submit(graded, test, latents))
+                    phases.done("tests")
+                diverged = loss is not None and not np.isfinite(loss)
+                if done >= updates or time.perf_counter() - begin >= seconds or diverged:
+                    break
+                before, count = time.perf_counter(), min(self.setting.every, updates - done)
+                loss = trainer.run(count)
+                phases.done("updates" if done else "the first updates")
+                took, done = time.perf_counter() - before, done + count
+            for test in grading:
+                test.result()
+        phases.done("grades")
+        latents = programs.sample(trainer.weights, self.exam.data, jax.random.key(0))
+        result |= {"updates": done, "milliseconds": _pace(curve), "test": summary(grade(self.exam, latents))}
+        result["levels"] = [probed(programs, trainer.weights, self.exam, level) for level in LEVELS]
+        phases.done("last test")
+        save_sheet(self.folder / f"{run.name}.jpg", self.exam, latents, self.rows)
+        save_weights(self.file_of(run), trainer.weights)
+        self._write(run, result | {"finished": True})
+        test = result["test"]["all"]
+        print(f"{run.name}: {test['correct']} of {test['trials']} correct, {phases.total('files')}", flush=True)
+
+    def switch(self, run: Run, also: Sequence[str], then: Sequence[str]) -> None:
+        """Tests a finished run's weights as each of the arms `also`; as each of `then` too, which they are then trained
+        as for `TUNED` of their updates.
+
+        Raises:
+            FileNotFoundError: the weights were not kept.
+        """
+        result = parse_json(self.result_of(run).read_bytes())
+        weights = load_weights(self.file_of(run), self.library.of(run.arm, ahead=False).abstract_weights)
+        for name in missing(result, also, then):
+            programs, phases = self.library.of(name, ahead=name in then, fresh=False), Phases()
+            seed = run.seed + 2**16  # other noise and stories
+            tuned = Trainer(programs, self.data, seed, run.learning_rate, weights, self.colors)
+            found: dict[str, Any] = dataclasses.asdict(self.library.cost(name, self.data.scenes(jnp.arange(1))))
+            phases.done("weights")
+            found |= {"zero_shot": self._tested(programs, tuned)}
+            phases.done("test")
+            if name in then:
+                count = max(1, round(TUNED * result["updates"]))
+                tuned.run(count)
+                phases.done("updates")
+                found |= {"updates": count, "tuned": self._tested(programs, tuned)}
+            result.setdefault("switched", {})[name] = found
+            self._write(run, result)
+            shares = " -> ".join(f"{100 * found[of]['share']:.0f} %" for of in ("zero_shot", "tuned") if of in found)
+            print(f"{run.name} as {name}: {shares}, {phases.total('last test')}", flush=True)
+
+    def file_of(self, run: Run) -> pathlib.Path:
+        """Its weights."""
+        return self.weights / f"{run.name}.npz"
+
+    def result_of(self, run: Run) -> pathlib.Path:
+        """Its result."""
+        return self.folder / f"{run.name}.json"
+
+    def _tested(self, programs: Programs, trainer: Trainer) -> dict[str, Any]:
+        return share(grade(self.exam, programs.sample(trainer.weights, self.exam.data, jax.random.key(0))))
+
+    def _write(self, run: Run, result: dict[str, Any]) -> None:
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in _finite(result).items())
+        write_text(self.result_of(run), f"{{\n{lines}\n}}\n")
+
+
+def _finite(tree: Any) -> Any:
+    """The same with null for NaN, which JSON lacks: after training that diverged, and where nothing was picked."""
+    if isinstance(tree, dict):
+        return {name: _finite(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not np.isfinite(tree) else tree
+
+
+def _pace(curve: Sequence[dict[str, Any]]) -> float:
+    """Milliseconds of an update: the median over tests, but for the first, before which all is compiled, if there are
+    more."""
+    steps = [
+        1e3 * b["seconds"] / (b["updates"] - a["updates"])
+        for a, b in zip([{"updates": 0}, *curve], curve)
+        if b["seconds"]
+    ]
+    return float(np.median(steps[1:] or steps))

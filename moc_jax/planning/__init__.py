@@ -1,0 +1,1 @@
+"""What a run will need, before there is anything to run it on: by arithmetic, and by the compiler."""

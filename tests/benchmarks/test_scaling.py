@@ -1,0 +1,59 @@
+"""benchmarks/scaling.py at toy size: what is measured, and of which devices."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import model, scaling
+from moc_jax.config import MMDiTConfig
+
+SMALL = model.Arguments(model=MMDiTConfig(heads=12, dim=144))
+
+
+def test_every_split_into_heads_and_tokens_is_measured():
+    found = [
+        (c.which, c.devices, c.head_groups, c.scenes) for c in scaling.cases(scaling.Arguments(scene=SMALL), (1, 2, 4))
+    ]
+    assert [(u, n // u) for which, n, u, _ in found if which == "context"] == [
+        (1, 1),
+        (2, 1),
+        (1, 2),
+        (4, 1),
+        (2, 2),
+        (1, 4),
+    ]
+    assert [(n, scenes) for which, n, _, scenes in found if which == "fsdp"] == [(1, 1), (2, 2), (4, 4)]
+    assert [n for which, n, _, _ in found if which == "long"] == [4]
+
+
+def test_collectives_are_timed_and_how_long_nothing_ran_beside_them(monkeypatch):
+    times = {"ncclDevKernel_AllGather": (0, 4), "gemm": (1, 2), "sort": (6, 1)}  # begin, and milliseconds
+    found = [SimpleNamespace(name=n, start_ns=1e6 * a, duration_ns=1e6 * ms) for n, (a, ms) in times.items()]
+    monkeypatch.setattr(scaling, "profiled", lambda launch: launch())
+    monkeypatch.setattr(scaling, "kernels", lambda profile: profile)
+    assert scaling.collectives(lambda: found) == (4, 2)
+
+
+@pytest.mark.slow
+def test_all_kinds_run_on_devices_that_there_are(tmp_path, capsys):
+    size = ["--shots", "2", "--frames", "2", "--rows", "4", "--columns", "4", "--caption", "2", "--repeats", "1"]
+    size += ["--model.dim", "16", "--model.depth", "1", "--model.heads", "2", "--model.text-dim", "8"]
+    size += ["--moc.chunk.size", "4", "--attention.backend", "reference", "--attention.exchange", "dispatch"]
+    words = [word.replace("--", "--scene.") if word.startswith("--") else word for word in size]
+    scaling.run([*words, "--counts", "1", "2", "--out", str(tmp_path)])
+    (file,) = tmp_path.glob("scaling-*.json")
+    entries = json.loads(file.read_text())["entries"]
+    assert {name: entry["groups"] for name, entry in entries.items()} == {
+        "context, 1 devices, 1x1": [1, 1],
+        "context, 2 devices, 1x2, dispatch": [1, 2],
+        "context, 2 devices, 2x1": [2, 1],
+        "fsdp, 1 devices": [1, 1],
+        "fsdp, 2 devices": [1, 1],
+        "long, 2 devices": [2, 1],
+        "sampling, 1 devices": [1, 1],
+        "sampling, 2 devices": [2, 1],
+    }
+    assert entries["context, 2 devices, 1x2, dispatch"]["exchange"] == "dispatch"
+    assert entries["long, 2 devices"]["tokens"] == 4 * 2 * 2 * 4 + 2 * 9
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(entries)

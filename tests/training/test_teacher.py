@@ -1,0 +1,111 @@
+"""Teacher forcing in one pass: the loss and gradients of learning shot by shot, each after the others as history."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moc_jax import models
+from moc_jax.attention.api import RoutedAttention
+from moc_jax.attention.taught import in_pairs, taught
+from moc_jax.config import ChunkConfig, Config, ConfigError, DiffusionConfig, MMDiTConfig, MoCConfig, WanConfig
+from moc_jax.scene import Scene, SceneLengths
+from moc_jax.training.teacher import teacher_forced
+
+MMDIT = MMDiTConfig(dim=32, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none")
+WAN = WanConfig(
+    dim=36, depth=2, heads=2, mlp_dim=40, latent_channels=4, text_dim=8, text_rows=6, dtype="float32", remat="none"
+)
+MOC = MoCConfig(top_k=2, chunk=ChunkConfig(unit="tokens", size=5), visibility="past")
+CFG = DiffusionConfig(teacher_forcing=True)
+SHOTS, FRAMES = 3, 10
+LENGTHS = SceneLengths(jnp.array([(3, 2, 4), (5, 1, 0)]), jnp.array([(2, 3, 0, 2), (1, 1, 4, 0)]))
+
+
+def scene():
+    random = np.random.default_rng(0)
+    video = random.normal(size=(2, FRAMES, 4, 4, 4)).astype(np.float32)
+    return Scene(jnp.asarray(video), jnp.asarray(random.normal(size=(2, 9, 8)).astype(np.float32)), LENGTHS)
+
+
+def check(cfg, moc=MOC, backend="reference", close=2e-5):
+    graph, state = models.abstract(cfg)
+    leaves, tree = jax.tree.flatten(state)
+    random = np.random.default_rng(0)
+    weights = jax.tree.unflatten(tree, [random.normal(0.02, 0.15, x.shape).astype(np.float32) for x in leaves])
+    attention, data = RoutedAttention(backend=backend), scene()
+    t = jnp.array([(0.9, 0.5, 0.2), (0.3, 0.7, 0.6)])
+    z = jax.random.normal(jax.random.key(1), data.video.shape)
+    weigh = jax.random.normal(jax.random.key(2), data.video.shape)
+    key = jax.random.key(3)
+    seen = {}
+
+    def one_pass(weights):
+        def model(video, text, levels, lengths):
+            seen.update(history=video[::2], level=levels[::2])
+            return nnx.merge(graph, weights)(video, text, levels, lengths, moc, attention=taught(attention))
+
+        velocity = teacher_forced(model, data, key, CFG)(z, t)
+        return (jnp.where(inside, velocity, 0) * weigh).sum(), (velocity, seen["history"], seen["level"])
+
+    @jax.jit
+    def shot_by_shot(weights, history, level):
+        def of_shot(shot):
+            mine = shot_of == shot
+            video = jnp.where((shot_of < shot)[..., None, None, None], history, z)
+            levels = jnp.where(jnp.arange(SHOTS)[None] < shot, level, t)
+            found = nnx.merge(graph, weights)(video, data.text, levels, LENGTHS, moc, attention=attention)
+            return jnp.where(mine[..., None, None, None], found, 0)
+
+        velocity = sum(of_shot(shot) for shot in range(SHOTS))
+        return (velocity * weigh).sum(), velocity
+
+    ends = np.cumsum(LENGTHS.shot_frames, axis=1)
+    shot_of = jnp.asarray(np.sum(np.arange(FRAMES)[None, :, None] >= ends[:, None], axis=-1))
+    inside = (shot_of < SHOTS)[..., None, None, None]
+    (_, (velocity, history, level)), grads = jax.jit(jax.value_and_grad(one_pass, has_aux=True))(weights)
+    assert ((level >= 0.1) & (level <= 0.5)).all()
+    assert (level == level[:, :1]).all()
+    assert level[0, 0] != level[1, 0]
+    (_, want), want_grads = jax.jit(jax.value_and_grad(shot_by_shot, has_aux=True))(weights, history, level)
+    error = np.abs(jnp.where(inside, velocity, 0) - want).max() / np.abs(want).max()
+    assert error < close, error
+    for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(want_grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=5e-5 * float(np.abs(b).max() + 1e-6), err_msg=str(path))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cfg", [MMDIT, WAN], ids=["mmdit", "wan"])
+def test_one_pass_is_shot_by_shot(cfg):
+    check(cfg)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(text_anchor="own+global"),
+        dict(mode="dense"),
+        pytest.param(dict(sink_chunks=1), marks=pytest.mark.slow),  # minutes
+        dict(top_k=0),
+    ],
+    ids=str,
+)
+def test_whatever_is_attended_to(change):
+    check(MMDIT, dataclasses.replace(MOC, **change), backend="xla")
+
+
+def test_pairs_lie_side_by_side():
+    np.testing.assert_array_equal(in_pairs(jnp.arange(3), jnp.arange(3) + 10), [0, 10, 1, 11, 2, 12])
+
+
+def test_shots_must_read_nothing_of_each_other_but_history():
+    for moc in (MoCConfig(), MoCConfig(visibility="past", self_anchor="chunk")):
+        with pytest.raises(ConfigError, match=r"teacher_forcing needs moc\.visibility past and moc\.self_anchor shot"):
+            Config(moc=moc, diffusion=CFG)
+    Config(moc=MoCConfig(visibility="past"), diffusion=CFG)
+    with pytest.raises(ConfigError, match=r"diffusion\.history_noise is 0\.5 to 0\.1"):
+        DiffusionConfig(history_noise=(0.5, 0.1))

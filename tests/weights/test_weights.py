@@ -1,0 +1,177 @@
+"""Weights in and out: every name, type and layout comes back bit for bit, and each device reads its own part alone."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from moc_jax import models, weights
+from moc_jax.config import ConfigError, MMDiTConfig
+from moc_jax.models.rope import halves
+from moc_jax.models.wan.names import COMFYUI
+from moc_jax.sharding import AXES, key_path, logical_axes, tree_shardings
+from moc_jax.tensor_files.places import networks_in
+from tests.weights.folders import BF16, CFG, arrays, write
+
+NAMES = ["diffusers", "original", "comfyui"]
+EXPERTS = dataclasses.replace(CFG, boundary=0.9, condition_channels=3)
+
+
+def mesh_of(*sizes):
+    devices = jax.devices()[: int(np.prod(sizes))]
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def contents(place):
+    """The numbers of all networks."""
+    return {
+        part: {name: np.array(x.array()) for name, x in of.tensors.items()}
+        for part, of in networks_in(place)[0].items()
+    }
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, x in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (x.dtype, x.shape), name
+        assert found[name].tobytes() == x.tobytes(), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("names", NAMES)
+def test_a_model_comes_back_bit_for_bit(tmp_path, names, dtype):
+    kind = {"float32": np.dtype(np.float32), "bfloat16": BF16}[dtype]
+    wanted = arrays(names=names, dtype=kind)
+    found = weights.open_weights(write(tmp_path / "in", wanted, names=names))
+    assert (found.names, found.parameters) == (names, sum(x.size for x in wanted.values()))
+    assert dataclasses.replace(found.config, text_rows=CFG.text_rows) == CFG
+    params = weights.load(found, mesh_of(1, 1, 1, 1))
+    weights.export(found.config, params, tmp_path / "out", names=names, dtype=dtype, shard_bytes=20_000)
+    assert_same(contents(tmp_path / "out")["network"], wanted)
+    files = {"float32": 15, "bfloat16": 10}[dtype]
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == (1 if names == "comfyui" else files)
+
+
+def test_names_change_and_numbers_do_not(tmp_path):
+    wanted = arrays(dtype="mixed")
+    place = write(tmp_path / "diffusers", wanted)
+    for names in ("original", "comfyui", "diffusers"):
+        weights.convert(weights.open_weights(place), tmp_path / f"to-{names}", names=names, shard_bytes=30_000)
+        place = tmp_path / f"to-{names}"
+    assert_same(contents(place)["network"], wanted)
+    low = tmp_path / "low"
+    weights.convert(weights.open_weights(place), low, names="diffusers", dtype="bfloat16")
+    assert_same(contents(low)["network"], {name: x.astype(BF16) for name, x in wanted.items()})
+
+
+def test_both_experts_come_back(tmp_path):
+    for names, folders in (
+        ("diffusers", ("transformer", "transformer_2")),
+        ("original", ("high_noise_model", "low_noise_model")),
+    ):
+        wanted = {part: arrays(EXPERTS, names, part) for part in ("high", "low")}
+        for part, folder in zip(wanted, folders):
+            write(tmp_path / names / folder, wanted[part], EXPERTS, names)
+        found = weights.open_weights(tmp_path / names)
+        assert found.config == EXPERTS  # 0.9 as Wan 2.2's I2V has it, where nothing says otherwise
+        params = weights.load(found, mesh_of(1, 1, 1, 1))
+        weights.export(dataclasses.replace(EXPERTS, boundary=0.7), params, tmp_path / "out" / names, names=names)
+        for part, tensors in contents(tmp_path / "out" / names).items():
+            assert_same(tensors, wanted[part])
+    assert weights.open_weights(tmp_path / "out" / "diffusers").config.boundary == 0.7
+
+
+def test_names_are_those_that_others_use():
+    """The norm of cross-attention is norm2 to diffusers, and norm3 to the Wan team."""
+    pairs = {tensor.names for tensor in models.public_tensors(CFG)["network"]}
+    for diffusers, original in [
+        ("blocks.0.norm2.weight", "blocks.0.norm3.weight"),
+        ("blocks.1.norm2.bias", "blocks.1.norm3.bias"),
+        ("blocks.0.attn1.to_q.weight", "blocks.0.self_attn.q.weight"),
+        ("blocks.0.attn2.to_out.0.bias", "blocks.0.cross_attn.o.bias"),
+        ("blocks.0.attn1.norm_k.weight", "blocks.0.self_attn.norm_k.weight"),
+        ("blocks.1.ffn.net.0.proj.weight", "blocks.1.ffn.0.weight"),
+        ("blocks.1.ffn.net.2.bias", "blocks.1.ffn.2.bias"),
+        ("blocks.1.scale_shift_table", "blocks.1.modulation"),
+        ("scale_shift_table", "head.modulation"),
+        ("proj_out.weight", "head.head.weight"),
+        ("patch_embedding.weight", "patch_embedding.weight"),
+        ("condition_embedder.time_embedder.linear_1.weight", "time_embedding.0.weight"),
+        ("condition_embedder.text_embedder.linear_2.bias", "text_embedding.2.bias"),
+        ("condition_embedder.time_proj.weight", "time_projection.1.weight"),
+    ]:
+        assert (diffusers, original) in pairs
+    assert not any("norm3" in diffusers or "norm2" in original for diffusers, original in pairs)
+    assert COMFYUI == "model.diffusion_model."
+
+
+def test_turned_components_are_halves_here(tmp_path):
+    found = weights.open_weights(write(tmp_path / "in", arrays()))
+    params = weights.load(found, mesh_of(1, 1, 1, 1))["network"]["blocks"]
+    matrix = arrays()["blocks.1.attn1.to_q.weight"].reshape(4, 12, 48)  # heads, their components, inputs
+    np.testing.assert_array_equal(params["attention"]["q"]["kernel"][1], matrix[:, halves(12)].transpose(2, 0, 1))
+    matrix = arrays()["blocks.1.attn2.to_q.weight"].reshape(4, 12, 48)  # nothing turns where there are no positions
+    np.testing.assert_array_equal(params["cross"]["q"]["kernel"][1], matrix.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "mixed"])
+def test_each_device_reads_its_part_and_nothing_is_read_whole(tmp_path, monkeypatch, dtype):
+    found = weights.open_weights(write(tmp_path / "in", arrays()))
+    mesh = mesh_of(1, 2, 1, 4)
+    asked, make = [], jax.make_array_from_callback
+
+    def watched(shape, sharding, read):
+        def reading(index):
+            out = read(index)
+            asked.append(
+                (
+                    np.prod(shape),
+                    out.size,
+                    sharding.num_devices // len(set(sharding.devices_indices_map(shape).values())),
+                )
+            )
+            return out
+
+        return make(shape, sharding, reading)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", watched)
+    params = weights.load(found, mesh, dtype=dtype)
+    assert all(size * (8 // copies) == whole for whole, size, copies in asked)
+    axes = models.abstract(found.config)[1]
+    places = tree_shardings(nnx.to_pure_dict(axes), logical_axes(axes), mesh)
+    alone = weights.load(found, mesh_of(1, 1, 1, 1), dtype=dtype)
+    for (path, x), place, one in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(places), jax.tree.leaves(alone)
+    ):
+        assert x.sharding == place, path
+        np.testing.assert_array_equal(x, one)
+        matrix = {"blocks", "kernel"} <= set(key_path(path))
+        assert x.dtype == (dtype if dtype != "mixed" else "bfloat16" if matrix else "float32"), path
+
+
+def test_there_are_no_public_names_for_other_models(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.name is mmdit; public files hold weights of wan alone"):
+        weights.export(MMDiTConfig(), {}, tmp_path / "out", names="diffusers")
+    with pytest.raises(FileExistsError, match="exists; give the name of a new folder"):
+        weights.export(CFG, {}, tmp_path, names="diffusers")
+
+
+def test_the_command_line_needs_no_device(tmp_path):
+    """On a platform that is not there, whatever touched a device would fail."""
+    write(tmp_path / "in", arrays())
+    calls = [["check", "in"], ["convert", "in", "out", "--names", "original", "--dtype", "bfloat16"], ["check", "out"]]
+    run = "import sys; from moc_jax.weights.__main__ import main; [main(call) for call in eval(sys.argv[1])]"
+    environment = os.environ | {"JAX_PLATFORMS": "tpu", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", run, repr(calls)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+    assert "in: 79,144 parameters (network) with diffusers names; tensors: 69 of F32" in done.stdout
+    assert "out: 79,144 parameters (network) with original names; tensors: 69 of BF16" in done.stdout
+    assert "licence: Apache-2.0" in done.stdout
