@@ -2,23 +2,26 @@
 
 At full width with random weights, from and to arrays of the host, as data is prepared and samples decoded: the first
 call, which compiles, the median of the others, and the most memory of the device that was in use. With
-`--diffusers PYTHON`, an interpreter that has torch and diffusers, what these take on the same card follows. With
-`--count` nothing runs: it prints what convolutions keep between two pieces, and the FLOPs of a piece.
+`--diffusers PYTHON`, an interpreter that has torch and diffusers, what these take on the same card follows. Both are
+stored. With `--count` nothing runs: it prints what convolutions keep between two pieces, and the FLOPs of a piece.
 """
 
 import argparse
 import json
 import pathlib
+import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
 import numpy as np
 
+from benchmarks import results
 from moc_jax.codecs import fit_codec
 from moc_jax.codecs.wan_vae.names import Tensor, tensors
 from moc_jax.codecs.wan_vae.network import Sizes, decode_piece, encode_piece
@@ -46,18 +49,31 @@ def main() -> None:
             print(f"{what}: {kept / 1e9:.1f} GB between pieces, {flops / 1e12:.1f} TFLOP a piece")
         return
 
+    settings = {"dtype": args.dtype, "piece": args.piece, "tile": args.tile}
+    print(f"{jax.devices()[0].device_kind}: {args.frames} frames of {args.size[0]} x {args.size[1]}, {settings}")
+    entry = {"version": args.version, "frames": args.frames, "size": args.size, **settings, "moc_jax": _ours(args)}
+    if args.diffusers:
+        script = pathlib.Path(__file__).parents[1] / "tests" / "parity" / "time_vae.py"
+        given = {name: getattr(args, name) for name in ("version", "frames", "size", "dtype", "repeats")}
+        asked = [args.diffusers, str(script), json.dumps(given)]
+        entry["diffusers"] = json.loads(subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        print(json.dumps(entry["diffusers"], indent=1))
+    name = f"{args.version}, {args.frames} x {args.size[0]} x {args.size[1]}, {args.dtype}, pieces of {args.piece}"
+    command = shlex.join(["python", "-m", "benchmarks.wan_vae", *sys.argv[1:]])
+    path = results.store(
+        results.FOLDER, "wan_vae", name + (f", tiles of {args.tile}" * bool(args.tile)), command, entry
+    )
+    print(f"\nresults are in {path}")
+
+
+def _ours(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         write(pathlib.Path(folder), SIZES[args.version])
         settings = {"dtype": args.dtype, "piece": args.piece, "tile": args.tile}
         codec = fit_codec(WanVaeConfig(version=args.version, weights=folder, **settings), ())
         video = np.random.default_rng(0).uniform(-1, 1, (args.frames, *args.size, 3)).astype(np.float32)
-        print(f"{jax.devices()[0].device_kind}: {args.frames} frames of {args.size[0]} x {args.size[1]}, {settings}")
-        latents = _measured("encode", lambda: codec.encode(video), args.repeats)
-        _measured("decode", lambda: codec.decode(latents), args.repeats)
-    if args.diffusers:
-        script = pathlib.Path(__file__).parents[1] / "tests" / "parity" / "time_vae.py"
-        given = {name: getattr(args, name) for name in ("version", "frames", "size", "dtype", "repeats")}
-        subprocess.run([args.diffusers, str(script), json.dumps(given)], check=True)
+        latents, encode = _measured("encode", lambda: codec.encode(video), args.repeats)
+        return {"encode": encode, "decode": _measured("decode", lambda: codec.decode(latents), args.repeats)[1]}
 
 
 def counted(
@@ -88,8 +104,9 @@ def write(folder: pathlib.Path, sizes: Sizes) -> None:
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", headers, map(numbers, listed))
 
 
-def _measured(what: str, call, repeats: int) -> np.ndarray:
-    seconds = []
+def _measured(what: str, call: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, dict[str, float]]:
+    """The last result, and seconds and bytes."""
+    out, seconds = np.zeros(0), []
     for _ in range(1 + repeats):
         begin = time.perf_counter()
         out = call()
@@ -97,7 +114,7 @@ def _measured(what: str, call, repeats: int) -> np.ndarray:
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     rest = statistics.median(seconds[1:])
     print(f"  {what}: {rest:.3f} s (at first {seconds[0]:.1f} s), {memory / 1e9:.2f} GB at most so far", flush=True)
-    return out
+    return out, {"seconds": rest, "first_seconds": seconds[0], "peak_bytes": memory}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 
+import diffusers
 import torch
 from diffusers import AutoencoderKLWan
 
@@ -32,13 +33,15 @@ def main(given: dict) -> None:
     built = built.to(device, getattr(torch, given["dtype"])).eval()
     video = torch.rand(1, 3, given["frames"], *given["size"], device=device, dtype=built.dtype) * 2 - 1
     name = torch.cuda.get_device_name() if device == "cuda" else "a processor"
-    print(f"diffusers' AutoencoderKLWan, torch {torch.__version__}, {name}")
     with torch.no_grad():
-        latents = _measured("encode", lambda: built.encode(video).latent_dist.mode(), device, given["repeats"])
-        _measured("decode", lambda: built.decode(latents).sample, device, given["repeats"])
+        latents, encode = _measured(lambda: built.encode(video).latent_dist.mode(), device, given["repeats"])
+        _, decode = _measured(lambda: built.decode(latents).sample, device, given["repeats"])
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    print(json.dumps({"versions": versions, "device": name, "encode": encode, "decode": decode}))
 
 
-def _measured(what: str, call, device: str, repeats: int) -> torch.Tensor:
+def _measured(call, device: str, repeats: int) -> tuple[torch.Tensor, dict]:
+    """The last result, and seconds and bytes."""
     seconds = []
     for _ in range(1 + repeats):
         begin = time.perf_counter()
@@ -48,8 +51,7 @@ def _measured(what: str, call, device: str, repeats: int) -> torch.Tensor:
         seconds.append(time.perf_counter() - begin)
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     rest = statistics.median(seconds[1:])
-    print(f"  {what}: {rest:.3f} s (the first call {seconds[0]:.1f} s), {memory / 1e9:.2f} GB at most", flush=True)
-    return out
+    return out, {"seconds": rest, "first_seconds": seconds[0], "peak_bytes": memory}
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_a_run_writes_everything_and_a_second_one_has_nothing_to_do(
         "pipeline_tag: text-to-video",
         f"SHA-256 `{loaded.digest}`",
         "6 of 6 steps",
-        "2 scenes of",
+        "scenes: 2",
         "Licence:",
     ):
         assert told in card, told
