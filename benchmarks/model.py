@@ -60,6 +60,7 @@ from moc_jax.config import (
     MoCConfig,
     ModelConfig,
     OptimizerConfig,
+    PcaConfig,
     TrainConfig,
 )
 from moc_jax.config.presets import PRESETS
@@ -169,6 +170,7 @@ def measure(args: Arguments) -> dict[str, Any]:
         moc=args.moc,
         attention=args.attention,
         text=HashConfig(dim=args.model.text_dim),
+        codec=PcaConfig(channels=args.model.latent_channels),
         train=TrainConfig(ema_decay=0.0),
     )
     scene = make_scene(args)

@@ -55,7 +55,7 @@ def main() -> None:
     if args.diffusers:
         script = pathlib.Path(__file__).parents[1] / "tests" / "parity" / "time_vae.py"
         given = {name: getattr(args, name) for name in ("version", "frames", "size", "dtype", "repeats")}
-        asked = [args.diffusers, str(script), json.dumps(given)]
+        asked = [args.diffusers, "-P", str(script), json.dumps(given)]
         entry["diffusers"] = json.loads(subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout)
         print(json.dumps(entry["diffusers"], indent=1))
     name = f"{args.version}, {args.frames} x {args.size[0]} x {args.size[1]}, {args.dtype}, pieces of {args.piece}"

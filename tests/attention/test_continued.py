@@ -20,6 +20,7 @@ LAYERS, LAYER, ROWS = 2, 1, 128  # rows: of a layer's video
 FIRST, END = np.array([1, 2]), np.array([2, 4])  # the shots that are given, of each scene
 CAPTIONS, VIDEO = 6, 30  # room for the given tokens
 NONSENSE = 7.0  # in all that is not finished
+HERE = [name for name in BACKENDS[1:] if name != "pallas_gpu"]  # which knows no such heads: pallas_gpu/test_continued.py
 
 
 def past(cfg):
@@ -88,7 +89,7 @@ def check(cfg, q, k, v, value, want, want_routes):
         np.testing.assert_array_equal(np.swapaxes(phi, 1, 2)[seen], np.swapaxes(means, 1, 2)[seen])
 
 
-@pytest.mark.parametrize("backend", [pytest.param(BACKENDS[0], marks=pytest.mark.long), *BACKENDS[1:]])
+@pytest.mark.parametrize("backend", [pytest.param(BACKENDS[0], marks=pytest.mark.long), *HERE])
 @pytest.mark.long_interpreted
 @pytest.mark.slow_interpreted(*SETTINGS[1:])
 @pytest.mark.parametrize(
