@@ -148,7 +148,7 @@ def main(args: Arguments, command: str) -> None:
     entry = measure(args)
     path = args.out
     for step, found in entry["steps"].items():  # an entry each, so that one can be measured again alone
-        name = f"{step}, {_name(args)}, {entry['backend']}"
+        name = f"{step}, {_name(args, entry['tokens'])}, {entry['backend']}"
         name += f", remat {args.model.remat}" if step == "training" else ""
         path = results.store(args.out, "model", name, command, {**entry, "steps": {step: found}})
     print("\n".join(model_tables([entry])))
@@ -157,8 +157,10 @@ def main(args: Arguments, command: str) -> None:
     print(f"\nresults are in {path}")
 
 
-def _name(args: Arguments) -> str:
+def _name(args: Arguments, tokens: int) -> str:
     model, scenes = args.model, f", {args.scenes} scenes" if args.scenes > 1 else ""
+    if model.name != "mmdit":
+        return f"{model.name}, {model.depth} layers of {model.dim}, {tokens} tokens{scenes}"
     width = "" if model.dim == TWO_STREAMS.dim else f" of {model.dim}"
     return f"{model.depth} layers{width}{scenes}"
 

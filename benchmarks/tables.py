@@ -150,7 +150,7 @@ def parts_table(entry: Entry) -> list[str]:
 
 def model_tables(entries: Iterable[Entry]) -> list[str]:
     """Lines of markdown: each step of each model."""
-    head = ["step", "layers", "width", "parameters", "tokens", "MoC", "of peak", "dense", "ratio", "bound"]
+    head = ["step", "model", "layers", "width", "parameters", "tokens", "MoC", "of peak", "dense", "ratio", "bound"]
     head += ["peak: MoC", "dense"]
     rows = []
     for e in entries:
@@ -158,7 +158,8 @@ def model_tables(entries: Iterable[Entry]) -> list[str]:
             both = [found.get(name) for name in ("moc", "dense")]
             peaks = (f"{x['memory']['peak'] / 2**30:.1f} GiB" if x else _EMPTY for x in both)
             ours, theirs = map(_seconds, both)
-            model = str(e["model"]["depth"]), str(e["model"]["dim"]), f"{e['parameters'] / 1e6:,.0f} M"
+            name = "Wan" if e["model"]["name"] == "wan" else "MMDiT"
+            model = name, str(e["model"]["depth"]), str(e["model"]["dim"]), f"{e['parameters'] / 1e6:,.0f} M"
             share = number((both[0] or {}).get("share_of_peak"), ".1%")
             ratios = number(found.get("ratio"), ".2f", "x"), f"{e['bound']:.2f}x"
             rows.append([step, *model, f"{e['tokens']:,}", ours, share, theirs, *ratios, *peaks])

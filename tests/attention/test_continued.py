@@ -20,7 +20,9 @@ LAYERS, LAYER, ROWS = 2, 1, 128  # rows: of a layer's video
 FIRST, END = np.array([1, 2]), np.array([2, 4])  # the shots that are given, of each scene
 CAPTIONS, VIDEO = 6, 30  # room for the given tokens
 NONSENSE = 7.0  # in all that is not finished
-HERE = [name for name in BACKENDS[1:] if name != "pallas_gpu"]  # which knows no such heads: pallas_gpu/test_continued.py
+HERE = [
+    name for name in BACKENDS[1:] if name != "pallas_gpu"
+]  # which knows no such heads: pallas_gpu/test_continued.py
 
 
 def past(cfg):
