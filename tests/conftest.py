@@ -24,7 +24,16 @@ _MAPPINGS = pathlib.Path("/proc/self/maps")
 _ON_GPU = pathlib.Path(__file__).parent / "attention"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long_for(*values): long where one of the test's parameters is among the values")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in items:
+        given = [value for marker in item.iter_markers("long_for") for value in marker.args]
+        if any(type(x) is type(y) and x == y for x in given for y in item.callspec.params.values()):
+            item.add_marker(pytest.mark.long)
     if jax.default_backend() == "cpu":
         return
     elsewhere = pytest.mark.skip(reason="needs eight virtual CPU devices: run without MOC_TEST_PLATFORM=gpu")

@@ -42,7 +42,8 @@ def tokens_of(scene, chunks):
 # ------------------------------------------------------------------------------------------------ who sees whom
 
 
-@pytest.mark.long_interpreted(MULTI_SHOT)
+@pytest.mark.long_for(PAST[0])
+@pytest.mark.long_interpreted(MULTI_SHOT, DENSE[0])
 @pytest.mark.slow_interpreted(PAST[0])
 @pytest.mark.parametrize("cfg", [MULTI_SHOT, PAST[0], DENSE[0]], ids=name)
 def test_weights_lie_on_anchors_and_picks_and_nowhere_else(backend, cfg):
@@ -56,6 +57,7 @@ def test_weights_lie_on_anchors_and_picks_and_nowhere_else(backend, cfg):
     assert_close(got.sum(-1, dtype=np.float64), got.any(-1), "sum of the weights", dtype=str(got.dtype))
 
 
+@pytest.mark.long_for("chunk")
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize(("self_anchor", "dense"), [("shot", DENSE[0]), ("chunk", DENSE[1])])
 def test_all_chunks_selected_is_dense(backend, self_anchor, dense):
@@ -212,6 +214,7 @@ def test_padding_may_hold_anything(backend, dtype):
         np.testing.assert_array_equal(a, b, which)
 
 
+@pytest.mark.long_interpreted
 def test_nan_reaches_who_reads_it_and_nobody_else(backend):
     """NaN in one token's v, k, q or output gradient, for plain backends; for the kernels, a NaN key is not a pick."""
     cfg, token, table = SINGLE_SHOT, TEXT_TOKENS + 9, table_of(TWO_SHOTS)
@@ -256,6 +259,7 @@ def test_scenes_and_heads_know_nothing_of_each_other(backend):
 # ------------------------------------------------------------------------------------------------ causality
 
 
+@pytest.mark.long_interpreted
 @pytest.mark.parametrize("self_anchor", ["shot", "none"])
 def test_a_later_shot_never_influences_an_earlier_ones_routes(backend, self_anchor):
     cfg = MoCConfig(top_k=2, self_anchor=self_anchor)
@@ -286,6 +290,7 @@ def test_past_visibility_shuts_out_later_shots(backend, cfg):
         np.testing.assert_array_equal(after[~later], before[~later])
 
 
+@pytest.mark.long_interpreted
 def test_routing_graph_has_no_cycle(backend):
     """Causal routing: every pick comes before the query's own chunk."""
     for cfg in (MoCConfig(top_k=3), MoCConfig(top_k=3, self_anchor="none")):
@@ -315,6 +320,7 @@ def test_ties_go_to_the_lowest_chunk(backend, kind):
         assert (routes[:, :, scene[7].tokens] == own_middle).all()
 
 
+@pytest.mark.long_interpreted
 def test_equal_keys_tie_whatever_the_lengths_of_chunks(backend):
     scene = cut(1, (1, [3, 7, 1]), (0, [5, 6, 11]), (2, [8]))
     q, k, _ = qkv(0, [scene] * 2, "equal chunks", backend=backend)
@@ -323,6 +329,7 @@ def test_equal_keys_tie_whatever_the_lengths_of_chunks(backend):
         assert (routes[:, :, scene[chunk].tokens] == others).all()
 
 
+@pytest.mark.long_interpreted
 def test_duplicated_chunks_are_picked_in_order(backend):
     """Chunks 3, 5 and 6 hold the same keys; wherever the first of them is picked, the others follow it."""
     scene = cut(0, (0, [4, 4, 4, 4, 4, 4, 4]))

@@ -19,6 +19,8 @@ from moc_jax.planning.collectives import collectives
 from moc_jax.scene import SceneLengths, SceneShape, chunk_table
 from moc_jax.sharding import RULES, make_mesh
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="needs eight virtual CPU devices")
+
 SHAPE = SceneShape(shots=3, frames=64, rows=1, columns=3, text_tokens=7)  # which four groups don't divide
 HEADS, DIM = 2, 8
 CFG = MoCConfig(chunk=ChunkConfig(size=16), top_k=2, drop_off_max=1.0, drop_in_rate=1.0)
@@ -96,10 +98,8 @@ def check(name, arrays, shots, **which):
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [("4x1, data", "reference"), *(pytest.param(name, "xla", marks=pytest.mark.long) for name in MESHES)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "backend"), [("4x1, data", "reference"), *((name, "xla") for name in MESHES)])
 def test_routes_are_bit_for_bit_those_of_one_device_and_no_pick_is_lost(name, backend):
     for shots in LENGTHS.values():
         found = check(name, vectors(), shots, backend=backend)

@@ -70,6 +70,7 @@ def test_rules_of_candidates_are_kept(cfg):
                 assert len(set(row) - set(plain[b, h, token])) <= cfg.max_drop_in
 
 
+@pytest.mark.long_for("reference")
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_follows_the_drawn_routes(backend):

@@ -37,6 +37,7 @@ def moved(x, order):
     return np.take_along_axis(np.asarray(x), np.asarray(order)[:, :, None, None], axis=1)
 
 
+@pytest.mark.long_for(PAST[0], SINGLE_SHOT, WINDOW, DENSE[1])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.long_interpreted(MULTI_SHOT, PAST[0], SINGLE_SHOT, WINDOW, DENSE[1], BY_CHUNK)
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def log_sum_exps(q, k, mask):
         return np.log(np.sum(np.where(mask, np.exp(scores), 0), axis=-1))
 
 
+@pytest.mark.long_for(*SOME[1:])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.slow_interpreted(*(cfg for cfg in SOME if cfg is not MULTI_SHOT))
 @pytest.mark.long_interpreted(MULTI_SHOT)

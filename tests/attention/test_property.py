@@ -25,7 +25,6 @@ from tests.attention.configs import (
     PAST,
     SINGLE_SHOT,
     WINDOW,
-    half_long,
     name,
 )
 from tests.attention.scenes import HEAD_DIM, HUGE, KINDS_OF_DATA, LARGE, PAIR, qkv, random_scenes, table_of
@@ -60,8 +59,9 @@ def check(cfg, scenes, kind, seed, backends):
 INTERPRETED = [family for family in FAMILIES if family == ["pallas_tpu"]]
 
 
+@pytest.mark.long_for(*(cfg for cfg in COVERING if cfg not in (MULTI_SHOT, PAST[1])))
 @pytest.mark.parametrize("backends", [family for family in FAMILIES if family not in INTERPRETED], ids="-".join)
-@pytest.mark.parametrize("cfg", half_long(COVERING), ids=name)
+@pytest.mark.parametrize("cfg", COVERING, ids=name)
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @example(scenes=PAIR, kind="normal", seed=0)
 @given(scenes=random_scenes(), kind=st.sampled_from(KINDS_OF_DATA), seed=st.integers(0, 2**16))
@@ -94,6 +94,7 @@ def test_routes_under_every_config(cfg):
     assert (routes.swapaxes(1, 2)[text_or_padding] == -1).all()
 
 
+@pytest.mark.long_for(SINGLE_SHOT, PAST[0], DENSE[1])
 @pytest.mark.slow_interpreted
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("cfg", [MULTI_SHOT, SINGLE_SHOT, PAST[0], DENSE[1]], ids=name)

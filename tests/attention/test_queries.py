@@ -71,6 +71,7 @@ def oracles(cfg, backend):
     return whole, [oracle.moc_gradients(q, k, v, whole.mask, only(dout, *where)) for where in SLICES.values()]
 
 
+@pytest.mark.long_for(*SOME[1:])
 @of_backends
 @pytest.mark.slow_interpreted(*(cfg for cfg in SOME if cfg is not MULTI_SHOT))
 @pytest.mark.long_interpreted(MULTI_SHOT)

@@ -16,6 +16,8 @@ from moc_jax.config import ChunkConfig, MeshConfig, MoCConfig
 from moc_jax.scene import SceneLengths, SceneShape, chunk_table
 from moc_jax.sharding import RULES, make_mesh
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="needs eight virtual CPU devices")
+
 SHAPE = SceneShape(shots=3, frames=8, rows=2, columns=5, text_tokens=7)
 HEADS, DIM = 4, 8
 CFG = MoCConfig(chunk=ChunkConfig(size=6), top_k=2, drop_off_max=1.0, drop_in_rate=1.0)

@@ -17,9 +17,9 @@ LENGTHS = SceneLengths(jnp.array([[5, 1, 4]]), jnp.array([[3, 4, 0, 5]]))
 @pytest.mark.parametrize(
     "tiling",
     [
-        xla.XlaTiling(
-            anchor_tile=512, anchor_block=1024, routed_tile=256, routed_block=640
-        ),  # each larger than the scene
+        pytest.param(  # each larger than the scene
+            xla.XlaTiling(anchor_tile=512, anchor_block=1024, routed_tile=256, routed_block=640), marks=pytest.mark.long
+        ),
         pytest.param(
             xla.XlaTiling(anchor_tile=16, anchor_block=48, routed_tile=32, routed_block=16), marks=pytest.mark.long
         ),
@@ -40,6 +40,7 @@ def test_output_and_gradients_do_not_depend_on_the_tiling(tiling):
         assert_close(value, expected[name], name, table=OUTPUT if name == "out" else GRADIENT)
 
 
+@pytest.mark.long_for("bfloat16", "float16")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("offset", [0, 300, -300])
 def test_neither_large_nor_very_negative_scores_overflow(offset, dtype):

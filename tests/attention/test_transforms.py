@@ -16,6 +16,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 OTHERS = [cut(1, (2, [6, 6, 6]), (1, [9, 2, 5])), cut(0, (1, [3, 3, 3, 3]), (0, [17, 8]))]
 
 
+@pytest.mark.long_for("reference")
 @pytest.mark.slow_interpreted
 def test_eager_is_jit(backend):
     cfg = MULTI_SHOT
@@ -46,6 +47,7 @@ def test_a_second_run_is_bitwise_equal(backend, cfg):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long_for("reference")
 @pytest.mark.slow_interpreted
 def test_vmap(backend):
     """Over batches of scenes, each with its own table."""
@@ -68,6 +70,7 @@ def test_vmap(backend):
             assert_close(got[i], expected, which, table=GRADIENT)
 
 
+@pytest.mark.long_for("reference")
 @pytest.mark.slow_interpreted
 def test_layers_under_scan_and_remat(backend):
     """Three layers as a model runs them, and the same three in a Python loop through the other backend."""

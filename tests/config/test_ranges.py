@@ -158,6 +158,7 @@ def test_extremes_are_refused_by_name_or_work_at_once(path, value):
     assert not message or (named and len(message) < 600)
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(path=st.sampled_from(list(fields())), value=EXTREMES)
 def test_extremes_on_the_command_line_end_alike(path, value):

@@ -154,6 +154,7 @@ def trained(cfg, mesh, adapters=None):
         return step(state, shard_batch(make_scene(), mesh), CONFIG.moc)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mmdit", pytest.param("wan", marks=pytest.mark.long)])
 def test_a_step_trains_adapters_and_nothing_else(name):
     cfg, mesh = with_lora(name, dataclasses.replace(LORA, dropout=0.2)), mesh_of(1)

@@ -63,6 +63,7 @@ def test_padding_changes_nothing():
     np.testing.assert_array_equal(out[0, :9], other[0, :9])
 
 
+@pytest.mark.long
 def test_more_room_changes_nothing():
     video, text, t = _inputs()
     out = _run(video, text, t, _lengths())
@@ -147,6 +148,7 @@ def test_routes_are_those_of_video_queries_and_follow_the_rules():
     assert (picked_shot[:, :, :, :54] < own_shot[:54, None]).all()
 
 
+@pytest.mark.long
 def test_drop_off_and_drop_in_change_training_only():
     video, text, t = _inputs()
     plain = _run(video, text, t, _lengths())
@@ -177,6 +179,7 @@ def test_rematerialisation_changes_no_gradient(remat):
         assert float(jnp.abs(a).max()) > 0
 
 
+@pytest.mark.long
 def test_bfloat16_computes_near_float32():
     video, text, t = _inputs()
     graph, _ = nnx.split(nnx.eval_shape(lambda: MMDiT(dataclasses.replace(CFG, dtype="bfloat16"), rngs=nnx.Rngs(0))))

@@ -52,6 +52,7 @@ def written_out(q, k, v):
 _LONG = pytest.mark.long
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["reference", *(pytest.param(x, marks=_LONG) for x in ("xla", "pallas_tpu"))])
 def test_captions_are_read_with_their_padding(backend):
     *inputs, d_out = arrays(0)

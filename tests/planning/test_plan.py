@@ -44,6 +44,7 @@ def test_the_state_is_what_a_run_holds():
     assert sum(found.values()) == device_bytes(state) - state.step.nbytes
 
 
+@pytest.mark.long
 def test_adapters_are_planned_as_they_are_trained():
     """Frozen weights in the type of their products, without gradients, moments, or a place in checkpoints."""
     where, config = topology("h200:1"), load_config(["--config", "wan21_1_3b_lora"])

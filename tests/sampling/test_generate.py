@@ -87,6 +87,7 @@ def test_every_shot_has_noise_of_its_own_seed():
     np.testing.assert_array_equal(keys(reseeded), keys(reseeded, with_sample(seed=1)))  # the storyboard's comes first
 
 
+@pytest.mark.long
 def test_a_batch_equals_its_storyboards_one_by_one():
     """In turn, where the scenes of a batch take different numbers of turns."""
     for board, sample in zip((THREE, TWO), run(THREE, TWO, config=IN_TURN)):
@@ -167,6 +168,7 @@ def test_the_storyboard_of_a_training_scene_has_its_durations():
     assert (board.caption, [shot.caption for shot in board.shots]) == ("all", ["shot 1", "shot 7", "shot 3"])
 
 
+@pytest.mark.long
 def test_later_shots_change_no_earlier_one_when_the_model_sees_the_past():
     config = dataclasses.replace(with_moc(visibility="past"), sample=IN_TURN.sample)
     (a,), (b,) = run(THREE, config=config), run(change(THREE, 2, caption="a day"), config=config)

@@ -37,6 +37,7 @@ def check(*boards, config=PAST, params=None):
             np.testing.assert_allclose(a, b, atol=CLOSE)
 
 
+@pytest.mark.long
 def test_samples_are_those_of_computing_all_again(monkeypatch):
     """Two scenes of unlike shots, one of which is done before the other."""
     models = []

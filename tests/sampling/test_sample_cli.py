@@ -125,6 +125,7 @@ def test_a_long_storyboard_is_named_before_anything_is_loaded(boards, capsys):
     assert r"caf\udce9.yaml: 1,200 shots" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_several_storyboards_make_a_folder(run_folder, boards):
     """Each over four devices."""
     out = boards / "videos"

@@ -77,6 +77,7 @@ def test_each_shot_is_a_file_and_says_what_made_it(whole):
     assert [len(generation.done(shot).read) for shot in range(5)] == [0, 1, 2, 2, 2]
 
 
+@pytest.mark.long
 def test_a_shot_is_that_of_the_scene_of_what_it_was_shown(whole, sampler):
     """M + 1 shots inside the trained window are one scene, and nothing else."""
     generation, _, _ = whole

@@ -90,6 +90,7 @@ def test_a_run_writes_everything_and_a_second_one_has_nothing_to_do(
     assert previews[1][1] == float(np.abs(np.asarray(loaded.params["final"]["kernel"])).sum())
 
 
+@pytest.mark.long
 def test_going_on_is_the_same_as_not_stopping(start, tmp_path):
     def stop(params, step):
         if not stopped:
@@ -133,6 +134,7 @@ def poison(monkeypatch, step, where):
     monkeypatch.setattr(loop, "shard_batch", shard_batch)
 
 
+@pytest.mark.long_for("size")
 @pytest.mark.parametrize(
     ("where", "cause"), [("data", "the data itself holds NaN or infinity: {name}"), ("size", "the data is finite")]
 )
@@ -155,6 +157,7 @@ def test_nan_stops_the_run_and_is_not_saved(start, prepared_config, tmp_path, mo
     assert jax.tree.all(jax.tree.map(lambda x: bool(np.isfinite(x).all()), params))
 
 
+@pytest.mark.long
 def test_nan_just_before_a_checkpoint_is_seen_before_it_is_saved(start, tmp_path, monkeypatch):
     poison(monkeypatch, 4, "data")
     with pytest.raises(TrainingError, match=r"step 4: .* The checkpoint of step 2 is intact"):

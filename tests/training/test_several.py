@@ -40,6 +40,7 @@ def patched(config_file, environment, patch):
     return start
 
 
+@pytest.mark.long
 def test_what_is_wrong_with_the_data_ends_all_processes_with_the_reason(command, tmp_path):
     make_clip(tmp_path / "clip.mp4", shots=2)
     (tmp_path / "clip.yaml").write_text("captoin: a square\n")

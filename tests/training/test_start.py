@@ -67,6 +67,7 @@ def test_the_next_stage_has_weights_and_codec_of_the_one_before(first, second, c
     assert [row["step"] for row in read_metrics(f"{second.workdir}/metrics.jsonl")] == [1, 2]
 
 
+@pytest.mark.long
 def test_optimizer_and_average_start_afresh(first):
     blueprint = blueprint_of(first, mesh_of(1))
     params = load_for_sampling(first.workdir, shardings=blueprint.shardings.params).params

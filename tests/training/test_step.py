@@ -293,6 +293,7 @@ def test_items_take_a_state_apart_and_put_it_together():
 # ------------------------------------------------------------------------------------------------ validation
 
 
+@pytest.mark.long
 def test_validation_is_fixed_and_counts_shots():
     results = []
     for name in ("1", "2x4"):

@@ -58,9 +58,11 @@ def routes(q, k, v, table, **options):
 MULTI_SHOT_SIZES = [(180_512, 153, 128), (1_440_512, 1_217, 128)]  # 8 and 64 shots of 22 500 tokens in 18 chunks
 SINGLE_SHOT_SIZES = (33_272, 22, 64)
 SHOT, CHUNK = MoCConfig(top_k=5), MoCConfig(top_k=3, self_anchor="chunk", causal_routing=False)
+WINDOW = MoCConfig(top_k=3, self_anchor="window", visibility="past")
 WITH_PICKS, WITHOUT = {"moc_router": 1, "moc_forward": 2}, {"moc_forward": 1}
 
 
+@pytest.mark.long_for(MULTI_SHOT_SIZES[1], WINDOW)
 @off_gpu
 @pytest.mark.parametrize(
     ("cfg", "sizes", "forward"),
@@ -68,7 +70,7 @@ WITH_PICKS, WITHOUT = {"moc_router": 1, "moc_forward": 2}, {"moc_forward": 1}
         (SHOT, MULTI_SHOT_SIZES[0], WITH_PICKS),
         (SHOT, MULTI_SHOT_SIZES[1], WITH_PICKS),
         (CHUNK, SINGLE_SHOT_SIZES, WITH_PICKS),
-        (MoCConfig(top_k=3, self_anchor="window", visibility="past"), SINGLE_SHOT_SIZES, WITH_PICKS),
+        (WINDOW, SINGLE_SHOT_SIZES, WITH_PICKS),
         (MoCConfig(mode="dense"), MULTI_SHOT_SIZES[1], WITHOUT),
         (MoCConfig(top_k=0), SINGLE_SHOT_SIZES, WITHOUT),
     ],

@@ -18,7 +18,7 @@ from moc_jax.attention.layout import ALIGN, queries_of
 from moc_jax.attention.pallas_gpu import plan as planning
 from moc_jax.attention.pallas_gpu.device import Hopper, HopperTiling
 from moc_jax.attention.pallas_gpu.tiles import ROWS, TILE
-from tests.attention.configs import COVERING, EVERY, half_long, name
+from tests.attention.configs import COVERING, EVERY, MULTI_SHOT, PAST, name
 from tests.attention.oracle import Chunk
 from tests.attention.scenes import CHUNKS, LONGEST_CHUNK, TEXT_TOKENS, TOKENS, random_scenes, table_of
 
@@ -152,6 +152,7 @@ def chunks_of(table, b):
 PARTS = pytest.mark.parametrize("text_readers", [WHOLE, 500], ids=["whole", "parts"])
 
 
+@pytest.mark.long_for(*(cfg for cfg in COVERING if cfg not in (MULTI_SHOT, PAST[1])))
 @PARTS
 @pytest.mark.parametrize("cfg", COVERING, ids=name)
 @settings(deadline=None, max_examples=8)
@@ -163,7 +164,8 @@ def test_tiles_and_runs_are_the_anchors(cfg, text_readers, scenes):
         assert made.text_shares == (0 if not all_text else 1 if text_readers == WHOLE else 3)
 
 
-@pytest.mark.parametrize("cfg", half_long(COVERING), ids=name)
+@pytest.mark.long_for(*(cfg for cfg in COVERING if cfg not in (MULTI_SHOT, PAST[1])))
+@pytest.mark.parametrize("cfg", COVERING, ids=name)
 @settings(deadline=None, max_examples=8)
 @given(scenes=random_scenes(), begin=st.integers(0, STRETCH * TOKENS - SLICE))
 def test_slices_that_begin_anywhere(cfg, scenes, begin):

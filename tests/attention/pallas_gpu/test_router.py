@@ -69,6 +69,7 @@ def test_three_parts_hold_every_bit_that_counts(dtype, scale):
 # ------------------------------------------------------------------------------------------------ what comes out
 
 
+@pytest.mark.long_for.with_args(jnp.float16)
 @interpreted
 @DTYPES
 @pytest.mark.parametrize("cfg", half_long([c for c in COVERING if c.mode == "moc"]), ids=name)
@@ -106,6 +107,7 @@ def test_more_slots_than_candidates(top_k):
     assert (got[..., -1] == -1).all()
 
 
+@pytest.mark.long_for(True)
 @interpreted
 @pytest.mark.parametrize("resident", [True, False])
 def test_several_blocks_of_chunks_and_tiles_of_queries(resident):

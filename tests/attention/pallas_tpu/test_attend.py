@@ -74,6 +74,7 @@ def gradients(q, k, v, table, cfg, backend):
     return vjp(out)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["auto", pytest.param("pallas_tpu", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("cfg", "forward", "backward"),

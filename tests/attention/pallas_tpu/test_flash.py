@@ -103,6 +103,7 @@ def test_blocks_end_where_keys_do(interpreter, longest_run):
     hold(got, plain(q, k, v, tiles, 16))
 
 
+@pytest.mark.long
 def test_other_queries_stay(interpreter):
     """Two calls fill one array: tiles of 8 before tiles of 16."""
     q, k, v = inputs(SHARED[:, :, :2], 16)
@@ -128,6 +129,7 @@ def test_a_nan_query_spoils_no_other(interpreter):
     ).all()
 
 
+@pytest.mark.long
 def test_bfloat16_packed(interpreter):
     """Outputs and log-sum-exps in one array: the outputs to bfloat16, the log-sum-exps to float32."""
     q, k, v = inputs(SHARED, 16, dtype=jnp.bfloat16)

@@ -94,6 +94,7 @@ def test_gradients(case: Case, interpreter):
         assert error <= tolerance, f"{name}: {error:.2e}"
 
 
+@pytest.mark.long
 def test_same_bits_again_and_with_eager_copies(interpreter):
     case = dataclasses.replace(CASES["two blocks that every tile reads"], heads=1)
     arrays, table = _inputs(case), _table(case)

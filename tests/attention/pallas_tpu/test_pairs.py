@@ -80,6 +80,7 @@ def moved(one_by_one):
         yield
 
 
+@pytest.mark.long_for.with_args(jnp.float32)
 @pytest.mark.parametrize(("one_by_one", "buffers"), [(False, 2), (True, 2), (False, 1)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_spread(interpreter, dtype, one_by_one, buffers):
@@ -118,6 +119,7 @@ def wide(out, lse):
     return np.concatenate([out, gap, np.repeat(lse[..., None], 128, axis=-1)], axis=-1)
 
 
+@pytest.mark.long_for.with_args(jnp.float32)
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "one_by_one", "buffers"),

@@ -94,6 +94,7 @@ def _with_ties(kind):
     return q, phi
 
 
+@pytest.mark.long
 def test_a_nan_score_is_never_picked(interpreter):
     cfg = dataclasses.replace(NO_ANCHORS, top_k=9, causal_routing=False)  # all candidates, and nothing
     q, phi, table, _ = inputs(jnp.bfloat16)
