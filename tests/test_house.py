@@ -1,6 +1,7 @@
 """The house's own rules: imports point down, files stay small, the package needs no torch."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -88,9 +89,14 @@ ALLOWED = {
 }
 
 
+@functools.cache
+def _tree(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def _imports(path: pathlib.Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -179,9 +185,7 @@ def test_private_parts_of_jax_are_found(source):
 def test_private_parts_of_jax_are_in_one_file():
     """tests/private_jax.py has those of the tests."""
     files = [*_sources(), *_beside("benchmarks", "evidence")]
-    touching = {
-        str(path.relative_to(ROOT)): found for path in files if (found := _private(ast.parse(path.read_text())))
-    }
+    touching = {str(path.relative_to(ROOT)): found for path in files if (found := _private(_tree(path)))}
     assert set(touching) == {"moc_jax/processes.py"}, touching
 
 
@@ -196,7 +200,7 @@ def test_files_stay_small():
 def test_functions_stay_short():
     for path in _sources():
         limit = 120 if "pallas" in str(path) else 60
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(_tree(path)):
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= limit, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines (limit {limit})"
@@ -218,10 +222,10 @@ ONLY_IN = {
 }
 
 
+@functools.cache
 def _calls(path: pathlib.Path) -> list[str]:
     """Every call and every name with a dot, as text."""
-    tree = ast.parse(path.read_text())
-    return [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call | ast.Attribute)]
+    return [ast.unparse(node) for node in ast.walk(_tree(path)) if isinstance(node, ast.Call | ast.Attribute)]
 
 
 @pytest.mark.parametrize("way", ONLY_IN)
@@ -236,7 +240,7 @@ def test_one_of_each(way):
 
 def test_unfinished_files_have_their_names_from_one_place():
     for path in _sources():
-        texts = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+        texts = [node.value for node in ast.walk(_tree(path)) if isinstance(node, ast.Constant)]
         unfinished = [t for t in texts if isinstance(t, str) and re.fullmatch(r"\S*\.(tmp|part|partial)", t)]
         assert not unfinished or path.name in ("files.py", "workdir.py"), f"{path}: {unfinished}"
 
@@ -246,7 +250,7 @@ def test_only_those_that_own_a_run_take_the_whole_config():
     owners = {"training": {"loop", "start", "summary"}, "sampling": {"generate", "generation", "preview", "compare"}}
     for module, files in owners.items():
         for path in (ROOT / "moc_jax" / module).glob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in ast.walk(_tree(path)):
                 if isinstance(node, ast.arg) and node.annotation is not None and path.stem not in files:
                     assert ast.unparse(node.annotation) != "Config", f"{path.relative_to(ROOT)}, line {node.lineno}"
 
@@ -264,7 +268,7 @@ def test_importing_changes_no_logger_no_flag_and_no_warning():
     """Who imports a library decides about these; what is needed is set where it is used."""
     calls = re.compile(r"addFilter|setLevel|mark_as_parsed|filterwarnings|simplefilter|basicConfig|jax\.config\.update")
     for path in _sources():
-        module = ast.parse(path.read_text())
+        module = _tree(path)
         at_import = [s for s in module.body if not isinstance(s, ast.FunctionDef | ast.ClassDef)]
         found = [node for s in at_import for node in ast.walk(s) if isinstance(node, ast.Call)]
         assert not [node for node in found if calls.search(ast.unparse(node.func))], path
