@@ -1,7 +1,8 @@
 """What `moc-sample --extend` does once its arguments are known to be possible."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ from moc_jax.sampling.shot_by_shot import sample_shots
 from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.sharding import make_mesh
 from moc_jax.signals import Stop
+from moc_jax.training.lock import Lock
 
 
 def make_shots(
@@ -39,7 +41,7 @@ def make_shots(
     given_tilings(args.attention)
     join(args.mesh)
     phases.done("devices")
-    with kept_programs(args.compilation_cache):
+    with kept_programs(args.compilation_cache), held(Path(args.extend), found):
         opened = opened or of_run(args)
         generation = found_or_begun(args, found, opened.config, weights=opened.digest, step=opened.step)
         # How attention is computed, and where files lie, is for this call to say, not for the one that began it.
@@ -56,8 +58,27 @@ def make_shots(
             params = opened.load(sampler)
             for _ in sample_shots(generation, sampler, params, lambda line: print(line, flush=True)):
                 pass
-    if jax.process_index() == 0:
-        _finish(generation, sheets)
+        if jax.process_index() == 0:
+            _finish(generation, sheets)
+
+
+@contextlib.contextmanager
+def held(folder: Path, found: Generation | None) -> Iterator[None]:
+    """By these processes alone, as they found it."""
+    if jax.process_index() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder, setting="--extend")
+    try:
+        lock.acquire(lambda line: print(line, flush=True))
+        if found is not None:
+            found.check_current()
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):  # unless there is something in it
+            folder.rmdir()
 
 
 def _finish(generation: Generation, sheets: Sequence[Path]) -> None:

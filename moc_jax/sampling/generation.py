@@ -4,6 +4,7 @@
              given/                 what storyboards named: pictures and videos
              shots/0007.npz         a shot that is done: latents, features, what it read
              shots/0007.mp4         the same to be watched; video.mp4 is all of them, joined
+             run.lock               whose it is, while a process is at work
 
 A shot is done when its .npz is there, which appears whole or not at all. So a process that was killed resumes with the
 shot that it was at, and what it makes is the same, bit for bit. What is asked for again is a new file, `0007-2.npz`;
@@ -273,6 +274,14 @@ class Generation:
         }
         write_text(self.folder / _FILE, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
 
+    def check_current(self) -> None:
+        """Raises GenerationError where another process asked for something since this one opened it."""
+        now = resume(self.folder)
+        if (now._written, now._takes) != (self._written, self._takes):
+            raise GenerationError(
+                f"{named(self.folder)} was changed by another process meanwhile; give the command again"
+            )
+
     def read(self, tree: Mapping[str, object]) -> None:
         """Takes over what `_write` wrote."""
         takes, boards = tree["takes"], tree["storyboards"]
@@ -305,8 +314,10 @@ def begin(folder: Path, config: Config, *, checkpoint: str, weights: str, step: 
     Raises:
         GenerationError: there is one, or the folder holds something else.
     """
+    if is_generation(folder):
+        raise GenerationError(f"{named(folder)} was begun by another process meanwhile; give the command again")
     # What was stopped while it copied the first storyboard's files has left these.
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {"given"}):
+    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {"given", "run.lock"}):
         raise GenerationError(f"{named(folder)} exists and is not a generation; give the name of a new folder")
     return Generation(folder, config, checkpoint, weights, step)
 

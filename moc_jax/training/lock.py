@@ -1,4 +1,4 @@
-"""One run per workdir: a file that names its holder, and gives the folder up when the holder is gone.
+"""One run per workdir, one process per generation: a file that names its holder, and is free when the holder is gone.
 
     workdir/run.lock    {"host", "boot", "space", "pid", "started", "since", "command", "sign"}
 
@@ -88,9 +88,9 @@ def this_process() -> Holder:
 class Lock:
     """Holds a folder from `acquire` to `release`; `check` says, in between, whether it is still held."""
 
-    def __init__(self, folder: str | Path, *, clock: Callable[[], float] = time.monotonic):
-        """`folder`: a path, or an address in a bucket."""
-        self._folder, self._clock = os.fspath(folder).rstrip("/"), clock
+    def __init__(self, folder: str | Path, *, setting: str = "--workdir", clock: Callable[[], float] = time.monotonic):
+        """`folder`: a path, or an address in a bucket; `setting` names it."""
+        self._folder, self._setting, self._clock = os.fspath(folder).rstrip("/"), setting, clock
         self._path = f"{self._folder}/{NAME}"
         self._me = this_process()
         self._signs = secrets.randbelow(1 << 30)  # no other one writes the same
@@ -146,7 +146,7 @@ class Lock:
                 if gone is False or (watched is not None and found != watched):
                     raise LockError(
                         f"{self._folder} is in use by {found[0]}. Wait until it ends or stop it, or give another "
-                        "--workdir"
+                        f"{self._setting}"
                     )
                 if not expired:
                     return found

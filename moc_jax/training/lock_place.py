@@ -106,7 +106,7 @@ def _open(path: Path, make: bool) -> int:
             raise ConfigError(f"{path} is {kinds[error.errno]}, not a run's lock; move it away") from error
         if error.errno in (errno.EACCES, errno.EPERM):
             raise ConfigError(
-                f"{path} cannot be opened: another user's run made it. Let that run end, or give another --workdir"
+                f"{path} cannot be opened: another user's run made it. Let that run end, or give another folder"
             ) from error
         raise
     if not stat.S_ISREG(os.fstat(file).st_mode):

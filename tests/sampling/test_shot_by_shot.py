@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moc_jax.commands.shots import held
 from moc_jax.config import BucketConfig
 from moc_jax.data.video import VideoError, join_videos, read_video
 from moc_jax.provenance import read_provenance
@@ -25,6 +26,7 @@ from moc_jax.sampling.generation import Done, GenerationError, begin, check_same
 from moc_jax.sampling.retrieval import chosen, score
 from moc_jax.sampling.shot_by_shot import sample_shots
 from moc_jax.sampling.storyboard import Shot, StoryboardError, parse_storyboard
+from moc_jax.training.lock import LockError
 from tests.sampling.worlds import CONFIG, make_board, make_codec, make_params
 
 WEIGHTS = "ab" * 32
@@ -289,6 +291,24 @@ def test_what_cannot_be_gone_on_with_is_named(tmp_path):
     path.write_text("{")
     with pytest.raises(GenerationError, match="is damaged: it is not JSON"):
         resume(tmp_path / "run")
+
+
+def test_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    generation = new(folder, TWO)
+    in_use = pytest.raises(LockError, match=r"run is in use by process .* or give another --extend")
+    with held(folder, resume(folder)), in_use, held(folder, None):
+        pass
+    assert not (folder / "run.lock").exists()
+    before = resume(folder)
+    generation.extend(MORE)
+    with pytest.raises(GenerationError, match="was changed by another process meanwhile"), held(folder, before):
+        pass
+    with pytest.raises(GenerationError, match="was begun by another process meanwhile"):
+        begin(folder, CONFIG, checkpoint="a", weights=WEIGHTS, step=1)
+    with held(tmp_path / "new", None):
+        pass
+    assert not (tmp_path / "new").exists()
 
 
 def test_joined_videos_hold_the_same_frames(whole, tmp_path):
