@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from jax.sharding import AbstractMesh, AxisType
 
+from moc_jax import models
 from moc_jax.attention.accounting import Exchange as AttentionExchange
+from moc_jax.attention.deal import Deal
+from moc_jax.attention.kept import Size
 from moc_jax.config import Config, LoraConfig, MeshConfig, Remat
 from moc_jax.models import moving_count, parameter_count, step_flops, trained_count
 from moc_jax.planning.links import Exchange
@@ -15,6 +18,7 @@ from moc_jax.planning.pace import phases
 from moc_jax.planning.topology import Topology
 from moc_jax.planning.traffic import BF16, exchanges
 from moc_jax.planning.workload import Workload, deal_over, moved_over, workload
+from moc_jax.scene import max_chunks
 from moc_jax.sharding import AXES, mesh_sizes
 from moc_jax.training.held import Held, sampling_bytes, training_bytes
 from moc_jax.training.held import state_bytes as bytes_of
@@ -47,6 +51,8 @@ class Plan:
     """FLOPs of all devices."""
     problems: tuple[str, ...] = ()
     """Why it can't run as it is, memory apart."""
+    turns: int = 1
+    """Of sampling: how many evaluations of the whole scene a noise level takes."""
 
     @property
     def fits(self) -> bool:
@@ -119,7 +125,11 @@ def _dispatched(moved: AttentionExchange) -> int | None:
 
 
 def plan_sampling(cfg: Config, where: Topology, sizes: Sizes | None = None) -> Plan:
-    """One evaluation of the model, adapters merged, while a scene is sampled; errors of `plan_training`."""
+    """One evaluation of the model, adapters merged, while a scene is sampled; errors of `plan_training`.
+
+    Shot by shot, what is kept of finished shots is held, and an evaluation is one of each shot. Where nothing is kept,
+    or it doesn't fit and need not be, each shot's noise levels take evaluations of the whole scene.
+    """
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, lora=LoraConfig()))
     work, sizes = workload(cfg), _sizes(cfg.mesh, where) if sizes is None else dict(sizes)
     share = sizes["context"] * sizes["tensor"]
@@ -130,7 +140,7 @@ def plan_sampling(cfg: Config, where: Topology, sizes: Sizes | None = None) -> P
     sent = exchanges(cfg.model, "none", moving, 0, deal, moved, 1, sizes, where, training=False)
     parts = work.matrices / share, work.attention / share, work.tokens / share
     computed = phases(cfg.model, "none", *parts, weights, where.chip, training=False)
-    return Plan(
+    plan = Plan(
         topology=where,
         sizes=sizes,
         policy="none",
@@ -144,6 +154,33 @@ def plan_sampling(cfg: Config, where: Topology, sizes: Sizes | None = None) -> P
         hidden=_hidden(sent, sum(computed.values())),
         useful=(work.matrices + work.attention) * sizes["data"] * sizes["fsdp"],
     )
+    if cfg.sample.order != "shots":
+        return plan
+    kept = _kept_bytes(cfg, work, deal, sizes)
+    turn_by_turn = dataclasses.replace(plan, held=Held(parts={**plan.held.parts, "finished shots": kept}))
+    if kept and (turn_by_turn.fits or cfg.sample.cache != "auto"):
+        return turn_by_turn
+    return dataclasses.replace(plan, turns=work.shape.shots)
+
+
+def _kept_bytes(cfg: Config, work: Workload, deal: Deal, sizes: Sizes) -> int:
+    """Of finished shots, on one device, with guidance for both captions; 0: they can't be kept."""
+    model, moc, sample = cfg.model, cfg.moc, cfg.sample
+    changes = moc.dense_first_steps or moc.dense_last_steps or moc.top_k_schedule
+    if sample.cache == "off" or changes or models.why_not(moc, model):
+        return 0
+    size = Size(
+        batch=2 if sample.guidance != 1 else 1,
+        shape=work.shape,
+        depth=model.depth,
+        heads=model.heads,
+        head_dim=model.head_dim,
+        dtype=model.dtype,
+        columns=max_chunks(work.shape, moc.chunk) * moc.descriptors,
+        deal=deal,
+        small=sample.cache == "float8",
+    )
+    return size.device_bytes // (sizes["context"] * sizes["tensor"])
 
 
 def state_bytes(cfg: Config, sizes: Sizes) -> dict[str, int]:

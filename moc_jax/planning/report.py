@@ -51,7 +51,7 @@ def as_json(cfg: Config, plan: Plan, remedies: list[Remedy], *, sample: bool, pr
 def sample_seconds(cfg: Config, plan: Plan) -> float:
     """Of all evaluations of the model for a scene, or for one each on every `data` and `fsdp`."""
     evaluations = cfg.sample.steps * (2 if cfg.sample.solver == "heun" else 1)
-    return evaluations * (2 if cfg.sample.guidance != 1 else 1) * plan.seconds
+    return evaluations * (2 if cfg.sample.guidance != 1 else 1) * plan.turns * plan.seconds
 
 
 def price_of(plan: Plan, price: float) -> float:
@@ -96,7 +96,8 @@ def lines(cfg: Config, plan: Plan, remedies: list[Remedy], *, sample: bool, pric
     found.append(f"{si(plan.useful)}FLOP; MFU {plan.utilisation:.1%} of {si(chip.flops)}FLOP/s a device")
     if sample:
         seconds = _time(sample_seconds(cfg, plan))
-        found.append(f"a scene: {cfg.sample.steps} steps with {cfg.sample.solver}, {seconds}")
+        by = f", for each of {plan.turns} shots" if plan.turns > 1 else ""
+        found.append(f"a scene: {cfg.sample.steps} steps with {cfg.sample.solver}{by}, {seconds}")
     else:
         save = save_of(cfg, of.hosts, plan.sizes["data"])
         found.append(f"a checkpoint: {si(save.bytes)}B, {si(save.per_host)}B by each of {save.writers} host(s)")

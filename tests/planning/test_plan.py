@@ -166,6 +166,32 @@ def test_sampling_counts_evaluations():
     assert plan.held.parts["weights"] == 4 * parameter_count(config.model)
 
 
+def test_shot_by_shot_what_is_kept_is_held():
+    (measured,) = results.load(results.FOLDER, "cache")
+    kept = measured["entries"]["8 shots, 30 layers of 1536, pallas_gpu"]["kept_bytes"]
+    shots = "--sample.order shots", "--moc.visibility past"
+    plans = {
+        way: (config, plan_sampling(config, topology("h200:1")))
+        for way, options in {
+            "joint": (),
+            "kept": shots,
+            "8 bits": (*shots, "--sample.cache float8"),
+            "both captions": (*shots, "--sample.guidance 2", "--sample.cache on"),
+            "off": (*shots, "--sample.cache off"),
+            "later shots seen": shots[:1],
+            "too much": (*shots, "--data.buckets 64:1600:1000"),
+        }.items()
+        for config in [_multi_shot(*options)]
+    }
+    held = {way: plan.held.parts.get("finished shots", 0) / kept for way, (_, plan) in plans.items()}
+    wanted = {"joint": 0, "kept": 1, "8 bits": 0.52, "both captions": 2, "off": 0, "later shots seen": 0, "too much": 0}
+    assert held == pytest.approx(wanted, rel=0.02)
+    turns = {way: plan.turns for way, (_, plan) in plans.items()}
+    assert turns == {**dict.fromkeys(wanted, 1), "off": 8, "later shots seen": 8, "too much": 64}
+    words = "\n".join(lines(*plans["off"], [], sample=True, price=0))
+    assert "30 steps with unipc, for each of 8 shots" in words
+
+
 # ------------------------------------------------------------------------------------------------ beside what was found
 
 
