@@ -220,19 +220,20 @@ def join_videos(parts: Sequence[Path], path: Path, made: Provenance | None = Non
     try:
         with whole_file(path) as partial:
             with av.open(os.fspath(partial), "w", format="mp4", options={"movflags": "faststart"}) as container:
-                joined, begin, count = None, 0, 0
+                joined, count = None, 0
                 for part in parts:
                     with av.open(os.fspath(part)) as video:
-                        stream = video.streams.video[0]
+                        stream, before = video.streams.video[0], count
                         joined = joined or container.add_stream_from_template(stream)
                         for packet in video.demux(stream):
                             if packet.pts is None or packet.duration is None:
                                 continue  # the end
                             # In the order of decoding frames are as long apart as they are shown, ahead of their time.
+                            # A file's own duration is rounded, to milliseconds where the first frames are in order.
                             packet.dts = (count - _AHEAD) * packet.duration
-                            packet.pts, packet.stream, count = packet.pts + begin, joined, count + 1
+                            packet.pts += before * packet.duration
+                            packet.stream, count = joined, count + 1
                             container.mux(packet)
-                        begin += stream.duration or 0
             if made is not None:
                 append_provenance(partial, made)
     except (av.FFmpegError, OSError) as error:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from moc_jax.commands.shots import held
 from moc_jax.config import BucketConfig
-from moc_jax.data.video import VideoError, join_videos, read_video
+from moc_jax.data.video import VideoError, join_videos, read_video, write_video
 from moc_jax.provenance import read_provenance
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.generation import Done, GenerationError, begin, check_same, is_generation, resume
@@ -329,6 +330,26 @@ def test_joined_videos_hold_the_same_frames(whole, tmp_path):
     with pytest.raises(VideoError, match="it cannot be joined"):
         join_videos([tmp_path / "none.mp4"], tmp_path / "all.mp4")
     assert (tmp_path / "all.mp4").exists()
+
+
+def test_joined_frames_are_as_long_apart_as_they_were(tmp_path):
+    """A file says of itself how long it is in milliseconds: 8 of 12 frames a second are 667 in some orders."""
+    parts, rounded = [tmp_path / f"{number}.mp4" for number in range(14)], 0
+    for number, part in enumerate(parts):
+        random = np.random.default_rng(number)
+        count, picture = int(random.integers(2, 16)), random.integers(0, 255, (32, 32, 3))
+        moved = [np.roll(picture, (i * int(random.integers(0, 4)), 0), (0, 1)) for i in range(count)]
+        noise = [random.normal(0, 60, picture.shape) * (random.random() < 0.4) for _ in range(count)]
+        write_video(part, np.clip(np.add(moved, noise), 0, 255).astype(np.uint8), 12)
+        with av.open(str(part)) as video:
+            stream = video.streams.video[0]
+            rounded += stream.duration * stream.time_base != Fraction(count, 12)
+    assert rounded, "no part has a rounded duration"
+    join_videos(parts, tmp_path / "all.mp4")
+    with av.open(str(tmp_path / "all.mp4")) as video:
+        times = [frame.pts * frame.time_base for frame in video.decode(video=0)]
+    assert times == [Fraction(i, 12) for i in range(len(times))]
+    assert len(times) == sum(len(read_video(part, 32, 32, 12)) for part in parts)
 
 
 @pytest.mark.long
