@@ -21,6 +21,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 _MAPPINGS = pathlib.Path("/proc/self/maps")
+# Tests whose kind CI keeps with other parameters, or in a smaller form: all of them take longer than CI has.
+_SLOW = frozenset((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
 _ON_GPU = pathlib.Path(__file__).parent / "attention"
 
 
@@ -31,6 +33,8 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
+        if item.nodeid in _SLOW:
+            item.add_marker(pytest.mark.slow)
         given = [value for marker in item.iter_markers("long_for") for value in marker.args]
         if any(type(x) is type(y) and x == y for x in given for y in item.callspec.params.values()):
             item.add_marker(pytest.mark.long)

@@ -302,3 +302,10 @@ def test_english_is_plain():
         for match in re.finditer(phrase, line)
     ]
     assert not found, "\n".join(found)
+
+
+def test_slow_tests_are_there():
+    """Each line of slow.txt names one: a name that is changed here must be changed there."""
+    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+        file, *within = line.split("[")[0].split("::")
+        assert re.search(rf"^ *def {within[-1]}\(", (ROOT / file).read_text(), re.MULTILINE), line

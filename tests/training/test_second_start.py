@@ -32,7 +32,7 @@ def test_the_second_start_compiles_nothing(command, config_file, tmp_path):
         counts.append(json.loads(out.splitlines()[-1]))
     (asked, hits, misses), second = counts
     assert asked == hits + misses
-    assert 10 < misses <= asked < 40  # each costs time at every start
+    assert 10 < asked < 40  # each costs time at every start
     assert second == [asked, asked, 0]
     assert log(tmp_path / "first") == log(tmp_path / "second")
     assert (tmp_path / "first" / "a.mp4").read_bytes() == (tmp_path / "second" / "a.mp4").read_bytes()
