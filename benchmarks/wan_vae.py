@@ -8,6 +8,7 @@ stored. With `--count` nothing runs: it prints what convolutions keep between tw
 
 import argparse
 import json
+import os
 import pathlib
 import shlex
 import statistics
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -49,27 +50,28 @@ def main() -> None:
             print(f"{what}: {kept / 1e9:.1f} GB between pieces, {flops / 1e12:.1f} TFLOP a piece")
         return
 
+    if args.diffusers:  # torch takes its memory beside jax, which would take nearly all
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
     settings = {"dtype": args.dtype, "piece": args.piece, "tile": args.tile}
     print(f"{jax.devices()[0].device_kind}: {args.frames} frames of {args.size[0]} x {args.size[1]}, {settings}")
-    entry = {"version": args.version, "frames": args.frames, "size": args.size, **settings, "moc_jax": _ours(args)}
+    entry = {"version": args.version, "frames": args.frames, "size": args.size, **settings}
+    entry["moc_jax"] = _ours(args, settings)
     if args.diffusers:
         script = pathlib.Path(__file__).parents[1] / "tests" / "parity" / "time_vae.py"
         given = {name: getattr(args, name) for name in ("version", "frames", "size", "dtype", "repeats")}
-        asked = [args.diffusers, "-P", str(script), json.dumps(given)]
+        asked = [args.diffusers, "-P", str(script), json.dumps(given)]  # -P: a module beside it is called numbers
         entry["diffusers"] = json.loads(subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout)
         print(json.dumps(entry["diffusers"], indent=1))
     name = f"{args.version}, {args.frames} x {args.size[0]} x {args.size[1]}, {args.dtype}, pieces of {args.piece}"
+    name += f", tiles of {args.tile}" if args.tile else ""
     command = shlex.join(["python", "-m", "benchmarks.wan_vae", *sys.argv[1:]])
-    path = results.store(
-        results.FOLDER, "wan_vae", name + (f", tiles of {args.tile}" * bool(args.tile)), command, entry
-    )
+    path = results.store(results.FOLDER, "wan_vae", name, command, entry)
     print(f"\nresults are in {path}")
 
 
-def _ours(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def _ours(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         write(pathlib.Path(folder), SIZES[args.version])
-        settings = {"dtype": args.dtype, "piece": args.piece, "tile": args.tile}
         codec = fit_codec(WanVaeConfig(version=args.version, weights=folder, **settings), ())
         video = np.random.default_rng(0).uniform(-1, 1, (args.frames, *args.size, 3)).astype(np.float32)
         latents, encode = _measured("encode", lambda: codec.encode(video), args.repeats)

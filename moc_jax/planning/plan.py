@@ -165,7 +165,7 @@ def plan_sampling(cfg: Config, where: Topology, sizes: Sizes | None = None) -> P
 
 def _kept_bytes(cfg: Config, work: Workload, deal: Deal, sizes: Sizes) -> int:
     """Of finished shots, on one device, with guidance for both captions; 0: they can't be kept."""
-    model, moc, sample = cfg.model, cfg.moc, cfg.sample
+    model, moc, sample = cfg.model, work.moc, cfg.sample
     changes = moc.dense_first_steps or moc.dense_last_steps or moc.top_k_schedule
     if sample.cache == "off" or changes or models.why_not(moc, model):
         return 0
