@@ -20,7 +20,7 @@ from moc_jax.commands.sample_arguments import DATA, MOC, SAMPLE, Extending
 from moc_jax.config import Config, ConfigError
 from moc_jax.files import prove_folder
 from moc_jax.phases import Phases, garbage_left
-from moc_jax.sampling.generation import Generation, begin, check_same, is_generation, numbers, resume
+from moc_jax.sampling.generation import Generation, begin, check_new, check_same, is_generation, numbers, resume
 from moc_jax.sampling.refusal import check_by_command
 from moc_jax.sampling.storyboard import Shot, Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
@@ -51,6 +51,8 @@ def extend(argv: Sequence[str], signals: Signals | None, phases: Phases) -> None
                 raise ConfigError(f"--redo {number}: there are shots 1 to {len(found.shots)}")
     elif not (args.checkpoint and args.storyboard):
         raise ConfigError(f"{folder} holds no generation yet; give --checkpoint and --storyboard to begin one")
+    else:
+        check_new(folder)
     boards = _boards(args, found)
     check_by_command(boards, args.caption_filter)
     prove_folder(folder.parent, setting="--extend")

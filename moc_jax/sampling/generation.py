@@ -316,10 +316,15 @@ def begin(folder: Path, config: Config, *, checkpoint: str, weights: str, step: 
     """
     if is_generation(folder):
         raise GenerationError(f"{named(folder)} was begun by another process meanwhile; give the command again")
+    check_new(folder)
+    return Generation(folder, config, checkpoint, weights, step)
+
+
+def check_new(folder: Path) -> None:
+    """Raises GenerationError where none can be begun: there is something else."""
     # What was stopped while it copied the first storyboard's files has left these.
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {"given", "run.lock"}):
         raise GenerationError(f"{named(folder)} exists and is not a generation; give the name of a new folder")
-    return Generation(folder, config, checkpoint, weights, step)
 
 
 def resume(folder: Path) -> Generation:

@@ -9,6 +9,7 @@ from moc_jax.data import read_video
 from moc_jax.provenance import read_provenance
 from moc_jax.sampling.generation import GenerationError, resume
 from moc_jax.sampling.storyboard import StoryboardError
+from moc_jax.training.lock import Lock, LockError
 from tests.sampling.test_sample_cli import save_checkpoint
 from tests.sampling.test_shot_by_shot import config_with
 
@@ -97,6 +98,15 @@ def test_what_cannot_be_sampled_is_not_kept(tmp_path, run_folder):
     with pytest.raises(StoryboardError, match=r"b.yaml: shots\[0\]: seconds = 0.001 is less than a frame"):
         call(*words, "--storyboard", tmp_path / "a.yaml", tmp_path / "b.yaml")
     assert not (tmp_path / "film").exists()
+    (tmp_path / "film").mkdir()
+    lock = Lock(tmp_path / "film")
+    lock.acquire()
+    with pytest.raises(LockError, match=r"is in use by process .* give another --extend"):
+        call(*words, "--storyboard", tmp_path / "a.yaml")
+    lock.release()
+    for path in (tmp_path, tmp_path / "a.yaml"):
+        with pytest.raises(GenerationError, match="exists and is not a generation"):
+            call("--extend", path, "--checkpoint", tmp_path / "none", "--storyboard", tmp_path / "a.yaml")
     for more, message in (
         (["--redo-readers"], "--redo-readers: of which shots"),
         (["--redo", 1, "--seed", 3], "--seed is for the shots of a --storyboard"),
