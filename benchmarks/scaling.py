@@ -2,12 +2,13 @@
 
     python -m benchmarks.scaling                                 # all that the devices of this machine can do
     python -m benchmarks.scaling --which context --counts 1 4    # one scene, its tokens split over 4
-    python -m benchmarks.scaling --which context --scene.attention.exchange dispatch    # or gather, where groups differ
+    python -m benchmarks.scaling --which context --scene.attention.exchange dispatch    # one of the two exchanges alone
 
 The model and scene are those of benchmarks/model.py: 3.1 B parameters, 180 504 tokens. Measured are
 
-    context     a training step of one scene over n devices, as every split into groups of heads x groups of tokens
-    fsdp        a training step of n scenes, one on each device, whose weights are split
+    context     a training step of one scene over n devices, as every split into groups of heads x groups of tokens, and
+                between groups of tokens with each exchange
+    fsdp        a training step of n scenes, one on each device, whose weights are split; on one device it is context's
     sampling    one call of the model for one scene over n devices
     long        a training step of a scene of four times the shots, over all devices
 
@@ -95,10 +96,12 @@ def cases(args: Arguments, counts: Sequence[int]) -> Iterator[Case]:
     for which, count in itertools.product(args.which, counts):
         if which == "context":
             for groups in (u for u in range(count, 0, -1) if count % u == 0 and heads % u == 0):
-                forced = asked if groups < count else "auto"
-                yield Case(which=which, devices=count, head_groups=groups, exchange=forced)
+                kinds: tuple[ExchangeKind, ...] = ("gather", "dispatch") if asked == "auto" else (asked,)
+                for kind in kinds if groups < count else ("auto",):
+                    yield Case(which=which, devices=count, head_groups=groups, exchange=kind)
         elif which == "fsdp":
-            yield Case(which=which, devices=count, scenes=count)
+            if count > 1 or "context" not in args.which:
+                yield Case(which=which, devices=count, scenes=count)
         elif which == "sampling":
             yield Case(which=which, devices=count)
         elif count == max(counts):
@@ -120,9 +123,10 @@ def main(args: Arguments, command: str) -> None:
             print(f"{case.name:<26} {error}")
             continue
         rate = found["tokens_per_second"]
+        step = "sampling" if case.which == "sampling" else "training"
         if case.devices == 1:
-            rates[case.which] = rate
-        base = rates.get(case.which)
+            rates[step] = rate
+        base = rates.get(step)
         found["scaling"] = rate / base / case.devices if base else None
         results.store(args.out, "scaling", case.name, command, found)
         print(row(case.name, found), flush=True)
@@ -147,7 +151,9 @@ def measure(case: Case, args: Arguments) -> dict[str, Any]:
     config = Config(
         model=asked.model, moc=asked.moc, text=HashConfig(dim=asked.model.text_dim), train=TrainConfig(ema_decay=0.0)
     )
-    attention = routed_attention(dataclasses.replace(asked.attention, head_groups=case.head_groups))
+    attention = routed_attention(
+        dataclasses.replace(asked.attention, head_groups=case.head_groups, exchange=case.exchange)
+    )
     mesh = make_mesh(case.mesh, jax.devices()[: case.devices])
     with jax.set_mesh(mesh):
         scene = shard_batch(whole.make_scene(asked), mesh)

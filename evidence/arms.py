@@ -54,6 +54,7 @@ _CHANGES: dict[str, Callable[[MoCConfig], MoCConfig]] = {
     "first frame": lambda moc: dataclasses.replace(moc, sink_chunks=-(-_FRAME // moc.chunk.size)),
     "two descriptors": lambda moc: dataclasses.replace(moc, descriptors=2),
     "no self anchor": lambda moc: dataclasses.replace(moc, self_anchor="none", causal_routing=False),
+    "past": lambda moc: dataclasses.replace(moc, visibility="past"),
     "all captions": lambda moc: dataclasses.replace(moc, text_anchor="all"),
 }
 _ALL = 2**20  # picks

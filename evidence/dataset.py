@@ -52,8 +52,12 @@ class Dataset:
 
     def first(self, stories: int) -> "Dataset":
         """The first of them."""
-        arrays = {name: getattr(self, name)[:stories] for name in _PER_STORY}
-        return dataclasses.replace(self, **arrays, seeds=self.seeds[:stories])
+        return self.part(slice(stories))
+
+    def part(self, rows: slice) -> "Dataset":
+        """Some of them that follow each other."""
+        arrays = {name: getattr(self, name)[rows] for name in _PER_STORY}
+        return dataclasses.replace(self, **arrays, seeds=self.seeds[rows])
 
     def scenes(self, rows: Int[Array, " B"]) -> MarkedScene:
         """Some of them as a batch."""

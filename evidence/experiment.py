@@ -1,7 +1,8 @@
 """One arm, one seed: training with the reveals given, and the test that training prepares for.
 
 In training, as in the test, a story's reveals are known but for a little noise (t = t_c), and all later shots share one
-noise level. The loss counts the later shots alone.
+noise level. The loss counts the later shots alone. For films, which are made shot by shot, any number of first shots is
+known, at a level that is drawn, too.
 """
 
 import concurrent.futures
@@ -39,7 +40,7 @@ from moc_jax.models.family import Routed
 from moc_jax.models.patches import tokens_of
 from moc_jax.phases import garbage_left
 from moc_jax.scene import ChunkTable, Scene
-from moc_jax.shapes import Array, Bool, Float, Int, Key, typed
+from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
 from moc_jax.sharding import Params, make_mesh, replicated
 from moc_jax.training.state import TrainState, create_state, make_blueprint
 from moc_jax.training.step import compiler_options, train_step
@@ -58,6 +59,8 @@ class Task:
     """Updates over which the learning rate rises."""
     box_weight: float = 4.0
     """How much more a latent in a character's box counts in the loss than one outside."""
+    in_turn: bool = False
+    """Whether scenes are trained on with any number of first shots known, at `diffusion.history_noise`."""
 
 
 @jax.tree_util.register_dataclass
@@ -77,11 +80,20 @@ class Probe:
 
 
 @typed
-def levels(key: Key[Array, ""], scene: Scene, reveals: int, task: Task) -> Float[Array, "B S"]:
-    """The noise levels of training: t_c for the first shots, the reveals, and one draw per scene for the others."""
+def levels(
+    key: Key[Array, ""], scene: Scene, reveals: int, task: Task
+) -> tuple[Float[Array, "B S"], Bool[Array, "B S"]]:
+    """The noise levels of training, and which shots are known: one draw per scene for those that are not."""
     joint = dataclasses.replace(task.diffusion, joint_probability=1.0)
-    t = sample_timesteps(key, scene.lengths, joint)
-    return jnp.where(_revealed(scene, reveals), task.sample.history_noise, t)
+    t, known = sample_timesteps(key, scene.lengths, joint), _revealed(scene, reveals)
+    history: Float[Array, "B 1"] | float = task.sample.history_noise
+    if task.in_turn:
+        count_key, level_key = jax.random.split(jax.random.fold_in(key, 1))
+        low, high = task.diffusion.history_noise
+        one = t.shape[0], 1
+        known = jnp.arange(t.shape[1])[None] < jax.random.randint(count_key, one, reveals, t.shape[1])
+        history = jax.random.uniform(level_key, one, minval=low, maxval=high)
+    return jnp.where(known, history, t), known
 
 
 def _revealed(scene: Scene, reveals: int) -> Bool[Array, "B S"]:
@@ -229,19 +241,24 @@ class Programs:
     ) -> tuple[Float[Array, ""], Float[Array, "B S"]]:
         assert isinstance(scene, MarkedScene)
         level_key, noise_key = jax.random.split(key)
-        reveals = self._world.characters
-        errors = _errors(velocity_fn, scene, noise_key, levels(level_key, scene, reveals, self.task))
+        t, known = levels(level_key, scene, self._world.characters, self.task)
+        errors = _errors(velocity_fn, scene, noise_key, t)
         weights = jnp.where(scene.characters, self.task.box_weight, 1.0)
         per_shot = _per_shot(errors, weights, scene)
-        return per_shot[:, reveals:].mean(), per_shot
+        return jnp.where(known, 0, per_shot).sum() / (~known).sum(), per_shot
 
-    def _sampled(self, params: Params, scene: MarkedScene, key: Key[Array, ""]) -> Float[Array, "B F Y X Z"]:
-        revealed = _revealed(scene, self._world.characters)
+    def _sampled(self, params: Params, scene: Scene, key: Key[Array, ""]) -> Float[Array, "B F Y X Z"]:
+        return self.sampled(params, scene, _revealed(scene, self._world.characters), key)
+
+    def sampled(
+        self, params: Params, scene: Scene, known: Bool[Array, "B S"], key: Key[Array, ""]
+    ) -> Float[Array, "B F Y X Z"]:
+        """The scenes with all shots but the known ones sampled, to be compiled."""
         noise, history_noise = jax.random.normal(key, (2, *scene.video.shape))
         denoising = Denoising(
             noise=noise,
             history_noise=history_noise,
-            known=Known(scene.video, revealed, jnp.zeros_like(revealed)),
+            known=Known(scene.video, known, jnp.zeros_like(known)),
             lengths=scene.lengths,
             cfg=self.task.sample,
         )
@@ -256,6 +273,16 @@ class Programs:
 
         carried, _ = jax.lax.scan(call, solver.start(noise), tuple(map(jnp.asarray, denoising.constants)))
         return denoising.end(0, z_0, carried)
+
+    def features(
+        self, params: Params, scene: Scene, level: Float[Array, ""], key: Key[Array, ""]
+    ) -> Float32[Array, "2 B depth H D"]:
+        """The mean query and the mean key of scenes of one shot at a noise level, to be compiled."""
+        model = nnx.merge(self._blueprint.graph, params)
+        t = jnp.broadcast_to(level, scene.lengths.shot_frames.shape)
+        z = add_noise(scene.video, jax.random.normal(key, scene.video.shape), t, scene.lengths)
+        shown = scene.text, t, scene.lengths, self.arm.moc
+        return jnp.moveaxis(model.features(z, *shown, attention=self.arm.attention)[:, :, :, 0], (2, 1), (0, 1))
 
     def _probed(self, level: Float[Array, ""], params: Params, scene: MarkedScene, key: Key[Array, ""]) -> Probe:
         model = nnx.merge(self._blueprint.graph, params)

@@ -90,6 +90,12 @@ def save_sheet(path: pathlib.Path, exam: Exam, latents: np.ndarray, rows: Sequen
     for row in rows:
         asked = sorted((q for q in exam.questions if q.row == row), key=lambda q: q.shot - q.reveal)
         frames = [frames_of(exam, latents[row], question.shot) for question in asked]
-        lines.append(np.concatenate([of[len(of) // 2] for of in frames], axis=1))
+        lines.append([of[len(of) // 2] for of in frames])
+    save_rows(path, lines)
+
+
+def save_rows(path: pathlib.Path, rows: Sequence[Sequence[np.ndarray]]) -> None:
+    """Frames side by side."""
     with whole_file(path) as partial:
-        Image.fromarray(np.concatenate(lines)).save(os.fspath(partial), "jpeg", quality=92)
+        picture = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+        Image.fromarray(picture).save(os.fspath(partial), "jpeg", quality=92)

@@ -240,8 +240,11 @@ def run(argv: Sequence[str]) -> None:
     args = tyro.cli(Arguments, args=list(argv), description=__doc__)
     if args.gpus * args.per_gpu > 1:
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / args.per_gpu:.2f}"}
-        gpus = [gpu for _ in range(args.per_gpu) for gpu in range(args.gpus)]
-        environments = [memory | {"CUDA_VISIBLE_DEVICES": str(gpu)} for gpu in gpus]
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")
+        if len(given) < args.gpus:
+            raise ValueError(f"--gpus {args.gpus}: CUDA_VISIBLE_DEVICES leaves {len(given)}: {','.join(given)}")
+        gpus = [gpu for _ in range(args.per_gpu) for gpu in given[: args.gpus]]
+        environments = [memory | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
         sys.exit(side_by_side([*argv, *_ALONE], environments))
     main(args, "python -m evidence.run " + shlex.join(word for word in argv if word not in _ALONE))
 

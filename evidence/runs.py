@@ -49,6 +49,19 @@ class Run:
         return name_of(self.arm, self.learning_rate, self.seed)
 
 
+def task_of(setting: Setting) -> Task:
+    """What a setting's arms have in common while they are trained and sampled."""
+    return Task(
+        model=setting.model,
+        diffusion=setting.diffusion,
+        sample=setting.sample,
+        batch=setting.batch,
+        warmup=setting.warmup,
+        box_weight=setting.box_weight,
+        in_turn=setting.in_turn,
+    )
+
+
 def missing(result: Result, also: Sequence[str], then: Sequence[str]) -> list[str]:
     """The arms as which its weights are still to be tested, or tested and trained."""
     done = result.get("switched", {})
@@ -71,15 +84,7 @@ class Library:
         """An arm's programs; if they are new, they begin to be compiled `ahead`, as `Programs.compile` has it."""
         if arm not in self._programs:
             setting = self._setting
-            task = Task(
-                model=setting.model,
-                diffusion=setting.diffusion,
-                sample=setting.sample,
-                batch=setting.batch,
-                warmup=setting.warmup,
-                box_weight=setting.box_weight,
-            )
-            self._programs[arm] = Programs(task, arm_of(arm, self._backend), setting.world)
+            self._programs[arm] = Programs(task_of(setting), arm_of(arm, self._backend), setting.world)
             if ahead:
                 self._programs[arm].compile(*self._shapes, fresh=fresh)
         return self._programs[arm]

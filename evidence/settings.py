@@ -43,6 +43,8 @@ class Setting:
     """Whose stories the codec is fitted on, where it is not `world`: that of the weights that are started from."""
     final: int = 256
     """As many of the final stories, at most."""
+    in_turn: bool = False
+    """Whether it is trained for films; see `Task`."""
 
     @property
     def seeds(self) -> range:
@@ -76,6 +78,10 @@ STILL = dataclasses.replace(
     every=100,
 )
 
+FILMS = dataclasses.replace(
+    STILL, diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5, history_noise=(0.0, 0.3)), in_turn=True, updates=3_000
+)
+
 
 def long(setting: Setting) -> Setting:
     """The same with shots of 41 frames of 256 x 256: 33,792 video tokens, of which characters take a sixteenth of the
@@ -100,6 +106,7 @@ def long(setting: Setting) -> Setting:
 SETTINGS: dict[str, Setting] = {
     "full": FULL,
     "still": STILL,
+    "films": FILMS,
     "long": long(FULL),
     "long-still": long(STILL),
     "video": dataclasses.replace(FULL, world=VideoWorld(split=TRAINING), box_weight=2.0),  # boxes are larger

@@ -11,20 +11,23 @@ from moc_jax.config import MMDiTConfig
 SMALL = model.Arguments(model=MMDiTConfig(heads=12, dim=144))
 
 
-def test_every_split_into_heads_and_tokens_is_measured():
-    found = [
-        (c.which, c.devices, c.head_groups, c.scenes) for c in scaling.cases(scaling.Arguments(scene=SMALL), (1, 2, 4))
+def test_every_split_into_heads_and_tokens_is_measured_with_each_exchange():
+    found = list(scaling.cases(scaling.Arguments(scene=SMALL), (1, 2, 4)))
+    assert [(c.head_groups, c.devices // c.head_groups, c.exchange) for c in found if c.which == "context"] == [
+        (1, 1, "auto"),
+        (2, 1, "auto"),
+        (1, 2, "gather"),
+        (1, 2, "dispatch"),
+        (4, 1, "auto"),
+        (2, 2, "gather"),
+        (2, 2, "dispatch"),
+        (1, 4, "gather"),
+        (1, 4, "dispatch"),
     ]
-    assert [(u, n // u) for which, n, u, _ in found if which == "context"] == [
-        (1, 1),
-        (2, 1),
-        (1, 2),
-        (4, 1),
-        (2, 2),
-        (1, 4),
-    ]
-    assert [(n, scenes) for which, n, _, scenes in found if which == "fsdp"] == [(1, 1), (2, 2), (4, 4)]
-    assert [n for which, n, _, _ in found if which == "long"] == [4]
+    assert [(c.devices, c.scenes) for c in found if c.which == "fsdp"] == [(2, 2), (4, 4)]  # one device is context's
+    assert [c.devices for c in found if c.which == "long"] == [4]
+    alone = scaling.cases(scaling.Arguments(scene=SMALL, which=("fsdp",)), (1, 2))
+    assert [(c.devices, c.scenes) for c in alone] == [(1, 1), (2, 2)]
 
 
 def test_collectives_are_timed_and_how_long_nothing_ran_beside_them(monkeypatch):
@@ -48,7 +51,6 @@ def test_all_kinds_run_on_devices_that_there_are(tmp_path, capsys):
         "context, 1 devices, 1x1": [1, 1],
         "context, 2 devices, 1x2, dispatch": [1, 2],
         "context, 2 devices, 2x1": [2, 1],
-        "fsdp, 1 devices": [1, 1],
         "fsdp, 2 devices": [1, 1],
         "long, 2 devices": [2, 1],
         "sampling, 1 devices": [1, 1],

@@ -134,7 +134,8 @@ def test_arms_that_do_not_exist_are_named():
 
 def test_reveals_are_shown_at_their_level_and_the_others_share_one(encoded):
     task = Task(model=MMDiTConfig(), sample=SampleConfig(history_noise=0.03))
-    t = np.asarray(levels(jax.random.key(0), encoded[1].scenes(jnp.array([0, 1, 2])), 2, task))
+    t, known = map(np.asarray, levels(jax.random.key(0), encoded[1].scenes(jnp.array([0, 1, 2])), 2, task))
+    assert (known == [True, True, False, False]).all()
     assert (t[:, :2] == np.float32(0.03)).all()
     assert (t[:, 2] == t[:, 3]).all()
     assert len(set(t[:, 2])) == 3

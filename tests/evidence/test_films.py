@@ -1,0 +1,101 @@
+"""Films are made shot by shot: what each is shown, and what is said of them."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from evidence import dataset, films, run
+from evidence.arms import arm_of
+from evidence.experiment import Programs, levels
+from evidence.runs import task_of
+from evidence.world import World
+from tests.evidence.test_run import TINY
+
+FILMS = dataclasses.replace(TINY, in_turn=True, updates=2)
+ARM = "moc 4x1, past"
+
+
+@pytest.fixture(scope="module")
+def longer():
+    """Two stories of seven shots."""
+    codec = dataset.fit(FILMS.world, FILMS.codec, 2)
+    return dataset.make(dataclasses.replace(FILMS.world, shots=7), codec, FILMS.text, range(2))
+
+
+def test_in_training_any_number_of_first_shots_is_known_at_a_level_of_its_own(longer):
+    task = task_of(FILMS)
+    scene = longer.scenes(np.zeros(64, int))
+    t, known = map(np.asarray, levels(jax.random.key(0), scene, 2, task))
+    counts = known.sum(axis=1)
+    assert set(counts) == {2, 3, 4, 5, 6}
+    low, high = task.diffusion.history_noise
+    for of_scene, count in zip(t, counts):
+        assert len(set(of_scene[:count])) == len(set(of_scene[count:])) == 1
+        assert low <= of_scene[0] <= high
+    assert len(set(t[:, 0])) > 32
+
+
+@pytest.mark.long_for("window", "all")
+@pytest.mark.parametrize(
+    ("memory", "seen"),
+    [
+        ("window", [[], [], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5]]),
+        ("all", [[], [], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]),
+        ("retrieved", None),
+    ],
+)
+def test_a_shot_is_shown_what_its_memory_holds(memory, seen, longer):
+    programs = Programs(task_of(FILMS), arm_of(ARM), FILMS.world)
+    made = films.Maker(programs, programs.state(0).params, shown=3)
+    latents, shown = made(longer, memory, jax.random.key(0))
+    truth = np.asarray(longer.latents, np.float32)
+    frames = truth.shape[1] // 7
+    np.testing.assert_array_equal(latents[:, : 2 * frames], truth[:, : 2 * frames])  # the reveals
+    assert (np.abs(latents[:, 2 * frames :] - truth[:, 2 * frames :]).max(axis=(2, 3, 4)) > 0.01).all()
+    assert np.isfinite(latents).all()
+    for of_film in shown:
+        if seen is not None:
+            assert of_film == seen
+        for shot, read in enumerate(of_film[2:], 2):
+            assert len(read) == (shot if memory == "all" else min(shot, 3))
+            assert read == sorted(set(read)) and read[-1] < shot
+    alone, of_one = made(longer.part(slice(0, 1)), memory, jax.random.key(0))
+    assert of_one[0][:4] == shown[0][:4]  # of no more than it may be shown
+    assert alone.shape == (1, *latents.shape[1:])
+
+
+@pytest.mark.long
+def test_the_films_of_a_trained_model_are_graded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(run.SETTINGS, "films", FILMS)
+    monkeypatch.setattr(run, "SHEET", 2)
+    monkeypatch.setattr(films, "SPANS", ((1, 2), (3, 6)))
+    folders = ["--out", f"{tmp_path}", "--cache", f"{tmp_path}/kept", "--processes", "1"]
+    with pytest.raises(ValueError, match=r"no finished run of 'moc 4x1, past': python -m evidence.run --setting films"):
+        films.run(["--arm", ARM, *folders])
+    run.run(["--setting", "films", "--arms", ARM, *folders])
+    films.run(["--arm", ARM, "--shots", "7", "--films", "4", "--together", "2", "--memories", "window", *folders])
+    assert "window, t_c = 0.02: " in capsys.readouterr().out
+    (file,) = (tmp_path / "films").glob("films-*.json")
+    (entry,) = json.loads(file.read_text())["entries"].values()
+    assert sum(of["trials"] for of in entry["by_gap"].values()) == entry["all"]["trials"] == 4 * 2
+    assert list(entry["background_by_shot"]) == ["3-6"]
+    assert (tmp_path / "films" / "window_0.02.jpg").exists()
+
+
+def test_backgrounds_are_compared_with_the_storys_places():
+    world = dataclasses.replace(FILMS.world, split=1)
+    codec = dataset.fit(FILMS.world, FILMS.codec, 2)
+    exam = films.make_exam(world, codec, FILMS.text, range(2))
+    truth = films.backgrounds(exam, np.asarray(exam.data.latents))
+    assert truth.shape == (2, world.shots - world.characters)
+    assert (truth > 40).all()
+    assert (films.backgrounds(exam, 0 * np.asarray(exam.data.latents)) < 25).all()
+
+
+def test_moving_worlds_are_refused(monkeypatch):
+    monkeypatch.setitem(run.SETTINGS, "films", dataclasses.replace(FILMS, world=World()))
+    with pytest.raises(ValueError, match="films are of still worlds"):
+        films.run([])
