@@ -13,7 +13,8 @@ The model and scene are those of benchmarks/model.py: 3.1 B parameters, 180 504 
     long        a training step of a scene of four times the shots, over all devices
 
 with milliseconds, tokens/s, how much that is of one device's times n, what a device needs, what it receives of others
-for attention, counted, and from a profile, for how long its collectives ran, and for how long nothing ran beside them.
+for attention, counted, and from a profile, for how long its collectives ran, for how long nothing ran beside them, and
+where the time goes.
 """
 
 import dataclasses
@@ -30,11 +31,12 @@ import jax
 import jax.numpy as jnp
 import tyro
 from flax import nnx
+from jax.profiler import ProfileData
 
 from benchmarks import model as whole
 from benchmarks import results
 from benchmarks.measure import Effort, Program, time_launches
-from benchmarks.trace import apart, kernels, profiled
+from benchmarks.trace import apart, kernels, profiled, split_of
 from moc_jax import models
 from moc_jax.attention.accounting import chosen_exchange
 from moc_jax.attention.api import RoutedAttention, routed_attention
@@ -112,7 +114,7 @@ def main(args: Arguments, command: str) -> None:
     """Measures, stores and prints."""
     there = len(jax.devices())
     counts = args.counts or tuple(2**i for i in range(there.bit_length()) if 2**i <= there)
-    rates: dict[str, float] = {}
+    rates = {name: entry["tokens_per_second"] for name, entry in _of_one_device(args.out).items()}
     print(
         f"{'':<26} {'ms':>9} {'tokens/s':>10} {'of n':>6} {'GiB':>6} {'MB/layer':>9} {'collectives':>12} {'alone':>7}"
     )
@@ -131,6 +133,15 @@ def main(args: Arguments, command: str) -> None:
         results.store(args.out, "scaling", case.name, command, found)
         print(row(case.name, found), flush=True)
         gc.collect()
+
+
+def _of_one_device(folder: pathlib.Path) -> dict[str, Any]:
+    """This card's steps on one device, as far as they were measured before."""
+    kind = jax.devices()[0].device_kind
+    files = (file for file in results.load(folder, "scaling") if file["card"] == kind)
+    stored = next(files, {"entries": {}})["entries"]
+    names = {"training": "context, 1 devices, 1x1", "sampling": "sampling, 1 devices"}
+    return {step: stored[name] for step, name in names.items() if name in stored}
 
 
 def row(name: str, found: dict[str, Any]) -> str:
@@ -164,7 +175,7 @@ def measure(case: Case, args: Arguments) -> dict[str, Any]:
         received = chosen_exchange(deal, table, config.moc, attention.exchange, **sizes)
         launch, program = prepared(case, config, attention, mesh, scene)
         timing = time_launches(launch, Effort(samples=asked.repeats))
-        found = {
+        found: dict[str, Any] = {
             "devices": case.devices,
             "groups": [deal.head_groups, deal.groups],
             "tokens": case.scenes * shape.tokens,
@@ -175,7 +186,9 @@ def measure(case: Case, args: Arguments) -> dict[str, Any]:
             "received_mb": received.forward / 1e6,
         }
         if args.profile and jax.default_backend() == "gpu":
-            found |= dict(zip(("collectives_ms", "alone_ms"), collectives(launch), strict=True))
+            profile = profiled(launch)
+            found |= dict(zip(("collectives_ms", "alone_ms"), collectives(profile), strict=True))
+            found["split"] = dataclasses.asdict(split_of(profile))
     return found
 
 
@@ -205,9 +218,9 @@ def prepared(
     return launch, program
 
 
-def collectives(launch: Callable[[], Any]) -> tuple[float, float]:
+def collectives(profile: ProfileData) -> tuple[float, float]:
     """Milliseconds of a launch in which a collective ran on the first GPU, and in which nothing else did."""
-    found = list(kernels(profiled(launch)))
+    found = list(kernels(profile))
     ran, _ = apart(found, 2, lambda name: 0 if _COLLECTIVE.search(name) else 1)
     _, alone = apart(found, 2, lambda name: 1 if _COLLECTIVE.search(name) else 0)
     return ran, alone

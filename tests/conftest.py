@@ -21,9 +21,11 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 _MAPPINGS = pathlib.Path("/proc/self/maps")
-# Tests whose kind CI keeps with other parameters, or in a smaller form: all of them take longer than CI has.
-_SLOW = frozenset((pathlib.Path(__file__).parent / "slow.txt").read_text().splitlines())
-_ON_GPU = pathlib.Path(__file__).parent / "attention"
+_HERE = pathlib.Path(__file__).parent
+# Tests whose kind stays with other parameters, or in a smaller form: all of them take longer than `make test` has, or
+# CI. Such markers stand in the tests' own files where they are of a kind, and here where they are for single cases.
+_LISTED = {name: frozenset((_HERE / f"{name}.txt").read_text().splitlines()) for name in ("long", "slow")}
+_ON_GPU = _HERE / "attention"
 
 
 def pytest_configure(config):
@@ -33,8 +35,9 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.nodeid in _SLOW:
-            item.add_marker(pytest.mark.slow)
+        for name, listed in _LISTED.items():
+            if item.nodeid in listed:
+                item.add_marker(getattr(pytest.mark, name))
         given = [value for marker in item.iter_markers("long_for") for value in marker.args]
         if any(type(x) is type(y) and x == y for x in given for y in item.callspec.params.values()):
             item.add_marker(pytest.mark.long)

@@ -304,8 +304,9 @@ def test_english_is_plain():
     assert not found, "\n".join(found)
 
 
-def test_slow_tests_are_there():
-    """Each line of slow.txt names one: a name that is changed here must be changed there."""
-    for line in (ROOT / "tests" / "slow.txt").read_text().splitlines():
+@pytest.mark.parametrize("name", ["long", "slow"])
+def test_tests_that_are_listed_are_there(name):
+    """Each line of long.txt and slow.txt names one: a name that is changed here must be changed there."""
+    for line in (ROOT / "tests" / f"{name}.txt").read_text().splitlines():
         file, *within = line.split("[")[0].split("::")
         assert re.search(rf"^ *def {within[-1]}\(", (ROOT / file).read_text(), re.MULTILINE), line

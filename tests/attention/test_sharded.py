@@ -76,7 +76,7 @@ def run(name, shots, **which):
 
 
 of_meshes = pytest.mark.parametrize(
-    "name", [n if n == "4x2" else pytest.param(n, marks=pytest.mark.long) for n in MESHES]
+    "name", [n if n == "2x2, tensor" else pytest.param(n, marks=pytest.mark.long) for n in MESHES]
 )
 
 

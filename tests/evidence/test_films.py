@@ -61,7 +61,8 @@ def test_a_shot_is_shown_what_its_memory_holds(memory, seen, longer):
             assert of_film == seen
         for shot, read in enumerate(of_film[2:], 2):
             assert len(read) == (shot if memory == "all" else min(shot, 3))
-            assert read == sorted(set(read)) and read[-1] < shot
+            assert read == sorted(set(read))
+            assert read[-1] < shot
     alone, of_one = made(longer.part(slice(0, 1)), memory, jax.random.key(0))
     assert of_one[0][:4] == shown[0][:4]  # of no more than it may be shown
     assert alone.shape == (1, *latents.shape[1:])
@@ -81,7 +82,7 @@ def test_the_films_of_a_trained_model_are_graded(tmp_path, monkeypatch, capsys):
     (file,) = (tmp_path / "films").glob("films-*.json")
     (entry,) = json.loads(file.read_text())["entries"].values()
     assert sum(of["trials"] for of in entry["by_gap"].values()) == entry["all"]["trials"] == 4 * 2
-    assert list(entry["background_by_shot"]) == ["3-6"]
+    assert list(entry["background_by_shot"]) == ["1-2", "3-6"]
     assert (tmp_path / "films" / "window_0.02.jpg").exists()
 
 
@@ -91,7 +92,7 @@ def test_backgrounds_are_compared_with_the_storys_places():
     exam = films.make_exam(world, codec, FILMS.text, range(2))
     truth = films.backgrounds(exam, np.asarray(exam.data.latents))
     assert truth.shape == (2, world.shots - world.characters)
-    assert (truth > 40).all()
+    assert (truth > 35).all()  # patches of the codec lie across the edge
     assert (films.backgrounds(exam, 0 * np.asarray(exam.data.latents)) < 25).all()
 
 
