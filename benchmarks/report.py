@@ -22,6 +22,7 @@ from benchmarks.tables import (
     schedule_best_table,
     schedule_table,
     separated,
+    several_table,
     short_table,
     summary_table,
     traffic_table,
@@ -115,8 +116,29 @@ def page_block(folder: pathlib.Path) -> str:
     for file in results.load(folder, "model"):
         entries = list(file["entries"].values())
         lines += [f"## A whole model on one {file['card']}", "", *model_tables(entries), "", *_provenance(entries), ""]
-    lines += _tpu_block(folder)
+    lines += [*_several_block(folder), *_tpu_block(folder)]
     return "\n".join(lines).strip() or "*Not measured yet.*"
+
+
+def _several_block(folder: pathlib.Path) -> list[str]:
+    """What the page shows of several GPUs."""
+    lines: list[str] = []
+    plans = {file["chip"]: file["entries"] for file in results.load(folder, "plan")}
+    for file in results.load(folder, "scaling"):
+        lines += [
+            f"## Several {file['card']}s",
+            "",
+            "A training step of one scene over all GPUs (`context`), by groups of heads x groups of tokens, of a scene"
+            " on each (`fsdp`), of one scene four times as long (`long`); and a call of the model (`sampling`). 3.1 B"
+            " parameters, 180,504 tokens a scene. Collectives: for how long any ran on the first GPU, and how long"
+            " alone. Beside it what `moc-plan` said before, and for numbers of GPUs that were not measured that alone.",
+            "",
+            *several_table(file["entries"], plans.get(file["card"], {})),
+            "",
+            *_provenance(list(file["entries"].values())),
+            "",
+        ]
+    return lines
 
 
 def _tpu_block(folder: pathlib.Path) -> list[str]:
