@@ -258,7 +258,7 @@ def main(args: Arguments, command: str) -> None:
             entry = {"arm": args.arm, "memory": memory, "level": level, "shots": args.shots, "films": args.films}
             entry |= {"seconds_per_film": (time.perf_counter() - begin) / args.films, **findings(exam, latents, shown)}
             name = f"{memory}, t_c = {level:g}" + (", final" if args.final else "")
-            results.store(args.out / "films", "films", name, command, entry)
+            results.store(args.out, "films", name, command, entry)
             _save(args.out / "films" / f"{memory}_{level:g}.jpg", exam, latents)
             print(f"{name}: {shown_as_text(entry)}", flush=True)
     _save(args.out / "films" / "truth.jpg", exam, np.asarray(exam.data.latents))

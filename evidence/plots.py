@@ -169,8 +169,23 @@ def _plot(
 def sheet(folder: pathlib.Path, arms: Arms) -> Image.Image:
     """The truth's recalls of some stories, a row each, and beside them what each arm's first seed sampled."""
     files = {"truth": "truth"} | {arm: name_of(arm, rs[0]["learning_rate"], rs[0]["seed"]) for arm, rs in arms.items()}
-    strips = {title: Image.open(folder / f"{name}.jpg").convert("RGB") for title, name in files.items()}
-    width, height = strips["truth"].size
+    return _beside({title: Image.open(folder / f"{name}.jpg").convert("RGB") for title, name in files.items()})
+
+
+def films(folder: pathlib.Path, names: dict[str, str]) -> Image.Image:
+    """The middle frames of a film's shots, 16 in a row, below each other for each of `names`: title -> file."""
+    strips = {title: Image.open(folder / f"{name}.jpg").convert("RGB") for title, name in names.items()}
+    width, height = next(iter(strips.values())).size
+    picture = Image.new("RGB", (width + 2 * _GAP, len(strips) * (height + _HEAD)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for n, (title, strip) in enumerate(strips.items()):
+        draw.text((_GAP, n * (height + _HEAD) + 8), title, INK)
+        picture.paste(strip, (_GAP, n * (height + _HEAD) + _HEAD))
+    return picture
+
+
+def _beside(strips: dict[str, Image.Image]) -> Image.Image:
+    width, height = next(iter(strips.values())).size
     picture = Image.new("RGB", ((width + _GAP) * len(strips) + _GAP, height + _HEAD + _GAP), PAPER)
     draw = ImageDraw.Draw(picture)
     for n, (title, strip) in enumerate(strips.items()):

@@ -2,18 +2,20 @@
 
 python -m evidence.report            # all tables
 python -m evidence.report --write    # also: plots and sheets, and what stands between the markers of docs/evidence.md
+                                     # and, of films, docs/long.md
 """
 
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tyro
 from PIL import Image
 
+from benchmarks import results as stored
 from benchmarks.report import with_block
 from benchmarks.tables import markdown
 from evidence import plots
@@ -25,12 +27,13 @@ from moc_jax.sampling.pictures import save_picture
 
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE, PICTURES = "docs/evidence.md", "docs/pictures"
+PAGE, FILMS, PICTURES = "docs/evidence.md", "docs/long.md", "docs/pictures"
 TITLES = {
     "full-final": "The final table",
     "full": "Stories for choices",
     "still-final": "The still world, final stories",
     "still": "The still world",
+    "films": "The still world, learned for films",
     "video-final": "The video world, final stories",
     "video": "The video world",
     "long-final": "Long scenes of the full world, final stories",
@@ -60,11 +63,18 @@ def main(args: Arguments) -> None:
     print(block)
     if not args.write:
         return
-    page = args.root / PAGE
-    page.write_text(with_block(page.read_text(), block, BEGIN, END))
+    for name, of_page in ((PAGE, block), (FILMS, films_block(args.results))):
+        page = args.root / name
+        page.write_text(with_block(page.read_text(), of_page, BEGIN, END))
     for folder in _folders(args.results):
         for name, picture in pictures(folder).items():
             save_picture(picture, args.root / PICTURES / name)
+    for file in stored.load(args.results, "films"):
+        entries = file["entries"].values()
+        names = {"truth": "truth"} | {
+            f"{e['memory']}, t_c = {e['level']:g}": f"{e['memory']}_{e['level']:g}" for e in entries
+        }
+        save_picture(plots.films(args.results / "films", names), args.root / PICTURES / "films.png")
     for claim in claims(args.results):
         for name, picture in claim.pictures.items():
             save_picture(picture(), args.root / PICTURES / f"{name}.png")
@@ -94,6 +104,46 @@ def page_block(results: pathlib.Path) -> str:
         if switched := switched_table(chosen):
             lines += ["P(correct) of weights trained as one arm and switched to another:", "", *switched, ""]
     return "\n".join(lines).strip()
+
+
+def films_block(results: pathlib.Path) -> str:
+    """What docs/long.md shows of films."""
+    lines: list[str] = []
+    for file in stored.load(results, "films"):
+        entries = list(file["entries"].values())
+        lines += [
+            "P(correct), by how many shots ago the character was revealed; and how often that shot was shown:",
+            "",
+        ]
+        lines += [*films_table(entries, "by_gap", _recalled), ""]
+        lines += [
+            "Decibels of the background, against the nearest of the story's places, by shots after the reveals:",
+            "",
+        ]
+        lines += [*films_table(entries, "background_by_shot", lambda db: f"{db:.1f}"), ""]
+        lines += ["![films](pictures/films.png)", ""]
+        commands = {f"`{e['command']}`, {e['date']}, {file['card']}, jax {e['versions']['jax']}" for e in entries}
+        lines += [*(f"- {command}" for command in sorted(commands)), ""]
+    return "\n".join(lines).strip() or "*Not measured yet.*"
+
+
+def films_table(entries: Sequence[dict[str, Any]], what: str, cell: Callable[[Any], str]) -> list[str]:
+    """A row for each memory and noise level."""
+    spans = list(dict.fromkeys(span for entry in entries for span in entry[what]))
+    rows = [
+        [
+            e["memory"],
+            f"{e['level']:g}",
+            str(e["films"]),
+            *(cell(e[what][span]) if span in e[what] else "" for span in spans),
+        ]
+        for e in entries
+    ]
+    return markdown(["shown", "at t_c", "films", *spans], rows)
+
+
+def _recalled(of: dict[str, Any]) -> str:
+    return f"{_percent([of])}; {100 * of['shown']:.0f} %"
 
 
 def _chosen(folder: pathlib.Path) -> list[Result]:

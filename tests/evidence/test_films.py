@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from evidence import dataset, films, run
+from evidence import dataset, films, report, run
 from evidence.arms import arm_of
 from evidence.experiment import Programs, levels
 from evidence.runs import task_of
@@ -79,11 +81,20 @@ def test_the_films_of_a_trained_model_are_graded(tmp_path, monkeypatch, capsys):
     run.run(["--setting", "films", "--arms", ARM, *folders])
     films.run(["--arm", ARM, "--shots", "7", "--films", "4", "--together", "2", "--memories", "window", *folders])
     assert "window, t_c = 0.02: " in capsys.readouterr().out
-    (file,) = (tmp_path / "films").glob("films-*.json")
+    (file,) = tmp_path.glob("films-*.json")
     (entry,) = json.loads(file.read_text())["entries"].values()
     assert sum(of["trials"] for of in entry["by_gap"].values()) == entry["all"]["trials"] == 4 * 2
     assert list(entry["background_by_shot"]) == ["1-2", "3-6"]
-    assert (tmp_path / "films" / "window_0.02.jpg").exists()
+    page = report.films_block(tmp_path)
+    assert re.search(r"\| window \| 0.02 \| 4 \| \d+ \(\d+..\d+\); 100 % \|", page)
+    root = tmp_path / "page"
+    for name in (report.PAGE, report.FILMS):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.run(["--results", f"{tmp_path}", "--root", f"{root}", "--write"])
+    assert page in (root / report.FILMS).read_text()
+    with Image.open(root / report.PICTURES / "films.png") as picture:
+        assert picture.height > 128  # truth, and what was made of it
 
 
 def test_backgrounds_are_compared_with_the_storys_places():
