@@ -5,17 +5,19 @@
     python -m benchmarks.model --case base --scenes 8           # a named model and scene, and what differs from it
     python -m benchmarks.model --case wan21-1.3b                # Wan's transformer at 480p, in its published size
     python -m benchmarks.model --case small --steps training --attend moc --profile   # and where the time goes
+    python -m benchmarks.model --case wan21-1.3b --model.lora.rank 32 --steps training --attend moc   # adapters alone
 
 Both columns are the same model, weights, scene and step functions; only the attention inside differs, and dense
 attention is cuDNN's. Denoising is one Euler step without guidance; training is loss, gradients, clipping and AdamW,
 with context drop-off and drop-in on, as `moc-train` does it. What the backward pass computes again is `model.remat`'s.
+With `model.lora` only adapters are trained; in both steps they are computed beside the weights, not merged with them.
 
-Useful FLOPs are those of the matrices and of the pairs that uniformly random picks attend to, times three for training:
-nothing that is recomputed, no padding and no elementwise work.
+Useful FLOPs are those of the matrices and of the pairs that uniformly random picks attend to, times three for training,
+of frozen matrices times two: nothing that is recomputed, no adapters, no padding and no elementwise work.
 
 Memory of the training step, for P parameters, N tokens of width M and `depth` layers: 16 P bytes of weights, gradients
-and two moments; 2 N M depth bytes of layer inputs; and what one layer holds while it is differentiated. The compiler's
-own figure is checked against the device before anything is run.
+and two moments (of frozen weights 2 P); 2 N M depth bytes of layer inputs; and what one layer holds while it is
+differentiated. The compiler's own figure is checked against the device before anything is run.
 """
 
 import argparse
@@ -65,7 +67,7 @@ from moc_jax.config import (
 )
 from moc_jax.config.presets import PRESETS
 from moc_jax.diffusion.samplers import sigmas, solve
-from moc_jax.models import matrix_flops, parameter_count
+from moc_jax.models import matrix_flops, parameter_count, step_flops, trained_count
 from moc_jax.scene import Scene, SceneLengths, chunk_table
 from moc_jax.sharding import make_mesh
 from moc_jax.training.held import state_bytes, training_bytes
@@ -80,6 +82,7 @@ _STEPS, _SHIFT = 50, 5.0  # the grid that the denoising step is the first of
 
 StepName = Literal["denoising", "training"]
 Column = Literal["moc", "dense"]
+_FLOPS: dict[StepName, str] = {"denoising": "forward_flops", "training": "training_flops"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,13 +145,14 @@ class DoesNotFit(RuntimeError):
     """A program needs more memory than the device has."""
 
 
-def main(args: Arguments, command: str) -> None:
-    """Measures, stores and prints the steps."""
+def main(args: Arguments, case: Arguments, command: str) -> None:
+    """Measures, stores and prints the steps; `case` is what `args` began as."""
     args = with_policy(args)
     entry = measure(args)
+    entry["variant"] = _variant(args, case)
     path = args.out
     for step, found in entry["steps"].items():  # an entry each, so that one can be measured again alone
-        name = f"{step}, {_name(args, entry['tokens'])}, {entry['backend']}"
+        name = f"{step}, {_name(args, case, entry)}, {entry['backend']}"
         name += f", remat {args.model.remat}" if step == "training" else ""
         path = results.store(args.out, "model", name, command, {**entry, "steps": {step: found}})
     print("\n".join(model_tables([entry])))
@@ -157,12 +161,24 @@ def main(args: Arguments, command: str) -> None:
     print(f"\nresults are in {path}")
 
 
-def _name(args: Arguments, tokens: int) -> str:
-    model, scenes = args.model, f", {args.scenes} scenes" if args.scenes > 1 else ""
-    if model.name != "mmdit":
-        return f"{model.name}, {model.depth} layers of {model.dim}, {tokens} tokens{scenes}"
-    width = "" if model.dim == TWO_STREAMS.dim else f" of {model.dim}"
-    return f"{model.depth} layers{width}{scenes}"
+def _name(args: Arguments, case: Arguments, entry: dict[str, Any]) -> str:
+    model, usual = args.model, args.model.name == "mmdit"
+    kind = "" if usual else f"{model.name}, "
+    width = "" if usual and model.dim == TWO_STREAMS.dim else f" of {model.dim}"
+    tokens = "" if usual and _sizes(args) == _sizes(case) else f", {entry['tokens']} tokens"
+    scenes = f", {args.scenes} scenes" if args.scenes > 1 else ""
+    return f"{kind}{model.depth} layers{width}{tokens}{scenes}{entry['variant']}"
+
+
+def _sizes(args: Arguments) -> tuple[int, ...]:
+    return args.shots, args.frames, args.rows, args.columns, args.caption
+
+
+def _variant(args: Arguments, case: Arguments) -> str:
+    """What tells figures apart from the case's own where tables have no column for it."""
+    rank, picks = args.model.lora.rank, args.moc.top_k
+    adapters = f", LoRA of rank {rank}" if rank else ""
+    return adapters + (f", top {picks}" if picks != case.moc.top_k else "")
 
 
 def measure(args: Arguments) -> dict[str, Any]:
@@ -181,6 +197,7 @@ def measure(args: Arguments) -> dict[str, Any]:
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = create_state(make_blueprint(config.model, config.optimizer, config.train, mesh))
+        entry["state_bytes"] = state_bytes(state)
         for step in args.steps:
             timings: dict[str, Any] = {}
             for name in args.attend:
@@ -192,11 +209,12 @@ def measure(args: Arguments) -> dict[str, Any]:
                 timings[name] = {**dataclasses.asdict(found.timing), "memory": dataclasses.asdict(found.memory)}
                 if found.split is not None:
                     timings[name]["split"] = dataclasses.asdict(found.split)
-                timings[name] |= _rate(entry["forward_flops"][name] * (3 if step == "training" else 1), found.timing)
+                timings[name] |= _rate(entry[_FLOPS[step]][name], found.timing)
                 print(f"{step}, {name}: {found.timing.median_ms:.1f} ms", flush=True)
                 gc.collect()
             if len(timings) == 2:
                 timings["ratio"] = timings["dense"]["median_ms"] / timings["moc"]["median_ms"]
+            timings["bound"] = entry[_FLOPS[step]]["dense"] / entry[_FLOPS[step]]["moc"]
             entry["steps"][step] = timings
     return entry
 
@@ -240,7 +258,7 @@ def denoising(
 
         return solve(velocity, z, levels, "euler")
 
-    inputs = state.params, scene.video, scene.text, scene.lengths
+    inputs = state.sampling_params, scene.video, scene.text, scene.lengths
     program = fitting(step.lower(*inputs), config.model)
     return _measured(lambda: program(*inputs), program, effort, profile)
 
@@ -318,18 +336,19 @@ def _describe(args: Arguments, scene: Scene) -> dict[str, Any]:
     matrices = args.scenes * matrix_flops(model, scene.text.shape[1], shape.video_tokens)
     heads = model.depth * model.heads
     attended = 4 * cost.expected_pairs * model.head_dim + cost.flops_pool + cost.flops_route
-    flops = {"moc": matrices + heads * attended, "dense": matrices + heads * cost.flops_dense}
+    attention = {"moc": heads * attended, "dense": heads * cost.flops_dense}
     q = jax.ShapeDtypeStruct((1, 1, model.heads, model.head_dim), model.dtype)
     return {
         "backend": resolve(args.attention.backend, args.moc, q).name,
         "dense_by": dense_implementation(),
         "model": dataclasses.asdict(model),
         "parameters": parameter_count(model),
+        "trained": trained_count(model),
         "tokens": cost.tokens,
         "chunk": dataclasses.asdict(args.moc.chunk),
         "top_k": args.moc.top_k,
-        "forward_flops": flops,
-        "bound": flops["dense"] / flops["moc"],
+        "forward_flops": {name: matrices + flops for name, flops in attention.items()},
+        "training_flops": {name: step_flops(model, matrices, flops) for name, flops in attention.items()},
     }
 
 
@@ -340,7 +359,7 @@ def run(argv: Sequence[str]) -> None:
     chosen, rest = parser.parse_known_args(argv)
     one_kind = (tyro.conf.AvoidSubcommands,)  # of model: the case's
     args = tyro.cli(Arguments, args=rest, default=CASES[chosen.case], description=__doc__, config=one_kind)
-    main(args, shlex.join(["python", "-m", "benchmarks.model", *argv]))
+    main(args, CASES[chosen.case], shlex.join(["python", "-m", "benchmarks.model", *argv]))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def summary_table(attention: Iterable[Entry], model: Iterable[Entry]) -> list[st
         for e in file["entries"].values():
             if e["tokens"] != tokens:
                 continue
-            size = f"model of {e['parameters'] / 1e9:.1f} B parameters"
+            size = f"model of {e['parameters'] / 1e9:.1f} B parameters{e.get('variant', '')}"
             for step, found in e["steps"].items():
                 if "ratio" not in found:  # measured with one of them alone
                     continue
@@ -158,10 +158,10 @@ def model_tables(entries: Iterable[Entry]) -> list[str]:
             both = [found.get(name) for name in ("moc", "dense")]
             peaks = (f"{x['memory']['peak'] / 2**30:.1f} GiB" if x else _EMPTY for x in both)
             ours, theirs = map(_seconds, both)
-            name = "Wan" if e["model"]["name"] == "wan" else "MMDiT"
+            name = ("Wan" if e["model"]["name"] == "wan" else "MMDiT") + e.get("variant", "")
             model = name, str(e["model"]["depth"]), str(e["model"]["dim"]), f"{e['parameters'] / 1e6:,.0f} M"
             share = number((both[0] or {}).get("share_of_peak"), ".1%")
-            ratios = number(found.get("ratio"), ".2f", "x"), f"{e['bound']:.2f}x"
+            ratios = number(found.get("ratio"), ".2f", "x"), f"{found.get('bound') or e['bound']:.2f}x"
             rows.append([step, *model, f"{e['tokens']:,}", ours, share, theirs, *ratios, *peaks])
     return markdown(head, rows)
 
