@@ -1,6 +1,7 @@
 """What is kept of a scene's finished shots, for attention of later ones (continued.py): bytes, and where they lie."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,8 @@ class Size:
     small: bool = False
     """Keys and values of video have 8 bits."""
 
-    def _zeros(self) -> Kept:
+    def zeros(self) -> Kept:
+        """Nothing finished, to be traced."""
         heads, video = self.heads // self.deal.head_groups, round_up(max(self.shape.video_tokens, 1), _UNIT)
 
         def array(dtype: str, *sizes: int) -> Array:
@@ -125,21 +127,26 @@ class Size:
 
     def empty(self) -> Kept:
         """Nothing finished, where it lies on the mesh in context."""
-        mesh = jax.sharding.get_mesh()
-        if mesh.empty:
-            return jax.jit(self._zeros)()
-        specs = specs_of(jax.eval_shape(self._zeros), divided(RULES.spec("batch"), self.batch, mesh)[0])
-        return jax.jit(self._zeros, out_shardings=jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs))()
+        return _maker(self, jax.sharding.get_mesh())()
 
     @property
     def device_bytes(self) -> int:
         """On each device of the mesh in context."""
-        leaves, mesh = jax.tree.leaves(jax.eval_shape(self._zeros)), jax.sharding.get_mesh()
+        leaves, mesh = jax.tree.leaves(jax.eval_shape(self.zeros)), jax.sharding.get_mesh()
         total = sum(x.size * x.dtype.itemsize for x in leaves)
         if mesh.empty:
             return total
         scenes = batch_shards(mesh) if self.batch % batch_shards(mesh) == 0 else 1
         return total // (scenes * mesh.shape["context"] * mesh.shape["tensor"])
+
+
+@functools.lru_cache
+def _maker(size: Size, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+    """What makes it, once for all scenes of a size: a new function would be compiled again."""
+    if mesh.empty:
+        return jax.jit(size.zeros)
+    specs = specs_of(jax.eval_shape(size.zeros), divided(RULES.spec("batch"), size.batch, mesh)[0])
+    return jax.jit(size.zeros, out_shardings=jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs))
 
 
 def specs_of(kept: Kept, scenes) -> Kept:
