@@ -10,7 +10,7 @@ from flax import nnx
 from moc_jax import models
 from moc_jax.attention.api import RoutedAttention
 from moc_jax.chips import chip_of
-from moc_jax.config import BucketConfig, WanConfig
+from moc_jax.config import BucketConfig, LoraConfig, WanConfig
 from moc_jax.models import kept_bytes
 from moc_jax.planning.plan import plan_training
 from moc_jax.planning.topology import topology
@@ -29,21 +29,29 @@ TOKENS = 9 + 7 * 4  # of a scene in the larger one, which those of small.py are 
 
 @pytest.mark.long
 @pytest.mark.parametrize("sinks", [0, 1])
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=3)], ids=["whole", "adapters"])
 @pytest.mark.parametrize(("model", "tokens", "captions"), [(CONFIG.model, TOKENS, 0), (WAN, 7 * 4, 10)])
-def test_what_is_kept_is_counted(model, tokens, captions, sinks):
+def test_what_is_kept_is_counted(model, tokens, captions, lora, sinks):
     """By the shapes of what the backward pass of the whole model takes from the forward pass, but for a percent."""
-    scene = jax.tree.map(jnp.asarray, make_scene(batch=2))
-    params, moc = models.abstract(model)[1], changed(CONFIG, moc={"sink_chunks": sinks}).moc
+    model = dataclasses.replace(model, lora=lora)
+    params, moc = nnx.to_pure_dict(models.abstract(model)[1]), changed(CONFIG, moc={"sink_chunks": sinks}).moc
+    frozen, learned = (models.frozen(params), models.trained(params)) if lora.rank else (None, params)
 
     def kept(policy):
+        """Of two scenes; weights, which are of all scenes, left out."""
+        return kept_of(policy, 4) - kept_of(policy, 2)
+
+    def kept_of(policy, scenes):
+        scene = jax.tree.map(jnp.asarray, make_scene(batch=scenes))
         graph = models.abstract(dataclasses.replace(model, remat=policy))[0]
 
-        def forward(params):
-            network, t = nnx.merge(graph, params), jnp.ones((2, 3))
+        def forward(learned, frozen):
+            params = models.joined(frozen, learned) if lora.rank else learned
+            network, t = nnx.merge(graph, params), jnp.ones((scenes, 3))
             inputs = scene.video, scene.text, t, scene.lengths, moc
             return network(*inputs, key=jax.random.key(0), attention=RoutedAttention(backend="xla"))
 
-        backward = jax.eval_shape(lambda params: jax.vjp(forward, params)[1], params)
+        backward = jax.eval_shape(lambda *of: jax.vjp(lambda x: forward(x, of[1]), of[0])[1], learned, frozen)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
     least = kept("full")
@@ -52,7 +60,9 @@ def test_what_is_kept_is_counted(model, tokens, captions, sinks):
         counted //= model.depth
         # Where the pairs of four picks, and of two other shots' sinks, lie: plain XLA does not keep it.
         pairs = 4 * model.heads * (4 + 2 * sinks)
-        keys_and_values = 2 * 4 * model.dim * captions * (policy == "dots")  # of captions that are read apart
+        keys_and_values = (
+            2 * 4 * (model.dim + lora.rank) * captions * (policy == "dots")
+        )  # of captions that are read apart
         expected = 2 * model.depth * (tokens * (counted - pairs) + keys_and_values)
         assert kept(policy) - least == pytest.approx(expected, rel=0.02)
 

@@ -18,7 +18,7 @@ from moc_jax.config import MMDiTConfig, MoCConfig, Remat
 from moc_jax.models.after import Forward, Over, Wanted, standing
 from moc_jax.models.dense_layers import dense_in_some
 from moc_jax.models.family import After, Routed
-from moc_jax.models.layers import KEPT, Modulation, TimeEmbedding, modulated_norm, of_groups, stacked
+from moc_jax.models.layers import Modulation, TimeEmbedding, kept_policy, modulated_norm, of_groups, stacked
 from moc_jax.models.linear import Linear, cast_once, linear_of
 from moc_jax.models.mmdit.block import Attend, Block, BlockModulation, Slots
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
@@ -57,14 +57,15 @@ class MMDiT(nnx.Module):
     @staticmethod
     def kept_bytes(cfg: MMDiTConfig, remat: Remat, moc: MoCConfig, shots: int) -> int:
         """See `VideoModel`."""
-        width, hidden = (size * jnp.dtype(cfg.dtype).itemsize for size in (cfg.dim, cfg.mlp_dim))
+        sizes = cfg.dim, cfg.mlp_dim, cfg.lora.rank
+        width, hidden, rank = (size * jnp.dtype(cfg.dtype).itemsize for size in sizes)
         picks = moc.most_picks(shots)
         attention = width + 4 * cfg.heads * (1 + 2 * picks)  # output, log-sum-exp, routes and where their pairs lie
         beside_input = {
             "full": 0,
             "attention": attention,
             "attention+mlp": attention + width,
-            "dots": attention + 5 * width + hidden,  # of q, k and v, attention's output, and the MLP's two
+            "dots": attention + 5 * width + hidden + 4 * rank,  # q, k and v, attention's output, the MLP's two
         }
         return cfg.depth * (width + beside_input[remat])
 
@@ -199,7 +200,7 @@ class MMDiT(nnx.Module):
             return _split(text, video), seen
 
         if self.cfg.remat != "none":
-            body = jax.checkpoint(body, policy=KEPT[self.cfg.remat], prevent_cse=False)  # scan keeps passes apart
+            body = jax.checkpoint(body, policy=kept_policy(self.cfg), prevent_cse=False)  # scan keeps passes apart
         return lax.scan(body, streams, (weights, modulations, jnp.arange(self.cfg.depth)))
 
 

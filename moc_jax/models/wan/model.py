@@ -22,7 +22,7 @@ from moc_jax.config import ConfigError, MoCConfig, Remat, WanConfig
 from moc_jax.models.after import Forward, Over, Wanted, standing
 from moc_jax.models.dense_layers import dense_in_some
 from moc_jax.models.family import After, Routed
-from moc_jax.models.layers import KEPT, TimeEmbedding, gelu, modulated_norm, of_groups, stacked
+from moc_jax.models.layers import TimeEmbedding, gelu, kept_policy, modulated_norm, of_groups, stacked
 from moc_jax.models.linear import Linear, cast_once, linear_of
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
 from moc_jax.models.rope import Turns, rope_angles, turns_of
@@ -105,7 +105,7 @@ class Network(nnx.Module):
             return constrained(x, "batch", "stream"), seen
 
         if self.cfg.remat != "none":
-            body = jax.checkpoint(body, policy=KEPT[self.cfg.remat], prevent_cse=False)  # scan keeps passes apart
+            body = jax.checkpoint(body, policy=kept_policy(self.cfg), prevent_cse=False)  # scan keeps passes apart
         return lax.scan(body, x, (weights, jnp.arange(self.cfg.depth)))
 
 
@@ -133,7 +133,8 @@ class WanDiT(nnx.Module):
     @staticmethod
     def kept_bytes(cfg: WanConfig, remat: Remat, moc: MoCConfig, shots: int) -> int:
         """See `VideoModel`."""
-        width, hidden = (size * jnp.dtype(cfg.dtype).itemsize for size in (cfg.dim, cfg.mlp_dim))
+        sizes = cfg.dim, cfg.mlp_dim, cfg.lora.rank
+        width, hidden, rank = (size * jnp.dtype(cfg.dtype).itemsize for size in sizes)
         picks = moc.most_picks(shots)
         # Both attentions' outputs and log-sum-exps, routes and where their pairs lie.
         attention = 2 * width + 4 * cfg.heads * (2 + 2 * picks)
@@ -141,7 +142,8 @@ class WanDiT(nnx.Module):
             "full": 0,
             "attention": attention,
             "attention+mlp": attention + width,
-            "dots": attention + 7 * width + hidden,  # q, k, v and output, the captions' q and output, the MLP's two
+            # q, k, v and output, the captions' q and output, the MLP's two.
+            "dots": attention + 7 * width + hidden + 8 * rank,
         }
         return cfg.depth * (width + beside_input[remat])
 
