@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ TIME_FREQUENCIES = 128
 MLP_OUTPUT = "mlp_output"  # its name for policies of `jax.checkpoint`
 _policies = jax.checkpoint_policies
 _of_attention = _policies.save_only_these_names(*RESIDUALS)
-_KEPT = {  # by `remat`, for the backward pass beside a block's inputs
+_KEPT: dict[str, Callable[..., bool] | None] = {  # by `remat`, for the backward pass beside a block's inputs
     "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _of_attention),
     "attention+mlp": _policies.save_only_these_names(*RESIDUALS, MLP_OUTPUT),
     "attention": _of_attention,
@@ -33,14 +32,14 @@ _KEPT = {  # by `remat`, for the backward pass beside a block's inputs
 _EPSILON = 1e-6
 
 
-def kept_policy(cfg: ModelConfig) -> Callable[..., Any] | None:
+def kept_policy(cfg: ModelConfig) -> Callable[..., bool] | None:
     """What of a block is kept for the backward pass beside its inputs.
 
     An adapter's output is as wide as that of the map beside it, with which it is summed, and is computed again from
     `rank` numbers of a token for next to nothing: it is not kept.
     """
     policy, rank = _KEPT[cfg.remat], cfg.lora.rank
-    if cfg.remat != "dots" or not rank:
+    if policy is None or cfg.remat != "dots" or not rank:
         return policy
 
     def keep(primitive, *inputs, **params):
