@@ -93,7 +93,9 @@ def main(args: Arguments, command: str) -> None:
     entry = measure(args)
     steps = f"{args.steps} step{'s' if args.steps > 1 else ''}"
     sizes = f"{args.shots} shots of {entry['tokens']} tokens, {args.retrieve_shots} shown, {steps}"
-    name = f"{sizes}, {args.model.depth} layers of {args.model.dim}, {entry['backend']}"
+    moc, usual = args.moc, type(args)().moc
+    more = "" if moc == usual else f", top {moc.top_k} of {moc.chunk.size} {moc.chunk.unit}"
+    name = f"{sizes}, {args.model.depth} layers of {args.model.dim}{more}, {entry['backend']}"
     path = results.store(args.out, "generation", name, command, entry)
     print(f"{name}: {shown(entry)}\n\nresults are in {path}")
 

@@ -176,9 +176,12 @@ def _sizes(args: Arguments) -> tuple[int, ...]:
 
 def _variant(args: Arguments, case: Arguments) -> str:
     """What tells figures apart from the case's own where tables have no column for it."""
-    rank, picks = args.model.lora.rank, args.moc.top_k
-    adapters = f", LoRA of rank {rank}" if rank else ""
-    return adapters + (f", top {picks}" if picks != case.moc.top_k else "")
+    rank, picks, chunk = args.model.lora.rank, args.moc.top_k, args.moc.chunk
+    found = [f"LoRA of rank {rank}"] if rank else []
+    found += [f"top {picks}"] if picks != case.moc.top_k else []
+    found += [f"chunks of {chunk.size} {chunk.unit}"] if chunk != case.moc.chunk else []
+    found += [f"{args.model.heads} heads"] if args.model.heads != case.model.heads else []
+    return "".join(f", {words}" for words in found)
 
 
 def measure(args: Arguments) -> dict[str, Any]:

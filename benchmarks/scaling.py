@@ -20,6 +20,7 @@ where the time goes.
 import dataclasses
 import gc
 import itertools
+import json
 import pathlib
 import re
 import shlex
@@ -114,7 +115,7 @@ def main(args: Arguments, command: str) -> None:
     """Measures, stores and prints."""
     there = len(jax.devices())
     counts = args.counts or tuple(2**i for i in range(there.bit_length()) if 2**i <= there)
-    rates = {name: entry["tokens_per_second"] for name, entry in _of_one_device(args.out).items()}
+    rates = {name: entry["tokens_per_second"] for name, entry in _of_one_device(args).items()}
     print(
         f"{'':<26} {'ms':>9} {'tokens/s':>10} {'of n':>6} {'GiB':>6} {'MB/layer':>9} {'collectives':>12} {'alone':>7}"
     )
@@ -125,7 +126,7 @@ def main(args: Arguments, command: str) -> None:
             print(f"{case.name:<26} {error}")
             continue
         rate = found["tokens_per_second"]
-        step = "sampling" if case.which == "sampling" else "training"
+        step = {"context": "training", "fsdp": "training"}.get(case.which, case.which)
         if case.devices == 1:
             rates[step] = rate
         base = rates.get(step)
@@ -135,13 +136,22 @@ def main(args: Arguments, command: str) -> None:
         gc.collect()
 
 
-def _of_one_device(folder: pathlib.Path) -> dict[str, Any]:
-    """This card's steps on one device, as far as they were measured before."""
-    kind = jax.devices()[0].device_kind
-    files = (file for file in results.load(folder, "scaling") if file["card"] == kind)
+def _of_one_device(args: Arguments) -> dict[str, Any]:
+    """This card's steps on one device, as far as they were measured before, of this model."""
+    kind, model = jax.devices()[0].device_kind, dataclasses.asdict(_asked(args).model)
+    files = (file for file in results.load(args.out, "scaling") if file["card"] == kind)
     stored = next(files, {"entries": {}})["entries"]
     names = {"training": "context, 1 devices, 1x1", "sampling": "sampling, 1 devices"}
-    return {step: stored[name] for step, name in names.items() if name in stored}
+    found = {step: stored[name] for step, name in names.items() if name in stored}
+    return {step: entry for step, entry in found.items() if entry.get("model") == json.loads(json.dumps(model))}
+
+
+def _asked(args: Arguments) -> whole.Arguments:
+    """The scene and its model, which recomputes alike in all cases, or they could not be compared."""
+    asked = args.scene
+    if asked.model.remat != "auto":
+        return asked
+    return dataclasses.replace(asked, model=dataclasses.replace(asked.model, remat="full"))
 
 
 def row(name: str, found: dict[str, Any]) -> str:
@@ -156,9 +166,8 @@ def row(name: str, found: dict[str, Any]) -> str:
 
 def measure(case: Case, args: Arguments) -> dict[str, Any]:
     """One entry."""
-    asked = dataclasses.replace(args.scene, scenes=case.scenes, shots=args.scene.shots * case.longer)
-    if asked.model.remat == "auto":  # the same for all, or they could not be compared
-        asked = dataclasses.replace(asked, model=dataclasses.replace(asked.model, remat="full"))
+    asked = _asked(args)
+    asked = dataclasses.replace(asked, scenes=case.scenes, shots=asked.shots * case.longer)
     config = Config(
         model=asked.model, moc=asked.moc, text=HashConfig(dim=asked.model.text_dim), train=TrainConfig(ema_decay=0.0)
     )
@@ -176,6 +185,7 @@ def measure(case: Case, args: Arguments) -> dict[str, Any]:
         launch, program = prepared(case, config, attention, mesh, scene)
         timing = time_launches(launch, Effort(samples=asked.repeats))
         found: dict[str, Any] = {
+            "model": dataclasses.asdict(config.model),
             "devices": case.devices,
             "groups": [deal.head_groups, deal.groups],
             "tokens": case.scenes * shape.tokens,

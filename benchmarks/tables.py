@@ -186,14 +186,15 @@ def several_table(entries: dict[str, Entry], planned: dict[str, Entry]) -> list[
         row = [kind, str(e["devices"]), split, f"{e['ms']:,.0f}", f"{e['tokens_per_second']:,.0f}"]
         row += [number(e["scaling"] and e["scaling"] * e["devices"], ".2f", "x"), f"{e['gib']:.1f}"]
         row += [number(e.get(key), ",.0f") for key in ("collectives_ms", "alone_ms")]
-        plan = planned.get(f"{_OF_PLAN.get(kind)} {e['devices']}", {}).get("step_ms")
+        of_plan = planned if e["groups"][1] == 1 else {}  # which is of as many head groups as there can be
+        plan = of_plan.get(f"{_OF_PLAN.get(kind)} {e['devices']}", {}).get("step_ms")
         rows.append([*row, number(plan, ",.0f"), number(plan and plan / e["ms"] - 1, "+.1%")])
-    most = max(e["devices"] for e in entries.values())
+    measured = {(name.partition(",")[0], e["devices"]) for name, e in entries.items()}
     one = {kind: planned.get(f"{name} 1") for kind, name in (_OF_PLAN | {"fsdp": _OF_PLAN["context"]}).items()}
     for kind, name in _OF_PLAN.items():
         for planned_name, plan in planned.items():
             count = int(planned_name.rpartition(" ")[2])
-            if planned_name.startswith(name) and count > most and (alone := one[kind]):
+            if planned_name.startswith(name) and count > 1 and (kind, count) not in measured and (alone := one[kind]):
                 scenes = count if kind == "fsdp" else 1
                 times = f"{scenes * alone['step_ms'] / plan['step_ms']:.2f}x"
                 row = [

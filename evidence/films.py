@@ -1,6 +1,6 @@
 """Films: stories of many shots, sampled one after another. What is each shot to be shown of those before it?
 
-    python -m evidence.run --setting films --arms "moc 8x6, past"      # a model that learned to follow finished shots
+    python -m evidence.run --setting in-turn --arms "moc 8x6, past"    # a model that learned to follow finished shots
     python -m evidence.films                                           # its films, with each memory
     python -m evidence.films --memories retrieved --levels 0 0.05 0.1 0.2 0.3     # with more noise on finished shots
 
@@ -16,7 +16,9 @@ story's places: where films decay, that falls from the first shots to the last.
 """
 
 import dataclasses
+import math
 import pathlib
+import re
 import shlex
 import sys
 import time
@@ -49,20 +51,24 @@ from moc_jax.shapes import Float, Int
 from moc_jax.sharding import Params
 
 Memory = Literal["window", "retrieved", "all"]
-SPANS = (1, 11), (12, 23), (24, 35), (36, 47), (48, 63)
-"""Of gaps and of shots, both ends included, that figures are of."""
+SPANS = (1, 11), (12, 23), (24, 35), (36, 47), (48, math.inf)
+"""Of gaps, and of shots after the reveals, both ends included, that figures are of."""
+HISTORY_NOISE = 0.02
+"""The level t_c of the films that pictures show."""
+TRUTH = "truth"
+"""The picture's file of the first film as it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Whose films, and which."""
 
-    setting: str = "films"
+    setting: str = "in-turn"
     arm: str = "moc 8x6, past"
     seed: int = 0
     """Of the training; its learning rate is the one that was best."""
     memories: tuple[Memory, ...] = ("window", "retrieved", "all")
-    levels: tuple[float, ...] = (0.02,)
+    levels: tuple[float, ...] = (HISTORY_NOISE,)
     """Noise levels at which finished shots are shown."""
     shots: int = 64
     films: int = 128
@@ -186,22 +192,22 @@ def findings(
         for span in SPANS
         if (some := _inside(span, (recall.gap for recall in recalls)))
     }
-    near = backgrounds(exam, latents)  # [n, S]
-    first = exam.data.world.characters
+    near = backgrounds(exam, latents)
     by_shot = {
-        _span(span): float(near[:, [first + i for i in some]].mean())
+        _span(span): float(near[:, some].mean())
         for span in SPANS
-        if (some := _inside(span, range(first, near.shape[1])))
+        if (some := _inside(span, range(1, near.shape[1] + 1)))
     }
     return {"all": share(recalls), "by_gap": by_gap, "background_by_shot": by_shot}
 
 
-def _inside(span: tuple[int, int], numbers: Iterable[int]) -> list[int]:
+def _inside(span: tuple[float, float], numbers: Iterable[int]) -> list[int]:
+    """Where they lie within it."""
     return [i for i, number in enumerate(numbers) if span[0] <= number <= span[1]]
 
 
-def _span(span: tuple[int, int]) -> str:
-    return f"{span[0]}-{span[1]}"
+def _span(span: tuple[float, float]) -> str:
+    return f"{span[0]} and more" if span[1] == math.inf else f"{span[0]}-{span[1]}"
 
 
 def backgrounds(exam: Exam, latents: Float[np.ndarray, "n F Y X Z"]) -> Float[np.ndarray, "n S-reveals"]:
@@ -244,7 +250,9 @@ def main(args: Arguments, command: str) -> None:
     weights = args.cache / "weights" / args.setting / f"{name_of(args.arm, best[args.arm], args.seed)}.npz"
     world = dataclasses.replace(setting.world, shots=args.shots, split=FINAL if args.final else CHOICES)
     with Spread(args.processes) as spread:
-        codec = dataset.fit(setting.world, setting.codec, setting.codec_stories, spread, args.cache)
+        codec = dataset.fit(
+            setting.codec_world or setting.world, setting.codec, setting.codec_stories, spread, args.cache
+        )
         exam = make_exam(world, codec, setting.text, range(args.films), spread, args.cache)
     for level in args.levels:
         task = dataclasses.replace(
@@ -255,13 +263,20 @@ def main(args: Arguments, command: str) -> None:
         for memory in args.memories:
             begin = time.perf_counter()
             latents, shown = _in_parts(make, exam.data, memory, args.together)
-            entry = {"arm": args.arm, "memory": memory, "level": level, "shots": args.shots, "films": args.films}
-            entry |= {"seconds_per_film": (time.perf_counter() - begin) / args.films, **findings(exam, latents, shown)}
-            name = f"{memory}, t_c = {level:g}" + (", final" if args.final else "")
+            entry = {"arm": args.arm, "seed": args.seed, "memory": memory, "level": level, "final": args.final}
+            entry |= {"shots": args.shots, "films": args.films, **findings(exam, latents, shown)}
+            entry["seconds_per_film"] = (time.perf_counter() - begin) / args.films
+            name = f"{memory}, t_c = {level:g}, {args.shots} shots, {args.arm}, seed {args.seed}"
+            name += ", final stories" if args.final else ""
             results.store(args.out, "films", name, command, entry)
-            _save(args.out / "films" / f"{memory}_{level:g}.jpg", exam, latents)
+            _save(args.out / "films" / f"{picture_of(name)}.jpg", exam, latents)
             print(f"{name}: {shown_as_text(entry)}", flush=True)
-    _save(args.out / "films" / "truth.jpg", exam, np.asarray(exam.data.latents))
+    _save(args.out / "films" / f"{TRUTH}.jpg", exam, np.asarray(exam.data.latents))
+
+
+def picture_of(name: str) -> str:
+    """The file of an entry's first film."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower())
 
 
 def _in_parts(make: Maker, data: Dataset, memory: Memory, together: int) -> tuple[np.ndarray, list[list[list[int]]]]:

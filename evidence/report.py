@@ -21,19 +21,20 @@ from benchmarks.tables import markdown
 from evidence import plots
 from evidence.claims import claims
 from evidence.experiment import interval
+from evidence.films import HISTORY_NOISE, TRUTH, picture_of
 from evidence.results import RESULTS, Result, by_arm, chosen_of, finished, pace, updates_to
 from evidence.world import CANDIDATES
 from moc_jax.sampling.pictures import save_picture
 
 BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE, FILMS, PICTURES = "docs/evidence.md", "docs/long.md", "docs/pictures"
+PAGE, FILMS_PAGE, PICTURES = "docs/evidence.md", "docs/long.md", "docs/pictures"
 TITLES = {
     "full-final": "The final table",
     "full": "Stories for choices",
     "still-final": "The still world, final stories",
     "still": "The still world",
-    "films": "The still world, learned for films",
+    "in-turn": "The still world, learned in turn",
     "video-final": "The video world, final stories",
     "video": "The video world",
     "long-final": "Long scenes of the full world, final stories",
@@ -63,17 +64,15 @@ def main(args: Arguments) -> None:
     print(block)
     if not args.write:
         return
-    for name, of_page in ((PAGE, block), (FILMS, films_block(args.results))):
+    for name, of_page in ((PAGE, block), (FILMS_PAGE, films_block(args.results))):
         page = args.root / name
         page.write_text(with_block(page.read_text(), of_page, BEGIN, END))
     for folder in _folders(args.results):
         for name, picture in pictures(folder).items():
             save_picture(picture, args.root / PICTURES / name)
     for file in stored.load(args.results, "films"):
-        entries = file["entries"].values()
-        names = {"truth": "truth"} | {
-            f"{e['memory']}, t_c = {e['level']:g}": f"{e['memory']}_{e['level']:g}" for e in entries
-        }
+        entries = file["entries"].items()
+        names = {"truth": TRUTH} | {name: picture_of(name) for name, e in entries if e["level"] == HISTORY_NOISE}
         save_picture(plots.films(args.results / "films", names), args.root / PICTURES / "films.png")
     for claim in claims(args.results):
         for name, picture in claim.pictures.items():
@@ -132,14 +131,15 @@ def films_table(entries: Sequence[dict[str, Any]], what: str, cell: Callable[[An
     spans = list(dict.fromkeys(span for entry in entries for span in entry[what]))
     rows = [
         [
-            e["memory"],
+            e["memory"] + (", final stories" if e["final"] else ""),
+            f"{e['arm']}, seed {e['seed']}",
             f"{e['level']:g}",
             str(e["films"]),
             *(cell(e[what][span]) if span in e[what] else "" for span in spans),
         ]
         for e in entries
     ]
-    return markdown(["shown", "at t_c", "films", *spans], rows)
+    return markdown(["shown", "trained as", "at t_c", "films", *spans], rows)
 
 
 def _recalled(of: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ class Setting:
     final: int = 256
     """As many of the final stories, at most."""
     in_turn: bool = False
-    """Whether it is trained for films; see `Task`."""
+    """Whether it is trained to follow finished shots; see `Task`."""
 
     @property
     def seeds(self) -> range:
@@ -78,7 +78,7 @@ STILL = dataclasses.replace(
     every=100,
 )
 
-FILMS = dataclasses.replace(
+IN_TURN = dataclasses.replace(
     STILL, diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5, history_noise=(0.0, 0.3)), in_turn=True, updates=3_000
 )
 
@@ -106,7 +106,7 @@ def long(setting: Setting) -> Setting:
 SETTINGS: dict[str, Setting] = {
     "full": FULL,
     "still": STILL,
-    "films": FILMS,
+    "in-turn": IN_TURN,
     "long": long(FULL),
     "long-still": long(STILL),
     "video": dataclasses.replace(FULL, world=VideoWorld(split=TRAINING), box_weight=2.0),  # boxes are larger

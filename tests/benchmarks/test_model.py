@@ -91,7 +91,7 @@ def test_adapters_are_measured_as_the_shipped_config_trains_them():
     [
         ("multi_shot", {}, "30 layers"),
         ("multi_shot", {"shots": 16}, "30 layers, 360952 tokens"),
-        ("base", {"moc": MoCConfig(top_k=5)}, "20 layers of 1024, 2 scenes, top 5"),
+        ("base", {"moc": MoCConfig(top_k=5)}, "20 layers of 1024, 2 scenes, top 5, chunks of 1280 tokens"),
         ("wan21-1.3b", {}, "wan, 30 layers of 1536, 32760 tokens"),
     ],
 )

@@ -42,7 +42,7 @@ def test_the_page_has_each_arm_at_its_best_rate(folder):
 def test_plots_and_sheets_are_drawn_and_the_page_is_rewritten(folder):
     root = folder / "root"
     (root / "docs" / "pictures").mkdir(parents=True)
-    for page in (report.PAGE, report.FILMS):
+    for page in (report.PAGE, report.FILMS_PAGE):
         (root / page).write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.main(report.Arguments(results=folder, write=True, root=root))
     text = (root / "docs" / "evidence.md").read_text()
@@ -207,7 +207,7 @@ def test_long_scenes_are_compared_after_equal_seconds(tmp_path):
 
 
 def test_the_page_shows_the_committed_results():
-    for name, block in ((report.PAGE, report.page_block), (report.FILMS, report.films_block)):
+    for name, block in ((report.PAGE, report.page_block), (report.FILMS_PAGE, report.films_block)):
         text = (report.ROOT / name).read_text()
         assert report.with_block(text, block(report.RESULTS), report.BEGIN, report.END) == text
 

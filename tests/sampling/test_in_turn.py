@@ -3,15 +3,19 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moc_jax.attention import kept as attention_kept
+from moc_jax.attention.deal import Deal
+from moc_jax.attention.kept import Size
 from moc_jax.config import ConfigError, MeshConfig, WanConfig
 from moc_jax.sampling import room
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.in_turn import rounds_of
 from moc_jax.sampling.room import RoomError
-from moc_jax.scene import SceneLengths
+from moc_jax.scene import SceneLengths, SceneShape
 from moc_jax.sharding import make_mesh
 from tests.sampling.worlds import BUCKET, CONFIG, make_board, make_codec, make_params, run
 
@@ -35,6 +39,17 @@ def check(*boards, config=PAST, params=None):
     for one, other in zip(kept, anew):
         for a, b in zip(one.latents, other.latents, strict=True):
             np.testing.assert_allclose(a, b, atol=CLOSE)
+
+
+def test_scenes_of_one_size_share_the_program_that_makes_what_is_kept():
+    deal = Deal.of(SceneShape(shots=1, frames=4, rows=2, columns=2, text_tokens=8), groups=1, head_groups=1, sharing=1)
+    shape = SceneShape(shots=3, frames=12, rows=2, columns=2, text_tokens=8)
+    size = Size(batch=1, shape=shape, depth=1, heads=2, head_dim=8, dtype="float32", columns=8, deal=deal)
+    kept, again = size.empty(), dataclasses.replace(size).empty()
+    assert jax.tree.map(jnp.shape, kept) == jax.tree.map(jnp.shape, again)
+    mesh = jax.sharding.get_mesh()
+    assert attention_kept._maker(size, mesh) is attention_kept._maker(dataclasses.replace(size), mesh)
+    assert attention_kept._maker(size, mesh)._cache_size() == 1
 
 
 @pytest.mark.long
