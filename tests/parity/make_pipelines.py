@@ -1,5 +1,13 @@
 """Writes what diffusers' WanPipeline and WanImageToVideoPipeline make: `python -m tests.parity.make_pipelines`, in
-make_wan.py's environment."""
+make_wan.py's environment.
+
+    python -m tests.parity.make_pipelines --transformer out/wan-tuned --out out/diffusers.npz
+
+writes what WanPipeline makes of weights that its own class loads from a folder, in the small Wan 2.1.
+"""
+
+import argparse
+import pathlib
 
 import diffusers
 import numpy as np
@@ -76,11 +84,17 @@ def scheduler(solver: str):
     return UniPCMultistepScheduler(**flow)
 
 
-def run(name: str, case: Case, solver: str, means: np.ndarray, deviations: np.ndarray) -> dict[str, np.ndarray]:
+def run(
+    name: str,
+    case: Case,
+    solver: str,
+    means: np.ndarray,
+    deviations: np.ndarray,
+    networks: list[WanTransformer3DModel],
+) -> dict[str, np.ndarray]:
     """Some of the numbers of latents, and of pixels."""
     vae = filled(autoencoder(VAES[case.vae], VAES[case.vae].encoder, VAES[case.vae].decoder), f"vae/{case.vae}")
     vae.register_to_config(latents_mean=means.tolist(), latents_std=deviations.tolist())
-    networks = [transformer(case, part) for part in case.networks]
     pipe = (WanImageToVideoPipeline if case.image else WanPipeline)(
         tokenizer=None,
         text_encoder=None,
@@ -116,13 +130,22 @@ def run(name: str, case: Case, solver: str, means: np.ndarray, deviations: np.nd
 
 
 def main() -> None:
-    """All cases."""
+    """All cases, or one with weights from a folder."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity.make_pipelines")
+    parser.add_argument("--transformer", type=pathlib.Path)
+    parser.add_argument("--out", type=pathlib.Path)
+    args = parser.parse_args()
     published: dict[str, dict[str, np.ndarray]] = {}
     exec((GOLDEN.parents[2] / "moc_jax" / "codecs" / "wan_vae" / "published.py").read_text(), published)
     for name, case in CASES.items():
         of_latents = published["MEANS"][case.vae], published["DEVIATIONS"][case.vae]
         with torch.no_grad():
-            found = [run(name, case, solver, *of_latents) for solver in SHIFTS]
+            if args.transformer:
+                loaded = WanTransformer3DModel.from_pretrained(args.transformer, torch_dtype=torch.float32)
+                np.savez_compressed(args.out, **run(name, case, "unipc", *of_latents, [loaded.eval()]))
+                break
+            networks = [transformer(case, part) for part in case.networks]
+            found = [run(name, case, solver, *of_latents, networks) for solver in SHIFTS]
         np.savez_compressed(GOLDEN / f"pipeline-{name}.npz", **(found[0] | found[1]))
     print(f"diffusers {diffusers.__version__}, torch {torch.__version__}")
 

@@ -2,10 +2,17 @@
 
 make_pipelines.py wrote what is compared with; here no torch is needed. Prompts, a picture and public files go in,
 latents and pixels come out; only the noise is given.
+
+    python -m tests.parity.pipeline_figures --transformer out/wan-tuned --against out/diffusers.npz
+
+compares the video of weights of your own for the small Wan 2.1 of tests/weights/pipelines.py instead.
 """
 
+import argparse
 import dataclasses
 import pathlib
+import shutil
+import sys
 import tempfile
 from unittest import mock
 
@@ -31,10 +38,14 @@ def scheduler(solver):
     return UNIPC | {"flow_shift": SHIFTS[solver]}
 
 
-def sampled(folder, name, solver):
-    """Latents of the video, and its pixels in [-1, 1]."""
+def sampled(folder, name, solver, transformer=None):
+    """Latents of the video, and its pixels in [-1, 1]; with another folder's `transformer`."""
     case = CASES[name]
-    opened = open_pipeline(str(write_pipeline(folder, name, scheduler=scheduler(solver))))
+    write_pipeline(folder, name, scheduler=scheduler(solver))
+    if transformer is not None:
+        shutil.rmtree(folder / "transformer")
+        shutil.copytree(transformer, folder / "transformer")
+    opened = open_pipeline(str(folder))
     config, (prompt, negative) = opened.config, prompts()[0]
     precise = {part: dataclasses.replace(getattr(config, part), dtype="float32") for part in ("model", "codec", "text")}
     sample = dataclasses.replace(
@@ -57,16 +68,24 @@ def sampled(folder, name, solver):
     return latents, codec.decode(latents)
 
 
-def errors(name, solver):
+def errors(name, solver, transformer=None, against=None):
     """Relative, of latents and of pixels."""
     with tempfile.TemporaryDirectory() as folder:
-        found = sampled(pathlib.Path(folder), name, solver)
-    golden = np.load(GOLDEN / f"pipeline-{name}.npz")
+        found = sampled(pathlib.Path(folder), name, solver, transformer)
+    golden = np.load(against or GOLDEN / f"pipeline-{name}.npz")
     return [relative(spread(x), golden[f"{solver}/{part}"]) for x, part in zip(found, ("latents", "pixels"))]
 
 
-def main():
-    """All cases."""
+def main(argv):
+    """All cases, or one with other weights."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity.pipeline_figures")
+    parser.add_argument("--transformer", type=pathlib.Path, help="a folder of weights, of what `export` writes")
+    parser.add_argument("--against", type=pathlib.Path, help="what make_pipelines.py made of the same")
+    args = parser.parse_args(argv)
+    if args.transformer:
+        latents, pixels = errors("t2v", "unipc", args.transformer, args.against)
+        print(f"{args.transformer}: latents differ by {latents:.1e}, pixels by {pixels:.1e}")
+        return
     for name in CASES:
         for solver in SHIFTS:
             latents, pixels = errors(name, solver)
@@ -74,4 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,4 +1,5 @@
-"""The commands of docs/lora.md, word for word, on a clip of our own: from weights to adapters, videos and files."""
+"""README's commands for Wan and those of docs/lora.md, word for word, on a clip of our own: from weights to adapters,
+videos and files."""
 
 import pathlib
 import re
@@ -20,8 +21,9 @@ PROGRAMS = {"moc-train": "train.py", "moc-sample": "sample.py"}
 
 
 def commands():
-    section = (ROOT / "docs/lora.md").read_text().split("## The whole way, small")[1]
-    return re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    parts = ("README.md", "## Wan's public weights"), ("docs/lora.md", "## The whole way, small")
+    sections = ((ROOT / page).read_text().split(title)[1] for page, title in parts)
+    return [line for part in sections for line in re.search(r"```sh\n(.*?)```", part, re.DOTALL)[1].splitlines()]
 
 
 @pytest.mark.long
@@ -33,7 +35,7 @@ def test_the_commands_of_the_docs_run_word_for_word(tmp_path, compilation_cache)
     make_clip(tmp_path / "cache/demo/bikes.mp4", shots=3, frames_per_shot=9)
     variables = environment(compilation_cache) | {"PYTHONPATH": str(ROOT)}
     for command in commands():
-        program, *words = shlex.split(command)
+        program, *words = shlex.split(command, comments=True)
         if "demo_clip" in command:  # from the network
             continue
         line = [ROOT / PROGRAMS[program]] if program in PROGRAMS else []
@@ -46,7 +48,9 @@ def test_the_commands_of_the_docs_run_word_for_word(tmp_path, compilation_cache)
     assert routed.shape == dense.shape == public.shape
     assert (routed != dense).any()
     assert len(open_adapters(out / "lora").networks["network"]) == 2 * 10
-    before, after = (contents(out / name)["network"] for name in ("wan", "wan-merged"))
+    before, after, tuned = (contents(out / name)["network"] for name in ("wan", "wan-merged", "wan-tuned"))
+    for name, merged in after.items():
+        np.testing.assert_array_equal(merged, tuned[name])
     changed = {name for name in before if (before[name] != after[name]).any()}
     assert {name.rpartition(".")[0] for name in changed} == {*open_adapters(out / "lora").networks["network"]}
     assert max(float(np.abs(before[name] - after[name]).max()) for name in changed) < 0.1
