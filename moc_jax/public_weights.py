@@ -24,7 +24,7 @@ from moc_jax.sharding import Params, key_path, logical_axes, tree_shardings
 from moc_jax.sharding import Path as KeyPath
 from moc_jax.showing import named
 from moc_jax.tensor_files.beside import weights_digest
-from moc_jax.tensor_files.places import EXPERTS, LICENCE, are_public, networks_in
+from moc_jax.tensor_files.places import EXPERTS, INDEX, LICENCE, are_public, networks_in
 from moc_jax.tensor_files.safetensors import DTYPES, Stored, WeightsError, Written, write_safetensors
 
 __all__ = ["PublicWeights", "WeightsError", "are_public", "check_model", "convert", "export", "load", "open_weights"]
@@ -67,11 +67,14 @@ def open_weights(place: str | Path) -> PublicWeights:
     """What lies in a file or folder; none of the numbers is read, and no device touched.
 
     Raises:
-        WeightsError: it is not whole, or tensors are missing, too many or of other shapes; all of these are named.
+        WeightsError: it is not whole, or tensors are missing, too many, of other shapes or of others than config.json
+            says; all of these are named.
         ConfigError: it is of no model that is known here.
     """
     place = Path(place)
     networks, index = networks_in(place)
+    where = named(place / INDEX)
+    models.check_index(index, where)
     known = {
         part: models.recognised({name: x.shape for name, x in of.tensors.items()}, of.settings, named(of.place))
         for part, of in networks.items()
@@ -82,11 +85,14 @@ def open_weights(place: str | Path) -> PublicWeights:
     (first, *rest) = known.values()
     if any(of.config != first.config or of.names != first.names for of in rest):
         raise WeightsError(f"{named(place)} has two experts of different sizes or names")
+    alone, other = EXPERTS["diffusers"]
+    if not rest and first.config.condition_channels and networks["network"].place == place / alone:
+        raise WeightsError(f"{named(place)} has {alone} alone, an expert of Wan 2.2 I2V A14B; {other} is missing")
     found = {
         part: tuple((tensor, networks[part].tensors[name]) for name, tensor in of.tensors.items())
         for part, of in known.items()
     }
-    config = models.with_experts(first.config, index.get("boundary_ratio")) if rest else first.config
+    config = models.with_experts(first.config, index.get("boundary_ratio"), where) if rest else first.config
     return PublicWeights(place, config, first.names, LICENCE, found)
 
 
@@ -224,9 +230,8 @@ def _write(
             _write_network(of, inside, names, math.inf if names == "comfyui" else shard_bytes)
             settings = models.public_settings(config, names)
             (inside / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        if len(networks) > 1 and names == "diffusers":
-            index = {"boundary_ratio": getattr(config, "boundary", 0.0)}
-            (made / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if index := models.public_index(config, names):
+            (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_network(of: list[_Source], folder: Path, names: Names, shard_bytes: float) -> None:

@@ -43,6 +43,15 @@ def mismatches(shapes: Shapes, wanted: Shapes) -> list[str]:
     return found
 
 
+def contradictions(settings: Mapping[str, object], wanted: Mapping[str, object]) -> list[str]:
+    """All fields of a network's config.json that say something else than its tensors; null says nothing."""
+    return [
+        f"its config.json says {name} {shown(settings[name])}, but by its tensors it is {shown(value)}"
+        for name, value in wanted.items()
+        if settings.get(name) not in (None, value)
+    ]
+
+
 def grouped(names: Iterable[str]) -> list[str]:
     """Names, those of several blocks together: `blocks.{0-29}.ffn.0.weight`."""
     blocks: dict[str, list[int]] = {}

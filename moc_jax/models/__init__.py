@@ -20,7 +20,15 @@ from moc_jax.models.wan import WanDiT
 from moc_jax.models.wan.adapters import adapter_part, public_adapters, written_names
 from moc_jax.models.wan.names import Names
 from moc_jax.models.wan.names import Tensor as PublicTensor
-from moc_jax.models.wan.published import SIZES, public_settings, public_tensors, recognised, with_experts
+from moc_jax.models.wan.published import (
+    SIZES,
+    check_index,
+    public_index,
+    public_settings,
+    public_tensors,
+    recognised,
+    with_experts,
+)
 from moc_jax.sharding import Params, key_path, logical_axes
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "abstract",
     "adapter_part",
     "build",
+    "check_index",
     "frozen",
     "joined",
     "kept_bytes",
@@ -41,6 +50,7 @@ __all__ = [
     "merged",
     "parameter_count",
     "public_adapters",
+    "public_index",
     "public_settings",
     "public_tensors",
     "recognised",

@@ -17,7 +17,13 @@ Wanted = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def open_beside[T](
-    place: str, *, folder: str, pth: str, what: str, setting: str, recognise: Callable[[Shapes, str], tuple[T, Wanted]]
+    place: str,
+    *,
+    folder: str,
+    pth: str,
+    what: str,
+    setting: str,
+    recognise: Callable[[Shapes, Mapping[str, object], str], tuple[T, Wanted, list[str]]],
 ) -> tuple[T, dict[str, Stored]]:
     """What a network is, and its tensors by the package's names; none of the numbers is read.
 
@@ -27,19 +33,20 @@ def open_beside[T](
         pth: a pattern of what its .pth file is called in the Wan team's folders.
         what: what it is, in messages.
         setting: which setting gave `place`.
-        recognise: what a network with tensors of these shapes is, and what its file must hold; begins messages with its
-            second argument.
+        recognise: what a network with tensors of these shapes and such a config.json is, what its file must hold, and
+            what is wrong with its config.json; begins messages with its third argument.
 
     Raises:
-        WeightsError: nothing is there, or tensors are missing, too many or of other shapes; all of these are named.
+        WeightsError: nothing is there, or tensors are missing, too many, of other shapes or of others than config.json
+            says; all of these are named.
         ConfigError: what `recognise` raises.
     """
     if not place:
         raise WeightsError(f"{setting} is empty; name a file or a folder with the weights of {what}")
     network = network_in(Path(place), folder, pth, what)
     shapes, where = {name: stored.shape for name, stored in network.tensors.items()}, named(network.place)
-    recognised, wanted = recognise(shapes, where)
-    if problems := mismatches(shapes, {name: shape for name, (_, shape) in wanted.items()}):
+    recognised, wanted, problems = recognise(shapes, network.settings, where)
+    if problems := problems + mismatches(shapes, {name: shape for name, (_, shape) in wanted.items()}):
         raise WeightsError("\n".join(f"{where}: {problem}" for problem in problems))
     return recognised, {ours: network.tensors[name] for name, (ours, _) in wanted.items()}
 

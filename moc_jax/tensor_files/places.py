@@ -1,7 +1,7 @@
 """Where public weights lie: a file, a folder of one network, or a folder of a pipeline with one network or two.
 
     transformer/ [transformer_2/] model_index.json    as diffusers has them; the second is for low noise
-    high_noise_model/ low_noise_model/                as the Wan team has its Wan 2.2 A14B
+    high_noise_model/ low_noise_model/                as the Wan team has its Wan 2.2 A14B; the package adds an index
     config.json *.safetensors [*.index.json]          one network: one file, or several with an index
     *.pth                                             as PyTorch saves it
 
@@ -20,6 +20,7 @@ from moc_jax.tensor_files.safetensors import DTYPES, Stored, WeightsError, read_
 
 EXPERTS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noise_model", "low_noise_model")}
 """Folders of two experts, for high and for low noise."""
+INDEX = "model_index.json"
 LICENCE = "Apache-2.0 for what the Wan team published (https://github.com/Wan-Video); what others trained has their own"
 _SHARD = r"(.+)-\d{5}-of-(\d{5})\.safetensors"
 _TRANSFORMERS = r"(?i)(?!models_|.*vae)"  # beside it in the Wan team's folders: text encoder and autoencoder
@@ -37,7 +38,7 @@ class Network:
 def are_public(place: str) -> bool:
     """Whether `place` is a file, or a folder as the networks of others lie in; a run's workdir isn't."""
     path = Path(place)
-    patterns = "model_index.json", "transformer", "*_noise_model", "*.safetensors", "*.safetensors.index.json", "*.pth"
+    patterns = INDEX, "transformer", "*_noise_model", "*.safetensors", "*.safetensors.index.json", "*.pth"
     return path.is_file() or any(any(path.glob(pattern)) for pattern in patterns)
 
 
@@ -51,7 +52,7 @@ def networks_in(place: Path) -> tuple[dict[str, Network], Mapping[str, object]]:
         return {"network": _network(place)}, {}
     if not place.is_dir():
         raise WeightsError(f"{named(place)} is not there; name a file, or a folder of weights")
-    index = settings_of(place / "model_index.json")
+    index = settings_of(place / INDEX)
     for high, low in EXPERTS.values():
         present = [folder for folder in (high, low) if (place / folder).is_dir()]
         if present == [high] and high == "transformer":

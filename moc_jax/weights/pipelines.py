@@ -20,7 +20,7 @@ from moc_jax.config import (
     WanVaeConfig,
 )
 from moc_jax.showing import named, shown
-from moc_jax.tensor_files.places import settings_of
+from moc_jax.tensor_files.places import EXPERTS, INDEX, settings_of
 from moc_jax.weights import PublicWeights, open_weights
 
 NEGATIVE_PROMPT = (
@@ -96,6 +96,11 @@ def open_pipeline(place: str, *, codec: str = "", text: str = "", tokenizer: str
             f"{where} reads {model.condition_channels} channels beside the latents'; Wan 2.2 I2V has 4 of a mask and "
             f"{model.latent_channels} of a frame, and no other is known"
         )
+    if model.condition_channels and not model.boundary:
+        raise ConfigError(
+            f"{where} is one of the two experts of Wan 2.2 I2V A14B, and the other's folder is missing; name one with "
+            f"both: {' or '.join(f'{high} and {low}' for high, low in EXPERTS.values())}"
+        )
     version = _VERSIONS[model.latent_channels]
     large = version == "2.2"
     config = Config(
@@ -137,7 +142,8 @@ def _sampling(place: Path, model: WanConfig) -> SampleConfig:
     file = place / "scheduler" / "scheduler_config.json"
     said = settings_of(file)
     if not said:
-        return dataclasses.replace(base, schedule="auto") if (place / "model_index.json").is_file() else base
+        theirs = (place / INDEX).is_file() and not (place / EXPERTS["original"][0]).is_dir()
+        return dataclasses.replace(base, schedule="auto") if theirs else base
     kind = said.get("_class_name")
     fixed = _FIXED.get(str(kind))
     if fixed is None:

@@ -1,6 +1,7 @@
 """Wan's autoencoders: what diffusers computes, streamed and tiled; files in both layouts; what is wrong with them."""
 
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -151,6 +152,32 @@ def test_all_that_is_wrong_is_named(tmp_path):
     assert missing.endswith("missing: decoder.up_blocks.1.resnets.0.conv_shortcut.weight, quant_conv.bias")
     assert extra.endswith("not of this model: more")
     assert shape.endswith("decoder.conv_out.weight has shape (2, 6, 3, 3, 3), not (3, 6, 3, 3, 3)")
+
+
+def test_what_its_config_json_says_must_be_so(tmp_path):
+    place = write(tmp_path / "vae", arrays("2.1"))
+
+    def opened(**settings):
+        (place / "config.json").write_text(json.dumps(settings))
+        return codec_in(place, "2.1")
+
+    means, deviations = ([round(float(x), 4) for x in of["2.1"]] for of in (MEANS, DEVIATIONS))
+    published = {"_class_name": "AutoencoderKLWan", "base_dim": 4, "z_dim": 16, "decoder_base_dim": 6}
+    opened(**published, latents_mean=means, latents_std=deviations)
+    opened(z_dim=16)
+    for kind in ("AutoencoderKLQwenImage", "AutoencoderKLHunyuanVideo"):
+        with pytest.raises(ConfigError, match=f"it is a '{kind}'; supported is AutoencoderKLWan alone"):
+            opened(_class_name=kind)
+    with pytest.raises(WeightsError) as caught:
+        opened(**published | {"z_dim": 48}, latents_mean=[0.0, *means[1:]], latents_std="one")
+    width, mean, deviation = str(caught.value).splitlines()
+    assert width.endswith("its config.json says z_dim 48, but by its tensors it is 16")
+    assert "says latents_mean [0.0, -0.7089, -0.9113, 0.1075, ...]; that of Wan's 2.1 is [-0.7571, -0.7089" in mean
+    assert "says latents_std 'one'; that of Wan's 2.1 is [2.8184" in deviation
+    # Beside the Wan team's file lies the transformer's.
+    shutil.rmtree(place)
+    write(place, arrays("2.1", 1))
+    opened(_class_name="WanModel", num_layers=30)
 
 
 def test_what_is_no_autoencoder_is_refused(tmp_path):

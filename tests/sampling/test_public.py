@@ -13,7 +13,8 @@ from moc_jax import processes
 from moc_jax.commands import sample
 from moc_jax.config import ConfigError
 from moc_jax.sampling.storyboard import StoryboardError
-from moc_jax.weights import WeightsError
+from moc_jax.tensor_files.places import EXPERTS
+from moc_jax.weights import WeightsError, convert, open_weights
 from moc_jax.weights.pipelines import NEGATIVE_PROMPT, open_pipeline
 from tests.sampling.test_sample_cli import BOARD, read
 from tests.weights.pipelines import EULER, UNIPC, write_pipeline
@@ -64,6 +65,23 @@ def test_settings_are_the_folders_or_as_published(tmp_path, kind, names, expecte
     assert (s.whole_timesteps, s.negative_prompt, config.moc.mode) == (True, NEGATIVE_PROMPT, "dense")
     assert config.codec.version == ("2.2" if kind == "ti2v-5b" else "2.1")
     assert config.moc.chunk.size == (2 if kind == "ti2v-5b" else 1)
+
+
+def test_one_expert_of_i2v_is_refused(tmp_path):
+    for names, (high, low) in EXPERTS.items():
+        place = write_pipeline(tmp_path / names, "i2v-a14b", names)
+        with pytest.raises(ConfigError, match=f"the other's folder is missing; name one with both: .*{high} and {low}"):
+            open_pipeline(str(place / low))
+    shutil.rmtree(tmp_path / "diffusers" / "transformer_2")
+    (tmp_path / "diffusers" / "model_index.json").unlink()
+    with pytest.raises(WeightsError, match=r"has transformer alone, an expert of .* I2V A14B; transformer_2 is"):
+        open_weights(tmp_path / "diffusers")
+
+
+def test_a_boundary_beside_the_teams_folders_changes_no_schedule(tmp_path):
+    place = write_pipeline(tmp_path / "theirs", "t2v-a14b", "original")
+    convert(open_weights(place), tmp_path / "ours", names="original")
+    assert open_pipeline(str(tmp_path / "ours")).config.sample == open_pipeline(str(place)).config.sample
 
 
 def test_the_scheduler_decides(tmp_path):

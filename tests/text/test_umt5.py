@@ -158,6 +158,27 @@ def test_all_that_is_wrong_is_named(folder, tmp_path):
         encoder_in(write(tmp_path / "d", {"x": np.zeros(2, np.float32)}))
 
 
+def test_what_its_config_json_says_must_be_so(folder, tmp_path):
+    def opened(place, **settings):
+        (place / "config.json").write_text(json.dumps(settings))
+        return encoder_in(place, tokenizer=str(folder / "google/umt5-xxl"))
+
+    place = write(tmp_path / "a", arrays(0))
+    sizes = {"num_layers": 3, "d_model": 24, "num_heads": 4, "d_kv": 5, "d_ff": 40, "vocab_size": 8000}
+    opened(place, **sizes, model_type="umt5", relative_attention_num_buckets=32)
+    with pytest.raises(WeightsError) as caught:
+        opened(place, **sizes | {"num_layers": 5, "num_heads": 5, "d_kv": 64})
+    *said, missing = str(caught.value).splitlines()
+    assert [line.partition("says ")[2] for line in said] == [
+        "num_layers 5, but by its tensors it is 3",
+        "num_heads 5, but by its tensors it is 4",
+        "d_kv 64, but by its tensors it is 5",
+    ]
+    assert "missing: encoder.block.{3-4}.layer.0.SelfAttention.k.weight" in missing
+    # Beside the Wan team's file lies the transformer's.
+    opened(write(tmp_path / "b", arrays(1)), dim=48, num_layers=30, num_heads=12)
+
+
 def test_what_files_hold_is_said_with_its_licence(folder, capsys):
     main(["check", str(folder), "--of", "text-encoder"])
     out = capsys.readouterr().out

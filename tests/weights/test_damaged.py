@@ -79,6 +79,90 @@ def test_other_models_are_refused(tmp_path):
     assert "no config.json says how many heads of a width of 48 there are" in opened(tmp_path / "v" / FILE)
 
 
+SIZES = {
+    "diffusers": {
+        "num_layers": (40, 2),
+        "ffn_dim": (999, 40),
+        "in_channels": (36, 2),
+        "out_channels": (48, 2),
+        "text_dim": (4096, 8),
+        "patch_size": ([1, 4, 4], [1, 2, 2]),
+        "attention_head_dim": (128, 12),
+    },
+    "original": {"num_layers": (1, 2), "dim": (5120, 48), "ffn_dim": (999, 40), "in_dim": (36, 2), "out_dim": (16, 2)},
+}
+
+
+@pytest.mark.parametrize("names", SIZES)
+def test_all_that_config_json_says_otherwise_is_named_at_once(tmp_path, names):
+    sizes = SIZES[names]
+    message = opened(
+        write(tmp_path / "w", arrays(names=names), names=names, **{x: said for x, (said, _) in sizes.items()})
+    )
+    for name, (said, is_) in sizes.items():
+        assert f"its config.json says {name} {said}, but by its tensors it is {is_}" in message
+    assert len(message.splitlines()) == len(sizes) + (names == "diffusers")
+    assert ("missing: blocks.{2-39}.attn1.norm_k.weight" in message) == (names == "diffusers")
+
+
+@pytest.mark.parametrize("names", ["diffusers", "original", "comfyui"])
+def test_blocks_that_are_missing_are_named(tmp_path, names):
+    left = {name: x for name, x in arrays(names=names).items() if "blocks.1." not in name}
+    message = opened(write(tmp_path / "w", left, names=names))
+    assert "its config.json says num_layers 2, but by its tensors it is 1" in message
+    assert "blocks.1.ffn." in message.partition("missing: ")[2]
+
+
+def test_heads_that_make_another_width_are_named(tmp_path):
+    message = opened(write(tmp_path / "w", arrays(), num_attention_heads=2, attention_head_dim=12))
+    assert message.endswith("its config.json says attention_head_dim 12, but by its tensors it is 24")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (
+            {"_class_name": "HunyuanVideoPipeline"},
+            "is of a 'HunyuanVideoPipeline'; supported are WanPipeline and WanIm",
+        ),
+        ({"_class_name": "WanVACEPipeline"}, "is of a 'WanVACEPipeline'"),
+        ({"transformer": ["diffusers", "FluxTransformer2DModel"]}, "says that its transformer is a 'FluxTransformer2D"),
+        ({"vae": ["diffusers", "AutoencoderKLHunyuanVideo"]}, "says that its vae is a 'AutoencoderKLHunyuanVideo'"),
+        *(
+            ({"boundary_ratio": x}, f"says boundary_ratio {x!r}; it must be a noise level between 0 and 1")
+            for x in (0.0, 1.0, 5.0, -0.5, 1, "x", True)
+        ),
+    ],
+)
+def test_indices_of_others_are_refused_by_name(tmp_path, index, message):
+    for folder in ("transformer", "transformer_2"):
+        write(tmp_path / folder, arrays())
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert f"model_index.json {message}" in opened(tmp_path)
+
+
+def test_published_indices_are_taken(tmp_path):
+    for folder in ("transformer", "transformer_2"):
+        write(tmp_path / folder, arrays())
+    index = {
+        "_class_name": "WanImageToVideoPipeline",
+        "_diffusers_version": "0.35.0.dev0",
+        "boundary_ratio": 0.9,
+        "expand_timesteps": False,
+        "image_encoder": [None, None],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "transformer_2": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert open_weights(tmp_path).config.boundary == 0.9
+    shutil.rmtree(tmp_path / "transformer_2")
+    (tmp_path / "model_index.json").write_text(
+        json.dumps(index | {"boundary_ratio": None, "transformer_2": [None] * 2})
+    )
+    assert open_weights(tmp_path).config.boundary == 0
+
+
 def test_files_that_are_not_whole(tmp_path):
     file = write(tmp_path / "w", arrays()) / FILE
     whole = file.read_bytes()

@@ -1,6 +1,7 @@
 """Weights in and out: every name, type and layout comes back bit for bit, and each device reads its own part alone."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -84,7 +85,25 @@ def test_both_experts_come_back(tmp_path):
         weights.export(dataclasses.replace(EXPERTS, boundary=0.7), params, tmp_path / "out" / names, names=names)
         for part, tensors in contents(tmp_path / "out" / names).items():
             assert_same(tensors, wanted[part])
-    assert weights.open_weights(tmp_path / "out" / "diffusers").config.boundary == 0.7
+        assert weights.open_weights(tmp_path / "out" / names).config.boundary == 0.7
+
+
+def test_boundary_and_rows_of_text_stay_whatever_the_names(tmp_path):
+    cfg = dataclasses.replace(EXPERTS, boundary=0.7, text_rows=226)
+    place = tmp_path / "in"
+    for part, folder in (("high", "high_noise_model"), ("low", "low_noise_model")):
+        write(place / folder, arrays(cfg, "original", part), cfg, "original")
+    (place / "model_index.json").write_text('{"boundary_ratio": 0.7}')
+    for names in ("diffusers", "comfyui", "original", "diffusers"):
+        assert weights.open_weights(place).config == cfg
+        out = tmp_path / f"{place.name}-{names}"
+        weights.convert(weights.open_weights(place), out, names=names)
+        place = out
+    assert weights.open_weights(place).config == cfg
+    index = json.loads((place / "model_index.json").read_text())
+    assert index["_class_name"] == "WanImageToVideoPipeline"
+    assert index["transformer"] == index["transformer_2"] == ["diffusers", "WanTransformer3DModel"]
+    assert models.public_index(dataclasses.replace(CFG, boundary=0.7), "diffusers")["_class_name"] == "WanPipeline"
 
 
 def test_names_are_those_that_others_use():

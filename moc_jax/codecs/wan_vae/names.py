@@ -5,13 +5,14 @@ renamed twice. ComfyUI has the team's names.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from moc_jax.codecs.wan_vae.network import BLOCKS, MULTIPLIERS, TIME, Sizes, down_names, up_names
+from moc_jax.codecs.wan_vae.published import CLASS, DEVIATIONS, MEANS
 from moc_jax.config import ConfigError
-from moc_jax.showing import Shapes
+from moc_jax.showing import Shapes, contradictions, shown
 from moc_jax.tensor_files.beside import Wanted
 
 _IN_BLOCK = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6"}
@@ -114,9 +115,12 @@ def _ended(names: tuple[str, str], end: str) -> tuple[str, str]:
     return f"{names[0]}.{end}", f"{names[1]}.{end}"
 
 
-def recognised(shapes: Shapes, where: str) -> tuple[tuple[Sizes, int], Wanted]:
+def recognised(
+    shapes: Shapes, settings: Mapping[str, object], where: str
+) -> tuple[tuple[Sizes, int], Wanted, list[str]]:
     """The autoencoder that some tensors are of, and which of their names they have: 0, diffusers', or 1; then what its
-    file must hold.
+    file must hold, and what its config.json says of it that isn't so. What lies beside the Wan team's file is of the
+    transformer.
 
     Raises:
         ConfigError: they are of something else.
@@ -126,6 +130,10 @@ def recognised(shapes: Shapes, where: str) -> tuple[tuple[Sizes, int], Wanted]:
         ("post_quant_conv.bias", "encoder.conv_in.bias", "decoder.norm_out.gamma"),
         ("conv2.bias", "encoder.conv1.bias", "decoder.head.0.gamma"),
     )[spelling]
+    if spelling:
+        settings = {}  # of what lies beside it
+    if (kind := settings.get("_class_name", CLASS)) != CLASS:
+        raise ConfigError(f"{where}: its config.json says that it is a {shown(kind)}; supported is {CLASS} alone")
     found = [shapes.get(name, ()) for name in telling]
     if not all(found):
         few = ", ".join(sorted(shapes)[:3])
@@ -133,4 +141,17 @@ def recognised(shapes: Shapes, where: str) -> tuple[tuple[Sizes, int], Wanted]:
     shortcuts = any(name.startswith(("encoder.down_blocks.0.resnets.", f"{_DOWN}.0.downsamples.")) for name in shapes)
     sizes = Sizes(*(shape[0] for shape in found), shortcuts=shortcuts)
     wanted = {tensor.names[spelling]: (tensor.name, tensor.shape) for tensor in tensors(sizes)}
-    return (sizes, spelling), wanted
+    said = {"z_dim": sizes.channels, "base_dim": sizes.encoder, "decoder_base_dim": sizes.decoder}
+    return (sizes, spelling), wanted, contradictions(settings, said) + _normalised_otherwise(sizes, settings)
+
+
+def _normalised_otherwise(sizes: Sizes, settings: Mapping[str, object]) -> list[str]:
+    problems = []
+    for name, of in (("latents_mean", MEANS), ("latents_std", DEVIATIONS)):
+        said, ours = settings.get(name), of[sizes.version].tolist()
+        numbers = said if isinstance(said, list) and all(isinstance(x, int | float) for x in said) else []
+        alike = len(numbers) == len(ours) and all(b - 5e-5 < a < b + 5e-5 for a, b in zip(numbers, ours))
+        if said is not None and not alike:
+            theirs = f"that of Wan's {sizes.version} is {shown([round(x, 4) for x in ours])}, and no other is supported"
+            problems.append(f"its config.json says {name} {shown(said)}; {theirs}")
+    return problems

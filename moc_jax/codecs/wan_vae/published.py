@@ -10,6 +10,8 @@ def _numbers(text: str) -> np.ndarray:
     return np.array(text.split(), np.float32)
 
 
+CLASS = "AutoencoderKLWan"
+"""What diffusers calls both."""
 MEANS: Mapping[str, np.ndarray] = {
     "2.1": _numbers(
         "-0.7571 -0.7089 -0.9113 0.1075 -0.1745 0.9653 -0.1517 1.5508 0.4134 -0.0715 0.5517 -0.3632 -0.1922 -0.9497 "

@@ -2,9 +2,10 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 from moc_jax.config import ConfigError
-from moc_jax.showing import Shapes
+from moc_jax.showing import Shapes, contradictions
 from moc_jax.tensor_files.beside import Wanted
 from moc_jax.text.umt5.encoder import BUCKETS
 
@@ -14,6 +15,7 @@ _AROUND = {
     "table": ("shared.weight", "token_embedding.weight"),
     "norm": ("encoder.final_layer_norm.weight", "norm.weight"),
 }
+_MOST_LAYERS = 2**12  # that a config.json may ask for
 _TIED = "encoder.embed_tokens.weight"  # the table again; a file has either name, or both
 _ATTENTION, _MLP = "encoder.block.{}.layer.0", "encoder.block.{}.layer.1"
 _IN_LAYER = {
@@ -65,8 +67,9 @@ def public_name(name: str, spelling: int) -> str:
     return _IN_LAYER[part][spelling].format(number) if dot else _AROUND[name][spelling]
 
 
-def recognised(shapes: Shapes, where: str) -> tuple[Sizes, Wanted]:
-    """The encoder that some tensors are of; and by the names that the file must have, the package's, and shapes.
+def recognised(shapes: Shapes, settings: Mapping[str, object], where: str) -> tuple[Sizes, Wanted, list[str]]:
+    """The encoder that some tensors are of; by the names that the file must have, the package's, and shapes; and what
+    its config.json says of it that isn't so. Beside the Wan team's file lies the transformer's.
 
     Raises:
         ConfigError: they are of something else.
@@ -79,17 +82,30 @@ def recognised(shapes: Shapes, where: str) -> tuple[Sizes, Wanted]:
         few = ", ".join(sorted(shapes)[:3])
         raise ConfigError(f"{where} isn't an encoder of umT5: its {len(shapes)} tensors are others (it has {few})")
     blocks = [int(found[1]) for name in shapes if (found := re.match(r"(?:encoder\.block|blocks)\.(\d+)\.", name))]
+    if spelling or settings.keys() & {"_class_name", "dim"}:
+        settings = {}  # of what lies beside it: transformers' have no such fields
+    layers = settings.get("num_layers")
+    depth = 1 + max(blocks)
     sizes = Sizes(
         vocabulary=table[0],
         dim=table[1],
         heads=first["bias"][1],
         inner=first["q"][0],
         mlp_dim=first["wi_0"][0],
-        depth=1 + max(blocks),
+        depth=max(depth, layers) if isinstance(layers, int) and layers <= _MOST_LAYERS else depth,
     )
+    said = {
+        "num_layers": depth,
+        "d_model": sizes.dim,
+        "num_heads": sizes.heads,
+        "d_kv": sizes.inner // max(sizes.heads, 1),
+        "d_ff": sizes.mlp_dim,
+        "vocab_size": sizes.vocabulary,
+        "relative_attention_num_buckets": BUCKETS,
+    }
     wanted = {public_name(name, spelling): (name, shape) for name, shape in shapes_of(sizes).items()}
     if tied:
         wanted[_TIED] = "table", table
     if tied and _AROUND["table"][0] not in shapes:
         del wanted[_AROUND["table"][0]]
-    return sizes, wanted
+    return sizes, wanted, contradictions(settings, said)
