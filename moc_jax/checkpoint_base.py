@@ -19,7 +19,7 @@ from moc_jax.checkpoint_layout import Base, Tree
 from moc_jax.checkpoint_names import CheckpointError, find_steps
 from moc_jax.config import Config, LoraConfig, ModelConfig
 from moc_jax.digest import tree_digests, weights_digest
-from moc_jax.public_weights import WeightsError, are_public, check_model, load, open_weights
+from moc_jax.public_weights import LICENCE, WeightsError, are_public, check_model, load, open_weights
 from moc_jax.sharding import Params, replicated
 
 
@@ -32,6 +32,7 @@ class Checkpoint:
     codec_state: dict[str, np.ndarray]
     step: int
     digest: str  # of `params`, by `weights_digest`; with adapters merged, of these and of what they were merged into
+    licence: str = ""  # of public weights that adapters are beside
 
     def model(self) -> models.VideoModel:
         """The transformer with these weights."""
@@ -149,7 +150,8 @@ def with_base(
     setting = "--base" if place else "the checkpoint's base"
     weights, where = load_base(place or base.place, model, like, load_run, setting=setting)
     checked(base, weights, model, where)
-    saved = dataclasses.replace(saved, digest=weights_digest({**digests, **base.digests}))
+    licence = LICENCE if are_public(where) else ""
+    saved = dataclasses.replace(saved, digest=weights_digest({**digests, **base.digests}), licence=licence)
     if not merge:
         weights = jax.tree.map(lambda x, held: x.astype(held.dtype), weights, frozen_like(model))
         return dataclasses.replace(saved, params=models.joined(weights, saved.params))

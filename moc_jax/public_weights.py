@@ -27,7 +27,17 @@ from moc_jax.tensor_files.beside import weights_digest
 from moc_jax.tensor_files.places import EXPERTS, INDEX, LICENCE, are_public, networks_in
 from moc_jax.tensor_files.safetensors import DTYPES, Stored, WeightsError, Written, write_safetensors
 
-__all__ = ["PublicWeights", "WeightsError", "are_public", "check_model", "convert", "export", "load", "open_weights"]
+__all__ = [
+    "LICENCE",
+    "PublicWeights",
+    "WeightsError",
+    "are_public",
+    "check_model",
+    "convert",
+    "export",
+    "load",
+    "open_weights",
+]
 
 Dtype = Literal["keep", "float32", "bfloat16"]
 DTYPE_NAMES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"]}

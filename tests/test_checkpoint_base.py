@@ -49,6 +49,7 @@ def test_adapters_come_back_with_what_they_are_beside(saved):
     assert {str(x.dtype) for x in jax.tree.leaves(models.frozen(apart.params))} == {"float32", model.dtype}
     merged = load_for_sampling(folder)
     assert merged.config.model == dataclasses.replace(model, lora=LoraConfig())
+    assert merged.licence.startswith("Apache-2.0 for what the Wan team")
     assert merged.digest == apart.digest != load_for_sampling(folder, adapters="alone").digest
     # Merged is not what was rounded for training, but what lies in the files.
     jax.tree.map(

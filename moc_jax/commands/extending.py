@@ -15,7 +15,7 @@ from pathlib import Path
 from moc_jax import flags
 from moc_jax.checkpoint_names import find_steps
 from moc_jax.cli import parse
-from moc_jax.commands.sample import configure, given, overridden
+from moc_jax.commands.sample import configure, given, opens_public, overridden
 from moc_jax.commands.sample_arguments import DATA, MOC, SAMPLE, Extending
 from moc_jax.config import Config, ConfigError
 from moc_jax.files import prove_folder
@@ -25,7 +25,6 @@ from moc_jax.sampling.refusal import check_by_command
 from moc_jax.sampling.storyboard import Shot, Storyboard, load_storyboard
 from moc_jax.sampling.targets import target_files
 from moc_jax.signals import Signals
-from moc_jax.tensor_files.places import are_public
 
 _ELSEWHERE = "training_scene", "routing_picture", "routing_atlas", "order"
 
@@ -45,7 +44,7 @@ def extend(argv: Sequence[str], signals: Signals | None, phases: Phases) -> None
         raise ConfigError("--redo-readers: of which shots? Give --redo")
     if is_generation(folder):
         found = resume(folder)
-        args = dataclasses.replace(args, checkpoint=args.checkpoint or found.checkpoint, step=args.step or found.step)
+        args = dataclasses.replace(args, checkpoint=args.checkpoint or found.checkpoint)
         for number in args.redo:
             if not 1 <= number <= len(found.shots):
                 raise ConfigError(f"--redo {number}: there are shots 1 to {len(found.shots)}")
@@ -53,14 +52,14 @@ def extend(argv: Sequence[str], signals: Signals | None, phases: Phases) -> None
         raise ConfigError(f"{folder} holds no generation yet; give --checkpoint and --storyboard to begin one")
     else:
         check_new(folder)
+    public = opens_public(args)
+    if found and not public:
+        args = dataclasses.replace(args, step=args.step or found.step)
     boards = _boards(args, found)
     check_by_command(boards, args.caption_filter)
     prove_folder(folder.parent, setting="--extend")
     sheets = target_files(args.contact_sheet, [folder.name], ".png", overwrite=True, setting="--contact-sheet")
-    public = are_public(args.checkpoint)
-    if public:
-        args = dataclasses.replace(args, step=None)
-    else:
+    if not public:
         find_steps(args.checkpoint, args.step)
     phases.done("settings")
     with contextlib.nullcontext() if signals is None else signals.deferred(line=""), garbage_left():

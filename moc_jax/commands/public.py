@@ -16,6 +16,7 @@ from moc_jax.sampling.generate import Sampler, SamplingError
 from moc_jax.sampling.scenes import canvas_of, check_request
 from moc_jax.sampling.storyboard import Storyboard
 from moc_jax.sharding import Params
+from moc_jax.showing import named
 from moc_jax.text import TextEncoder, build_text_encoder
 from moc_jax.weights import PublicWeights, WeightsError, load
 from moc_jax.weights.adapters import merged, open_adapters
@@ -59,6 +60,7 @@ def open_public(args: Arguments, boards: Sequence[Storyboard]) -> Opened:
         adapters = open_adapters(args.lora)
         weights, digest = merged(weights, adapters, args.lora_scale), adapters.digest(digest, args.lora_scale)
     dtype = "mixed" if config.model.dtype == "bfloat16" else "float32"
+    print(f"{named(args.checkpoint)}: licence: {found.weights.licence}", flush=True)
     return Opened(
         config=config,
         codec=codec,

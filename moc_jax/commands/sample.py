@@ -41,10 +41,7 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     configure(Config(), 1, dataclasses.replace(args, dense_layers=(), height=None, width=None))
     if bool(args.storyboard) == (args.training_scene is not None):
         raise ConfigError("give --storyboard or --training-scene: one of them, not both")
-    if public := are_public(args.checkpoint):
-        for value, option in ((args.training_scene, "--training-scene"), (args.step, "--step")):
-            if value is not None:
-                raise ConfigError(f"{option} {value}: {args.checkpoint} holds public weights, which have none")
+    public = opens_public(args)
     boards = [overridden(load_storyboard(path), args) for path in args.storyboard]
     for board in boards:  # a long one takes a while before the first step is shown
         print(f"{printable(board.name)}: {len(board.shots):,} shots", flush=True)
@@ -75,6 +72,22 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     phases.done("imports")
     files = Files(videos=videos, sheets=sheets, routings=routings, atlases=atlases)
     make_videos(args, boards, files, signals, phases, opened)
+
+
+def opens_public(args: Arguments) -> bool:
+    """Whether the checkpoint is public weights.
+
+    Raises:
+        ConfigError: an option is for what it isn't.
+    """
+    public, defaults = are_public(args.checkpoint), {x.name: x.default for x in dataclasses.fields(args)}
+    what = "public weights, which have none" if public else "a run; this is for public weights: export it, or drop this"
+    for name in ("training_scene", "step", "base", "adapters") if public else ("lora", "lora_scale"):
+        if (value := getattr(args, name)) != defaults[name]:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: {args.checkpoint} holds {what}")
+    if args.lora_scale != 1 and not args.lora:
+        raise ConfigError(f"--lora-scale {args.lora_scale:g} scales the adapters of --lora, which is not given")
+    return public
 
 
 def configure(config: Config, step: int, args: Arguments) -> Config:

@@ -2,10 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from moc_jax.config import AttentionConfig, MeshConfig, TopKStage
-from moc_jax.config.base import File, Natural, OptionalPath, OptionalPlace, Settings, Workdir
+from moc_jax.config.base import File, Natural, OptionalPath, OptionalPlace, Range, Settings, Workdir
 
 # Settings of the checkpoint's `sample`, `data` and `moc`.
 SAMPLE = (
@@ -101,7 +101,7 @@ class Arguments(Settings):
     """Its tokenizer's spiece.model, or a folder with it, if it isn't beside them."""
     lora: OptionalPath = ""
     """With public weights: a file of adapters (LoRA), or its folder, to be merged into them."""
-    lora_scale: float = 1.0
+    lora_scale: Annotated[float, Range(-1e6, 1e6)] = 1.0
     """What they are multiplied with."""
     adapters: Literal["merged", "apart"] = "merged"
     """Of a run that trained adapters: merged into the weights that they are beside, so that they cost nothing, or

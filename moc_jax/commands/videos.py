@@ -102,6 +102,8 @@ def _make(
 def of_run(args: Arguments) -> Opened:
     """A run's checkpoint, and what goes with it."""
     saved = load_for_sampling(args.checkpoint, args.step, adapters=args.adapters, base=args.base)
+    if saved.licence:
+        print(f"licence of the weights that its adapters are beside: {saved.licence}", flush=True)
     config = configure(saved.config, saved.step, args)
     codec = load_codec(config.codec, saved.codec_state)
     load = functools.partial(Sampler.placed, params=saved.params)

@@ -17,7 +17,7 @@ from moc_jax.models.lora import adapted, frozen, joined, merged, trained, with_d
 from moc_jax.models.mmdit import MMDiT
 from moc_jax.models.patches import scene_shape
 from moc_jax.models.wan import WanDiT
-from moc_jax.models.wan.adapters import adapter_part, public_adapters, written_names
+from moc_jax.models.wan.adapters import adapter_part, original_name, public_adapters, written_names
 from moc_jax.models.wan.names import Names
 from moc_jax.models.wan.names import Tensor as PublicTensor
 from moc_jax.models.wan.published import (
@@ -48,6 +48,7 @@ __all__ = [
     "kept_bytes",
     "matrix_flops",
     "merged",
+    "original_name",
     "parameter_count",
     "public_adapters",
     "public_index",

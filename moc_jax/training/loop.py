@@ -36,7 +36,7 @@ from moc_jax.training.metrics import Metrics, draw_loss_curve, read_metrics
 from moc_jax.training.profile import Profile
 from moc_jax.training.programs import Programs, StagePrograms, Wanted, lag
 from moc_jax.training.speed import Speed
-from moc_jax.training.start import Changes, begin, check_codec, check_resumable, frozen_base, with_remat
+from moc_jax.training.start import Changes, begin, check_codec, check_resumable, frozen_base, licence_of, with_remat
 from moc_jax.training.state import TrainState, make_blueprint
 from moc_jax.training.step import StepMetrics, make_train_step, make_validation_step
 from moc_jax.training.stop import RunStop
@@ -200,6 +200,7 @@ class _Run:
         report += "".join(f"\n  {name} was {old!r} and is {new!r}" for name, (old, new) in changes.items())
         if self._data.begun == restored.step:
             report += f"\n  other data than before step {restored.step}: its first epoch begins"
+        report += licence_of(self._base.place) if self._base else ""
         return TrainState.from_items(restored.state, frozen), report
 
     def to_the_end(self) -> None:

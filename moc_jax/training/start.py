@@ -28,8 +28,8 @@ from moc_jax.sharding import Params, batch_shards
 from moc_jax.training.held import state_bytes, training_bytes
 from moc_jax.training.remat import choose, device_memory, policies
 from moc_jax.training.state import Blueprint, TrainState, create_state
-from moc_jax.weights import are_public, check_model, load, open_weights
-from moc_jax.weights.adapters import load_adapters, open_adapters
+from moc_jax.weights import LICENCE, are_public, check_model, load, open_weights
+from moc_jax.weights.adapters import check_adapters, load_adapters, open_adapters
 
 Changes = dict[str, tuple[object, object]]  # dotted name -> (then, now)
 
@@ -66,7 +66,8 @@ def check_public(cfg: Config) -> None:
 
     Raises:
         WeightsError: they are not whole.
-        ConfigError: they are of another model, or there are none, and adapters need some.
+        ConfigError: they are of another model, or there are none, and adapters need some; or `train.init_adapters`
+            are others than this run's.
     """
     if cfg.train.init_adapters and not cfg.model.lora.rank:
         raise ConfigError("train.init_adapters names adapters, but model.lora.rank is 0: give the rank that they have")
@@ -75,10 +76,10 @@ def check_public(cfg: Config) -> None:
             f"model.lora.rank = {cfg.model.lora.rank} trains adapters of weights, and train.init_from names none: give "
             "public weights, or a run's workdir"
         )
-    if cfg.train.init_adapters and not has_checkpoint(cfg.workdir):
-        open_adapters(cfg.train.init_adapters)
     if cfg.train.init_from and are_public(cfg.train.init_from) and not has_checkpoint(cfg.workdir):
         check_model(open_weights(cfg.train.init_from), cfg.model, "train.init_from")
+    if cfg.train.init_adapters and not has_checkpoint(cfg.workdir):
+        check_adapters(open_adapters(cfg.train.init_adapters), cfg.model, "train.init_adapters")
 
 
 def check_first_frames(cfg: Config) -> None:
@@ -175,7 +176,12 @@ def begin(cfg: Config, codec: Codec, blueprint: Blueprint, frozen: Params | None
     elif frozen is not None and adapters:
         params = load_adapters(open_adapters(adapters), cfg.model, blueprint.abstract.params, "train.init_adapters")
         report += f" and the adapters in {adapters}"
-    return create_state(blueprint, params, frozen), report
+    return create_state(blueprint, params, frozen), report + licence_of(source)
+
+
+def licence_of(source: str) -> str:
+    """A line of a report, where public weights lie in `source`; else nothing."""
+    return f"\n  licence of the weights in {source}: {LICENCE}" if source and are_public(source) else ""
 
 
 def with_remat(

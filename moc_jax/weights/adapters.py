@@ -7,6 +7,7 @@ their weights.
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -16,18 +17,19 @@ import numpy as np
 
 from moc_jax import models
 from moc_jax.config import ConfigError, ModelConfig
+from moc_jax.config.base import Range
 from moc_jax.files import remove_partial_folders, whole_folder
 from moc_jax.models import Names
 from moc_jax.public_weights import DTYPE_NAMES, Dtype, PublicWeights, WeightsError
-from moc_jax.reading import DocumentError, parse_json
 from moc_jax.sharding import Params, key_path
-from moc_jax.showing import named, shown
+from moc_jax.showing import grouped, named, shown
 from moc_jax.tensor_files.beside import weights_digest
 from moc_jax.tensor_files.places import EXPERTS
 from moc_jax.tensor_files.safetensors import HALF, Stored, Written, read_described, write_safetensors
+from moc_jax.weights.peft import LARGEST, WORDS, PeftSettings, peft_settings
 
 _FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
-_WORDS = "lora_adapter_metadata"  # what diffusers and PEFT say of them in a file
+_CLOSE = 1e-6  # between alphas, which files round to float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,50 +102,58 @@ def _file(place: Path) -> Path:
 def _read(file: Path) -> tuple[Names, dict[str, Adapter]]:
     tensors, words = read_described(file)
     parts: dict[str, dict[str, Stored]] = {}
-    spellings, problems = set(), []
+    spellings: dict[str, Names] = {}
+    known, problems = {name: models.adapter_part(name) for name in tensors}, []
+    if tensors and not any(known.values()) and not any("lora" in name for name in tensors):
+        held = f"whole weights ({len(tensors)} tensors, such as {shown(min(tensors))}) and no adapters"
+        raise WeightsError(f"{named(file)} holds {held}; name a file of adapters (LoRA)")
+    names: dict[tuple[str, str], str] = {}
     for name, stored in tensors.items():
-        known = models.adapter_part(name)
-        if known is None:
+        if (found := known[name]) is None:
             problems.append(f"{name} is not of an adapter of a linear map of Wan")
         elif stored.dtype not in HALF:
             problems.append(f"{name} is of type {stored.dtype}; it must be one of {', '.join(HALF)}")
+        elif (other := names.setdefault(found[:2], name)) != name:
+            problems.append(f"{other} and {name} are the same part of one adapter; keep one")
         else:
-            module, part, spelling = known
+            module, part, spellings[module] = found
             parts.setdefault(module, {})[part] = stored
-            spellings.add(spelling)
-    settings, found = _settings(file, words), {}
+    settings, adapters = peft_settings(file, words), {}
     for module, of in parts.items():
-        if not {"a", "b"} <= of.keys():
-            problems.append(f"{module} has {' and '.join(sorted(of))} alone")
-        elif len(of["a"].shape) < 2 or of["b"].shape[1:2] != of["a"].shape[:1]:
-            problems.append(f"{module}: A of {of['a'].shape} and B of {of['b'].shape} don't go together")
-        else:
-            rank = of["a"].shape[0]
-            alpha = float(of["alpha"].array().reshape(())) if "alpha" in of else _alpha(settings, module, rank)
-            found[module] = Adapter(of["a"], of["b"], alpha)
-    if problems or not found:
+        own = module if spellings[module] == "diffusers" else models.original_name(module)
+        try:
+            adapters[module] = _adapter(of, own, settings)
+        except WeightsError as error:
+            problems.append(f"{module}{error}")
+    if problems or not adapters:
         raise WeightsError("\n".join(f"{named(file)}: {x}" for x in problems or ["it holds no adapters"]))
-    return ("original" if "original" in spellings else "diffusers"), found
+    return ("original" if "original" in spellings.values() else "diffusers"), adapters
 
 
-def _settings(file: Path, words: Mapping[str, object]) -> Mapping[str, object]:
-    text = words.get(_WORDS)
-    if text is None:
-        return {}
-    try:
-        found = parse_json(str(text))
-    except DocumentError as error:
-        raise WeightsError(f"{named(file)}: its {_WORDS} can't be read: {error}") from error
-    if not isinstance(found, dict):
-        raise WeightsError(f"{named(file)}: its {_WORDS} is {shown(found)}; it must be an object")
-    return {str(name).removeprefix("transformer."): value for name, value in found.items()}
-
-
-def _alpha(settings: Mapping[str, object], module: str, rank: int) -> float:
-    own = settings.get("alpha_pattern")
-    value = own.get(module) if isinstance(own, dict) else None
-    value = settings.get("lora_alpha", rank) if value is None else value
-    return float(value) if isinstance(value, int | float) else float(rank)
+def _adapter(of: Mapping[str, Stored], own: str, settings: PeftSettings) -> Adapter:
+    """From its parts; errors lack the linear map's name, of which `own` is the file's."""
+    if not {"a", "b"} <= of.keys():
+        raise WeightsError(f" has {' and '.join(sorted(of))} alone")
+    a, b = of["a"].shape, of["b"].shape
+    if len(a) < 2 or a[0] < 1 or b != (*b[:1], a[0], *[1] * (len(b) - 2)):
+        raise WeightsError(
+            f": A of {a} and B of {b} don't go together; they are [rank, inputs] and [outputs, rank], with a rank of 1 "
+            "or more"
+        )
+    rank, stored = a[0], of.get("alpha")
+    if (said := settings.rank(own)) not in (None, rank):
+        raise WeightsError(f" has rank {rank}, but its settings say {said:g}; give them the rank that it has")
+    alpha = settings.alpha(own, rank)
+    if stored is not None:
+        if math.prod(stored.shape) != 1:
+            raise WeightsError(f": alpha is of shape {stored.shape}; it must be one number")
+        held = float(stored.array().reshape(()))
+        if not abs(held) <= LARGEST:
+            raise WeightsError(f": alpha is {held:g}; it must be a number of at most {LARGEST:,.0f}")
+        if alpha is not None and not math.isclose(held, alpha, rel_tol=_CLOSE):
+            raise WeightsError(f" has alpha {held:g}, but its settings say {alpha:g}; keep one")
+        alpha = held
+    return Adapter(of["a"], of["b"], float(rank) if alpha is None else alpha)
 
 
 # ------------------------------------------------------------------------------------------------ beside weights
@@ -168,8 +178,10 @@ def merged(weights: PublicWeights, adapters: PublicAdapters, scale: float = 1.0)
     """Weights with `scale` times the adapters in them; each tensor is read and added up when it is used.
 
     Raises:
+        ConfigError: the scale is not a number, or too large.
         WeightsError: adapters of other maps, sizes or networks; all of these are named.
     """
+    Range(-LARGEST, LARGEST)(float, scale, "the scale of adapters")
     if adapters.networks.keys() != weights.tensors.keys():
         raise WeightsError(
             f"{named(adapters.place)} has adapters of {' and '.join(adapters.networks)}, but {named(weights.place)} is "
@@ -196,30 +208,55 @@ def merged(weights: PublicWeights, adapters: PublicAdapters, scale: float = 1.0)
     return dataclasses.replace(weights, tensors=networks)
 
 
+def check_adapters(adapters: PublicAdapters, model: ModelConfig, setting: str) -> None:
+    """Looks at all but the numbers.
+
+    Raises:
+        ConfigError: they are not those that `model.lora` says; all that differ are named. `setting` is what named them.
+    """
+
+    def flat[T](networks: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+        each = ((part, *item) for part, of in networks.items() for item in of.items())
+        return {module if part == "network" else f"{part}/{module}": x for part, module, x in each}
+
+    found, wanted, lora = flat(adapters.networks), flat(_of_model(model)), model.lora
+    alpha, differ = float(lora.alpha or lora.rank), dict[str, list[str]]()
+    for name, adapter in found.items():
+        shapes = adapter.a.shape, adapter.b.shape
+        here = tuple(tensor.shape for tensor in wanted.get(name, ()))
+        if name not in wanted:
+            differ.setdefault("there, but not by model.lora.targets", []).append(name)
+        elif adapter.rank != lora.rank or not math.isclose(adapter.alpha, alpha, rel_tol=_CLOSE):
+            what = f"of rank {adapter.rank} and alpha {_exact(adapter.alpha)}, here of {lora.rank} and {_exact(alpha)}"
+            differ.setdefault(what, []).append(name)
+        elif shapes != here:
+            differ.setdefault("of shapes {} and {}, here of {} and {}".format(*shapes, *here), []).append(name)
+    if missing := [name for name in wanted if name not in found]:
+        differ["by model.lora.targets, but not there"] = missing
+    if differ:
+        raise ConfigError(
+            f"{setting} {named(adapters.place)} has other adapters than model.lora says: "
+            f"{'; '.join(f'{", ".join(grouped(names))}: {what}' for what, names in differ.items())}. Give this run the "
+            "same rank, alpha and targets"
+        )
+
+
+def _exact(alpha: float) -> str:
+    return str(float(alpha)).removesuffix(".0")
+
+
 def load_adapters(adapters: PublicAdapters, model: ModelConfig, like: Params, setting: str) -> Params:
     """The adapters of a model, where `like`, ShapeDtypeStructs with shardings, says.
 
     Raises:
-        ConfigError: they are not those that `model.lora` says; `setting` is what named them.
+        ConfigError: see `check_adapters`.
     """
-    lora, arrays = model.lora, {}
+    check_adapters(adapters, model, setting)
+    arrays: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
     for part, of in _of_model(model).items():
-        found = adapters.networks.get(part, {})
-        if differ := sorted(of.keys() ^ found.keys()):
-            raise ConfigError(
-                f"{setting} {named(adapters.place)} has other adapters than model.lora.targets names: {len(differ)} "
-                f"are on one side alone, such as {differ[0]}"
-            )
         for module, (a, b) in of.items():
-            adapter = found[module]
-            if (adapter.rank, adapter.alpha / adapter.rank) != (lora.rank, lora.scale):
-                raise ConfigError(
-                    f"{setting} {named(adapters.place)}: {module} has rank {adapter.rank} and alpha {adapter.alpha:g}, "
-                    f"here model.lora has {lora.rank} and {lora.scale * lora.rank:g}; give this run the same"
-                )
+            adapter = adapters.networks[part][module]
             for tensor, stored in ((a, adapter.a), (b, adapter.b)):
-                if stored.shape != tensor.shape:
-                    raise ConfigError(f"{setting}: {tensor.names[0]} is {stored.shape} there and {tensor.shape} here")
                 whole = arrays.setdefault((part, *tensor.path), {})
                 whole[tensor.layer] = tensor.of_file(stored.array()).astype(np.float32)
 
@@ -304,7 +341,7 @@ def _write_file(file: Path, of: list[_Written], names: Names) -> None:
         if names != "diffusers":
             written.append((Written(of_alpha, np.dtype(np.float32), ()), np.array(alpha, np.float32)))
     arrays = ((x.array() if isinstance(x, Stored) else x).astype(tensor.dtype) for tensor, x in written)
-    words = {_WORDS: json.dumps(_described(of), indent=2, sort_keys=True)} if names == "diffusers" else {}
+    words = {WORDS: json.dumps(_described(of), indent=2, sort_keys=True)} if names == "diffusers" else {}
     write_safetensors(file, [tensor for tensor, _ in written], arrays, words)
 
 

@@ -110,6 +110,7 @@ def test_what_cannot_be_sampled_is_not_kept(tmp_path, run_folder):
     for more, message in (
         (["--redo-readers"], "--redo-readers: of which shots"),
         (["--redo", 1, "--seed", 3], "--seed is for the shots of a --storyboard"),
+        (["--storyboard", tmp_path / "a.yaml", "--lora", "x"], "--lora x: .* holds a run; this is for public weights"),
     ):
         with pytest.raises(ConfigError, match=message):
             call(*words, *more)

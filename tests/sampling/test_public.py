@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moc_jax import processes
-from moc_jax.commands import sample
+from moc_jax.commands import sample, videos
 from moc_jax.config import ConfigError
 from moc_jax.sampling.storyboard import StoryboardError
 from moc_jax.tensor_files.places import EXPERTS
@@ -116,7 +116,7 @@ def test_what_is_missing_is_named_before_any_device_is_touched(folder, board, tm
 
 
 @pytest.mark.usefixtures("no_devices")
-def test_what_is_wrong_is_named_before_any_device_is_touched(folder, board):
+def test_what_is_wrong_is_named_before_any_device_is_touched(folder, board, capsys):
     board.write_text(BOARD.replace("night", "many words " * 300))
     with pytest.raises(StoryboardError, match=r"shots\[1\]\.caption: the caption .* tokens .*: Wan reads 512 at most"):
         call(folder, board)
@@ -125,6 +125,9 @@ def test_what_is_wrong_is_named_before_any_device_is_touched(folder, board):
         call(folder, board)
     for words, message in (
         (["--step", 3], "--step 3: .* holds public weights, which have none"),
+        (["--base", folder], "--base .*: .* holds public weights, which have none"),
+        (["--adapters", "apart"], "--adapters apart: .* holds public weights, which have none"),
+        (["--lora-scale", 0.5], r"--lora-scale 0\.5 scales the adapters of --lora, which is not given"),
         (["--dense", "--routed"], "give --dense or --routed"),
         (["--routing-picture", board.parent / "a.png"], "--routing-picture: dense attention routes nothing; drop it$"),
         (["--dense-layers", 0, 5], r"moc\.dense_layers = \[0, 5\]"),
@@ -133,6 +136,21 @@ def test_what_is_wrong_is_named_before_any_device_is_touched(folder, board):
     ):
         with pytest.raises(ConfigError, match=message):
             call(folder, board, *words)
+    with pytest.raises(SystemExit, match="2"):
+        call(folder, board, "--lora", folder, "--lora-scale", "nan")
+    assert "lora_scale is nan; it must lie in -1000000..1000000" in capsys.readouterr().err
+    for words in (["--step", 3], ["--base", folder]):
+        given = ["--extend", board.parent / "film", "--checkpoint", folder, "--storyboard", board, *words]
+        with pytest.raises(ConfigError, match=f"{words[0]} .* holds public weights, which have none"):
+            sample.main(list(map(str, given)))
+
+
+def test_the_licence_is_shown_once_where_weights_are_opened(folder, board, monkeypatch, capsys):
+    monkeypatch.setattr(processes, "wake_devices", lambda *args: None)
+    monkeypatch.setattr(videos, "make_videos", lambda *args: board.with_name("out.mp4").touch())
+    monkeypatch.setattr("tests.sampling.test_public.read", lambda path: None)
+    call(folder, board)
+    assert capsys.readouterr().out.count("licence: Apache-2.0 for what the Wan team published") == 1
 
 
 def test_no_device_is_touched_before_all_is_looked_at(folder, board):

@@ -251,6 +251,13 @@ def test_dense_attention_has_no_routing_to_picture(run_folder, boards):
 
 
 @pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize("words", [("--lora", "x"), ("--lora-scale", "0.5")])
+def test_a_run_takes_no_adapters_from_elsewhere(tmp_path, boards, words):
+    with pytest.raises(ConfigError, match=f"{words[0]} {words[1]}: .* holds a run; this is for public weights"):
+        call(tmp_path, "--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", *words)
+
+
+@pytest.mark.usefixtures("no_sampling")
 def test_nothing_is_overwritten_unasked(run_folder, boards):
     (boards / "a.mp4").write_bytes(b"precious")
     with pytest.raises(ConfigError, match=r"a\.mp4 exists; give another name, or --overwrite"):

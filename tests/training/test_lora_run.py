@@ -12,7 +12,7 @@ from moc_jax.checkpoint import CheckpointError, load_for_sampling, newest_meta
 from moc_jax.config import ConfigError, LoraConfig
 from moc_jax.data import prepare
 from moc_jax.training.loop import train
-from moc_jax.training.start import begin, check_initial, check_public, check_resumable, initial_codec
+from moc_jax.training.start import begin, check_initial, check_public, check_resumable, initial_codec, licence_of
 from moc_jax.training.state import make_blueprint
 from moc_jax.weights.adapters import export_adapters
 from tests.training.small import CONFIG, changed, mesh_of
@@ -47,6 +47,7 @@ def test_resuming_is_not_stopping_and_the_base_is_known_wherever_it_lies(public,
     first = trained(public)
     out = capsys.readouterr().out
     assert "parameters of adapters, beside" in out
+    assert out.count("licence of the weights in") == 1
     more = changed(public, train={"steps": 4})
     at_once = trained(dataclasses.replace(more, workdir=str(tmp_path / "at once")))
     moved = tmp_path / "moved"
@@ -54,7 +55,9 @@ def test_resuming_is_not_stopping_and_the_base_is_known_wherever_it_lies(public,
     with pytest.raises(CheckpointError, match=r"train\.init_from .*base, the weights that .* is not there any more"):
         initial_codec(more)
     second = trained(changed(more, train={"init_from": str(moved)}))
-    assert "resuming after step 2" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "resuming after step 2" in out
+    assert out.count("licence of the weights in") == 1
     assert (second.step, second.digests) == (4, at_once.digests)
     assert first.digests != at_once.digests
     assert (first.base.place, second.base.place) == (str(tmp_path / "base"), str(moved))
@@ -131,3 +134,22 @@ def test_adapters_need_a_base_and_stay_what_they_are():
     with pytest.raises(ConfigError, match=r"model\.lora\.rank is 3 there and 4 here"):
         check_resumable(adapted, changed(CONFIG, model={"lora": dataclasses.replace(LORA, rank=4)}))
     check_initial(CONFIG, adapted)
+
+
+def test_other_adapters_are_refused_before_any_data_is_prepared(tmp_path):
+    cfg = dataclasses.replace(MODEL, lora=LORA)
+    shapes = make_blueprint(cfg, CONFIG.optimizer, CONFIG.train, mesh_of(1)).abstract.params
+    export_adapters(cfg, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), tmp_path / "lora", names="comfyui")
+    base = write(tmp_path / "base", arrays(MODEL), MODEL)
+    config = changed(CONFIG, train={"init_adapters": str(tmp_path / "lora"), "init_from": str(base)})
+    config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
+    check_public(dataclasses.replace(config, model=cfg))
+    for other in ({"rank": 4}, {"alpha": 3.0}, {"targets": ("mlp/*",)}):
+        differs = dataclasses.replace(cfg, lora=dataclasses.replace(LORA, **other))
+        with pytest.raises(ConfigError, match=r"train\.init_adapters .*lora has other adapters than model\.lora says"):
+            check_public(dataclasses.replace(config, model=differs))
+
+
+def test_the_licence_of_public_weights_is_reported(tmp_path):
+    assert "licence of the weights in" in licence_of(str(write(tmp_path / "base", arrays(MODEL), MODEL)))
+    assert licence_of("") == licence_of(str(tmp_path / "run")) == ""

@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_named_at_once(tmp_path):
     export_adapters(cfg, params_of(cfg), tmp_path / "lora", names="diffusers")
     for other, what in (
         (adapted(targets=("mlp/*",)), "other adapters than"),
-        (adapted(rank=4), "rank 3 and alpha 6, here"),
+        (adapted(rank=4), "rank 3 and alpha 6, here of 4"),
     ):
         with pytest.raises(ConfigError, match=what):
             load_adapters(open_adapters(tmp_path / "lora"), other, like_of(other), "it")
