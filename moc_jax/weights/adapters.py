@@ -7,6 +7,7 @@ their weights.
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -16,9 +17,8 @@ import numpy as np
 
 from moc_jax import models
 from moc_jax.config import ConfigError, ModelConfig
-from moc_jax.files import remove_partial_folders, whole_folder
 from moc_jax.models import Names
-from moc_jax.public_weights import DTYPE_NAMES, Dtype, PublicWeights, WeightsError
+from moc_jax.public_weights import DTYPE_NAMES, Dtype, PublicWeights, WeightsError, new_folder
 from moc_jax.reading import DocumentError, parse_json
 from moc_jax.sharding import Params, key_path
 from moc_jax.showing import named, shown
@@ -246,7 +246,7 @@ def convert_adapters(adapters: PublicAdapters, folder: Path, *, names: Names, dt
     """Writes adapters with other names, or in another type.
 
     Raises:
-        OSError: `folder` exists, or can't be written.
+        ConfigError, WeightsError: see `public_weights.new_folder`.
     """
 
     def listed(of: Mapping[str, Adapter]) -> Iterator[_Written]:
@@ -266,7 +266,7 @@ def export_adapters(
 
     Raises:
         ConfigError: the model has none, or no public names.
-        OSError: `folder` exists, or can't be written.
+        ConfigError, WeightsError: see `public_weights.new_folder`.
     """
     if not model.lora.rank:
         raise ConfigError("model.lora.rank is 0: the run trained all weights, and has no adapters")
@@ -285,11 +285,8 @@ def export_adapters(
 
 
 def _write(networks: Mapping[str, list[_Written]], folder: Path, names: Names) -> None:
-    if folder.exists():
-        raise FileExistsError(f"{named(folder)} exists; give the name of a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_partial_folders(folder.parent)
-    with whole_folder(folder) as made:
+    size = sum(math.prod(shape) * dtype.itemsize for of in networks.values() for *_, p in of for dtype, shape, _ in p)
+    with new_folder(folder, size) as made:
         for i, of in enumerate(networks.values()):
             inside = made if len(networks) == 1 else made / EXPERTS.get(names, EXPERTS["original"])[i]
             inside.mkdir(exist_ok=True)
