@@ -12,7 +12,7 @@ import numpy as np
 
 import moc_jax.codecs
 import moc_jax.text
-from moc_jax.files import remove_partial_folders, whole_file, whole_folder
+from moc_jax.files import whole_file, whole_folder
 from moc_jax.sharding import Params, key_path
 
 Arrays = dict[str, np.ndarray]
@@ -34,7 +34,6 @@ def kept(folder: pathlib.Path | None, name: str, parts: object, make: Callable[[
     path = folder / f"{name}-{_digest(parts, _all_sources())}" / "arrays"
     with _locked(path):
         if not path.exists():
-            remove_partial_folders(path.parent)
             with whole_folder(path) as partial:
                 _filled(partial, make)
     return _arrays(path)

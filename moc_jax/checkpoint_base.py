@@ -99,7 +99,8 @@ def load_base(place: str, model: ModelConfig, like: Params, load_run: LoadRun, *
 def check_there(place: str, setting: str) -> None:
     """Raises CheckpointError unless something lies in `place`."""
     if not (epath.Path(place).exists() if "://" in place else Path(place).exists()):
-        raise CheckpointError(f"{setting} {place}, the weights that these adapters are beside, is not there any more")
+        what = "the weights that these adapters are beside"
+        raise CheckpointError(f"{setting} {place}, {what}, is not there; name the place where they lie")
 
 
 def checked(base: Base, params: Params, model: ModelConfig, place: str) -> None:

@@ -326,8 +326,9 @@ def _reader_gone() -> bool:
 
 
 def _message(error: BaseException) -> str:
-    """The message, and what else went wrong on the way out."""
-    return "\n".join([f"error: {error}", *(f"  {note}" for note in getattr(error, "__notes__", ()))])
+    """The message, and what else went wrong on the way out; not what JAX says of tracebacks, which are not shown."""
+    notes = [note for note in getattr(error, "__notes__", ()) if "JAX_TRACEBACK_FILTERING" not in note]
+    return "\n".join([f"error: {error}", *(f"  {note}" for note in notes)])
 
 
 def _say(line: str) -> None:

@@ -75,27 +75,51 @@ def whole_file(path: str | os.PathLike, *, lasting: bool = True) -> Iterator[Pat
 def whole_folder(path: Path) -> Iterator[Path]:
     """Where to make what will be the folder `path`: it appears there when the block succeeds; else nothing is left.
 
-    It is made as `.<name>.partial` beside it. The caller sees to it that no other process makes it too, and calls
-    `remove_partial_folders` for what killed ones left.
+    It is made as `.<name>.partial` beside it, in place of what a killed process left of the same folder. A locked file,
+    `.<name>.<process>.tmp`, tells other processes that it is being made.
 
     Raises:
+        ConfigError: another process is making it.
         OSError: the folder, or a file in it, cannot be made.
     """
-    partial = path.with_name(f".{path.name}{_PARTIAL_FOLDER}")
-    partial.mkdir()
+    partial, mark = path.with_name(f".{path.name}{_PARTIAL_FOLDER}"), _partial(path)
+    remove_leftovers(path.parent, path.name)
     try:
-        yield partial
-        for file in filter(Path.is_file, partial.rglob("*")):
-            _flush(file)
-        partial.rename(path)
+        with _locked(mark):
+            _check_alone(path)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                yield partial
+                for file in filter(Path.is_file, partial.rglob("*")):
+                    _flush(file)
+                partial.rename(path)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        mark.unlink(missing_ok=True)
 
 
-def remove_partial_folders(parent: Path) -> None:
-    """Removes what killed processes left of a `whole_folder` in `parent`, where nobody may be making one."""
-    for leftover in parent.glob(f".*{_PARTIAL_FOLDER}"):
+def remove_partial_folders(parent: Path, names: str) -> None:
+    """Removes what killed processes left of a `whole_folder` in `parent`, where nobody may be making one.
+
+    Args:
+        names: a pattern, as of a shell, of the finished folders' names: others' folders may lie there, too.
+    """
+    for leftover in parent.glob(f".{names}{_PARTIAL_FOLDER}"):
         shutil.rmtree(leftover, ignore_errors=True)
+        remove_leftovers(parent, leftover.name[1:].removesuffix(_PARTIAL_FOLDER))
+
+
+def _check_alone(folder: Path) -> None:
+    """Raises ConfigError: another process is making the folder."""
+    for name in sorted(os.listdir(folder.parent)) if folder.parent.is_dir() else ():
+        found = _PARTIAL.fullmatch(name)
+        if found and found["name"] == folder.name and name != _partial(folder).name:
+            raise ConfigError(
+                f"{named(folder)} is being written by process {found['pid']}; wait for it, or give another name (if it "
+                f"writes no more, remove {name} beside the folder)"
+            )
 
 
 def _flush(path: Path) -> None:
@@ -215,7 +239,7 @@ def prove_folder(folder: str | os.PathLike, *, setting: str) -> None:
             os.makedirs(text, exist_ok=True)
             _write_probe(Path(text, probe))
     except Exception as error:  # an address asks for packages, credentials and networks: anything may be raised
-        raise ConfigError(f"{setting} {named(text)} cannot be written: {_cause(error, text)}") from error
+        raise ConfigError(f"{setting} {named(text)} cannot be written: {cause(error, text)}") from error
 
 
 def prove_file(path: Path, *, setting: str) -> None:
@@ -234,11 +258,29 @@ def prove_file(path: Path, *, setting: str) -> None:
         remove_leftovers(path.parent, path.name)
         _write_probe(_partial(path))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{setting} {named(path)} cannot be written: {_cause(error, os.fspath(path))}") from error
+        raise ConfigError(f"{setting} {named(path)} cannot be written: {cause(error, os.fspath(path))}") from error
     finally:
         for folder in made:  # the deepest first
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def prove_new_folder(folder: Path, *, setting: str, size: int = 0) -> None:
+    """The same for a folder that is to be made as a `whole_folder`, and is not there yet.
+
+    Args:
+        size: bytes that it will hold, for which there must be room.
+    """
+    if os.path.lexists(folder):
+        raise ConfigError(f"{setting} {named(folder)} exists; give the name of a new folder")
+    prove_file(folder, setting=setting)
+    _check_alone(folder)
+    free = shutil.disk_usage(next(place for place in folder.absolute().parents if place.exists())).free
+    if size > free:
+        raise ConfigError(
+            f"{setting} {named(folder)} will hold {size:,} bytes, but {free:,} are free there; free some space, or "
+            "give a path on another disk"
+        )
 
 
 def _check_spelling(text: str, setting: str) -> None:
@@ -261,7 +303,8 @@ def _write_probe(probe: Path) -> None:
         os.unlink(probe)
 
 
-def _cause(error: Exception, text: str) -> str:
+def cause(error: Exception, text: str) -> str:
+    """Why a path or an address cannot be written, and what to do, as the end of a message."""
     if is_address(text):
         if isinstance(error, KeyError):
             return f"addresses that begin with {text.split('://')[0]}:// are not known; give one of gs://, or a path"

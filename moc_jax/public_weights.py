@@ -3,6 +3,7 @@
 `python -m moc_jax.weights` checks, converts and exports. Licences are the weights' own: `PublicWeights.licence`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from moc_jax import models
 from moc_jax.config import ConfigError, ModelConfig
-from moc_jax.files import remove_partial_folders, whole_folder
+from moc_jax.files import cause, prove_new_folder, whole_folder
 from moc_jax.models import Names, PublicTensor
 from moc_jax.sharding import Params, key_path, logical_axes, tree_shardings
 from moc_jax.sharding import Path as KeyPath
@@ -178,7 +179,7 @@ def convert(
     """Writes public weights with other names, or in another type, a tensor at a time.
 
     Raises:
-        OSError: `folder` exists, or can't be written.
+        ConfigError, WeightsError: see `new_folder`.
     """
 
     def of(part: str, tensor: PublicTensor, stored: Stored) -> tuple[np.dtype, Callable[[], np.ndarray]]:
@@ -205,7 +206,7 @@ def export(
 
     Raises:
         ConfigError: the model has no public names.
-        OSError: `folder` exists, or can't be written.
+        ConfigError, WeightsError: see `new_folder`.
     """
 
     by_path = {key_path(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
@@ -229,11 +230,8 @@ _Source = tuple[PublicTensor, np.dtype, Callable[[], np.ndarray]]
 def _write(
     config: ModelConfig, networks: Mapping[str, list[_Source]], folder: Path, names: Names, shard_bytes: int
 ) -> None:
-    if folder.exists():
-        raise FileExistsError(f"{named(folder)} exists; give the name of a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_partial_folders(folder.parent)
-    with whole_folder(folder) as made:
+    size = sum(math.prod(tensor.shape) * dtype.itemsize for of in networks.values() for tensor, dtype, _ in of)
+    with new_folder(folder, size) as made:
         for i, of in enumerate(networks.values()):
             inside = made if len(networks) == 1 else made / EXPERTS.get(names, EXPERTS["original"])[i]
             inside.mkdir(exist_ok=True)
@@ -242,6 +240,23 @@ def _write(
             (inside / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         if index := models.public_index(config, names):
             (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, size: int) -> Iterator[Path]:
+    """Where to make what will be `folder`, which appears when the block succeeds.
+
+    Raises:
+        ConfigError: it exists, cannot be made, or has no room for `size` bytes; nothing was written.
+        WeightsError: writing failed, and nothing is left.
+    """
+    prove_new_folder(folder, setting="the folder", size=size)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as made:
+            yield made
+    except OSError as error:
+        raise WeightsError(f"the folder {named(folder)} cannot be written: {cause(error, str(folder))}") from error
 
 
 def _write_network(of: list[_Source], folder: Path, names: Names, shard_bytes: float) -> None:

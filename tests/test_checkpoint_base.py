@@ -70,5 +70,5 @@ def test_a_base_of_another_model_is_refused(saved, tmp_path):
     other = write(tmp_path / "other", arrays(wide), wide)
     with pytest.raises(ConfigError, match=r"--base .*other.* is of another model: model\.mlp_dim is 40 there"):
         load_for_sampling(saved[0], base=str(other))
-    with pytest.raises(CheckpointError, match=r"--base nowhere, the weights .* is not there any more"):
+    with pytest.raises(CheckpointError, match=r"--base nowhere, the weights .* is not there; name"):
         load_for_sampling(saved[0], base="nowhere")

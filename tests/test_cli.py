@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from moc_jax import config as config_module
@@ -158,6 +159,19 @@ def test_clean_exit_prints_the_message_only(capsys):
     assert (exit.value.code, capsys.readouterr().err) == (1, "error: disk\n")
     with pytest.raises(KeyError), clean_exit(OSError):
         raise KeyError("a bug keeps its traceback")
+
+
+def test_what_jax_says_of_tracebacks_is_not_shown(capsys):
+    def fails(x):
+        raise ConfigError("a.b is 3")
+
+    with pytest.raises(ConfigError) as caught:
+        jax.jit(fails)(1)
+    assert "JAX has removed its internal frames" in "".join(caught.value.__notes__)
+    caught.value.add_note("--codec names where it lies")
+    with pytest.raises(SystemExit), clean_exit():
+        raise caught.value
+    assert capsys.readouterr().err == "error: a.b is 3\n  --codec names where it lies\n"
 
 
 def test_other_dataclasses_parse_alike():

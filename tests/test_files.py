@@ -10,7 +10,15 @@ import pytest
 
 from moc_jax import files
 from moc_jax.config import ConfigError
-from moc_jax.files import prove_file, prove_folder, remove_leftovers, whole_file, write_text
+from moc_jax.files import (
+    prove_file,
+    prove_folder,
+    prove_new_folder,
+    remove_leftovers,
+    whole_file,
+    whole_folder,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -68,6 +76,32 @@ def test_a_process_with_the_id_of_the_dead_writer_removes_its_leftover(tmp_path)
     """In a container every start has the same id."""
     (tmp_path / f".a.mp4.{os.getpid()}.tmp").write_text("half")
     assert len(remove_leftovers(tmp_path)) == 1
+
+
+def test_a_folder_takes_the_place_of_its_own_leftover_and_of_no_other(tmp_path, dead):
+    (tmp_path / ".a.partial" / "old").mkdir(parents=True)
+    (tmp_path / f".a.{dead}.tmp").write_text("")
+    (tmp_path / ".b.partial" / "others").mkdir(parents=True)
+    with whole_folder(tmp_path / "a") as partial:
+        (partial / "x").write_text("new")
+    assert sorted(os.listdir(tmp_path)) == [".b.partial", "a"]
+    assert os.listdir(tmp_path / "a") == ["x"]
+    assert (tmp_path / ".b.partial" / "others").is_dir()
+
+
+def test_a_folder_that_another_process_makes_is_left_alone(tmp_path, dead):
+    """Also where it is a process of another container, whose id says nothing here."""
+    with whole_folder(tmp_path / "a") as partial:
+        (partial / "x").write_text("half")
+        (tmp_path / f".a.{os.getpid()}.tmp").rename(tmp_path / f".a.{dead}.tmp")
+        message = rf"a is being written by process {dead}; wait for it, or give another name"
+        with pytest.raises(ConfigError, match=message), whole_folder(tmp_path / "a"):
+            pass
+        with pytest.raises(ConfigError, match=message):
+            prove_new_folder(tmp_path / "a", setting="the folder")
+        assert (partial / "x").read_text() == "half"
+    assert (tmp_path / "a" / "x").read_text() == "half"
+    assert remove_leftovers(tmp_path) == [f".a.{dead}.tmp"]
 
 
 # ------------------------------------------------------------------------------------------------ proofs
@@ -164,3 +198,27 @@ def test_files_that_can_be_none(tmp_path, monkeypatch, name, message):
     with pytest.raises(ConfigError, match=message):
         prove_file(Path(name), setting="--out")
     assert sorted(os.listdir()) == ["file", "folder.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("there", 0, "the folder there exists; give the name of a new folder"),
+        ("dangling", 0, "the folder dangling exists"),
+        ("file/new", 0, r"the folder file/new cannot be written: \S+file is a file; give another name"),
+        ("a\0b", 0, "holds a NUL character"),
+        (
+            "deep/new",
+            10**20,
+            r"deep/new will hold 100,000,000,000,000,000,000 bytes, but [\d,]+ are free there",
+        ),
+    ],
+)
+def test_new_folders_that_can_be_none(tmp_path, monkeypatch, name, size, message):
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    Path("file").write_text("precious")
+    Path("dangling").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=message):
+        prove_new_folder(Path(name), setting="the folder", size=size)
+    assert sorted(os.listdir()) == ["dangling", "file", "there"]

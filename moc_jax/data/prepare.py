@@ -221,7 +221,7 @@ def _kept(made: Manifest, codec: Codec) -> Manifest:
     folder = made.folder
     if not (folder / MANIFEST).is_file():
         shutil.rmtree(folder, ignore_errors=True)  # without a manifest it is nothing
-        remove_partial_folders(folder.parent)
+        remove_partial_folders(folder.parent, "[0-9a-f]" * len(folder.name))  # of other fingerprints, too
         with whole_folder(folder) as partial:
             write_codec(partial / CODEC, codec)
             dataclasses.replace(made, folder=partial).save()

@@ -30,7 +30,7 @@ def open_beside[T](
     Args:
         place: a file, its folder, or the folder of a pipeline or of the Wan team.
         folder: what its folder is called in diffusers' pipelines.
-        pth: a pattern of what its .pth file is called in the Wan team's folders.
+        pth: a pattern, as of a shell, of what its .pth file is called in the Wan team's folders.
         what: what it is, in messages.
         setting: which setting gave `place`.
         recognise: what a network with tensors of these shapes and such a config.json is, what its file must hold, and
@@ -45,7 +45,10 @@ def open_beside[T](
         raise WeightsError(f"{setting} is empty; name a file or a folder with the weights of {what}")
     network = network_in(Path(place), folder, pth, what)
     shapes, where = {name: stored.shape for name, stored in network.tensors.items()}, named(network.place)
-    recognised, wanted, problems = recognise(shapes, network.settings, where)
+    lying, alone = where, all(stored.file.suffix != ".pth" for stored in network.tensors.values())
+    if alone and network.place == Path(place) and network.place.is_dir():  # perhaps the team's: a transformer's
+        lying = f"{where} has no {pth} (add it, or name its file), and what lies there"
+    recognised, wanted, problems = recognise(shapes, network.settings, lying)
     if problems := problems + mismatches(shapes, {name: shape for name, (_, shape) in wanted.items()}):
         raise WeightsError("\n".join(f"{where}: {problem}" for problem in problems))
     return recognised, {ours: network.tensors[name] for name, (ours, _) in wanted.items()}

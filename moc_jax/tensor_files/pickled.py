@@ -6,8 +6,10 @@ error that names it, before it is called. The numbers are read from the file in 
 
 import collections
 import functools
+import io
 import math
 import pickle
+import pickletools
 import zipfile
 import zlib
 from pathlib import Path
@@ -62,8 +64,11 @@ def read_pickled(file: Path) -> dict[str, Stored]:
                 raise WeightsError(f"{named(file)} is a zip, but not one of PyTorch's")
             (pickled,) = found
             with archive.open(pickled) as data:
-                tree = _Restricted(data, file).load()
-            folder = pickled.filename.removesuffix("data.pkl") + "data/"
+                read = data.read()
+            _check_sizes(read)
+            root = pickled.filename.removesuffix("data.pkl")
+            _check_order(file, archive, f"{root}byteorder")
+            tree, folder = _Restricted(io.BytesIO(read), file).load(), f"{root}data/"
             tensors = _tensors(file, tree)
             return {name: _stored(file, archive, folder, name, tensor) for name, tensor in tensors.items()}
     except WeightsError:
@@ -75,6 +80,25 @@ def read_pickled(file: Path) -> dict[str, Stored]:
         raise WeightsError(f"{named(file)}: its pickle is damaged: {error}") from error
     except OSError as error:
         raise WeightsError(f"{named(file)} can't be read: {error.strerror or error}") from error
+
+
+def _check_sizes(pickled: bytes) -> None:
+    """Raises ValueError: it claims more than it holds, for which `pickle` would take memory before it looks."""
+    for code, argument, _ in pickletools.genops(pickled):  # which reads no more than there is
+        if code.name.endswith("PUT") and isinstance(argument, int) and argument > len(pickled):
+            raise ValueError(f"it has {len(pickled):,} bytes, but numbers one of its objects {argument:,}")
+
+
+def _check_order(file: Path, archive: zipfile.ZipFile, entry: str) -> None:
+    """Files from before PyTorch 2.1 don't say in which order their bytes are."""
+    if entry in archive.namelist():
+        with archive.open(entry) as data:
+            order = data.read(16)
+        if order != b"little":
+            raise WeightsError(
+                f"{named(file)} has the byte order {shown(order.decode(errors='replace'))}; only little can be read: "
+                "save it again on a processor of that order"
+            )
 
 
 class _Restricted(pickle.Unpickler):

@@ -9,6 +9,7 @@ Only lists and headers are read here.
 """
 
 import dataclasses
+import fnmatch
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ EXPERTS = {"diffusers": ("transformer", "transformer_2"), "original": ("high_noi
 INDEX = "model_index.json"
 LICENCE = "Apache-2.0 for what the Wan team published (https://github.com/Wan-Video); what others trained has their own"
 _SHARD = r"(.+)-\d{5}-of-(\d{5})\.safetensors"
-_TRANSFORMERS = r"(?i)(?!models_|.*vae)"  # beside it in the Wan team's folders: text encoder and autoencoder
+_BESIDE = "models_*.pth", "*vae*.pth"  # beside a transformer in the Wan team's folders: text encoder and autoencoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def network_in(place: Path, folder: str, pth: str, what: str) -> Network:
 
     Args:
         folder: its folder in diffusers' pipelines.
-        pth: a pattern of its .pth file's name in the Wan team's folders.
+        pth: a pattern, as of a shell, of its .pth file's name in the Wan team's folders.
         what: what it is, in messages.
 
     Raises:
@@ -83,7 +84,7 @@ def network_in(place: Path, folder: str, pth: str, what: str) -> Network:
     return _network(inside, pth, what)
 
 
-def _network(place: Path, pth: str = _TRANSFORMERS, what: str = "the transformer") -> Network:
+def _network(place: Path, pth: str = "", what: str = "the transformer") -> Network:
     files, folder = ([place], place.parent) if place.is_file() else (_files(place, pth, what), place)
     tensors: dict[str, Stored] = {}
     for file in files:
@@ -105,8 +106,16 @@ def _network(place: Path, pth: str = _TRANSFORMERS, what: str = "the transformer
 
 def _files(folder: Path, pth: str, what: str) -> list[Path]:
     """The files of a folder's network; raises WeightsError unless it is clear which."""
-    team = [file for file in sorted(folder.glob("*.pth")) if re.match(pth, file.name)]
-    if pth != _TRANSFORMERS and len(team) == 1:  # beside a transformer's .safetensors
+    team = [
+        file
+        for file in sorted(folder.glob("*.pth"))
+        if (_is_called(file, pth) if pth else not any(_is_called(file, other) for other in _BESIDE))
+    ]
+    if pth and len(team) > 1:
+        raise WeightsError(
+            f"{named(folder)} has several {pth}: {', '.join(x.name for x in team)}; name the file of {what}"
+        )
+    if pth and team:  # beside a transformer's .safetensors
         return team
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) > 1:
@@ -121,9 +130,13 @@ def _files(folder: Path, pth: str, what: str) -> list[Path]:
     found = found or team
     if len(found) != 1:
         several = f"several files: {', '.join(file.name for file in found)}"
-        has = several if found else "no .safetensors and no .pth file"
+        has = several if found else f"no .safetensors and no {pth or '.pth file'}"
         raise WeightsError(f"{named(folder)} has {has}; name the file of {what}, or the folder of its files")
     return found
+
+
+def _is_called(file: Path, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(file.name.lower(), pattern)
 
 
 def _indexed(index: Path) -> list[Path]:

@@ -9,18 +9,23 @@ python -m moc_jax.weights merge PLACE LORA FOLDER
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from moc_jax import weights
 from moc_jax.cli import clean_exit, report_errors_of
+from moc_jax.files import prove_new_folder
+from moc_jax.public_weights import DTYPE_NAMES
 from moc_jax.weights.adapters import convert_adapters, export_adapters, merged, open_adapters
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads the command line and does what it says."""
     args = _parsed(argv)
+    if args.verb != "check":
+        prove_new_folder(args.folder, setting="the folder")
     if args.verb == "export":
         _export(args)
         return
@@ -58,11 +63,14 @@ def _export(args: argparse.Namespace) -> None:
     from moc_jax.checkpoint import load_for_sampling, saved_config
     from moc_jax.models import public_tensors
 
-    public_tensors(saved_config(args.run, args.step)[0].model)
+    tensors = public_tensors(saved_config(args.run, args.step)[0].model)
     if args.of == "lora":
         saved = load_for_sampling(args.run, args.step, adapters="alone")
         export_adapters(saved.config.model, saved.params, args.folder, names=args.names, dtype=args.dtype)
     else:
+        numbers = sum(math.prod(tensor.shape) for of in tensors.values() for tensor in of)
+        size = numbers * DTYPE_NAMES[args.dtype].itemsize
+        prove_new_folder(args.folder, setting="the folder", size=size)
         saved = load_for_sampling(args.run, args.step, base=args.base)
         weights.export(saved.config.model, saved.params, args.folder, names=args.names, dtype=args.dtype)
     what = "adapters" if args.of == "lora" else "weights"

@@ -18,9 +18,8 @@ import numpy as np
 from moc_jax import models
 from moc_jax.config import ConfigError, ModelConfig
 from moc_jax.config.base import Range
-from moc_jax.files import remove_partial_folders, whole_folder
 from moc_jax.models import Names
-from moc_jax.public_weights import DTYPE_NAMES, Dtype, PublicWeights, WeightsError
+from moc_jax.public_weights import DTYPE_NAMES, Dtype, PublicWeights, WeightsError, new_folder
 from moc_jax.sharding import Params, key_path
 from moc_jax.showing import grouped, named, shown
 from moc_jax.tensor_files.beside import weights_digest
@@ -283,7 +282,7 @@ def convert_adapters(adapters: PublicAdapters, folder: Path, *, names: Names, dt
     """Writes adapters with other names, or in another type.
 
     Raises:
-        OSError: `folder` exists, or can't be written.
+        ConfigError, WeightsError: see `public_weights.new_folder`.
     """
 
     def listed(of: Mapping[str, Adapter]) -> Iterator[_Written]:
@@ -303,7 +302,7 @@ def export_adapters(
 
     Raises:
         ConfigError: the model has none, or no public names.
-        OSError: `folder` exists, or can't be written.
+        ConfigError, WeightsError: see `public_weights.new_folder`.
     """
     if not model.lora.rank:
         raise ConfigError("model.lora.rank is 0: the run trained all weights, and has no adapters")
@@ -322,11 +321,8 @@ def export_adapters(
 
 
 def _write(networks: Mapping[str, list[_Written]], folder: Path, names: Names) -> None:
-    if folder.exists():
-        raise FileExistsError(f"{named(folder)} exists; give the name of a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    remove_partial_folders(folder.parent)
-    with whole_folder(folder) as made:
+    size = sum(math.prod(shape) * dtype.itemsize for of in networks.values() for *_, p in of for dtype, shape, _ in p)
+    with new_folder(folder, size) as made:
         for i, of in enumerate(networks.values()):
             inside = made if len(networks) == 1 else made / EXPERTS.get(names, EXPERTS["original"])[i]
             inside.mkdir(exist_ok=True)

@@ -52,7 +52,7 @@ def test_resuming_is_not_stopping_and_the_base_is_known_wherever_it_lies(public,
     at_once = trained(dataclasses.replace(more, workdir=str(tmp_path / "at once")))
     moved = tmp_path / "moved"
     (tmp_path / "base").rename(moved)
-    with pytest.raises(CheckpointError, match=r"train\.init_from .*base, the weights that .* is not there any more"):
+    with pytest.raises(CheckpointError, match=r"train\.init_from .*base, the weights that .* is not there; name"):
         initial_codec(more)
     second = trained(changed(more, train={"init_from": str(moved)}))
     out = capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_a_run_is_a_base_and_adapters_are_merged_or_apart(prepared_config, tmp_p
     config = run_of(whole, tmp_path, "run", tmp_path / "whole", 2, lora=LORA)
     assert trained(config).base.place == str(tmp_path / "whole/checkpoints/3")
     shutil.move(tmp_path / "whole", tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"the checkpoint's base .*whole/checkpoints/3, .* is not there any more"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint's base .*whole/checkpoints/3, .* is not there; name"):
         load_for_sampling(config.workdir)
     place = str(tmp_path / "elsewhere")
     merged = load_for_sampling(config.workdir, base=place)

@@ -185,6 +185,16 @@ def test_prepared_data_is_used_from_a_disk_that_is_read_only(prepared_config, mo
 def test_what_killed_runs_left_in_the_data_cache_is_removed(prepared_config, tmp_path):
     """Also of settings or videos that are others now."""
     (tmp_path / ".0123456789abcdef.partial" / "deep").mkdir(parents=True)
+    (tmp_path / ".theirs.partial").mkdir()
     manifest = prepare(changed(prepared_config, data={"cache": str(tmp_path)}))
     there = {name.partition("-")[0] for name in os.listdir(tmp_path)}
-    assert there == {".lock", ".work", "captions", "codecs", "encoded", "waiting", manifest.folder.name}
+    assert there == {
+        ".lock",
+        ".theirs.partial",
+        ".work",
+        "captions",
+        "codecs",
+        "encoded",
+        "waiting",
+        manifest.folder.name,
+    }

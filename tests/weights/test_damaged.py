@@ -4,6 +4,8 @@ import io
 import json
 import pathlib
 import pickle
+import re
+import resource
 import shutil
 import zipfile
 
@@ -11,12 +13,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from moc_jax.codecs import public_autoencoder
 from moc_jax.config import ConfigError
 from moc_jax.tensor_files.pickled import read_pickled
 from moc_jax.tensor_files.safetensors import read_safetensors
+from moc_jax.text import public_encoder
 from moc_jax.weights import WeightsError, open_weights
 from tests.parity.numbers import numbers
 from tests.weights.folders import arrays, index, write
+from tests.weights.pipelines import write_pipeline, write_pth
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "parity" / "golden"
 FILE = "diffusion_pytorch_model.safetensors"
@@ -318,3 +323,62 @@ def test_a_pickle_can_call_nothing(tmp_path):
 def test_damaged_pickles_are_named(tmp_path, data):
     with pytest.raises(WeightsError, match=r"x\.pth(: its pickle is damaged| holds something else| refers to)"):
         read_pickled(zipped(tmp_path, data))
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x80\x02Nr\xff\xff\xff\x7f.", b"\x80\x04\x8e" + (2**60).to_bytes(8, "little") + b"."]
+)
+def test_pickles_that_claim_more_than_they_hold_take_no_memory(tmp_path, data):
+    """An object with the number 2^31, for which 32 GiB would be filled, and 2^60 bytes."""
+    file = zipped(tmp_path, data)
+    limit, before = 2**30, resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(re.search(r"VmData:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + limit, before[1]))
+    try:
+        with pytest.raises(WeightsError, match=r"x\.pth: its pickle is damaged: .*bytes"):
+            read_pickled(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_numbers_of_the_other_byte_order_are_refused(tmp_path):
+    write_pth(tmp_path / "x.pth", {"a": np.ones(2, np.float32)})
+    for order, message in (("little", ""), ("big", "x.pth has the byte order 'big'; only little can be read")):
+        shutil.copy(tmp_path / "x.pth", tmp_path / f"{order}-x.pth")
+        with zipfile.ZipFile(tmp_path / f"{order}-x.pth", "a") as archive:
+            archive.writestr("archive/byteorder", order)
+        if not message:
+            assert list(read_pickled(tmp_path / f"{order}-x.pth")) == ["a"]
+        else:
+            with pytest.raises(WeightsError, match=message):
+                read_pickled(tmp_path / f"{order}-x.pth")
+
+
+# ------------------------------------------------------------------------------------------------ beside transformers
+
+
+def test_what_the_teams_folders_lack_is_named(tmp_path):
+    place = str(write_pipeline(tmp_path / "team", names="original"))
+    vae, encoder = tmp_path / "team/Wan2.1_VAE.pth", tmp_path / "team/models_t5_umt5-xxl-enc-bf16.pth"
+    assert public_autoencoder(place)
+    assert public_encoder(place)
+    shutil.copy(vae, tmp_path / "team/Wan2.2_VAE.pth")
+    message = r"team has several \*vae\*\.pth: Wan2\.1_VAE\.pth, Wan2\.2_VAE\.pth; name the file of Wan's autoencoder"
+    with pytest.raises(WeightsError, match=message):
+        public_autoencoder(place)
+    for file in (vae, tmp_path / "team/Wan2.2_VAE.pth", encoder):
+        file.unlink()
+    with pytest.raises(ConfigError, match=r"team has no \*vae\*\.pth \(add it, or name its file\), and what lies"):
+        public_autoencoder(place)
+    with pytest.raises(ConfigError, match=r"team has no models_t5\*\.pth \(add it, or name its file\)"):
+        public_encoder(place)
+
+
+def test_a_damaged_tokenizer_is_found_by_the_check(tmp_path):
+    place = write_pipeline(tmp_path / "w")
+    file = place / "tokenizer" / "spiece.model"
+    whole = file.read_bytes()
+    for size in (0, len(whole) // 2):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ConfigError, match=r"spiece\.model isn't a SentencePiece model"):
+            public_encoder(str(place))

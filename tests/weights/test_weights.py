@@ -1,10 +1,12 @@
 """Weights in and out: every name, type and layout comes back bit for bit, and each device reads its own part alone."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -12,12 +14,14 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from moc_jax import models, weights
+from moc_jax import checkpoint, models, public_weights, weights
 from moc_jax.config import ConfigError, MMDiTConfig
 from moc_jax.models.rope import halves
 from moc_jax.models.wan.names import COMFYUI
 from moc_jax.sharding import AXES, key_path, logical_axes, tree_shardings
 from moc_jax.tensor_files.places import networks_in
+from moc_jax.weights import WeightsError
+from moc_jax.weights.__main__ import main
 from tests.weights.folders import BF16, CFG, arrays, write
 
 NAMES = ["diffusers", "original", "comfyui"]
@@ -177,7 +181,7 @@ def test_each_device_reads_its_part_and_nothing_is_read_whole(tmp_path, monkeypa
 def test_there_are_no_public_names_for_other_models(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.name is mmdit; public files hold weights of wan alone"):
         weights.export(MMDiTConfig(), {}, tmp_path / "out", names="diffusers")
-    with pytest.raises(FileExistsError, match="exists; give the name of a new folder"):
+    with pytest.raises(ConfigError, match="exists; give the name of a new folder"):
         weights.export(CFG, {}, tmp_path, names="diffusers")
 
 
@@ -194,3 +198,40 @@ def test_the_command_line_needs_no_device(tmp_path):
     assert "in: 79,144 parameters (network) with diffusers names; tensors: 69 of F32" in done.stdout
     assert "out: 79,144 parameters (network) with original names; tensors: 69 of BF16" in done.stdout
     assert "licence: Apache-2.0" in done.stdout
+
+
+@pytest.mark.parametrize("call", [["convert", "in", "out"], ["merge", "in", "lora", "out"], ["export", "run", "out"]])
+def test_the_folder_is_looked_at_before_anything_is_read(tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="the folder out exists; give the name of a new folder"):
+        main(call)
+
+
+def test_room_is_asked_for_before_a_checkpoint_is_loaded(tmp_path, monkeypatch):
+    config = types.SimpleNamespace(model=CFG)
+    monkeypatch.setattr(checkpoint, "saved_config", lambda *_: (config, 1))
+    monkeypatch.setattr(checkpoint, "load_for_sampling", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match="out will hold 316,576 bytes, but 1,000 are free there"):
+        main(["export", "run", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match="out will hold 158,288 bytes, but 1,000 are free there"):
+        main(["convert", str(write(tmp_path / "in", arrays())), str(tmp_path / "out"), "--dtype", "bfloat16"])
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_disk_that_fills_up_is_said_with_the_place(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    found = weights.open_weights(write(tmp_path / "in", arrays()))
+    monkeypatch.setattr(public_weights, "write_safetensors", full)
+    with pytest.raises(WeightsError, match=r"the folder \S+out cannot be written: the disk is full; free some space"):
+        weights.convert(found, tmp_path / "out", names="original")
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_two_at_once_leave_each_other_alone(tmp_path):
+    (tmp_path / ".other.partial").mkdir()
+    weights.convert(weights.open_weights(write(tmp_path / "in", arrays())), tmp_path / "out", names="original")
+    assert sorted(os.listdir(tmp_path)) == [".other.partial", "in", "out"]

@@ -27,7 +27,7 @@ from moc_jax.tensor_files.safetensors import Stored
 
 
 def _opened(place: str, setting: str) -> tuple[tuple[Sizes, int], dict[str, Stored]]:
-    what, pth = "Wan's autoencoder", r"(?i).*vae"
+    what, pth = "Wan's autoencoder", "*vae*.pth"
     return open_beside(place, folder="vae", pth=pth, what=what, setting=setting, recognise=recognised)
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ _layer, _normed = jax.jit(layer), jax.jit(normed)
 
 
 def _opened(place: str, setting: str) -> tuple[Sizes, dict[str, Stored]]:
-    what, pth = "umT5's encoder", r"(?i)models_t5.*"
+    what, pth = "umT5's encoder", "models_t5*.pth"
     return open_beside(place, folder="text_encoder", pth=pth, what=what, setting=setting, recognise=recognised)
 
 
@@ -39,8 +40,19 @@ def described(place: str) -> str:
     sizes, stored = _opened(place, "the place")
     count = sum(math.prod(x.shape) for x in stored.values())
     file = tokenizer_file("", place)
+    _tokens(file, sizes, place)
     widths = f"{count:,} parameters, {sizes.depth} layers of width {sizes.dim}"
     return f"umT5's encoder: {widths}; its tokenizer: {named(file)}; licence: {LICENCE}"
+
+
+def _tokens(file: Path, sizes: Sizes, place: str) -> Tokenizer:
+    tokens = Tokenizer(file)
+    if tokens.pieces > sizes.vocabulary:
+        raise ConfigError(
+            f"the tokenizer has {tokens.pieces} pieces, but {place} embeds {sizes.vocabulary}; name its own with "
+            "text.tokenizer"
+        )
+    return tokens
 
 
 class Umt5:
@@ -58,12 +70,7 @@ class Umt5:
         self.dim, self.batch_size = cfg.dim, cfg.batch
         if self._sizes.dim != cfg.dim:
             raise ConfigError(f"text.dim is {cfg.dim}, but {cfg.weights} has a width of {self._sizes.dim}; set that")
-        self._tokens = Tokenizer(tokenizer_file(cfg.tokenizer, cfg.weights))
-        if self._tokens.pieces > self._sizes.vocabulary:
-            raise ConfigError(
-                f"the tokenizer has {self._tokens.pieces} pieces, but {cfg.weights} embeds {self._sizes.vocabulary}; "
-                "name its own with text.tokenizer"
-            )
+        self._tokens = _tokens(tokenizer_file(cfg.tokenizer, cfg.weights), self._sizes, cfg.weights)
 
     @staticmethod
     def fingerprint(cfg: Umt5Config) -> str:
