@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moc_jax.config import MMDiTConfig
 from moc_jax.models import layers, rope
 from moc_jax.models.layers import gated_sum, gelu, modulated_norm, normed_heads, of_groups
 from moc_jax.models.linear import Linear
@@ -91,7 +92,9 @@ def test_remat_sees_the_products_of_linear_maps():
     linear = Linear({"embed": 8}, {"mlp": 24}, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
     def kept(policy):
-        run = jax.checkpoint(lambda x: jnp.sum(jnp.sin(linear(x))), policy=layers.KEPT[policy])
+        run = jax.checkpoint(
+            lambda x: jnp.sum(jnp.sin(linear(x))), policy=layers.kept_policy(MMDiTConfig(remat=policy))
+        )
         backward = jax.eval_shape(lambda x: jax.vjp(run, x)[1], jax.ShapeDtypeStruct((2, 5, 8), jnp.float32))
         return [x.shape for x in jax.tree.leaves(backward)]
 
