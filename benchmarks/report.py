@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from benchmarks import results
+from benchmarks.several import several_table
 from benchmarks.tables import (
     attention_tables,
     estimate_parts_table,
@@ -22,7 +23,6 @@ from benchmarks.tables import (
     schedule_best_table,
     schedule_table,
     separated,
-    several_table,
     short_table,
     summary_table,
     traffic_table,

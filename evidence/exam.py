@@ -108,11 +108,13 @@ def candidates(world: Stories, codec: Codec, seed: int) -> list[UInt8[np.ndarray
     """For each recall of a story, the box's pixels with each candidate's look."""
     story = world.story(seed)
     looks = (*story.looks, *story.strangers)
+    through = functools.partial(reconstructed, codec)
+    return [drawn(story, shot, looks, through, max(codec.stride[1:])) for shot, _ in story.recalls]
 
-    def reconstruct(frames: np.ndarray) -> np.ndarray:
-        return pixels_from_unit(codec.decode(codec.encode(pixels_to_unit(frames))))
 
-    return [drawn(story, shot, looks, reconstruct, max(codec.stride[1:])) for shot, _ in story.recalls]
+def reconstructed(codec: Codec, frames: UInt8[np.ndarray, "F Y X 3"]) -> UInt8[np.ndarray, "F Y X 3"]:
+    """Frames through the codec, which no sample surpasses."""
+    return pixels_from_unit(codec.decode(codec.encode(pixels_to_unit(frames))))
 
 
 def grade(exam: Exam, latents: Float[np.ndarray, "n F Y X Z"]) -> list[Recall]:

@@ -35,7 +35,7 @@ from evidence import dataset
 from evidence.arms import arm_of
 from evidence.cache import load_weights
 from evidence.dataset import Dataset
-from evidence.exam import Exam, frames_of, grade, make_exam
+from evidence.exam import Exam, frames_of, grade, make_exam, reconstructed
 from evidence.experiment import Programs
 from evidence.findings import save_rows, share
 from evidence.measures import psnr
@@ -44,7 +44,6 @@ from evidence.runs import task_of
 from evidence.settings import CHOICES, FINAL, SETTINGS
 from evidence.spread import Spread
 from evidence.world import DrawnStory, World
-from moc_jax.codecs import pixels_from_unit, pixels_to_unit
 from moc_jax.sampling.retrieval import chosen, mean_score
 from moc_jax.scene import Scene, SceneLengths
 from moc_jax.shapes import Float, Int
@@ -221,17 +220,16 @@ def backgrounds(exam: Exam, latents: Float[np.ndarray, "n F Y X Z"]) -> Float[np
     for row, seed in enumerate(exam.data.seeds):
         story = world.story(seed)
         outside = ~story.shots[0].box
-        places = [_reconstructed(exam, story, place) for place in range(len(story.places))]
+        places = [reconstructed(exam.codec, _empty(story, place)) for place in range(len(story.places))]
         shots = (frames_of(exam, latents[row], shot) for shot in range(world.characters, world.shots))
         found.append([max(psnr(frames, place, outside) for place in places) for frames in shots])
     return np.array(found)
 
 
-def _reconstructed(exam: Exam, story: DrawnStory, place: int) -> np.ndarray:
-    """A place without anybody, after the codec."""
+def _empty(story: DrawnStory, place: int) -> np.ndarray:
+    """A place without anybody."""
     shot = dataclasses.replace(story.shots[0], place=place, character=None)
-    frames = dataclasses.replace(story, shots=(shot,)).render_shot(0)
-    return pixels_from_unit(exam.codec.decode(exam.codec.encode(pixels_to_unit(frames))))
+    return dataclasses.replace(story, shots=(shot,)).render_shot(0)
 
 
 def main(args: Arguments, command: str) -> None:

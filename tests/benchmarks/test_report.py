@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 from benchmarks import report, results
-from benchmarks.tables import attention_tables, milliseconds, model_tables, several_table, split_table
+from benchmarks.several import several_table
+from benchmarks.tables import attention_tables, milliseconds, model_tables, split_table
 
 ROOT = pathlib.Path(__file__).parents[2]
 
