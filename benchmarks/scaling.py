@@ -2,6 +2,7 @@
 
     python -m benchmarks.scaling                                 # all that the devices of this machine can do
     python -m benchmarks.scaling --which context --counts 1 4    # one scene, its tokens split over 4
+    python -m benchmarks.scaling --which context --counts 4 --head-groups 2    # as two groups of heads by two of tokens
     python -m benchmarks.scaling --which context --scene.attention.exchange dispatch    # one of the two exchanges alone
 
 The model and scene are those of benchmarks/model.py: 3.1 B parameters, 180 504 tokens. Measured are
@@ -62,6 +63,8 @@ class Arguments:
     which: tuple[Which, ...] = ("context", "fsdp", "sampling", "long")
     counts: tuple[int, ...] = ()
     """Numbers of devices; none: 1, 2, 4, ... as there are."""
+    head_groups: tuple[int, ...] = ()
+    """Of context's splits those into so many groups of heads; none: all that can be."""
     profile: bool = True
     """Also trace a launch of each, where there are GPUs."""
     out: pathlib.Path = results.FOLDER
@@ -99,6 +102,8 @@ def cases(args: Arguments, counts: Sequence[int]) -> Iterator[Case]:
     for which, count in itertools.product(args.which, counts):
         if which == "context":
             for groups in (u for u in range(count, 0, -1) if count % u == 0 and heads % u == 0):
+                if args.head_groups and groups not in args.head_groups:
+                    continue
                 kinds: tuple[ExchangeKind, ...] = ("gather", "dispatch") if asked == "auto" else (asked,)
                 for kind in kinds if groups < count else ("auto",):
                     yield Case(which=which, devices=count, head_groups=groups, exchange=kind)

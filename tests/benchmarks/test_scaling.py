@@ -28,6 +28,12 @@ def test_every_split_into_heads_and_tokens_is_measured_with_each_exchange():
     assert [c.devices for c in found if c.which == "long"] == [4]
     alone = scaling.cases(scaling.Arguments(scene=SMALL, which=("fsdp",)), (1, 2))
     assert [(c.devices, c.scenes) for c in alone] == [(1, 1), (2, 2)]
+    some = scaling.cases(scaling.Arguments(scene=SMALL, which=("context",), head_groups=(2,)), (2, 4))
+    assert [(c.devices, c.head_groups, c.exchange) for c in some] == [
+        (2, 2, "auto"),
+        (4, 2, "gather"),
+        (4, 2, "dispatch"),
+    ]
 
 
 def test_collectives_are_timed_and_how_long_nothing_ran_beside_them(monkeypatch):
