@@ -160,6 +160,13 @@ class DiffusionConfig(Settings, at="diffusion"):
     shot by shot. All shots are learned in one pass, over twice the tokens."""
     history_noise: tuple[Below1, Below1] = (0.1, 0.5)
     """That noise level is drawn between these, for each scene (LCT: 0.1 to 0.5)."""
+    own_history: Fraction = 0.0
+    """With teacher forcing, the chance that a scene's history is what the model makes of it: its shots with noise, and
+    denoised again, as Resampling Forcing does (arXiv 2512.15702). So it learns to follow its own mistakes."""
+    own_history_from: tuple[Below1, Below1] = (0.3, 0.9)
+    """The noise level that this begins at is drawn between these, for each scene."""
+    own_history_steps: Annotated[int, Range(1, 100)] = 1
+    """Euler steps from there, each a forward pass more over twice the tokens."""
 
     @property
     def copies(self) -> int:
@@ -169,6 +176,12 @@ class DiffusionConfig(Settings, at="diffusion"):
     def check_together(self):
         low, high = self.history_noise
         check(low <= high, f"diffusion.history_noise is {low:g} to {high:g}; the first must not be above the second")
+        low, high = self.own_history_from
+        check(low <= high, f"diffusion.own_history_from is {low:g} to {high:g}; the first must not be above the second")
+        check(
+            self.teacher_forcing or not self.own_history,
+            f"diffusion.own_history {self.own_history:g} needs diffusion.teacher_forcing, which has a history",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

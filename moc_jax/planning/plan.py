@@ -91,15 +91,11 @@ def _training(cfg: Config, where: Topology, sizes: Sizes, policy: Remat, work: W
     deal, moved = deal_over(cfg, work, sizes), moved_over(cfg, work, sizes, cfg.training_exchange, copies, BF16)
     held = training_bytes(cfg.model, policy, work.moc, work.shape, copies, state, sizes, where.chip, moved)
     whole = sum(state.values()) + state["weights"] - state["frozen"]
-    computed = phases(
-        cfg.model,
-        policy,
-        work.matrices * copies / share,
-        work.attention * copies / share,
-        work.tokens * copies / share,
-        whole,
-        where.chip,
-    )
+    parts = tuple(part * copies / share for part in (work.matrices, work.attention, work.tokens))
+    computed = phases(cfg.model, policy, *parts, whole, where.chip)
+    if cfg.diffusion.own_history:
+        again = sum(phases(cfg.model, "none", *parts, 0, where.chip, training=False).values())
+        computed["own history"] = cfg.diffusion.own_history_steps * again
     parameters, trained = parameter_count(cfg.model), trained_count(cfg.model)
     sent = exchanges(cfg.model, policy, moving_count(cfg.model), trained, deal, moved, copies, sizes, where)
     useful = step_flops(cfg.model, work.matrices, work.attention)

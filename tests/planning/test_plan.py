@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+from typing import get_args
 
 import jax
 import pytest
@@ -13,6 +14,7 @@ from moc_jax.attention.accounting import exchange
 from moc_jax.attention.deal import Deal
 from moc_jax.cli import load_config
 from moc_jax.config import BucketConfig, ConfigError, LoraConfig, MeshConfig
+from moc_jax.config.network import Remat
 from moc_jax.models import parameter_count, trained_count
 from moc_jax.planning.plan import plan_sampling, plan_training, remedies, state_bytes
 from moc_jax.planning.report import as_json, lines
@@ -76,6 +78,25 @@ def test_teacher_forcing_computes_every_scene_twice_and_gathers_keys():
     gathered = moved_over(plain, work, sizes, "gather", taught.scenes, BF16).keys
     keys = next(each.bytes for each in taught.exchanges if each.what == "keys and values")
     assert keys == 2 * 2 * plain.model.depth * gathered, "forward, and again as all is recomputed"
+
+
+def test_a_history_of_its_own_costs_a_forward_pass_a_step():
+    where, moc = topology("h200:1"), {"visibility": "past"}
+    taught = changed(SMALL, moc=moc, model={"remat": "full"}, diffusion={"teacher_forcing": True})
+    one, three = (changed(taught, diffusion={"own_history": 0.5, "own_history_steps": steps}) for steps in (1, 3))
+    plain, one, three = (plan_training(each, where, _sizes()) for each in (taught, one, three))
+    assert "own history" not in plain.phases
+    assert three.phases["own history"] == pytest.approx(3 * one.phases["own history"])
+    assert one.phases["own history"] == pytest.approx(sum(plain.phases.values()) / 4, rel=0.3)
+
+
+def test_where_nothing_is_computed_again_all_is_kept():
+    held = {
+        remat: plan_training(changed(SMALL, model={"remat": remat}), topology("h200:1"), _sizes()).held.total
+        for remat in get_args(Remat)
+        if remat != "auto"
+    }
+    assert max(held, key=held.__getitem__) == "none"
 
 
 def test_the_scene_of_a_config_is_its_largest():

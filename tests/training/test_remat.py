@@ -55,7 +55,7 @@ def test_what_is_kept_is_counted(model, tokens, captions, lora, sinks):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
     least = kept("full")
-    for policy in ("attention", "attention+mlp", "dots"):
+    for policy, near in ("attention", 0.02), ("attention+mlp", 0.02), ("dots", 0.02), ("none", 0.2):
         counted = kept_bytes(model, policy, moc, 3) - kept_bytes(model, "full", moc, 3)
         counted //= model.depth
         # Where the pairs of four picks, and of two other shots' sinks, lie: plain XLA does not keep it.
@@ -64,7 +64,7 @@ def test_what_is_kept_is_counted(model, tokens, captions, lora, sinks):
             2 * 4 * (model.dim + lora.rank) * captions * (policy == "dots")
         )  # of captions that are read apart
         expected = 2 * model.depth * (tokens * (counted - pairs) + keys_and_values)
-        assert kept(policy) - least == pytest.approx(expected, rel=0.02)
+        assert kept(policy) - least == pytest.approx(expected, rel=near), policy
 
 
 def test_the_fastest_that_fits_is_chosen():

@@ -13,7 +13,7 @@ from moc_jax.attention.api import RoutedAttention
 from moc_jax.attention.taught import in_pairs, taught
 from moc_jax.config import ChunkConfig, Config, ConfigError, DiffusionConfig, MMDiTConfig, MoCConfig, WanConfig
 from moc_jax.scene import Scene, SceneLengths
-from moc_jax.training.teacher import teacher_forced
+from moc_jax.training.teacher import own_history, teacher_forced
 
 MMDIT = MMDiTConfig(dim=32, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none")
 WAN = WanConfig(
@@ -109,3 +109,77 @@ def test_shots_must_read_nothing_of_each_other_but_history():
     Config(moc=MoCConfig(visibility="past"), diffusion=CFG)
     with pytest.raises(ConfigError, match=r"diffusion\.history_noise is 0\.5 to 0\.1"):
         DiffusionConfig(history_noise=(0.5, 0.1))
+
+
+def seen_by(cfg, model, frozen=None):
+    """What a model that shots with noise are given reads as their history, and the history's level."""
+    found = []
+
+    def spy(video, text, levels, lengths):
+        found.append((video[::2], levels[::2]))
+        return model(video, text, levels, lengths)
+
+    data = scene()
+    teacher_forced(spy, data, jax.random.key(3), cfg, frozen or model)(data.video, jnp.full((2, SHOTS), 0.5))
+    assert len(found) == 1
+    return found[0]
+
+
+def oracle(video, text, levels, lengths):
+    """Knows the data: the velocity from where the shots with noise are to where they came from, at any level."""
+    z, t = video[1::2], jnp.repeat(levels[1::2, :1], FRAMES, axis=1)[..., None, None, None]
+    return in_pairs(jnp.zeros_like(z), (z - scene().video) / t)
+
+
+OWN = DiffusionConfig(teacher_forcing=True, own_history=1.0, own_history_steps=3)
+
+
+def test_who_makes_no_mistakes_makes_the_data():
+    histories = [seen_by(cfg, oracle) for cfg in (CFG, OWN)]
+    for theirs, own in zip(*histories, strict=True):
+        np.testing.assert_allclose(theirs, own, atol=2e-6)
+
+
+def test_a_history_of_its_own_is_what_shots_with_noise_are_denoised_to():
+    levels = []
+
+    def frozen(video, text, levels_of, lengths):
+        levels.append(levels_of[1::2, 0])
+        return jnp.ones_like(video)
+
+    plain, own = seen_by(CFG, frozen)[0], seen_by(OWN, frozen)[0]
+    begins = [level for level in levels if level[0] != 0.5]
+    assert len(begins) == 3
+    np.testing.assert_allclose(begins[1], begins[0] * 2 / 3, rtol=1e-6)
+    assert ((begins[0] >= 0.3) & (begins[0] <= 0.9)).all()
+    inside = np.arange(FRAMES)[None] < np.array([9, 6])[:, None]
+    assert (np.abs(plain - own).mean(axis=(2, 3, 4)) > 0.05)[inside].all()
+    assert (plain == own)[~inside].all()  # padding is left alone
+
+
+def test_no_gradient_flows_to_what_made_a_history():
+    def loss(scale, of_frozen):
+        def model(factor):
+            return lambda video, text, levels, lengths: factor * jnp.ones_like(video)
+
+        data = scene()
+        velocity = teacher_forced(model(scale), data, jax.random.key(3), OWN, model(of_frozen))
+        return velocity(data.video, jnp.full((2, SHOTS), 0.5)).sum()
+
+    assert jax.grad(loss, argnums=1)(1.0, 1.0) == 0
+
+
+def test_some_histories_are_the_models_own():
+    half = dataclasses.replace(OWN, own_history=0.5)
+    data = scene()
+    many = jax.tree.map(lambda x: jnp.repeat(x, 32, axis=0), data)
+    made = own_history(lambda z, t: jnp.ones_like(z), many, jax.random.key(0), half)
+    share = np.mean(np.any(made != many.video, axis=(1, 2, 3, 4)))
+    assert 0.3 < share < 0.7
+
+
+def test_a_history_of_its_own_needs_teacher_forcing():
+    with pytest.raises(ConfigError, match=r"diffusion\.own_history 0\.5 needs diffusion\.teacher_forcing"):
+        DiffusionConfig(own_history=0.5)
+    with pytest.raises(ConfigError, match=r"diffusion\.own_history_from is 0\.9 to 0\.1"):
+        DiffusionConfig(own_history_from=(0.9, 0.1))

@@ -66,6 +66,8 @@ class MMDiT(nnx.Module):
             "attention": attention,
             "attention+mlp": attention + width,
             "dots": attention + 5 * width + hidden + 4 * rank,  # q, k and v, attention's output, the MLP's two
+            # And what norms, gates, rotary positions and GELU read.
+            "none": attention + 12 * width + 2 * hidden + 4 * rank,
         }
         return cfg.depth * (width + beside_input[remat])
 

@@ -144,6 +144,8 @@ class WanDiT(nnx.Module):
             "attention+mlp": attention + width,
             # q, k, v and output, the captions' q and output, the MLP's two.
             "dots": attention + 7 * width + hidden + 8 * rank,
+            # And what norms, gates, rotary positions and GELU read.
+            "none": attention + 18 * width + 2 * hidden + 8 * rank,
         }
         return cfg.depth * (width + beside_input[remat])
 
