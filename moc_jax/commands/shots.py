@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -41,7 +42,7 @@ def make_shots(
     given_tilings(args.attention)
     join(args.mesh)
     phases.done("devices")
-    with kept_programs(args.compilation_cache), held(Path(args.extend), found):
+    with kept_programs(args.compilation_cache), held(Path(args.extend), found) as still_held:
         opened = opened or of_run(args)
         generation = found_or_begun(args, found, opened.config, weights=opened.digest, step=opened.step)
         # How attention is computed, and where files lie, is for this call to say, not for the one that began it.
@@ -56,17 +57,17 @@ def make_shots(
         ask(generation, args, boards)
         with jax.set_mesh(make_mesh(args.mesh)):
             params = opened.load(sampler)
-            for _ in sample_shots(generation, sampler, params, lambda line: print(line, flush=True)):
+            for _ in sample_shots(generation, sampler, params, lambda line: print(line, flush=True), still_held):
                 pass
         if jax.process_index() == 0:
             _finish(generation, sheets)
 
 
 @contextlib.contextmanager
-def held(folder: Path, found: Generation | None) -> Iterator[None]:
-    """By these processes alone, as they found it."""
+def held(folder: Path, found: Generation | None) -> Iterator[Callable[[], None]]:
+    """By these processes alone, as they found it; what it yields raises LockError once that is no longer so."""
     if jax.process_index() != 0:
-        yield
+        yield lambda: None
         return
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder, setting="--extend")
@@ -74,7 +75,7 @@ def held(folder: Path, found: Generation | None) -> Iterator[None]:
         lock.acquire(lambda line: print(line, flush=True))
         if found is not None:
             found.check_current()
-        yield
+        yield functools.partial(lock.check, now=True)
     finally:
         lock.release()
         with contextlib.suppress(OSError):  # unless there is something in it

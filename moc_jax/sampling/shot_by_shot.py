@@ -30,7 +30,11 @@ Frames = tuple[int, UInt8[np.ndarray, "F Y X 3"]]
 
 
 def sample_shots(
-    generation: Generation, sampler: Sampler, params: Params, say: Callable[[str], None] = lambda line: None
+    generation: Generation,
+    sampler: Sampler,
+    params: Params,
+    say: Callable[[str], None] = lambda line: None,
+    check: Callable[[], None] = lambda: None,
 ) -> Iterator[Frames]:
     """Samples what isn't done yet, and yields each shot's frames when its files are there.
 
@@ -41,12 +45,13 @@ def sample_shots(
         generation: what is asked for.
         sampler: of the generation's config; its weights are `params`.
         say: is given a line for each shot.
+        check: is called before anything is written; what it raises ends the work.
 
     Raises:
         StoryboardError, SamplingError, VideoError, GenerationError: see there; what is done stays.
         OSError: a shot can't be kept.
     """
-    run = _Run(generation, sampler, params)
+    run = _Run(generation, sampler, params, check)
     takes = generation.takes()
     given = [take for take in takes if generation.shots[take.shots[0]].is_given]
     order = [*given, *(take for take in takes if take not in given)]  # what is given depends on nothing
@@ -67,8 +72,8 @@ def sample_shots(
 
 
 class _Run:
-    def __init__(self, generation: Generation, sampler: Sampler, params: Params):
-        self._generation, self._sampler, self._params = generation, sampler, params
+    def __init__(self, generation: Generation, sampler: Sampler, params: Params, check: Callable[[], None]):
+        self._generation, self._sampler, self._params, self._check = generation, sampler, params, check
         self._cfg = sampler.config.sample
         self._keys: dict[int, Float32[np.ndarray, "depth H D"]] = {}
 
@@ -83,6 +88,7 @@ class _Run:
             board, bucket = self._board(take, read), self._bucket
             (latents,) = self._sampler.latents(self._params, [board], bucket=bucket, turn=self._turn)
         shares = self._shares(board, latents, len(read))
+        self._check()
         for number, own, of_shot in zip(take.shots, latents[len(read) :], shares, strict=True):
             keys = self._features(number, own, t=self._cfg.history_noise)[1]
             done = Done(latents=own, features=keys, read=np.asarray(read, np.int32), shares=of_shot)
@@ -103,6 +109,7 @@ class _Run:
         take = next(take for take in generation.takes() if shot in take.shots)
         board = self._board(take, self._done(shot).read.tolist())
         made = provenance_of(board, config.sample, config.moc, weights=generation.weights, step=generation.step)
+        self._check()
         if jax.process_index() == 0:
             write_video(generation.file(shot, "mp4"), frames, config.data.fps, made)
         return shot, frames

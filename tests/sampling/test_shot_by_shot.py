@@ -312,6 +312,24 @@ def test_one_process_at_a_time(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_who_lost_the_folder_writes_nothing_more(sampler, tmp_path):
+    """Another process took it, as after a machine that slept."""
+    folder = tmp_path / "run"
+    new(folder, TWO)
+    with held(folder, None) as still_held:
+        shots = sample_shots(resume(folder), sampler, make_params(), check=still_held)
+        next(shots)
+        still_held()
+        lock = folder / "run.lock"
+        theirs = lock.read_text().replace(str(os.getpid()), str(os.getppid()))
+        lock.write_text(theirs)
+        before = {path.name for path in (folder / "shots").iterdir()}
+        with pytest.raises(LockError, match=r"run\.lock was taken over by"):
+            list(shots)
+        assert {path.name for path in (folder / "shots").iterdir()} == before
+    assert lock.read_text() == theirs  # which is not ours to remove
+
+
 def test_joined_videos_hold_the_same_frames(whole, tmp_path):
     generation, _, _ = whole
     parts = [generation.file(shot, "mp4") for shot in range(5)]
