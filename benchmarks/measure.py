@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moc_jax.chips import chip_of
+from moc_jax.compilation import mesh_options
 from moc_jax.timing import Effort, Timing, time_launches
 
 
@@ -23,10 +24,10 @@ class Memory:
 
 
 class Program:
-    """A compiled function."""
+    """A function, compiled for the mesh in context as the library compiles its own."""
 
     def __init__(self, lowered: jax.stages.Lowered) -> None:
-        self._compiled = lowered.compile()
+        self._compiled = lowered.compile(compiler_options=mesh_options(jax.sharding.get_mesh()))
         self.memory = _memory(self._compiled)
 
     def __call__(self, *inputs: Any) -> Any:

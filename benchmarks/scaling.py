@@ -18,6 +18,7 @@ for attention, counted, and from a profile, for how long its collectives ran, fo
 where the time goes.
 """
 
+import concurrent.futures
 import dataclasses
 import gc
 import itertools
@@ -26,7 +27,7 @@ import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -45,8 +46,8 @@ from moc_jax.attention.api import RoutedAttention, routed_attention
 from moc_jax.attention.sharded import deal_of
 from moc_jax.config import Config, ExchangeKind, HashConfig, MeshConfig, TrainConfig
 from moc_jax.scene import Scene, chunk_table
-from moc_jax.sharding import make_mesh, shard_batch
-from moc_jax.training.state import create_state, make_blueprint
+from moc_jax.sharding import batch_sharding, make_mesh, shard_batch
+from moc_jax.training.state import Blueprint, create_state, make_blueprint
 from moc_jax.training.step import make_train_step
 
 Which = Literal["context", "fsdp", "sampling", "long"]
@@ -124,12 +125,12 @@ def main(args: Arguments, command: str) -> None:
     print(
         f"{'':<26} {'ms':>9} {'tokens/s':>10} {'of n':>6} {'GiB':>6} {'MB/layer':>9} {'collectives':>12} {'alone':>7}"
     )
-    for case in cases(args, counts):
-        try:
-            found = measure(case, args)
-        except whole.DoesNotFit as error:
-            print(f"{case.name:<26} {error}")
+    for ready in made_ready(list(cases(args, counts)), args):
+        case = ready.case
+        if isinstance(ready, Failed):
+            print(f"{case.name:<26} {ready.why}")
             continue
+        found = measure(ready, args)
         rate = found["tokens_per_second"]
         step = {"context": "training", "fsdp": "training"}.get(case.which, case.which)
         if case.devices == 1:
@@ -169,8 +170,46 @@ def row(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def measure(case: Case, args: Arguments) -> dict[str, Any]:
-    """One entry."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A case that can't be."""
+
+    case: Case
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A case's program, and what it is given."""
+
+    case: Case
+    config: Config
+    mesh: jax.sharding.Mesh
+    blueprint: Blueprint
+    scene: Scene
+    program: Program
+    about: dict[str, Any]
+
+
+def made_ready(some: Sequence[Case], args: Arguments) -> list[Ready | Failed]:
+    """Compiles them all, beside each other, before any is timed: compiling takes longer than measuring."""
+
+    def ready(case: Case) -> Ready | Failed:
+        try:
+            return make_ready(case, args)
+        except whole.DoesNotFit as error:
+            return Failed(case=case, why=str(error))
+
+    with concurrent.futures.ThreadPoolExecutor(len(some) or 1) as pool:
+        return list(pool.map(ready, some))
+
+
+def make_ready(case: Case, args: Arguments) -> Ready:
+    """Compiles a case.
+
+    Raises:
+        DoesNotFit: its program needs more than a device has.
+    """
     asked = _asked(args)
     asked = dataclasses.replace(asked, scenes=case.scenes, shots=asked.shots * case.longer)
     config = Config(
@@ -187,50 +226,65 @@ def measure(case: Case, args: Arguments) -> dict[str, Any]:
         table = jax.eval_shape(lambda: chunk_table(lengths, shape, config.moc.chunk))
         sizes = {"heads": config.model.heads, "head_dim": config.model.head_dim, "element_bytes": 2}
         received = chosen_exchange(deal, table, config.moc, attention.exchange, **sizes)
-        launch, program = prepared(case, config, attention, mesh, scene)
-        timing = time_launches(launch, Effort(samples=asked.repeats))
-        found: dict[str, Any] = {
-            "model": dataclasses.asdict(config.model),
-            "devices": case.devices,
-            "groups": [deal.head_groups, deal.groups],
-            "tokens": case.scenes * shape.tokens,
+        blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
+        lowered = _lowered(case, config, attention, mesh, blueprint, scene)
+        program = whole.fitting(lowered, config.model)
+    about = {
+        "model": dataclasses.asdict(config.model),
+        "devices": case.devices,
+        "groups": [deal.head_groups, deal.groups],
+        "tokens": case.scenes * shape.tokens,
+        "gib": program.memory.peak / 2**30,
+        "exchange": received.kind,
+        "received_mb": received.forward / 1e6,
+    }
+    return Ready(case=case, config=config, mesh=mesh, blueprint=blueprint, scene=scene, program=program, about=about)
+
+
+def _lowered(
+    case: Case,
+    config: Config,
+    attention: RoutedAttention,
+    mesh: jax.sharding.Mesh,
+    blueprint: Blueprint,
+    scene: Scene,
+) -> jax.stages.Lowered:
+    """What is timed."""
+    if case.which != "sampling":
+        step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, attention)
+        return step.lower(blueprint.abstract, scene, config.moc)
+
+    def velocity(params, scene):
+        t = jnp.full(scene.lengths.shot_frames.shape, 0.9)
+        network = nnx.merge(blueprint.graph, params)
+        return network(scene.video, scene.text, t, scene.lengths, config.moc, attention=attention)
+
+    places = blueprint.shardings.sampling_params, batch_sharding(mesh)
+    return jax.jit(velocity, in_shardings=places).lower(blueprint.abstract.sampling_params, scene)
+
+
+def measure(ready: Ready, args: Arguments) -> dict[str, Any]:
+    """One entry."""
+    with jax.set_mesh(ready.mesh):
+        state = create_state(ready.blueprint)
+
+        def launch():
+            nonlocal state
+            if ready.case.which == "sampling":
+                return ready.program(state.sampling_params, ready.scene)
+            state, metrics = ready.program(state, ready.scene)
+            return metrics
+
+        timing = time_launches(launch, Effort(samples=args.scene.repeats))
+        found = ready.about | {
             "ms": timing.median_ms,
-            "tokens_per_second": 1e3 * case.scenes * shape.tokens / timing.median_ms,
-            "gib": program.memory.peak / 2**30,
-            "exchange": received.kind,
-            "received_mb": received.forward / 1e6,
+            "tokens_per_second": 1e3 * ready.about["tokens"] / timing.median_ms,
         }
         if args.profile and jax.default_backend() == "gpu":
             profile = profiled(launch)
             found |= dict(zip(("collectives_ms", "alone_ms"), collectives(profile), strict=True))
             found["split"] = dataclasses.asdict(split_of(profile))
     return found
-
-
-def prepared(
-    case: Case, config: Config, attention: RoutedAttention, mesh: jax.sharding.Mesh, scene: Scene
-) -> tuple[Callable[[], Any], Program]:
-    """What is timed, compiled."""
-    blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
-    state = create_state(blueprint)
-    if case.which == "sampling":
-
-        def velocity(params, scene):
-            t = jnp.full(scene.lengths.shot_frames.shape, 0.9)
-            network = nnx.merge(blueprint.graph, params)
-            return network(scene.video, scene.text, t, scene.lengths, config.moc, attention=attention)
-
-        program = whole.fitting(jax.jit(velocity).lower(state.params, scene), config.model)
-        return lambda: program(state.params, scene), program
-    step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh, attention)
-    program = whole.fitting(step.lower(state, scene, config.moc), config.model)
-
-    def launch():
-        nonlocal state
-        state, metrics = program(state, scene)
-        return metrics
-
-    return launch, program
 
 
 def collectives(profile: ProfileData) -> tuple[float, float]:

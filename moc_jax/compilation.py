@@ -34,6 +34,7 @@ from moc_jax.phases import garbage_left
 LIMIT = 8 << 30
 """Bytes that a folder may hold when a run starts; the demo's programs take 5 MB, those of a large model some 100 MB."""
 
+_IN_TURN = "xla_gpu_disable_async_collectives", "ALLCOLLECTIVES"  # see `mesh_options`
 _TRACED = (
     "jax",
     "jaxlib",
@@ -90,6 +91,20 @@ def _configure(values: dict[str, str | float | None]) -> None:
         jax.config.update(name, value)
 
 
+def mesh_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
+    """What a program over a mesh is compiled with, but for what XLA_FLAGS names.
+
+    On GPUs that NVLink joins, nothing is computed while devices exchange. NCCL would take multiprocessors from kernels
+    that fill the GPU, one thread block on each, and these would wait for the slowest as long as the exchange takes;
+    it takes longer, too, as it waits for theirs to end on every GPU. Measured: docs/performance.md.
+    """
+    devices = [] if mesh.empty else list(mesh.devices.flat)
+    if len(devices) < 2 or devices[0].platform != "gpu" or _IN_TURN[0] in os.environ.get("XLA_FLAGS", ""):
+        return None
+    joined = {getattr(device, "slice_index", device.process_index) for device in devices}
+    return dict([_IN_TURN]) if len(joined) == 1 else None
+
+
 def built(mesh: jax.sharding.Mesh, function: jax.stages.Wrapped, *args: object) -> jax.stages.Compiled:
     """`function` compiled for these arguments, with the mesh in context, of which each thread has its own."""
     with contextlib.nullcontext() if mesh.empty else jax.set_mesh(mesh):
@@ -97,7 +112,7 @@ def built(mesh: jax.sharding.Mesh, function: jax.stages.Wrapped, *args: object) 
             lowered = function.lower(*args)
         _listen()
         hits = _built.hits
-        program = lowered.compile()
+        program = lowered.compile(compiler_options=mesh_options(mesh))
         _built.last_was_found = _built.hits > hits
         return program
 
