@@ -15,8 +15,10 @@ Asked are the film's recalls, by how far back their reveal lies, and how near ea
 story's places: where films decay, that falls from the first shots to the last.
 """
 
+import concurrent.futures
 import dataclasses
 import math
+import os
 import pathlib
 import re
 import shlex
@@ -216,14 +218,16 @@ def backgrounds(exam: Exam, latents: Float[np.ndarray, "n F Y X Z"]) -> Float[np
     """
     world = exam.data.world
     assert isinstance(world, World)
-    found = []
-    for row, seed in enumerate(exam.data.seeds):
+
+    def of_film(row: int, seed: int) -> list[float]:
         story = world.story(seed)
         outside = ~story.shots[0].box
         places = [reconstructed(exam.codec, _empty(story, place)) for place in range(len(story.places))]
         shots = (frames_of(exam, latents[row], shot) for shot in range(world.characters, world.shots))
-        found.append([max(psnr(frames, place, outside) for place in places) for frames in shots])
-    return np.array(found)
+        return [max(psnr(frames, place, outside) for place in places) for frames in shots]
+
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return np.array(list(pool.map(of_film, range(len(latents)), exam.data.seeds)))
 
 
 def _empty(story: DrawnStory, place: int) -> np.ndarray:
