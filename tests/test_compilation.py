@@ -4,13 +4,16 @@ import os
 import pathlib
 import re
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
-from moc_jax.compilation import built, find_program, kept_program, kept_programs, prune, user_folder
+from moc_jax import compilation
+from moc_jax.compilation import built, find_program, kept_program, kept_programs, mesh_options, prune, user_folder
 
 NO_MESH = jax.sharding.get_mesh()
 
@@ -206,3 +209,28 @@ def test_a_full_disk_is_reported_once_and_what_was_cut_off_there_is_replaced(tmp
         assert len(shown) == 2
         assert re.match(rf"the compilation cache {tmp_path} could not be read \(", shown[1])
         assert len(entry.read_bytes()) > len(whole) // 2
+
+
+def mesh_of(platform, slices):
+    devices = [SimpleNamespace(platform=platform, slice_index=slice_index, process_index=0) for slice_index in slices]
+    return SimpleNamespace(empty=False, devices=np.array(devices))
+
+
+def test_gpus_that_nvlink_joins_compute_nothing_while_they_exchange(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    options = mesh_options(mesh_of("gpu", [0, 0]))
+    assert options == {"xla_gpu_disable_async_collectives": "ALLCOLLECTIVES"}
+    jax.jit(jnp.sin).lower(1.0).compile(compiler_options=options)  # else XLA would end every run there
+    for other in (mesh_of("gpu", [0]), mesh_of("gpu", [0, 1]), mesh_of("tpu", [0, 0]), mesh_of("cpu", [0, 0])):
+        assert mesh_options(other) is None
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_disable_async_collectives=ALLGATHER")
+    assert mesh_options(mesh_of("gpu", [0, 0])) is None
+
+
+def test_programs_are_built_with_what_their_mesh_asks_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compilation, "mesh_options", lambda mesh: asked.append(mesh) or {"xla_no_such_option": True})
+    mesh = jax.make_mesh((1,), ("data",))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        built(mesh, jax.jit(jnp.sin), 1.0)
+    assert asked == [mesh]

@@ -110,7 +110,7 @@ def _training(cfg: Config, where: Topology, sizes: Sizes, policy: Remat, work: W
         held=held,
         phases=computed,
         exchanges=tuple(sent),
-        hidden=_hidden(sent, sum(computed.values())),
+        hidden=_hidden(sent, sum(computed.values()), where),
         useful=useful * copies * shards,
         problems=tuple(_problems(cfg, sizes)),
     )
@@ -147,7 +147,7 @@ def plan_sampling(cfg: Config, where: Topology, sizes: Sizes | None = None) -> P
         held=sampling_bytes(cfg.model, work.tokens, weights, sizes, where.chip, _dispatched(moved)),
         phases=computed,
         exchanges=tuple(sent),
-        hidden=_hidden(sent, sum(computed.values())),
+        hidden=_hidden(sent, sum(computed.values()), where),
         useful=(work.matrices + work.attention) * sizes["data"] * sizes["fsdp"],
     )
     if cfg.sample.order != "shots":
@@ -190,8 +190,13 @@ def _sizes(cfg: MeshConfig, where: Topology) -> dict[str, int]:
     return dict(zip(AXES, mesh_sizes(asked, where.devices), strict=True))
 
 
-def _hidden(sent: list[Exchange], computed: float) -> float:
-    """Weights and gradients of other layers pass while a layer computes; what a layer itself waits for does not."""
+def _hidden(sent: list[Exchange], computed: float, where: Topology) -> float:
+    """Weights and gradients of other layers pass while a layer computes; what a layer itself waits for does not.
+
+    Between GPUs of one host nothing does (compilation.py).
+    """
+    if not where.chip.torus and where.hosts == 1:
+        return 0.0
     return min(computed, sum(each.seconds for each in sent if each.axis in ("data", "fsdp")))
 
 
