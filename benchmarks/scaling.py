@@ -39,6 +39,7 @@ from jax.profiler import ProfileData
 from benchmarks import model as whole
 from benchmarks import results
 from benchmarks.measure import Effort, Program, time_launches
+from benchmarks.several import times_one
 from benchmarks.trace import apart, kernels, profiled, split_of
 from moc_jax import models
 from moc_jax.attention.accounting import chosen_exchange
@@ -121,7 +122,7 @@ def main(args: Arguments, command: str) -> None:
     """Measures, stores and prints."""
     there = len(jax.devices())
     counts = args.counts or tuple(2**i for i in range(there.bit_length()) if 2**i <= there)
-    rates = {name: entry["tokens_per_second"] for name, entry in _of_one_device(args).items()}
+    entries = _stored(args)
     print(
         f"{'':<26} {'ms':>9} {'tokens/s':>10} {'of n':>6} {'GiB':>6} {'MB/layer':>9} {'collectives':>12} {'alone':>7}"
     )
@@ -131,25 +132,16 @@ def main(args: Arguments, command: str) -> None:
             print(f"{case.name:<26} {ready.why}")
             continue
         found = measure(ready, args)
-        rate = found["tokens_per_second"]
-        step = {"context": "training", "fsdp": "training"}.get(case.which, case.which)
-        if case.devices == 1:
-            rates[step] = rate
-        base = rates.get(step)
-        found["scaling"] = rate / base / case.devices if base else None
         results.store(args.out, "scaling", case.name, command, found)
-        print(row(case.name, found), flush=True)
+        entries[case.name] = json.loads(json.dumps(found))
+        print(row(case, entries), flush=True)
         gc.collect()
 
 
-def _of_one_device(args: Arguments) -> dict[str, Any]:
-    """This card's steps on one device, as far as they were measured before, of this model."""
-    kind, model = jax.devices()[0].device_kind, dataclasses.asdict(_asked(args).model)
-    files = (file for file in results.load(args.out, "scaling") if file["card"] == kind)
-    stored = next(files, {"entries": {}})["entries"]
-    names = {"training": "context, 1 devices, 1x1", "sampling": "sampling, 1 devices"}
-    found = {step: stored[name] for step, name in names.items() if name in stored}
-    return {step: entry for step, entry in found.items() if entry.get("model") == json.loads(json.dumps(model))}
+def _stored(args: Arguments) -> dict[str, Any]:
+    """What was measured before on this kind of card."""
+    kind = jax.devices()[0].device_kind
+    return next((file["entries"] for file in results.load(args.out, "scaling") if file["card"] == kind), {})
 
 
 def _asked(args: Arguments) -> whole.Arguments:
@@ -160,12 +152,14 @@ def _asked(args: Arguments) -> whole.Arguments:
     return dataclasses.replace(asked, model=dataclasses.replace(asked.model, remat="full"))
 
 
-def row(name: str, found: dict[str, Any]) -> str:
-    """One line of the table."""
-    scaling = "" if found["scaling"] is None else f"{found['scaling']:.1%}"
+def row(case: Case, entries: dict[str, Any]) -> str:
+    """One line of the table; of what one device does in the same time, if it was measured."""
+    found = entries[case.name]
+    times = times_one(case.which, found, entries)
+    scaling = "" if times is None else f"{times / case.devices:.1%}"
     moved = [f"{found[key]:.1f}" if key in found else "" for key in ("collectives_ms", "alone_ms")]
     return (
-        f"{name:<26} {found['ms']:>9.1f} {found['tokens_per_second']:>10.0f} {scaling:>6} {found['gib']:>6.1f} "
+        f"{case.name:<26} {found['ms']:>9.1f} {found['tokens_per_second']:>10.0f} {scaling:>6} {found['gib']:>6.1f} "
         f"{found['received_mb']:>9.1f} {moved[0]:>12} {moved[1]:>7}"
     )
 

@@ -20,7 +20,7 @@ def several_table(entries: dict[str, Entry], planned: dict[str, Entry]) -> list[
         split = "" if kind == "fsdp" else "x".join(map(str, e["groups"]))
         split += f", {e['exchange']}" if e["groups"][1] > 1 else ""
         row = [kind, str(e["devices"]), split, f"{e['ms']:,.0f}", f"{e['tokens_per_second']:,.0f}"]
-        row += [number(e["scaling"] and e["scaling"] * e["devices"], ".2f", "x"), f"{e['gib']:.1f}"]
+        row += [number(times_one(kind, e, entries), ".2f", "x"), f"{e['gib']:.1f}"]
         row += [number(e.get(key), ",.0f") for key in ("collectives_ms", "alone_ms")]
         of_plan = planned if e["groups"][1] == 1 else {}  # which is of as many head groups as there can be
         plan = of_plan.get(f"{_OF_PLAN.get(kind)} {e['devices']}", {}).get("step_ms")
@@ -46,3 +46,12 @@ def several_table(entries: dict[str, Entry], planned: dict[str, Entry]) -> list[
                 ]
                 rows.append([*row, f"{plan['step_ms']:,.0f}", ""])
     return markdown([*head, "planned: ms", "off by"], rows)
+
+
+def times_one(kind: str, entry: Entry, entries: dict[str, Entry]) -> float | None:
+    """How often a single GPU's rate an entry's is; None: that was not measured, of the same model."""
+    step = "context, 1 devices, 1x1" if kind in ("context", "fsdp") else f"{kind}, 1 devices"
+    one = entries.get(step)
+    if one is None or one.get("model") != entry.get("model"):
+        return None
+    return entry["tokens_per_second"] / one["tokens_per_second"]
