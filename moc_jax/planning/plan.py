@@ -91,7 +91,7 @@ def _training(cfg: Config, where: Topology, sizes: Sizes, policy: Remat, work: W
     deal, moved = deal_over(cfg, work, sizes), moved_over(cfg, work, sizes, cfg.training_exchange, copies, BF16)
     held = training_bytes(cfg.model, policy, work.moc, work.shape, copies, state, sizes, where.chip, moved)
     whole = sum(state.values()) + state["weights"] - state["frozen"]
-    parts = tuple(part * copies / share for part in (work.matrices, work.attention, work.tokens))
+    parts = work.matrices * copies / share, work.attention * copies / share, work.tokens * copies / share
     computed = phases(cfg.model, policy, *parts, whole, where.chip)
     if cfg.diffusion.own_history:
         again = sum(phases(cfg.model, "none", *parts, 0, where.chip, training=False).values())
