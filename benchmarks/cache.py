@@ -27,7 +27,7 @@ import tyro
 from flax import nnx
 
 from benchmarks import results
-from benchmarks.measure import Effort, Program, Timing, time_launches
+from benchmarks.measure import Effort, Program, Timing, begun, time_launches
 from benchmarks.model import TWO_STREAMS, DoesNotFit, fitting
 from benchmarks.model import Arguments as SceneArguments
 from benchmarks.model import make_scene as scene_of
@@ -48,7 +48,7 @@ from moc_jax.sampling.in_turn import Past, Turn, rounds_of
 from moc_jax.sampling.room import size_of
 from moc_jax.scene import Scene, SceneLengths, chunk_table
 from moc_jax.sharding import make_mesh
-from moc_jax.training.state import create_state, make_blueprint
+from moc_jax.training.state import make_blueprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def main(args: Arguments, command: str) -> None:
     mesh, effort = make_mesh(MeshConfig(data=1), jax.devices()[:1]), Effort(samples=args.repeats)
     with jax.set_mesh(mesh):
         made = make_blueprint(args.model, OptimizerConfig(), TrainConfig(ema_decay=0.0), mesh)
-        params = create_state(made).params
+        params = begun(made).params
         gc.collect()
         alone = measure_alone(args, params, effort)
         for shots in args.shots:

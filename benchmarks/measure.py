@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from moc_jax.chips import chip_of
 from moc_jax.compilation import mesh_options
 from moc_jax.timing import Effort, Timing, time_launches
+from moc_jax.training.state import Blueprint, TrainState, create_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,24 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
     peak = arguments + outputs + stats.temp_size_in_bytes - stats.alias_size_in_bytes
     return Memory(arguments=arguments, outputs=outputs, temporary=stats.temp_size_in_bytes, peak=peak)
+
+
+def begun(blueprint: Blueprint) -> TrainState:
+    """A state before its first step, whose trained weights are nowhere 0.
+
+    Maps that start as 0, gates and the last layer's above all, make the gradients of all layers zeros in a run's first
+    two steps; and products of zeros are faster than others, as they take less power.
+    """
+    state = create_state(blueprint)
+
+    def filled(params):
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        noisy = [x + 0.02 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys)]
+        return jax.tree.unflatten(tree, noisy)
+
+    params = jax.jit(filled, out_shardings=blueprint.shardings.params, donate_argnums=0)(state.params)
+    return dataclasses.replace(state, params=params)
 
 
 def both_ways(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -41,6 +41,7 @@ from benchmarks.measure import (
     Memory,
     Program,
     Timing,
+    begun,
     dense_attention,
     dense_implementation,
     time_launches,
@@ -72,7 +73,7 @@ from moc_jax.scene import Scene, SceneLengths, chunk_table
 from moc_jax.sharding import make_mesh
 from moc_jax.training.held import state_bytes, training_bytes
 from moc_jax.training.remat import choose, device_memory, policies
-from moc_jax.training.state import TrainState, create_state, make_blueprint
+from moc_jax.training.state import TrainState, make_blueprint
 from moc_jax.training.step import make_train_step
 
 # Wan 2.1 1.3B's sizes (30 layers, 12 heads of 128, MLPs of 8960, umT5's embeddings: arXiv 2503.20314, table 2), with
@@ -199,7 +200,7 @@ def measure(args: Arguments) -> dict[str, Any]:
     entry: dict[str, Any] = {**_describe(args, scene), "steps": {}}
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        state = create_state(make_blueprint(config.model, config.optimizer, config.train, mesh))
+        state = begun(make_blueprint(config.model, config.optimizer, config.train, mesh))
         entry["state_bytes"] = state_bytes(state)
         for step in args.steps:
             timings: dict[str, Any] = {}

@@ -31,10 +31,11 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import results
 from benchmarks.inputs import make_inputs
-from benchmarks.measure import both_ways
+from benchmarks.measure import begun, both_ways
 from moc_jax.attention.api import moc_attention, route
 from moc_jax.checkpoint import Checkpoints
 from moc_jax.chips import chip_of
+from moc_jax.compilation import mesh_options
 from moc_jax.config import ChunkConfig, Config, HashConfig, MeshConfig, MoCConfig, TrainConfig
 from moc_jax.config.presets import PRESETS
 from moc_jax.files import write_text
@@ -42,7 +43,7 @@ from moc_jax.models import matrix_flops
 from moc_jax.processes import join
 from moc_jax.scene import Scene, SceneLengths, SceneShape, chunk_table
 from moc_jax.sharding import AXES, batch_sharding, batch_shards, make_mesh
-from moc_jax.training.state import create_state, make_blueprint
+from moc_jax.training.state import make_blueprint
 from moc_jax.training.step import make_train_step
 
 _STEPS, _TIMES = 5, 10
@@ -235,9 +236,9 @@ def training(args: Arguments, mesh: Mesh, found: dict[str, Any]) -> dict[str, An
     with jax.set_mesh(mesh):
         blueprint = make_blueprint(config.model, config.optimizer, config.train, mesh)
         step = make_train_step(config.train, config.optimizer, config.diffusion, blueprint, mesh)
-        state, scene = create_state(blueprint), _scene(args, scenes, model.latent_channels, mesh)
+        state, scene = begun(blueprint), _scene(args, scenes, model.latent_channels, mesh)
         begin = time.perf_counter()
-        program = step.lower(state, scene, moc).compile()
+        program = step.lower(state, scene, moc).compile(compiler_options=mesh_options(mesh))
         compiled = time.perf_counter() - begin
         state, metrics = program(state, scene)
         losses = [float(metrics.loss)]

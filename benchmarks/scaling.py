@@ -38,7 +38,7 @@ from jax.profiler import ProfileData
 
 from benchmarks import model as whole
 from benchmarks import results
-from benchmarks.measure import Effort, Program, time_launches
+from benchmarks.measure import Effort, Program, begun, time_launches
 from benchmarks.several import times_one
 from benchmarks.trace import apart, kernels, profiled, split_of
 from moc_jax import models
@@ -48,7 +48,7 @@ from moc_jax.attention.sharded import deal_of
 from moc_jax.config import Config, ExchangeKind, HashConfig, MeshConfig, TrainConfig
 from moc_jax.scene import Scene, chunk_table
 from moc_jax.sharding import batch_sharding, make_mesh, shard_batch
-from moc_jax.training.state import Blueprint, create_state, make_blueprint
+from moc_jax.training.state import Blueprint, make_blueprint
 from moc_jax.training.step import make_train_step
 
 Which = Literal["context", "fsdp", "sampling", "long"]
@@ -260,7 +260,7 @@ def _lowered(
 def measure(ready: Ready, args: Arguments) -> dict[str, Any]:
     """One entry."""
     with jax.set_mesh(ready.mesh):
-        state = create_state(ready.blueprint)
+        state = begun(ready.blueprint)
 
         def launch():
             nonlocal state

@@ -26,7 +26,7 @@ class Effort:
     budget_seconds: float = 4.0
     """A program that would take longer than this for all samples gets fewer, at least 3."""
     single_seconds: float = 8.0
-    """A first launch that lasts longer than this is the only sample: warming up is less than 1 % of it."""
+    """A launch that lasts longer than this is the only sample, after a first one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ def time_launches(launch: Callable[[], object], effort: Effort) -> Timing:
         jax.block_until_ready(out)
         return (time.perf_counter() - start) / launches
 
-    first = sample(1)
-    if first > effort.single_seconds:
-        return _timing([first], 1)
+    sample(1)  # memory is taken, devices find each other, clocks rise
     launches, seconds = 1, sample(1)
+    if seconds > effort.single_seconds:
+        return _timing([seconds], 1)
     while seconds * launches < effort.sample_seconds:
         launches = max(2 * launches, math.ceil(effort.sample_seconds / seconds))
         seconds = sample(launches)
