@@ -21,7 +21,10 @@ def routes(worlds: Sequence[Evidence]) -> Claim:
         arms, where = found
         best = best_of(arms)
         assert best is not None
-        for arm, results in arms.items():
+        shown = {(arm, where): results for arm, results in arms.items()}
+        others, elsewhere = world.tests[-1]  # changed arms are compared on the stories for choices alone
+        shown |= {(arm, elsewhere): results for arm, results in others.items() if arm not in arms}
+        for (arm, of), results in shown.items():
             if not arm.startswith("moc") or "into_reveal" not in results[0]["levels"][-1]:
                 continue
             picks = np.mean([r["levels"][-1]["into_reveal"] for r in results], axis=0)  # [depth, H]
@@ -30,15 +33,15 @@ def routes(worlds: Sequence[Evidence]) -> Claim:
             begin = ", ".join("-" if n is None else f"{n:,}" for n in (_found_from(r, chance) for r in results))
             place = f"layer {layer + 1}, head {head + 1}"
             cells = [percent(last_tests(results)), f"{100 * results[0]['skipped']:.0f} %", f"{100 * chance:.0f}"]
-            rows.append([where, arm, *cells, f"{100 * picks.max():.0f}", place, begin])
-            if arm == best:
+            rows.append([of, arm, *cells, f"{100 * picks.max():.0f}", place, begin])
+            if (arm, of) == (best, where):
                 verdict = "holds" if picks.max() >= FOUND * chance else "fails"
                 since = f", from {begin} updates on, {place}" if verdict == "holds" else ""
-                verdicts.append(f"{where}, routes of {arm} find the shot{of_one_seed(results)}: **{verdict}**{since}")
-            elif _mends(arm, best):
-                verdict = compared(last_tests(results), last_tests(arms[best]))
-                seeds = of_one_seed(results, arms[best])
-                verdicts.append(f"{where}, {arm} is better than {best}{seeds}: **{verdict}**")
+                verdicts.append(f"{of}, routes of {arm} find the shot{of_one_seed(results)}: **{verdict}**{since}")
+            elif _mends(arm, best) and best in (against := arms if of == where else others):
+                verdict = compared(last_tests(results), last_tests(against[best]))
+                seeds = of_one_seed(results, against[best])
+                verdicts.append(f"{of}, {arm} is better than {best}{seeds}: **{verdict}**")
         for arm in filter(plain, arms):
             if (random := arm.replace("moc", "random")) in arms:
                 verdict = compared(last_tests(arms[arm]), last_tests(arms[random]))

@@ -57,10 +57,9 @@ class Evidence:
 
     def picking(self, *arms: str) -> tuple[Arms, str] | None:
         """`of`, with some plain MoC."""
-        for name in sorted({*self.final, *self.choices}):
-            if plain(name) and (found := self.of(name, *arms)):
-                return found
-        return None
+        return next(
+            (test for test in self.tests if any(map(plain, test[0])) and all(arm in test[0] for arm in arms)), None
+        )
 
 
 def evidence(results: pathlib.Path, worlds: Sequence[str]) -> list[Evidence]:
