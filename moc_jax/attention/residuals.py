@@ -4,7 +4,8 @@
 
 With all of them kept, neither attention nor its routing nor the sorting of pairs is done a second time: of N tokens in
 H heads of D, the output (N H D numbers), the log-sum-exp (N H in float32) and the routes with where their pairs lie
-(about 2 N H K in int32).
+(about 2 N H K in int32). With INPUTS kept too, queries, keys and values (3 N H D) are not made again, nor exchanged
+among the devices of a scene.
 """
 
 import jax
@@ -13,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from moc_jax.shapes import Array, Float, Float32
 
 OUTPUT, LOG_SUM_EXP, ROUTES = RESIDUALS = "moc_output", "moc_log_sum_exp", "moc_routes"
+INPUTS = "moc_inputs"
 
 
 def named_outputs(out: Float[Array, "*D"], lse: Float32[Array, "*N"]) -> tuple[Array, Array]:

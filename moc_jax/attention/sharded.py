@@ -25,12 +25,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from moc_jax.attention.accounting import chosen_exchange
 from moc_jax.attention.api import RoutedAttention, SceneAttention, luck_keys
 from moc_jax.attention.deal import Deal, head_groups
 from moc_jax.attention.layout import queries_of
 from moc_jax.attention.links import CONTEXT, Links
+from moc_jax.attention.residuals import INPUTS
 from moc_jax.config import ConfigError, ExchangeKind, MoCConfig
 from moc_jax.scene import ChunkTable, SceneShape
 from moc_jax.shapes import Array, Float, Int, Key
@@ -115,7 +117,7 @@ class OverMesh(NamedTuple):
             count = text[0].shape[2] // self.deal.head_groups
             keys, luck = (None if x is None else links.own_heads(x, count) for x in (keys, luck))
         text_size = text[0].shape[1]
-        q, k, v = self._to_heads(text, video, links)
+        q, k, v = (checkpoint_name(x, INPUTS) for x in self._to_heads(text, video, links))
         if self.deal.groups == 1:
             out, routes = self._attend(q, k, v, table, keys, luck)
         elif isinstance(self.attention, RoutedAttention) and self._kind(self.attention, q) == "dispatch":

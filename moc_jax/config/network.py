@@ -11,7 +11,7 @@ _WIDEST = 2**20  # numbers that one token is made of
 _MOST_WEIGHTS = 10**13
 _LARGEST_PATCH = 2**14  # its covariance takes 2 GiB
 
-Remat = Literal["auto", "none", "dots", "attention+mlp", "attention", "full"]
+Remat = Literal["auto", "none", "dots", "qkv+attention+mlp", "attention+mlp", "attention", "full"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

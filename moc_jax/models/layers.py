@@ -10,7 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from moc_jax.attention.residuals import RESIDUALS
+from moc_jax.attention.residuals import INPUTS, RESIDUALS
 from moc_jax.config import ModelConfig
 from moc_jax.models.linear import Linear, Staying, linear_of
 from moc_jax.models.rope import Turns, rotate
@@ -23,6 +23,7 @@ _policies = jax.checkpoint_policies
 _of_attention = _policies.save_only_these_names(*RESIDUALS)
 _KEPT: dict[str, Callable[..., bool] | None] = {  # by `remat`, for the backward pass beside a block's inputs
     "dots": _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _of_attention),
+    "qkv+attention+mlp": _policies.save_only_these_names(*RESIDUALS, INPUTS, MLP_OUTPUT),
     "attention+mlp": _policies.save_only_these_names(*RESIDUALS, MLP_OUTPUT),
     "attention": _of_attention,
     "full": None,

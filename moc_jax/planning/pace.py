@@ -73,8 +73,7 @@ def phases(
             "products": matrices / products,
             "the rest": forward,
         }
-    kept = {"none": 1.0, "dots": 1.0, "attention+mlp": _mlp_kept(model)}  # of the products, for the backward pass
-    again = 1 - kept.get(policy, 0.0)
+    again = 1 - _kept(model, policy)
     times = 2 if policy == "full" else 1
     return {
         "attention, forward": times * attention / (pace.forward * chip.flops),
@@ -85,6 +84,12 @@ def phases(
     }
 
 
-def _mlp_kept(model: ModelConfig) -> float:
-    """The share of a block's products that the MLP's second one is."""
-    return model.mlp_dim / (4 * model.dim + 2 * model.mlp_dim)
+def _kept(model: ModelConfig, policy: Remat) -> float:
+    """The share of a block's products that the backward pass does not compute again."""
+    mlp, qkv = {
+        "none": (2 * model.mlp_dim, 4 * model.dim),
+        "dots": (2 * model.mlp_dim, 4 * model.dim),
+        "qkv+attention+mlp": (model.mlp_dim, 3 * model.dim),
+        "attention+mlp": (model.mlp_dim, 0),
+    }.get(policy, (0, 0))
+    return (mlp + qkv) / (4 * model.dim + 2 * model.mlp_dim)

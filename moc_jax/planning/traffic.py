@@ -62,9 +62,10 @@ def exchanges(
 
 def _of_attention(moved: AttentionExchange, policy: Remat, training: bool) -> Iterator[tuple[str, Kind, float]]:
     """Those of a layer, with what is recomputed."""
-    # Forward; again q, k and v for the backward pass, three of four, and the output where it is computed again; and the
-    # gradients of all four.
-    passes = 1 if not training else 3 if policy == "full" else 2.75
+    # Of q, k, v and the output: forward; again for the backward pass, but for what is kept as it was exchanged; and the
+    # gradients. The output is kept where it was made, and what reads it is elsewhere.
+    again = {"none": 0.0, "qkv+attention+mlp": 0.25}.get(policy, 1.0)
+    passes = 2 + again if training else 1
     if moved.heads:
         yield "heads of q, k, v and outputs", "all-to-all", passes * moved.heads
     if moved.kind == "dispatch":
@@ -77,6 +78,6 @@ def _of_attention(moved: AttentionExchange, policy: Remat, training: bool) -> It
         if rounds:
             yield "keys and values of shots", "collective-permute", rounds * (looked * around + training * back)
     elif moved.keys:
-        yield "keys and values", "all-gather", (math.ceil(passes) - training) * moved.keys
+        yield "keys and values", "all-gather", (1 + (training and policy != "none")) * moved.keys
         if training:
             yield "gradients of keys and values", "all-to-all", moved.keys_backward

@@ -160,7 +160,12 @@ def test_drop_off_and_drop_in_change_training_only():
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "remat", ["full", "attention", *(pytest.param(x, marks=pytest.mark.slow) for x in ("attention+mlp", "dots"))]
+    "remat",
+    [
+        "full",
+        "qkv+attention+mlp",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("attention", "attention+mlp", "dots")),
+    ],
 )
 def test_rematerialisation_changes_no_gradient(remat):
     video, text, t = _inputs()

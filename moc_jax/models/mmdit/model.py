@@ -65,6 +65,7 @@ class MMDiT(nnx.Module):
             "full": 0,
             "attention": attention,
             "attention+mlp": attention + width,
+            "qkv+attention+mlp": attention + 4 * width,
             "dots": attention + 5 * width + hidden + 4 * rank,  # q, k and v, attention's output, the MLP's two
             # And what norms, gates, rotary positions and GELU read.
             "none": attention + 12 * width + 2 * hidden + 4 * rank,

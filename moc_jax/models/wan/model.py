@@ -142,6 +142,7 @@ class WanDiT(nnx.Module):
             "full": 0,
             "attention": attention,
             "attention+mlp": attention + width,
+            "qkv+attention+mlp": attention + 4 * width,
             # q, k, v and output, the captions' q and output, the MLP's two.
             "dots": attention + 7 * width + hidden + 8 * rank,
             # And what norms, gates, rotary positions and GELU read.
