@@ -131,7 +131,7 @@ def _several_block(folder: pathlib.Path) -> list[str]:
             "A training step of one scene over all GPUs (`context`), by groups of heads x groups of tokens, of a scene"
             " on each (`fsdp`), of one scene four times as long (`long`); and a call of the model (`sampling`). 3.1 B"
             " parameters, 180,504 tokens a scene. Collectives: for how long any ran on the first GPU, and how long"
-            " alone. Beside it what `moc-plan` said before, and for numbers of GPUs that were not measured that alone.",
+            " alone. Beside it what `moc-plan` says, and for numbers of GPUs that were not measured that alone.",
             "",
             *several_table(file["entries"], plans.get(file["card"], {})),
             "",
