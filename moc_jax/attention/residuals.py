@@ -4,8 +4,8 @@
 
 With all of them kept, neither attention nor its routing nor the sorting of pairs is done a second time: of N tokens in
 H heads of D, the output (N H D numbers), the log-sum-exp (N H in float32) and the routes with where their pairs lie
-(about 2 N H K in int32). With INPUTS kept too, queries, keys and values (3 N H D) are not made again, nor exchanged
-among the devices of a scene.
+(about 2 N H K in int32). With INPUTS kept too, queries, keys and values (3 N H D), the devices of a scene do not
+exchange these again; they are made again, for the gradients of the norms before them.
 """
 
 import jax

@@ -1,7 +1,8 @@
-"""A training step compiled for TPUs that aren't there, as far as what it needs of their memory.
+"""A training step compiled for TPUs or GPUs that aren't there, as far as what it needs of their memory.
 
-libtpu holds the whole compiler. A process of its own lowers the step; once XLA has assigned its buffers, which it
-writes down before it generates code, the process is ended: seconds instead of many minutes.
+libtpu holds the whole compiler for TPUs, and jax's CUDA plugin that for GPUs (absent_gpus.py). A process of its own
+lowers the step; once XLA has assigned its buffers, which it writes down before it generates code, the process is ended:
+seconds instead of many minutes.
 """
 
 import dataclasses
@@ -26,8 +27,9 @@ from moc_jax.config_json import config_from_json, config_to_json
 from moc_jax.data.pack import blank_scene
 from moc_jax.errors import Failure
 from moc_jax.flags import set_flags
+from moc_jax.planning import absent_gpus
 from moc_jax.planning.collectives import by_kind, collectives
-from moc_jax.planning.topology import Topology
+from moc_jax.planning.topology import Topology, topology
 from moc_jax.planning.workload import workload
 
 _REPORT = "*jit_of_seed*after_optimizations-memory-usage-report.txt"
@@ -63,14 +65,14 @@ def compile_step(cfg: Config, where: Topology, sizes: dict[str, int], timeout: f
     """The training step of `cfg`, with a mesh of `sizes`, in a process of its own.
 
     Raises:
-        ConfigError: the topology is none of TPUs, or libtpu is missing.
+        ConfigError: the compiler is not installed.
         CompilationError: the compiler refuses it, or takes longer than `timeout` seconds.
     """
-    if not where.chip.torus:
-        raise ConfigError(f"--compile knows TPUs alone, not {where.name}")
-    if not installed():
-        raise ConfigError("the TPU compiler is missing: pip install 'moc_jax[tpu]'")
-    begin, variables = time.monotonic(), environment()
+    tpus = bool(where.chip.torus)
+    if not (installed() if tpus else absent_gpus.installed()):
+        package = "'moc_jax[tpu]'" if tpus else absent_gpus.PACKAGES
+        raise ConfigError(f"the compiler for {where.chip.name} is missing: pip install {package}")
+    begin, variables = time.monotonic(), environment() if tpus else absent_gpus.environment()
     set_flags(variables)  # as a run does
     command = ["-m", "moc_jax.planning.compiled", where.name, config_to_json(cfg), *map(str, sizes.values())]
     found = optimized(command, f"the step for {where.name}", variables, timeout)
@@ -89,7 +91,8 @@ def optimized(command: Sequence[str], name: str, variables: Mapping[str, str], t
     until = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="moc_jax-plan-") as temporary:
         folder = pathlib.Path(temporary)
-        dump = {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"}
+        flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_pass_re=none"
+        dump = {"XLA_FLAGS": f"{variables.get('XLA_FLAGS', '')} {flags}"}
         with (folder / "log").open("wb") as log:
             line = [sys.executable, *command]
             process = subprocess.Popen(line, env={**variables, **dump}, stdout=log, stderr=log, start_new_session=True)
@@ -151,20 +154,29 @@ def absent_devices(name: str) -> Sequence[jax.Device]:
     return topologies.get_topology_desc(name, "tpu", chip_config_name=config).devices
 
 
-def lower(cfg: Config, name: str, sizes: list[int]) -> jax.stages.Lowered:
-    """The step before it is compiled: to be called in the environment above."""
+def build(cfg: Config, name: str, sizes: list[int]) -> jax.stages.Compiled:
+    """The step for a topology: to be called in the environment of its compiler."""
     from moc_jax.attention.api import RoutedAttention
+    from moc_jax.attention.backends import Xla
+    from moc_jax.attention.pallas_gpu.device import Hopper
     from moc_jax.attention.pallas_tpu.device import Tpu
+    from moc_jax.compilation import mesh_options
     from moc_jax.sharding import batch_sharding, batch_shards, make_mesh
     from moc_jax.training.state import make_blueprint
     from moc_jax.training.step import make_train_step
 
+    where, work = topology(name), workload(cfg)
+    if where.chip.torus:
+        devices, backend, platform = absent_devices(name), Tpu(chip=where.chip.name), "tpu"
+    else:
+        die = absent_gpus.DIES[where.chip.name]
+        backend = Hopper(multiprocessors=die.multiprocessors) if die.has_own_kernels else Xla()
+        devices, platform = absent_gpus.absent_devices(where), "cuda"
     data, fsdp, context, tensor = sizes
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor), absent_devices(name))
-    work = workload(cfg)
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor), devices)
     with jax.set_mesh(mesh):
         blueprint = make_blueprint(cfg.model, cfg.optimizer, cfg.train, mesh)
-        attention = RoutedAttention(backend=Tpu(chip=name.partition(":")[0]))
+        attention = RoutedAttention(backend=backend)
         step = make_train_step(cfg.train, cfg.optimizer, cfg.diffusion, blueprint, mesh, attention)
         shards, sharding = batch_shards(mesh), batch_sharding(mesh)
         scenes = -(-cfg.train.batch_size // shards) * shards
@@ -176,9 +188,10 @@ def lower(cfg: Config, name: str, sizes: list[int]) -> jax.stages.Lowered:
         latents = *cfg.latent_size, cfg.codec.channels
         blank = functools.partial(blank_scene, work.bucket, latents, cfg.text.dim, **given)
         scene = jax.tree.map(of_batch, jax.eval_shape(blank))
-        return step.trace(blueprint.abstract, scene, work.moc).lower(lowering_platforms=("tpu",))
+        lowered = step.trace(blueprint.abstract, scene, work.moc).lower(lowering_platforms=(platform,))
+        return lowered.compile(compiler_options=mesh_options(mesh))
 
 
 if __name__ == "__main__":
     name_, config_, *sizes_ = sys.argv[1:]
-    lower(config_from_json(config_), name_, list(map(int, sizes_))).compile()
+    build(config_from_json(config_), name_, list(map(int, sizes_)))

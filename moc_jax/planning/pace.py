@@ -89,7 +89,7 @@ def _kept(model: ModelConfig, policy: Remat) -> float:
     mlp, qkv = {
         "none": (2 * model.mlp_dim, 4 * model.dim),
         "dots": (2 * model.mlp_dim, 4 * model.dim),
-        "qkv+attention+mlp": (model.mlp_dim, 3 * model.dim),
+        "qkv+attention+mlp": (model.mlp_dim, 0),  # norms' gradients need what they were made of
         "attention+mlp": (model.mlp_dim, 0),
     }.get(policy, (0, 0))
     return (mlp + qkv) / (4 * model.dim + 2 * model.mlp_dim)

@@ -9,7 +9,7 @@ import numpy as np
 
 from moc_jax.attention.accounting import Accounting, Exchange, account, chosen_exchange
 from moc_jax.attention.deal import Deal, head_groups
-from moc_jax.codecs import latent_frames
+from moc_jax.codecs import crop_frames, latent_frames
 from moc_jax.config import BucketConfig, Config, ConfigError, ExchangeKind, MoCConfig
 from moc_jax.models import matrix_flops, scene_shape
 from moc_jax.scene import ChunkTable, SceneLengths, SceneShape, chunk_table
@@ -92,9 +92,14 @@ def _bucket(cfg: Config) -> BucketConfig:
         raise ConfigError(
             "nothing says how long a scene is: give --data.buckets shots:frames:text_tokens, or --data.max-shot-frames"
         )
-    shots = cfg.data.shots_per_scene
-    frames = latent_frames(cfg.data.max_shot_frames, cfg.codec.stride[0])
-    frames = max(cfg.model.patch[0], frames // cfg.model.patch[0] * cfg.model.patch[0])
+    shots, stride, patch = cfg.data.shots_per_scene, cfg.codec.stride[0], cfg.model.patch[0]
+    cropped = crop_frames(cfg.data.max_shot_frames, stride, patch)  # as training does it
+    if not cropped:
+        raise ConfigError(
+            f"data.max_shot_frames {cfg.data.max_shot_frames} is too short for the codec and the model's patches, which "
+            f"take {stride * (patch - 1) + 1} frames at least"
+        )
+    frames = latent_frames(cropped, stride)
     return BucketConfig(
         shots=shots, frames=shots * frames, text_tokens=(shots + 1) * min(_CAPTION, cfg.text.max_tokens)
     )

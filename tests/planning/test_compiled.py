@@ -5,8 +5,11 @@ import time
 
 import pytest
 
+from benchmarks import plan_h200
+from moc_jax.chips import CHIPS
 from moc_jax.cli import load_config
 from moc_jax.config import ConfigError
+from moc_jax.planning import absent_gpus, compiled
 from moc_jax.planning.collectives import by_kind, collectives
 from moc_jax.planning.compiled import (
     CompilationError,
@@ -17,6 +20,7 @@ from moc_jax.planning.compiled import (
 )
 from moc_jax.planning.plan import plan_training
 from moc_jax.planning.topology import topology
+from moc_jax.sharding import AXES
 
 
 def test_collectives_of_a_program():
@@ -29,9 +33,37 @@ def test_collectives_of_a_program():
     assert by_kind(collectives(text)) == {"all-gather": (1, 16), "all-reduce": (2, 16 * 2 * 4 + 3 * 2)}
 
 
-def test_gpus_are_not_compiled_for():
-    with pytest.raises(ConfigError, match="TPUs alone"):
-        compile_step(load_config(["--config", "demo"]), topology("h200:4"), {})
+@pytest.mark.parametrize(
+    ("name", "what", "package"),
+    [("h200:4", absent_gpus, "jax-cuda13-plugin jax-cuda13-pjrt"), ("v5p:2x2x1", compiled, r"'moc_jax\[tpu\]'")],
+)
+def test_a_compiler_that_is_missing_is_named(name, what, package, monkeypatch):
+    monkeypatch.setattr(what, "installed", lambda: False)
+    with pytest.raises(ConfigError, match=rf"the compiler for {name[:3]}.* is missing: pip install {package}$"):
+        compile_step(load_config(["--config", "demo"]), topology(name), {})
+
+
+def test_every_gpu_has_what_its_compiler_asks_for():
+    gpus = [chip for chip in CHIPS if not chip.torus]
+    assert {chip.name for chip in gpus} == set(absent_gpus.DIES)
+    for chip in gpus:
+        text = absent_gpus.target_config(chip)
+        assert text.count("{") == text.count("}")
+        assert f'name: "{chip.kinds[0]}"' in text
+    assert "cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }" in absent_gpus.target_config(
+        topology("h100:8").chip
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not absent_gpus.installed(), reason=f"pip install {absent_gpus.PACKAGES}")
+@pytest.mark.parametrize(("context", "on_the_card"), [(2, 60.3), (4, 30.8)])
+def test_gpus_are_compiled_for_without_one(context, on_the_card):
+    """XLA lays out as much as it did on H200s, where it tries products first: benchmarks/results/scaling."""
+    sizes = {axis: context if axis == "context" else 1 for axis in AXES}
+    made = compile_step(plan_h200.config("attention+mlp", 1), topology(f"h200:{context}"), sizes)
+    assert made.total / 2**30 == pytest.approx(on_the_card, rel=0.03)
+    assert made.collectives["all-to-all"][0] == 30 * 6
 
 
 WRITES = """

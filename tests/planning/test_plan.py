@@ -250,3 +250,12 @@ def test_predictions_for_h200s_are_stored():
     assert {"training, context 1", "training, context 2", "training, context 4", "training, fsdp 4"} <= set(
         found["entries"]
     )
+
+
+def test_shots_are_cropped_as_training_crops_them():
+    data = {"max_shot_frames": 8, "buckets": ()}
+    cropped, exact = (workload(changed(CONFIG, data=data | {"max_shot_frames": frames})) for frames in (8, 5))
+    assert cropped.bucket == exact.bucket
+    two = changed(CONFIG, data=data | {"max_shot_frames": 4}, model={"patch": (2, 2, 2)})
+    with pytest.raises(ConfigError, match=r"data\.max_shot_frames 4 is too short .* take 5 frames at least"):
+        workload(two)
