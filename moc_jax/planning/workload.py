@@ -96,8 +96,8 @@ def _bucket(cfg: Config) -> BucketConfig:
     cropped = crop_frames(cfg.data.max_shot_frames, stride, patch)  # as training does it
     if not cropped:
         raise ConfigError(
-            f"data.max_shot_frames {cfg.data.max_shot_frames} is too short for the codec and the model's patches, which "
-            f"take {stride * (patch - 1) + 1} frames at least"
+            f"data.max_shot_frames {cfg.data.max_shot_frames} is too short for the codec and the model's patches: they "
+            f"take at least {stride * (patch - 1) + 1} frames"
         )
     frames = latent_frames(cropped, stride)
     return BucketConfig(

@@ -257,5 +257,5 @@ def test_shots_are_cropped_as_training_crops_them():
     cropped, exact = (workload(changed(CONFIG, data=data | {"max_shot_frames": frames})) for frames in (8, 5))
     assert cropped.bucket == exact.bucket
     two = changed(CONFIG, data=data | {"max_shot_frames": 4}, model={"patch": (2, 2, 2)})
-    with pytest.raises(ConfigError, match=r"data\.max_shot_frames 4 is too short .* take 5 frames at least"):
+    with pytest.raises(ConfigError, match=r"data\.max_shot_frames 4 is too short .* take at least 5 frames"):
         workload(two)
