@@ -1,4 +1,4 @@
-"""What moc-plan expects of the 3.1 B model at 180 504 tokens on 1, 2 and 4 H200s, stored before 2 and 4 are measured.
+"""What moc-plan expects of the 3.1 B model at 180 504 tokens on 1, 2 and 4 H200s, to stand beside what is measured.
 
     python -m benchmarks.plan_h200
 

@@ -191,7 +191,7 @@ def made_ready(some: Sequence[Case], args: Arguments) -> list[Ready | Failed]:
     def ready(case: Case) -> Ready | Failed:
         try:
             return make_ready(case, args)
-        except whole.DoesNotFit as error:
+        except (whole.DoesNotFit, jax.errors.JaxRuntimeError) as error:  # the others are still to be measured
             return Failed(case=case, why=str(error))
 
     with concurrent.futures.ThreadPoolExecutor(len(some) or 1) as pool:

@@ -112,7 +112,10 @@ def compared(a: Entries, b: Entries) -> str:
 
 def of_one_seed(*arms: Sequence[Result]) -> str:
     """What to say behind a verdict that one of these arms has only one seed for."""
-    return ", of one seed" if min(map(len, arms)) == 1 else ""
+    if min(map(len, arms)) > 1:
+        return ""
+    seeds = {tuple(sorted(result["seed"] for result in results)) for results in arms}
+    return ", of one seed" if len(seeds) == 1 else ", of one seed, not the same"
 
 
 def best_of(arms: Arms, least_skipped: float = 0.0) -> str | None:

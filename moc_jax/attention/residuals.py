@@ -5,7 +5,8 @@
 With all of them kept, neither attention nor its routing nor the sorting of pairs is done a second time: of N tokens in
 H heads of D, the output (N H D numbers), the log-sum-exp (N H in float32) and the routes with where their pairs lie
 (about 2 N H K in int32). With INPUTS kept too, queries, keys and values (3 N H D), the devices of a scene do not
-exchange these again; they are made again, for the gradients of the norms before them.
+exchange heads of these again. They are made again, for the gradients of the norms before them, and groups of tokens
+gather each other's keys again.
 """
 
 import jax

@@ -5,8 +5,8 @@ moc-plan --config multi_shot --topology v5p:8x8x4 [--any.nested.field value]
 --topology NAME   v5p:4x4x4, v6e:16x16, h200:4, ...; an unknown one lists all
 --sample          a scene that is sampled, instead of training
 --price X         what a chip costs in an hour: prints the price of 1,000 steps
---compile         compiles the step for that topology, which takes a minute or more and libtpu, for GPUs jax's CUDA
-                  plugin, and says how far its memory is from the estimate
+--compile         compiles the step for that topology and says how far its memory is from the estimate: takes a minute
+                  or more, and libtpu, or for GPUs jax's CUDA plugin
 --timeout S       seconds for that (default 600)
 --json            all figures, for programs
 """

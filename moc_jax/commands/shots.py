@@ -54,11 +54,13 @@ def make_shots(
             check_given(boards[0], sampler.canvas.condition_channels)
         for board in boards:
             check_shot_by_shot(board, sampler.canvas, config.sample, sampler.encoder)
+        still_held()
         ask(generation, args, boards)
         with jax.set_mesh(make_mesh(args.mesh)):
             params = opened.load(sampler)
             for _ in sample_shots(generation, sampler, params, lambda line: print(line, flush=True), still_held):
                 pass
+        still_held()
         if jax.process_index() == 0:
             _finish(generation, sheets)
 

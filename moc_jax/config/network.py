@@ -169,8 +169,9 @@ class MMDiTConfig(Settings, at="model"):
     them."""
     remat: Remat = "auto"
     """What of a block the backward pass finds kept and does not recompute: all (`none`); attention with its routing and
-    beside it matrix products (`dots`), the MLP's output (`attention+mlp`) or no more (`attention`); nothing (`full`).
-    `auto`: the fastest of these, `none` aside, that fits the device when a run begins; outside of runs, `full`."""
+    beside it matrix products (`dots`), the MLP's output (`attention+mlp`), with it the heads that devices exchanged
+    (`qkv+attention+mlp`), or no more (`attention`); nothing (`full`). `auto`: the fastest of these, `none` and
+    `qkv+attention+mlp` aside, that fits the device when a run begins; outside of runs, `full`."""
     lora: LoraConfig = LoraConfig()
 
     def check_together(self):

@@ -63,9 +63,12 @@ def environment() -> dict[str, str]:
 
 
 def absent_devices(where: Topology) -> Sequence[jax.Device]:
-    """Those of a topology: to be called in the environment above. NVLink joins those of a host."""
+    """Those of a topology: to be called in the environment above.
+
+    Whatever the hosts, all say that NVLink joins them.
+    """
     each = min(where.devices, where.chip.per_host)
-    shape, target = f"{where.hosts}x1x{each}", target_config(where.chip)
+    shape, target = f"1x{where.hosts}x{each}", target_config(where.chip)
     return topologies.get_topology_desc("", "cuda", topology=shape, target_config=target).devices
 
 

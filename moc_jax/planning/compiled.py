@@ -189,7 +189,7 @@ def build(cfg: Config, name: str, sizes: list[int]) -> jax.stages.Compiled:
         blank = functools.partial(blank_scene, work.bucket, latents, cfg.text.dim, **given)
         scene = jax.tree.map(of_batch, jax.eval_shape(blank))
         lowered = step.trace(blueprint.abstract, scene, work.moc).lower(lowering_platforms=(platform,))
-        return lowered.compile(compiler_options=mesh_options(mesh))
+        return lowered.compile(compiler_options=mesh_options(mesh) if where.hosts == 1 else None)
 
 
 if __name__ == "__main__":

@@ -86,10 +86,10 @@ def phases(
 
 def _kept(model: ModelConfig, policy: Remat) -> float:
     """The share of a block's products that the backward pass does not compute again."""
-    mlp, qkv = {
+    mlp, projections = {
         "none": (2 * model.mlp_dim, 4 * model.dim),
         "dots": (2 * model.mlp_dim, 4 * model.dim),
         "qkv+attention+mlp": (model.mlp_dim, 0),  # norms' gradients need what they were made of
         "attention+mlp": (model.mlp_dim, 0),
     }.get(policy, (0, 0))
-    return (mlp + qkv) / (4 * model.dim + 2 * model.mlp_dim)
+    return (mlp + projections) / (4 * model.dim + 2 * model.mlp_dim)

@@ -98,6 +98,11 @@ def _training(cfg: Config, where: Topology, sizes: Sizes, policy: Remat, work: W
         computed["own history"] = cfg.diffusion.own_history_steps * again
     parameters, trained = parameter_count(cfg.model), trained_count(cfg.model)
     sent = exchanges(cfg.model, policy, moving_count(cfg.model), trained, deal, moved, copies, sizes, where)
+    if cfg.diffusion.own_history:
+        of, steps = (deal, moved, copies, sizes, where), cfg.diffusion.own_history_steps
+        for each in exchanges(cfg.model, policy, moving_count(cfg.model), 0, *of, training=False):
+            cost = {"bytes": steps * each.bytes, "seconds": steps * each.seconds}
+            sent.append(dataclasses.replace(each, what=f"{each.what}, for own histories", **cost))
     useful = step_flops(cfg.model, work.matrices, work.attention)
     return Plan(
         topology=where,

@@ -88,10 +88,10 @@ class _Run:
             board, bucket = self._board(take, read), self._bucket
             (latents,) = self._sampler.latents(self._params, [board], bucket=bucket, turn=self._turn)
         shares = self._shares(board, latents, len(read))
-        self._check()
         for number, own, of_shot in zip(take.shots, latents[len(read) :], shares, strict=True):
             keys = self._features(number, own, t=self._cfg.history_noise)[1]
             done = Done(latents=own, features=keys, read=np.asarray(read, np.int32), shares=of_shot)
+            self._check()
             if jax.process_index() == 0:
                 self._generation.file(number, "mp4").unlink(missing_ok=True)  # of a shot that was lost
                 self._generation.keep(number, done)

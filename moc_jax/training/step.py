@@ -70,11 +70,11 @@ def train_step(
         def loss_of(params):
             weights = state.model_params(params)
             if diffusion.teacher_forcing:
-                model, frozen = (
-                    _model(blueprint, of, moc, taught(attention), drop_key)
-                    for of in (weights, jax.lax.stop_gradient(weights))
+                model, sampling = (
+                    _model(blueprint, of, moc, taught(attention), key)
+                    for of, key in ((weights, drop_key), (jax.lax.stop_gradient(weights), None))
                 )
-                velocity_fn = teacher_forced(model, scene, jax.random.fold_in(noise_key, 1), diffusion, frozen)
+                velocity_fn = teacher_forced(model, scene, jax.random.fold_in(noise_key, 1), diffusion, sampling)
             else:
                 velocity_fn = _velocity(blueprint, weights, scene, moc, attention, key=drop_key)
             return loss_fn(velocity_fn, scene, noise_key, diffusion)

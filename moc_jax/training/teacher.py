@@ -21,13 +21,13 @@ Model = Callable[[Array, Array, Array, SceneLengths], Array]
 
 
 def teacher_forced(
-    model: Model, scene: Scene, key: Key[Array, ""], cfg: DiffusionConfig, frozen: Model | None = None
+    model: Model, scene: Scene, key: Key[Array, ""], cfg: DiffusionConfig, sampling: Model | None = None
 ) -> VelocityFn:
     """The velocity of shots whose history is `scene` with noise that `key` draws, of one level for each scene.
 
     Args:
         model: what learns.
-        frozen: the same, to which no gradients flow; it makes the histories that are the model's own.
+        sampling: the same as it samples, with nothing dropped; it makes the histories that are the model's own.
     """
     level_key, noise_key = jax.random.split(key)
     low, high = cfg.history_noise
@@ -47,14 +47,14 @@ def teacher_forced(
 
     if not cfg.own_history:
         return after(model, scene.video)
-    frozen = model if frozen is None else frozen
-    return after(model, own_history(after(frozen, scene.video), scene, jax.random.fold_in(key, 1), cfg))
+    sampling = model if sampling is None else sampling
+    return after(model, own_history(after(sampling, scene.video), scene, jax.random.fold_in(key, 1), cfg))
 
 
 def own_history(
     velocity: VelocityFn, scene: Scene, key: Key[Array, ""], cfg: DiffusionConfig
 ) -> Float[Array, "B F Y X Z"]:
-    """The scenes, some of them as the model makes them of themselves with noise.
+    """The scenes, some of them as the model makes them of themselves with noise; no gradients flow through it.
 
     All shots at once, each after the shots before it as they are in the data, so mistakes do not add up from shot to
     shot; Resampling Forcing (arXiv 2512.15702, section 3.2) lets them.
@@ -66,10 +66,12 @@ def own_history(
     def at(level):
         return jnp.broadcast_to(level, scene.lengths.shot_frames.shape)
 
-    z = add_noise(video, jax.random.normal(noise_key, video.shape, video.dtype), at(begin), scene.lengths)
-    for step in range(cfg.own_history_steps):
+    def euler(step, z):
         level = begin * (1 - step / cfg.own_history_steps)
-        z = z - (begin / cfg.own_history_steps)[..., None, None, None] * velocity(z, at(level))
+        return z - (begin / cfg.own_history_steps)[..., None, None, None] * velocity(z, at(level))
+
+    z = add_noise(video, jax.random.normal(noise_key, video.shape, video.dtype), at(begin), scene.lengths)
+    z = jax.lax.fori_loop(0, cfg.own_history_steps, euler, z)
     own = jax.random.bernoulli(own_key, cfg.own_history, (video.shape[0],))[:, None]
     own &= frame_shot(scene.lengths.shot_frames, video.shape[1]) != NO_SHOT
     return jax.lax.stop_gradient(jnp.where(own[..., None, None, None], z, video))

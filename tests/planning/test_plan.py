@@ -89,6 +89,15 @@ def test_a_history_of_its_own_costs_a_forward_pass_a_step():
     assert three.phases["own history"] == pytest.approx(3 * one.phases["own history"])
     assert one.phases["own history"] == pytest.approx(sum(plain.phases.values()) / 4, rel=0.3)
 
+    of = topology("v5e:2x4"), _sizes(context=8)
+    sent, more = (
+        {x.what: x.bytes for x in plan_training(changed(taught, diffusion={"own_history": share}), *of).exchanges}
+        for share in (0.0, 0.5)
+    )
+    heads = "heads of q, k, v and outputs"
+    assert more[f"{heads}, for own histories"] == pytest.approx(sent[heads] / 3)  # of three passes, one
+    assert more[heads] == sent[heads]
+
 
 def test_where_nothing_is_computed_again_all_is_kept():
     held = {

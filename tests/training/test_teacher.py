@@ -13,7 +13,9 @@ from moc_jax.attention.api import RoutedAttention
 from moc_jax.attention.taught import in_pairs, taught
 from moc_jax.config import ChunkConfig, Config, ConfigError, DiffusionConfig, MMDiTConfig, MoCConfig, WanConfig
 from moc_jax.scene import Scene, SceneLengths
+from moc_jax.training import step as step_module
 from moc_jax.training.teacher import own_history, teacher_forced
+from tests.training.small import CONFIG, blueprint_of, changed, make_scene, mesh_of
 
 MMDIT = MMDiTConfig(dim=32, depth=2, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none")
 WAN = WanConfig(
@@ -111,7 +113,7 @@ def test_shots_must_read_nothing_of_each_other_but_history():
         DiffusionConfig(history_noise=(0.5, 0.1))
 
 
-def seen_by(cfg, model, frozen=None):
+def seen_by(cfg, model, sampling=None):
     """What a model that shots with noise are given reads as their history, and the history's level."""
     found = []
 
@@ -120,9 +122,19 @@ def seen_by(cfg, model, frozen=None):
         return model(video, text, levels, lengths)
 
     data = scene()
-    teacher_forced(spy, data, jax.random.key(3), cfg, frozen or model)(data.video, jnp.full((2, SHOTS), 0.5))
+    teacher_forced(spy, data, jax.random.key(3), cfg, sampling or model)(data.video, jnp.full((2, SHOTS), 0.5))
     assert len(found) == 1
     return found[0]
+
+
+def of_level(velocity):
+    """A model that gives each shot's latents one number, by their level."""
+
+    def model(video, text, levels, lengths):
+        t = jnp.repeat(levels[1::2, :1], FRAMES, axis=1)[..., None, None, None]
+        return in_pairs(jnp.zeros_like(video[1::2]), jnp.broadcast_to(velocity(t), video[1::2].shape))
+
+    return model
 
 
 def oracle(video, text, levels, lengths):
@@ -141,37 +153,50 @@ def test_who_makes_no_mistakes_makes_the_data():
 
 
 def test_a_history_of_its_own_is_what_shots_with_noise_are_denoised_to():
-    levels = []
-
-    def frozen(video, text, levels_of, lengths):
-        levels.append(levels_of[1::2, 0])
-        return jnp.ones_like(video)
-
-    plain, own = seen_by(CFG, frozen)[0], seen_by(OWN, frozen)[0]
-    begins = [level for level in levels if level[0] != 0.5]
-    assert len(begins) == 3
-    np.testing.assert_allclose(begins[1], begins[0] * 2 / 3, rtol=1e-6)
-    assert ((begins[0] >= 0.3) & (begins[0] <= 0.9)).all()
+    """In Euler steps from one level for each scene down to 0."""
+    still, one, level = (seen_by(OWN, of_level(v)) for v in (jnp.zeros_like, jnp.ones_like, lambda t: t))
     inside = np.arange(FRAMES)[None] < np.array([9, 6])[:, None]
-    assert (np.abs(plain - own).mean(axis=(2, 3, 4)) > 0.05)[inside].all()
-    assert (plain == own)[~inside].all()  # padding is left alone
+    seen = (1 - still[1][:, :1])[..., None, None, None]  # at level t_c
+    begin, area = ((still[0] - other[0]) / seen for other in (one, level))
+    for of_scene, area_of_scene, frames in zip(begin, area, inside, strict=True):
+        t = of_scene[0, 0, 0, 0]
+        assert 0.3 <= t <= 0.9
+        np.testing.assert_allclose(of_scene[frames], t, atol=1e-5)
+        np.testing.assert_allclose(area_of_scene[frames], t / 3 * (t + 2 * t / 3 + t / 3), atol=1e-5)
+    assert (still[0] == one[0])[~inside].all()  # padding is left alone
 
 
 def test_no_gradient_flows_to_what_made_a_history():
-    def loss(scale, of_frozen):
-        def model(factor):
-            return lambda video, text, levels, lengths: factor * jnp.ones_like(video)
+    def loss(factor):
+        def model(video, text, levels, lengths):
+            return in_pairs(video[1::2], factor * video[::2])  # what a shot's history is
 
         data = scene()
-        velocity = teacher_forced(model(scale), data, jax.random.key(3), OWN, model(of_frozen))
+        velocity = teacher_forced(lambda *of: of[0][in_pairs(rows, rows - 1)], data, jax.random.key(3), OWN, model)
         return velocity(data.video, jnp.full((2, SHOTS), 0.5)).sum()
 
-    assert jax.grad(loss, argnums=1)(1.0, 1.0) == 0
+    rows = jnp.arange(1, 4, 2)
+    assert loss(1.0) != loss(2.0)
+    assert jax.grad(loss)(1.0) == 0
+
+
+def test_histories_are_made_as_samples_are(monkeypatch):
+    """With nothing dropped, whatever is dropped while shots are learned."""
+    asked, make = [], step_module._model
+    monkeypatch.setattr(step_module, "_model", lambda *of: asked.append(of[-1]) or make(*of))
+    config = changed(CONFIG, moc={"visibility": "past"}, diffusion={"teacher_forcing": True, "own_history": 1.0})
+    blueprint = blueprint_of(config, mesh_of(1))
+    of = config.train, config.optimizer, config.diffusion, blueprint
+    step = step_module.train_step(*of, RoutedAttention(backend="reference"))
+    given = blueprint.abstract, make_scene(batch=2)
+    jax.eval_shape(lambda state, scene: step(state, scene, config.moc, jax.random.key(0)), *given)
+    learning, sampling = asked
+    assert learning is not None
+    assert sampling is None
 
 
 def test_some_histories_are_the_models_own():
-    half = dataclasses.replace(OWN, own_history=0.5)
-    data = scene()
+    half, data = dataclasses.replace(OWN, own_history=0.5), scene()
     many = jax.tree.map(lambda x: jnp.repeat(x, 32, axis=0), data)
     made = own_history(lambda z, t: jnp.ones_like(z), many, jax.random.key(0), half)
     share = np.mean(np.any(made != many.video, axis=(1, 2, 3, 4)))
