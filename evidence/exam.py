@@ -48,7 +48,7 @@ class Exam:
     def truth(self) -> list[UInt8[np.ndarray, "F Y X 3"]]:
         """Each question's shot after the codec's reconstruction."""
         latents = np.asarray(self.data.latents)
-        with _threads() as pool:
+        with threads() as pool:
             return list(pool.map(lambda q: frames_of(self, latents[q.row], q.shot), self.questions))
 
 
@@ -124,11 +124,12 @@ def grade(exam: Exam, latents: Float[np.ndarray, "n F Y X Z"]) -> list[Recall]:
         return _graded(exam, question, frames_of(exam, latents[question.row], question.shot), truth)
 
     truth = exam.truth
-    with _threads() as pool:
+    with threads() as pool:
         return list(pool.map(one, exam.questions, truth))
 
 
-def _threads() -> concurrent.futures.ThreadPoolExecutor:
+def threads() -> concurrent.futures.ThreadPoolExecutor:
+    """For what decodes and compares."""
     return concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1))
 
 

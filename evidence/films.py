@@ -15,10 +15,8 @@ Asked are the film's recalls, by how far back their reveal lies, and how near ea
 story's places: where films decay, that falls from the first shots to the last.
 """
 
-import concurrent.futures
 import dataclasses
 import math
-import os
 import pathlib
 import re
 import shlex
@@ -37,7 +35,7 @@ from evidence import dataset
 from evidence.arms import arm_of
 from evidence.cache import load_weights
 from evidence.dataset import Dataset
-from evidence.exam import Exam, frames_of, grade, make_exam, reconstructed
+from evidence.exam import Exam, frames_of, grade, make_exam, reconstructed, threads
 from evidence.experiment import Programs
 from evidence.findings import save_rows, share
 from evidence.measures import psnr
@@ -226,7 +224,7 @@ def backgrounds(exam: Exam, latents: Float[np.ndarray, "n F Y X Z"]) -> Float[np
         shots = (frames_of(exam, latents[row], shot) for shot in range(world.characters, world.shots))
         return [max(psnr(frames, place, outside) for place in places) for frames in shots]
 
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with threads() as pool:
         return np.array(list(pool.map(of_film, range(len(latents)), exam.data.seeds)))
 
 

@@ -51,15 +51,12 @@ class Evidence:
         """Results on the final stories, then on those for choices, and words that say which."""
         return (self.final, self.world), (self.choices, f"{self.world}, stories for choices")
 
-    def of(self, *arms: str) -> tuple[Arms, str] | None:
-        """The first of `tests` in which all these arms have results."""
-        return next((test for test in self.tests if all(arm in test[0] for arm in arms)), None)
-
     def picking(self, *arms: str) -> tuple[Arms, str] | None:
-        """`of`, with some plain MoC."""
-        return next(
-            (test for test in self.tests if any(map(plain, test[0])) and all(arm in test[0] for arm in arms)), None
-        )
+        """The first of `tests` in which all these arms have results, and some plain MoC."""
+        for test in self.tests:
+            if any(map(plain, test[0])) and all(arm in test[0] for arm in arms):
+                return test
+        return None
 
 
 def evidence(results: pathlib.Path, worlds: Sequence[str]) -> list[Evidence]:

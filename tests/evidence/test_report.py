@@ -164,12 +164,26 @@ def test_final_stories_are_asked_at_the_rate_that_choices_made(tmp_path):
     final = [result("dense", 1e-3, 10, 70), result("dense", 2e-3, 10, 199), result("moc 8x6", 1e-3, 10, 150)]
     save(tmp_path, "full-final", *final)
     (world,) = claims.evidence(tmp_path, ["full", "still"])
-    arms, where = world.of("dense", "moc 8x6")
+    arms, where = world.picking("dense", "moc 8x6")
     assert where == "full"
     assert [r["test"]["all"]["correct"] for r in arms["dense"]] == [70]
-    assert world.of("own shot") is None
+    assert world.picking("own shot") is None
     (claim,) = [claim for claim in claims.claims(tmp_path) if claim.letter == "b"]
     assert claim.verdicts[1] == "full, at equal attended FLOPs, where the first ends: **holds** by moc 8x6, of one seed"
+
+
+def test_a_new_arm_is_compared_on_the_stories_for_choices_and_the_others_stay_where_they_were(tmp_path):
+    save(tmp_path, "full", result("dense", 1e-3, 0, 90), result("moc 8x6", 1e-3, 0, 90), result("moc 4x6", 1e-3, 1, 95))
+    save(tmp_path, "full-final", *(result(arm, 1e-3, seed, 190) for arm in ("dense", "moc 8x6") for seed in (10, 11)))
+    (world,) = claims.evidence(tmp_path, ["full"])
+    arms, where = world.picking("dense")
+    assert (where, len(arms["dense"])) == ("full", 2)
+    found = verdicts(tmp_path)["e"]
+    assert found[0].startswith("full, routes of moc 8x6 find the shot: ")
+    assert (
+        found[1]
+        == "full, stories for choices, moc 4x6 is better than moc 8x6, of one seed, not the same: **undecided**"
+    )
 
 
 def test_arms_of_several_seeds_are_apart_if_no_two_seeds_disagree(tmp_path):
