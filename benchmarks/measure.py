@@ -54,7 +54,7 @@ def _memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 def begun(blueprint: Blueprint) -> TrainState:
-    """A state before its first step, whose trained weights are nowhere 0.
+    """A state before its first step, whose weights are nowhere 0.
 
     Maps that start as 0, gates and the last layer's above all, make the gradients of all layers zeros in a run's first
     two steps; and products of zeros are faster than others, as they take less power.
@@ -67,8 +67,9 @@ def begun(blueprint: Blueprint) -> TrainState:
         noisy = [x + 0.02 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys)]
         return jax.tree.unflatten(tree, noisy)
 
-    params = jax.jit(filled, out_shardings=blueprint.shardings.params, donate_argnums=0)(state.params)
-    return dataclasses.replace(state, params=params)
+    places = blueprint.shardings.params, blueprint.shardings.frozen
+    params, frozen = jax.jit(filled, out_shardings=places, donate_argnums=0)((state.params, state.frozen))
+    return dataclasses.replace(state, params=params, frozen=frozen)
 
 
 def both_ways(forward: Callable[..., Any]) -> Callable[..., Any]:

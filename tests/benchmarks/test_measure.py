@@ -1,5 +1,6 @@
 """Time, memory and what is compared."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from benchmarks import results
 from benchmarks.measure import Effort, Program, begun, both_ways, dense_attention, time_launches
 from moc_jax import timing
-from moc_jax.config import MeshConfig, MMDiTConfig, MoCConfig, OptimizerConfig, TrainConfig
+from moc_jax.config import LoraConfig, MeshConfig, MMDiTConfig, MoCConfig, OptimizerConfig, TrainConfig
 from moc_jax.scene import SceneLengths
 from moc_jax.sharding import make_mesh
 from moc_jax.training.state import create_state, make_blueprint
@@ -101,21 +102,24 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert path.exists()
 
 
-def test_gradients_of_what_is_timed_are_not_zeros():
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradients_of_what_is_timed_are_not_zeros(rank):
     """In a run's first step those of all blocks are: what comes out of them starts as 0."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     model = MMDiTConfig(dim=16, depth=1, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none")
+    model = dataclasses.replace(model, lora=LoraConfig(rank=rank))
     blueprint = make_blueprint(model, OptimizerConfig(), TrainConfig(ema_decay=0.0), mesh)
     scene = (jnp.ones((1, 2, 4, 4, 4)), jnp.ones((1, 3, 8)), jnp.ones((1, 1)))
     lengths = SceneLengths(jnp.array([[2]]), jnp.array([[1, 2]]))
 
-    def loss(params):
-        return jnp.square(nnx.merge(blueprint.graph, params)(*scene, lengths, MoCConfig(top_k=0)) - 1).sum()
+    def loss(params, state):
+        weights = state.model_params(params)
+        return jnp.square(nnx.merge(blueprint.graph, weights)(*scene, lengths, MoCConfig(top_k=0)) - 1).sum()
 
     with jax.set_mesh(mesh):
         zeros = [
-            np.mean([not np.any(x) for x in jax.tree.leaves(jax.jit(jax.grad(loss))(state.params))])
+            np.mean([not np.any(x) for x in jax.tree.leaves(jax.jit(jax.grad(loss))(state.params, state))])
             for state in (create_state(blueprint), begun(blueprint))
         ]
     assert zeros[0] > 0.5
-    assert zeros[1] < 0.25  # captions' way to an output that nobody reads
+    assert zeros[1] < 0.4  # captions' way to an output that nobody reads
