@@ -162,7 +162,7 @@ class DiffusionConfig(Settings, at="diffusion"):
     """That noise level is drawn between these, for each scene (LCT: 0.1 to 0.5)."""
     own_history: Fraction = 0.0
     """With teacher forcing, the chance that a scene's history is what the model makes of it: its shots with noise, and
-    denoised again, as Resampling Forcing does (arXiv 2512.15702). So it learns to follow its own mistakes."""
+    denoised again, after Resampling Forcing (arXiv 2512.15702). So it learns to follow its own mistakes."""
     own_history_from: tuple[Below1, Below1] = (0.3, 0.9)
     """The noise level that this begins at is drawn between these, for each scene."""
     own_history_steps: Annotated[int, Range(1, 100)] = 1

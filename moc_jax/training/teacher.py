@@ -57,7 +57,7 @@ def own_history(
     """The scenes, some of them as the model makes them of themselves with noise; no gradients flow through it.
 
     All shots at once, each after the shots before it as they are in the data, so mistakes do not add up from shot to
-    shot; Resampling Forcing (arXiv 2512.15702, section 3.2) lets them.
+    shot.
     """
     own_key, level_key, noise_key = jax.random.split(key, 3)
     video, (low, high) = scene.video, cfg.own_history_from
