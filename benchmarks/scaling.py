@@ -82,6 +82,8 @@ class Case:
     scenes: int = 1
     longer: int = 1
     exchange: ExchangeKind = "auto"
+    remat: str = ""
+    """Of a training step."""
 
     @property
     def mesh(self) -> MeshConfig:
@@ -94,13 +96,13 @@ class Case:
     def name(self) -> str:
         """In results."""
         split = f", {self.head_groups}x{self.devices // self.head_groups}" if self.head_groups else ""
-        forced = "" if self.exchange == "auto" else f", {self.exchange}"
-        return f"{self.which}, {self.devices} devices{split}{forced}"
+        ways = (f", {way}" for way in (self.exchange, self.remat) if way not in ("auto", ""))
+        return f"{self.which}, {self.devices} devices{split}{''.join(ways)}"
 
 
 def cases(args: Arguments, counts: Sequence[int]) -> Iterator[Case]:
     """All that are asked for: those of fewer devices first, which the others are compared with."""
-    heads, asked = args.scene.model.heads, args.scene.attention.exchange
+    heads, asked, remat = args.scene.model.heads, args.scene.attention.exchange, _asked(args).model.remat
     for which, count in itertools.product(args.which, counts):
         if which == "context":
             for groups in (u for u in range(count, 0, -1) if count % u == 0 and heads % u == 0):
@@ -108,14 +110,14 @@ def cases(args: Arguments, counts: Sequence[int]) -> Iterator[Case]:
                     continue
                 kinds: tuple[ExchangeKind, ...] = ("gather", "dispatch") if asked == "auto" else (asked,)
                 for kind in kinds if groups < count else ("auto",):
-                    yield Case(which=which, devices=count, head_groups=groups, exchange=kind)
+                    yield Case(which=which, devices=count, head_groups=groups, exchange=kind, remat=remat)
         elif which == "fsdp":
             if count > 1 or "context" not in args.which:
-                yield Case(which=which, devices=count, scenes=count)
+                yield Case(which=which, devices=count, scenes=count, remat=remat)
         elif which == "sampling":
             yield Case(which=which, devices=count)
         elif count == max(counts):
-            yield Case(which=which, devices=count, longer=_LONGER)
+            yield Case(which=which, devices=count, longer=_LONGER, remat=remat)
 
 
 def main(args: Arguments, command: str) -> None:
@@ -124,12 +126,12 @@ def main(args: Arguments, command: str) -> None:
     counts = args.counts or tuple(2**i for i in range(there.bit_length()) if 2**i <= there)
     entries = _stored(args)
     print(
-        f"{'':<26} {'ms':>9} {'tokens/s':>10} {'of n':>6} {'GiB':>6} {'MB/layer':>9} {'collectives':>12} {'alone':>7}"
+        f"{'':<46} {'ms':>9} {'tokens/s':>10} {'of n':>6} {'GiB':>6} {'MB/layer':>9} {'collectives':>12} {'alone':>7}"
     )
     for ready in made_ready(list(cases(args, counts)), args):
         case = ready.case
         if isinstance(ready, Failed):
-            print(f"{case.name:<26} {ready.why}")
+            print(f"{case.name:<46} {ready.why}")
             continue
         found = measure(ready, args)
         results.store(args.out, "scaling", case.name, command, found)
@@ -159,7 +161,7 @@ def row(case: Case, entries: dict[str, Any]) -> str:
     scaling = "" if times is None else f"{times / case.devices:.1%}"
     moved = [f"{found[key]:.1f}" if key in found else "" for key in ("collectives_ms", "alone_ms")]
     return (
-        f"{case.name:<26} {found['ms']:>9.1f} {found['tokens_per_second']:>10.0f} {scaling:>6} {found['gib']:>6.1f} "
+        f"{case.name:<46} {found['ms']:>9.1f} {found['tokens_per_second']:>10.0f} {scaling:>6} {found['gib']:>6.1f} "
         f"{found['received_mb']:>9.1f} {moved[0]:>12} {moved[1]:>7}"
     )
 

@@ -13,17 +13,31 @@ def several_table(entries: dict[str, Entry], planned: dict[str, Entry]) -> list[
         entries: of benchmarks.scaling.
         planned: of benchmarks.plan_h200.
     """
-    head = ["step", "GPUs", "heads x tokens", "ms", "tokens/s", "times one GPU", "GiB", "collectives: ms", "alone"]
+    head = [
+        "step",
+        "GPUs",
+        "heads x tokens",
+        "remat",
+        "ms",
+        "tokens/s",
+        "times one GPU",
+        "GiB",
+        "collectives: ms",
+        "alone",
+    ]
     rows = []
     for name, e in sorted(entries.items(), key=lambda item: item[1]["devices"]):
         kind = name.partition(",")[0]
         split = "" if kind == "fsdp" else "x".join(map(str, e["groups"]))
         split += f", {e['exchange']}" if e["groups"][1] > 1 else ""
-        row = [kind, str(e["devices"]), split, f"{e['ms']:,.0f}", f"{e['tokens_per_second']:,.0f}"]
+        remat = "" if kind == "sampling" else e["model"]["remat"]
+        step = f"{kind}, first step" if e.get("first_step") else kind
+        row = [step, str(e["devices"]), split, remat, f"{e['ms']:,.0f}", f"{e['tokens_per_second']:,.0f}"]
         row += [number(times_one(kind, e, entries), ".2f", "x"), f"{e['gib']:.1f}"]
         row += [number(e.get(key), ",.0f") for key in ("collectives_ms", "alone_ms")]
-        of_plan = planned if e["groups"][1] == 1 else {}  # which is of as many head groups as there can be
-        plan = of_plan.get(f"{_OF_PLAN.get(kind)} {e['devices']}", {}).get("step_ms")
+        plan = planned.get(f"{_OF_PLAN.get(kind)} {e['devices']}", {})
+        alike = e["groups"][1] == 1 and remat in ("", plan.get("remat"))  # it is of as many head groups as can be
+        plan = plan.get("step_ms") if alike else None
         rows.append([*row, number(plan, ",.0f"), number(plan and plan / e["ms"] - 1, "+.1%")])
     measured = {(name.partition(",")[0], e["devices"]) for name, e in entries.items()}
     one = {kind: planned.get(f"{name} 1") for kind, name in (_OF_PLAN | {"fsdp": _OF_PLAN["context"]}).items()}
@@ -37,6 +51,7 @@ def several_table(entries: dict[str, Entry], planned: dict[str, Entry]) -> list[
                     kind,
                     str(count),
                     "",
+                    plan["remat"] if kind != "sampling" else "",
                     "not measured",
                     "",
                     times,
@@ -49,9 +64,10 @@ def several_table(entries: dict[str, Entry], planned: dict[str, Entry]) -> list[
 
 
 def times_one(kind: str, entry: Entry, entries: dict[str, Entry]) -> float | None:
-    """How often a single GPU's rate an entry's is; None: that was not measured, of the same model."""
-    step = "context, 1 devices, 1x1" if kind in ("context", "fsdp") else f"{kind}, 1 devices"
-    one = entries.get(step)
-    if one is None or one.get("model") != entry.get("model"):
-        return None
-    return entry["tokens_per_second"] / one["tokens_per_second"]
+    """How often a single GPU's rate an entry's is; None: that was not measured, of the same model and step of a run."""
+    kind = "context" if kind == "fsdp" else kind
+    for name, one in entries.items():
+        alike = all(one.get(of) == entry.get(of) for of in ("model", "first_step"))
+        if name.startswith(f"{kind},") and one["devices"] == 1 and alike:
+            return entry["tokens_per_second"] / one["tokens_per_second"]
+    return None

@@ -73,7 +73,7 @@ def main(args: Arguments) -> None:
     for file in stored.load(args.results, "films"):
         entries = file["entries"].items()
         names = {"truth": TRUTH} | {name: picture_of(name) for name, e in entries if e["level"] == HISTORY_NOISE}
-        save_picture(plots.films(args.results / "films", names), args.root / PICTURES / "films.png")
+        save_picture(plots.films(args.results / "films", names), args.root / PICTURES / "films.jpg")
     for claim in claims(args.results):
         for name, picture in claim.pictures.items():
             save_picture(picture(), args.root / PICTURES / f"{name}.png")
@@ -96,7 +96,7 @@ def page_block(results: pathlib.Path) -> str:
         lines += [f"## {TITLES[folder.name]}", "", *_about(found), "", *main_table(chosen, found), ""]
         lines += ["P(correct) by the gap, in shots:", "", *gap_table(chosen), ""]
         for name in pictures_of(folder):
-            lines += [f"![{name.removesuffix('.png')}](pictures/{name})", ""]
+            lines += [f"![{name.rpartition('.')[0]}](pictures/{name})", ""]
         lines += ["Picks into the revealing shot, of tokens in the character's box:", "", *picks_table(chosen), ""]
         lines += ["Squared error of the velocity in the character's box, by noise level:", "", *level_table(chosen), ""]
         lines += ["P(correct) at each learning rate:", "", *rate_table(found), ""]
@@ -120,7 +120,7 @@ def films_block(results: pathlib.Path) -> str:
             "",
         ]
         lines += [*films_table(entries, "background_by_shot", lambda db: f"{db:.1f}"), ""]
-        lines += ["![films](pictures/films.png)", ""]
+        lines += ["![films](pictures/films.jpg)", ""]
         commands = {f"`{e['command']}`, {e['date']}, {file['card']}, jax {e['versions']['jax']}" for e in entries}
         lines += [*(f"- {command}" for command in sorted(commands)), ""]
     return "\n".join(lines).strip() or "*Not measured yet.*"
@@ -276,7 +276,7 @@ def rate_table(found: Sequence[Result]) -> list[str]:
 
 def pictures_of(folder: pathlib.Path) -> list[str]:
     """Names of what `pictures` draws."""
-    return [f"evidence_{folder.name}_{kind}.png" for kind in ("updates", "gap", "sheet")]
+    return [f"evidence_{folder.name}_{file}" for file in ("updates.png", "gap.png", "sheet.jpg")]
 
 
 def pictures(folder: pathlib.Path) -> dict[str, Image.Image]:

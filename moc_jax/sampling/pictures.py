@@ -33,14 +33,15 @@ class PictureError(SamplingError):
 
 
 def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
-    """Writes a PNG, which appears under its name only when it is complete.
+    """Writes a PNG, or a JPEG if it is called so; it appears under its name only when it is complete.
 
     Raises:
         PictureError: the file cannot be written, for instance because the disk is full.
     """
     try:
         with whole_file(path) as partial:
-            picture.save(os.fspath(partial), "png")
+            kind = "jpeg" if os.fspath(path).lower().endswith((".jpg", ".jpeg")) else "png"
+            picture.save(os.fspath(partial), kind, quality=90)
     except OSError as error:
         raise PictureError(
             f"{os.fspath(path)} cannot be written ({error.strerror or error}); free some space, or write elsewhere"

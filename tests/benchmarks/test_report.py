@@ -149,23 +149,26 @@ def test_what_is_shown_is_up_to_date(name):
 
 
 def test_several_gpus_stand_beside_the_plan_of_their_split():
-    both = {"gib": 1.0, "tokens_per_second": 10.0, "exchange": "gather", "model": "large"}
+    both = {"gib": 1.0, "tokens_per_second": 10.0, "exchange": "gather", "model": {"dim": 8, "remat": "full"}}
     entries = {
         "context, 1 devices, 1x1": both | {"devices": 1, "groups": [1, 1], "ms": 180.0, "tokens_per_second": 5.0},
         "context, 2 devices, 2x1": both | {"devices": 2, "groups": [2, 1], "ms": 100.0},
         "context, 2 devices, 1x2, gather": both | {"devices": 2, "groups": [1, 2], "ms": 100.0},
-        "fsdp, 2 devices": both | {"devices": 2, "groups": [1, 1], "ms": 300.0, "model": "another"},
+        "fsdp, 2 devices": both | {"devices": 2, "groups": [1, 1], "ms": 300.0, "model": {"dim": 4, "remat": "full"}},
+        "context, 2 devices, 2x1, dots": both
+        | {"devices": 2, "groups": [2, 1], "ms": 90.0, "model": {"dim": 8, "remat": "dots"}},
         "long, 4 devices": both | {"devices": 4, "groups": [4, 1], "ms": 300.0},
     }
     times = {"training, context 1": 180.0, "training, context 2": 110.0, "training, context 4": 60.0}
-    planned = {name: {"step_ms": ms, "bytes": 2**30} for name, ms in times.items()}
+    planned = {name: {"step_ms": ms, "bytes": 2**30, "remat": "full"} for name, ms in times.items()}
     _, _, *rows = several_table(entries, planned)
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert [(*row[:4], row[5], *row[-2:]) for row in cells] == [
-        ("context", "1", "1x1", "180", "1.00x", "180", "+0.0%"),
-        ("context", "2", "2x1", "100", "2.00x", "110", "+10.0%"),
-        ("context", "2", "1x2, gather", "100", "2.00x", "", ""),
-        ("fsdp", "2", "", "300", "", "", ""),
-        ("long", "4", "4x1", "300", "", "", ""),
-        ("context", "4", "", "not measured", "3.00x", "60", ""),
+    assert [(*row[:5], row[6], *row[-2:]) for row in cells] == [
+        ("context", "1", "1x1", "full", "180", "1.00x", "180", "+0.0%"),
+        ("context", "2", "2x1", "full", "100", "2.00x", "110", "+10.0%"),
+        ("context", "2", "1x2, gather", "full", "100", "2.00x", "", ""),
+        ("fsdp", "2", "", "full", "300", "", "", ""),
+        ("context", "2", "2x1", "dots", "90", "", "", ""),
+        ("long", "4", "4x1", "full", "300", "", "", ""),
+        ("context", "4", "", "full", "not measured", "3.00x", "60", ""),
     ]

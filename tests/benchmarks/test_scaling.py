@@ -53,14 +53,14 @@ def test_all_kinds_run_on_devices_that_there_are(tmp_path, capsys):
     (file,) = tmp_path.glob("scaling-*.json")
     entries = json.loads(file.read_text())["entries"]
     assert {name: entry["groups"] for name, entry in entries.items()} == {
-        "context, 1 devices, 1x1": [1, 1],
-        "context, 2 devices, 1x2, dispatch": [1, 2],
-        "context, 2 devices, 2x1": [2, 1],
-        "fsdp, 2 devices": [1, 1],
-        "long, 2 devices": [2, 1],
+        "context, 1 devices, 1x1, full": [1, 1],
+        "context, 2 devices, 1x2, dispatch, full": [1, 2],
+        "context, 2 devices, 2x1, full": [2, 1],
+        "fsdp, 2 devices, full": [1, 1],
+        "long, 2 devices, full": [2, 1],
         "sampling, 1 devices": [1, 1],
         "sampling, 2 devices": [2, 1],
     }
-    assert entries["context, 2 devices, 1x2, dispatch"]["exchange"] == "dispatch"
-    assert entries["long, 2 devices"]["tokens"] == 4 * 2 * 2 * 4 + 2 * 9
+    assert entries["context, 2 devices, 1x2, dispatch, full"]["exchange"] == "dispatch"
+    assert entries["long, 2 devices, full"]["tokens"] == 4 * 2 * 2 * 4 + 2 * 9
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(entries)

@@ -123,7 +123,7 @@ def test_the_films_of_a_trained_model_are_graded(tmp_path, monkeypatch, capsys):
         (root / name).write_text(f"{report.BEGIN}\n{report.END}\n")
     report.run(["--results", f"{tmp_path}", "--root", f"{root}", "--write"])
     assert page in (root / report.FILMS_PAGE).read_text()
-    with Image.open(root / report.PICTURES / "films.png") as picture:
+    with Image.open(root / report.PICTURES / "films.jpg") as picture:
         assert picture.height > 128  # truth, and what was made of it
 
 

@@ -72,7 +72,7 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
     page = report.page_block(tmp_path)
     assert "| moc 4x1 | own shot |" in page
     assert "| moc 4x1 |" in page
-    sheet = report.pictures(tmp_path / "small")["evidence_small_sheet.png"]
+    sheet = report.pictures(tmp_path / "small")["evidence_small_sheet.jpg"]
     assert sheet.width > 256
 
 

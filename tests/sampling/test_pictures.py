@@ -108,10 +108,13 @@ def test_routing_picture_shows_shares_where_they_are():
 def test_pictures_are_written_whole_or_not_at_all(tmp_path):
     save_picture(Image.new("RGB", (4, 4), "red"), tmp_path / "new" / "a.png")
     with Image.open(tmp_path / "new" / "a.png") as image:
-        assert image.size == (4, 4)
+        assert (image.size, image.format) == ((4, 4), "PNG")
+    save_picture(Image.new("RGB", (4, 4), "red"), tmp_path / "a.JPG")
+    with Image.open(tmp_path / "a.JPG") as image:
+        assert image.format == "JPEG"
 
     class Broken:
-        def save(self, path, format):
+        def save(self, path, *_, **__):
             with open(path, "wb") as file:
                 file.write(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
