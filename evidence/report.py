@@ -30,8 +30,8 @@ BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE, FILMS_PAGE, PICTURES = "docs/evidence.md", "docs/long.md", "docs/pictures"
 TITLES = {
-    "full-final": "The final table",
-    "full": "Stories for choices",
+    "full-final": "The full world, final stories",
+    "full": "The full world",
     "still-final": "The still world, final stories",
     "still": "The still world",
     "in-turn": "The still world, learned in turn",
