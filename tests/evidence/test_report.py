@@ -49,9 +49,9 @@ def test_plots_and_sheets_are_drawn_and_the_page_is_rewritten(folder):
     assert text == f"before\n{report.BEGIN}\n{report.page_block(folder)}\n{report.END}\nafter\n"
     shown = [kind for kind in ("claim_a_full", "claim_d_full", "claim_e_full") if f"evidence_{kind}.png" in text]
     assert shown == ["claim_e_full"]
-    for kind in ("updates", "gap", "sheet"):
-        assert f"pictures/evidence_full_{kind}.png" in text
-        with Image.open(root / "docs" / "pictures" / f"evidence_full_{kind}.png") as picture:
+    for file in ("updates.png", "gap.png", "sheet.jpg"):
+        assert f"pictures/evidence_full_{file}" in text
+        with Image.open(root / "docs" / "pictures" / f"evidence_full_{file}") as picture:
             assert picture.width > 700
 
 
