@@ -74,7 +74,8 @@ test-tpu: $(VENV)/tpu $(VENV)/dev
 # On a Hopper GPU, with the jax that is installed there: `make test-gpu BIN=/usr/bin` takes the machine's Python.
 # Compiling takes the time, some four minutes on 16 cores. TPU kernels are interpreted, which `make test` does.
 test-gpu:
-	MOC_TEST_PLATFORM=gpu $(BIN)/python3 -m pytest -n 16 tests/attention --ignore tests/attention/pallas_tpu
+	MOC_TEST_PLATFORM=gpu $(BIN)/python3 -m pytest -n 16 tests/attention \
+		--ignore tests/attention/pallas_tpu -m 'not slow and not tpu_compiler'
 
 # The wheel as a stranger gets it: in an empty environment, first alone, then with the extra that the programs need.
 test-wheel: $(VENV)/dev

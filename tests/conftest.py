@@ -23,7 +23,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _MAPPINGS = pathlib.Path("/proc/self/maps")
 _HERE = pathlib.Path(__file__).parent
 # Tests whose kind stays with other parameters, or in a smaller form: all of them take longer than `make test` has, or
-# CI. Such markers stand in the tests' own files where they are of a kind, and here where they are for single cases.
+# CI. Such markers stand in the tests' own files where they are of a kind, and here where they are for single cases or
+# whole files.
 _LISTED = {name: frozenset((_HERE / f"{name}.txt").read_text().splitlines()) for name in ("long", "slow")}
 _ON_GPU = _HERE / "attention"
 
@@ -36,7 +37,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         for name, listed in _LISTED.items():
-            if item.nodeid in listed:
+            if item.nodeid in listed or item.nodeid.partition("::")[0] in listed:
                 item.add_marker(getattr(pytest.mark, name))
         given = [value for marker in item.iter_markers("long_for") for value in marker.args]
         if any(type(x) is type(y) and x == y for x in given for y in item.callspec.params.values()):
