@@ -28,7 +28,7 @@ from evidence.arms import ARMS, arm_of
 from evidence.exam import Exam, make_exam
 from evidence.findings import save_sheet, truth_dynamic_degree
 from evidence.results import RESULTS, Result, best_rates, finished, name_of
-from evidence.runs import Laboratory, Library, Run, missing
+from evidence.runs import Laboratory, Library, Run, missing, state_of
 from evidence.settings import CHOICES, FINAL, SETTINGS, Setting, final_seeds, final_training_seeds
 from evidence.spread import Spread
 from moc_jax.compilation import kept_programs
@@ -57,7 +57,7 @@ class Arguments:
     within: float | None = None
     """Minutes from the start in which all is to end: a run that would take longer, by the longest so far, is left."""
     updates: int | None = None
-    """An arm's updates at most; none given: the setting's."""
+    """An arm's updates at most; none given: the setting's. A run that had fewer goes on, if its state is in --cache."""
     gpus: int = 1
     """More than one: as many processes, each with one of them."""
     per_gpu: int = 1
@@ -113,7 +113,7 @@ def main(args: Arguments, command: str) -> None:
         return
     start = {run: _start(args, run) for run in left} if args.init_from else {}
     with kept_programs(str(args.cache / "programs")):
-        lab = _laboratory(args, folder, command, [run.arm for run in left if not _result(folder, run)])
+        lab = _laboratory(args, folder, command, [run.arm for run in left if not _result(args, folder, run)])
         longest = 0.0
         for run in left:
             begin = time.perf_counter()
@@ -121,7 +121,7 @@ def main(args: Arguments, command: str) -> None:
                 print(f"{run.name} and what follows is left: it would not end in {args.within:g} minutes", flush=True)
                 break
             with _claimed(args.cache / "locks" / folder.name / run.name) as mine:
-                if mine and not _result(folder, run):
+                if mine and not _result(args, folder, run):
                     lab.train(run, args.updates or lab.setting.updates, args.minutes * 60, start.get(run))
                 if mine and _undone(args, folder, run):
                     lab.switch(run, args.also, args.then)
@@ -154,15 +154,18 @@ def _claimed(path: pathlib.Path) -> Iterator[bool]:
 
 
 def _undone(args: Arguments, folder: pathlib.Path, run: Run) -> bool:
-    found = _result(folder, run)
+    found = _result(args, folder, run)
     return found is None or bool(missing(found, args.also, args.then))
 
 
-def _result(folder: pathlib.Path, run: Run) -> Result | None:
-    """A finished one."""
+def _result(args: Arguments, folder: pathlib.Path, run: Run) -> Result | None:
+    """A finished one, unless it is to have more updates and can."""
     path = folder / f"{run.name}.json"
     found = parse_json(path.read_bytes()) if path.exists() else {"finished": False}
-    return found if found["finished"] else None
+    if not found["finished"]:
+        return None
+    can = state_of(args.cache / "weights" / folder.name, run).exists()
+    return None if can and found["updates"] < (args.updates or 0) else found
 
 
 def _start(args: Arguments, run: Run) -> pathlib.Path:

@@ -28,9 +28,12 @@ from moc_jax.models.patches import scene_shape
 from moc_jax.phases import Phases
 from moc_jax.reading import parse_json
 from moc_jax.scene import Scene, chunk_table
+from moc_jax.training.state import TrainState
 
 LEVELS = (0.2, 0.4, 0.6, 0.8, 0.95)
 """Noise levels of the validation loss and of the picks."""
+KEPT = 60
+"""Seconds of training after which its state is kept, at a test."""
 TUNED = 0.05
 """Updates of an arm that goes on as another, as a share of those before."""
 
@@ -70,6 +73,11 @@ def missing(result: Result, also: Sequence[str], then: Sequence[str]) -> list[st
         for name in dict.fromkeys((*also, *then))
         if "tuned" not in done.get(name, {}) and (name in then or name not in done)
     ]
+
+
+def state_of(weights: pathlib.Path, run: Run) -> pathlib.Path:
+    """The file of a run's state beside its weights."""
+    return weights / f"{run.name}.state.npz"
 
 
 class Library:
@@ -117,13 +125,16 @@ class Laboratory:
     """What every result says of its making."""
 
     def train(self, run: Run, updates: int, seconds: float, start: pathlib.Path | None = None) -> None:
-        """Trains from fresh weights or those in a file, and tests; the result's file is there from the first test on,
-        and says whether it is finished."""
+        """Trains from fresh weights or those in a file, or goes on where an earlier training of this run ended, and
+        tests; the result's file is there from the first test on, and says whether it is finished."""
         begin, phases = time.perf_counter(), Phases()
         programs = self.library.of(run.arm, fresh=start is None)
         weights = None if start is None else load_weights(start, programs.abstract_weights)
         trainer = Trainer(programs, self.data, run.seed, run.learning_rate, weights, self.colors)
-        quick, curve, done = self.exam.first(self.setting.quick), [], 0
+        curve = self._going_on(run, trainer, programs.abstract_state)
+        tested = done = curve[-1]["updates"] if curve else 0
+        again = start is not None and not curve  # fresh weights have nothing to tell
+        quick, kept = self.exam.first(self.setting.quick), begin
         result: dict[str, Any] = dataclasses.asdict(run) | self.about
         result |= {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), "finished": False, "curve": curve}
         result |= dataclasses.asdict(self.library.cost(run.arm, self.data.scenes(jnp.arange(1))))
@@ -138,16 +149,24 @@ class Laboratory:
         with concurrent.futures.ThreadPoolExecutor(1) as beside:  # grading takes the processor alone
             grading, loss, took = [], None, 0.0
             while True:
-                if done or start is not None:  # fresh weights have nothing to tell
+                if done > tested or again:
                     latents = programs.sample(trainer.weights, quick.data, jax.random.key(1))
                     probe = probed(programs, trainer.weights, quick, LEVELS[-1])
                     test = {"updates": done, "loss": loss, "seconds": took, "box_error": probe["box_error"]}
                     test |= {name: probe[name] for name in ("into_reveal",) if name in probe}
                     test |= {"read": best_head(probe["read"])} if "read" in probe else {}
                     grading.append(beside.submit(graded, test, latents))
+                    tested, again = done, False
                     phases.done("tests")
                 diverged = loss is not None and not np.isfinite(loss)
-                if done >= updates or time.perf_counter() - begin >= seconds or diverged:
+                over = done >= updates or time.perf_counter() - begin >= seconds
+                if not diverged and (over or time.perf_counter() - kept >= KEPT):
+                    for test in grading:
+                        test.result()  # the result's file tells of all tests before the state is kept
+                    save_weights(self.state_of(run), trainer.state)
+                    kept = time.perf_counter()
+                    phases.done("states")
+                if over or diverged:
                     break
                 before, count = time.perf_counter(), min(self.setting.every, updates - done)
                 loss = trainer.run(count)
@@ -193,9 +212,26 @@ class Laboratory:
             shares = " -> ".join(f"{100 * found[of]['share']:.0f} %" for of in ("zero_shot", "tuned") if of in found)
             print(f"{run.name} as {name}: {shares}, {phases.total('last test')}", flush=True)
 
+    def _going_on(self, run: Run, trainer: Trainer, like: TrainState) -> list[dict[str, Any]]:
+        """The tests until the state that is kept of a run, which the trainer takes; none, where nothing is kept."""
+        if not (self.state_of(run).exists() and self.result_of(run).exists()):
+            return []
+        before = parse_json(self.result_of(run).read_bytes())
+        state = load_weights(self.state_of(run), like)
+        curve = [test for test in before["curve"] if test["updates"] <= state.step]
+        if not curve or curve[-1]["updates"] != state.step or before.get("init_from") != self.about["init_from"]:
+            return []
+        trainer.state = state
+        print(f"{run.name}: goes on after {state.step} updates", flush=True)
+        return curve
+
     def file_of(self, run: Run) -> pathlib.Path:
         """Its weights."""
         return self.weights / f"{run.name}.npz"
+
+    def state_of(self, run: Run) -> pathlib.Path:
+        """What it goes on from, if it is to have more updates, or was cut off."""
+        return state_of(self.weights, run)
 
     def result_of(self, run: Run) -> pathlib.Path:
         """Its result."""

@@ -76,6 +76,37 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
     assert sheet.width > 256
 
 
+@pytest.mark.long
+def test_a_run_goes_on_where_it_ended_bit_for_bit(tmp_path, monkeypatch, capsys, compilation_cache):
+    for name in ("whole", "parts"):
+        (tmp_path / name / "kept").mkdir(parents=True)
+        (tmp_path / name / "kept" / "programs").symlink_to(compilation_cache)
+    monkeypatch.setitem(run.SETTINGS, "small", TINY)
+    monkeypatch.setattr(run, "SHEET", 2)
+    monkeypatch.setattr(runs, "KEPT", 0)  # at each test
+
+    def trained(name, *updates):
+        folders = ["--out", f"{tmp_path}/{name}", "--cache", f"{tmp_path}/{name}/kept", "--processes", "1"]
+        for count in updates:
+            run.run(["--setting", "small", "--arms", "own shot", "--updates", str(count), *folders])
+        with np.load(tmp_path / name / "kept" / "weights" / "small" / "own-shot_0.001_0.state.npz") as file:
+            return finished(tmp_path / name / "small")[0], dict(file)
+
+    (whole, state), (parts, of_parts) = trained("whole", 4), trained("parts", 2, 4)
+    assert "own-shot_0.001_0: goes on after 2 updates" in capsys.readouterr().out
+    assert parts["updates"] == state["step"] == 4
+    assert state.keys() == of_parts.keys()
+    assert all(np.array_equal(state[name], of_parts[name]) for name in state)
+    for test, again in zip(whole["curve"], parts["curve"], strict=True):
+        assert {**test, "seconds": 0} == {**again, "seconds": 0}
+    assert parts["test"] == whole["test"]
+
+    cut_off = tmp_path / "parts" / "small" / "own-shot_0.001_0.json"  # killed, after its test and before its end
+    cut_off.write_text(cut_off.read_text().replace('"finished": true', '"finished": false'))
+    trained("parts", 4)
+    assert "goes on after 4 updates" in capsys.readouterr().out
+
+
 def test_an_update_takes_what_all_but_the_first_took():
     curve = [{"updates": n, "seconds": seconds} for n, seconds in ((100, 60.0), (200, 2.0), (250, 1.0))]
     assert runs._pace(curve) == 20
