@@ -9,10 +9,11 @@ how long what the shot picks would take at the rate at which the kernels read th
 
     bound = shot alone + layers x picked pairs x 4 D heads / rate        rate = FLOPs / time of one layer's own shot
 
-Kept keys and values are zeros and kept means random, so that queries agree on nothing: neither changes the time.
+What is kept is random, the same in each layer, so that queries agree on nothing: each chunk is picked by some.
 """
 
 import dataclasses
+import functools
 import gc
 import pathlib
 import shlex
@@ -35,6 +36,7 @@ from moc_jax import models
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import routed_attention
 from moc_jax.attention.backends import resolve
+from moc_jax.attention.kept import Kept, Rows
 from moc_jax.config import (
     AttentionConfig,
     ChunkConfig,
@@ -170,8 +172,7 @@ def measure(args: Arguments, shots: int, params: Any, effort: Effort, alone: dic
         except DoesNotFit as error:
             print(f"the whole scene of {shots} shots: {error}", flush=True)
     size = size_of(cfg, args.moc, attention, turn, scene, twice=False, small=args.small)
-    kept = size.empty()
-    kept = dataclasses.replace(kept, phi=jax.random.normal(jax.random.key(0), kept.phi.shape))
+    kept = jax.jit(functools.partial(_random, cfg.depth), donate_argnums=0)(size.empty())
 
     t = jnp.full(scene.lengths.shot_frames.shape, 0.5)
 
@@ -205,6 +206,24 @@ def measure(args: Arguments, shots: int, params: Any, effort: Effort, alone: dic
         "bound_ms": bound,
         "ratio": timing.median_ms / bound,
     }
+
+
+def _random(depth: int, kept: Kept) -> Kept:
+    """The same with random numbers; of rows, as many as a layer has are drawn, for there may be no room for more."""
+
+    def rows(key: jax.Array, x: jax.Array) -> jax.Array:
+        size = x.shape[2] // depth
+        layer = jax.random.normal(key, (*x.shape[:2], size, *x.shape[3:]), jnp.bfloat16).astype(x.dtype)
+        return jax.lax.fori_loop(
+            0, depth, lambda i, x: jax.lax.dynamic_update_slice_in_dim(x, layer, i * size, axis=2), x
+        )
+
+    def of(key: jax.Array, x: Rows) -> Rows:
+        return Rows(rows(key, x.values), None if x.scale is None else jnp.ones_like(x.scale))
+
+    k, v, *keys = jax.random.split(jax.random.key(0), 5)
+    rest = zip(keys, (kept.text_k, kept.text_v, kept.phi))
+    return Kept(of(k, kept.k), of(v, kept.v), *(jax.random.normal(key, x.shape, x.dtype) for key, x in rest))
 
 
 def _picks_ms(args: Arguments, scene: Scene, turn: Turn, rate: float) -> float:

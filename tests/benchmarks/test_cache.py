@@ -2,9 +2,25 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import cache
+from moc_jax.attention.kept import SMALL, Kept, Rows
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_what_is_timed_reads_no_zeros(small):
+    rows = jnp.zeros((1, 1, 3 * 8, 2, 4), SMALL if small else jnp.bfloat16)
+    of_layers = Rows(rows, jnp.zeros(rows.shape[:-1]) if small else None)
+    text, phi = jnp.zeros((1, 1, 3, 5, 2, 4), jnp.bfloat16), jnp.zeros((1, 1, 3, 2, 7, 4))
+    found = cache._random(3, Kept(of_layers, of_layers, text, text, phi))
+    for x, given in zip(
+        jax.tree.leaves(found), jax.tree.leaves(Kept(of_layers, of_layers, text, text, phi)), strict=True
+    ):
+        assert (x.shape, x.dtype) == (given.shape, given.dtype)
+        assert jnp.mean(x.astype(jnp.float32) == 0) < 0.1
 
 
 @pytest.mark.long
