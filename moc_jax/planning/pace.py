@@ -33,7 +33,7 @@ class Pace:
     """Bytes that a forward pass moves beside these for each byte of a token in a layer, and a whole training step."""
 
 
-GPU = Pace(forward=0.605, backward=0.56, widths=((512, 0.457), (1024, 0.71), (1536, 0.836)), rest=(90, 377))
+GPU = Pace(forward=0.605, backward=0.49, widths=((512, 0.457), (1024, 0.71), (1536, 0.745)), rest=(90, 377))
 TPU = Pace(forward=0.71, backward=0.68, widths=((1536, 0.86),), rest=(140, 469))
 _WIDE = dataclasses.replace(TPU, forward=0.285, backward=0.285)  # heads of 128 fill half of a matrix unit
 PACES = {"v6e": _WIDE, "tpu7x": _WIDE}
