@@ -9,7 +9,7 @@ dense attention but for what drop-off drops; from step 1 000 on a query reads it
 
 Predicted, not measured, for 8 scenes of 32 760 tokens a step (`moc-plan --config wan21_1_3b_lora`):
 
-    h200:1         114 GiB of 140, 7.1 s     attention's outputs are kept, the rest is computed again
+    h200:1         114 GiB of 140, 7.7 s     attention's outputs are kept, the rest is computed again
     v5p:2x2x1      34 GiB of 96, 3.4 s       --mesh.fsdp 4: two scenes each
     v6e:2x4        17 GiB of 31, 1.9 s       --mesh.fsdp 8: one scene each
 

@@ -9,8 +9,8 @@ them, and 74 % of the pairs are skipped. Drop-off and drop-in are on throughout.
 
 Predicted, not measured, for 8 scenes of 27 280 tokens a step (`moc-plan --config wan22_5b_lora`):
 
-    h200:1         111 GiB of 140, 14.5 s    all is computed again
-    h200:8         79 GiB of 140, 1.4 s      --mesh.fsdp 8: one scene each
+    h200:1         111 GiB of 140, 15.7 s    all is computed again
+    h200:8         79 GiB of 140, 1.6 s      --mesh.fsdp 8: one scene each
     v5p:2x2x2      80 GiB of 96, 2.8 s       --mesh.fsdp 8: one scene each
     v6e:2x4        27 GiB of 31, 3.2 s       --mesh.fsdp 8: one scene each
 

@@ -11,7 +11,7 @@ and drop-in; at the end 83 % of the pairs are skipped.
 
 Predicted, not measured, for 16 scenes of 176 000 tokens a step (`moc-plan --config wan22_5b_multi_shot`):
 
-    h200:16        87 GiB of 140, 25 s       --mesh.fsdp 16
+    h200:16        87 GiB of 140, 27 s       --mesh.fsdp 16
     v5p:4x4x4      49 GiB of 96, 11 s        --mesh.fsdp 16 --mesh.context 4
     v6e:8x8        21 GiB of 31, 13 s        --mesh.fsdp 16 --mesh.context 4
 
