@@ -176,11 +176,6 @@ class Programs:
         """A ShapeDtypeStruct in place of every weight."""
         return self._blueprint.abstract.params
 
-    @property
-    def abstract_state(self) -> TrainState:
-        """A ShapeDtypeStruct in place of all that an update reads and writes."""
-        return self._blueprint.abstract
-
     def update(
         self, state: TrainState, data: Dataset, colors: Recolorings | None, key: Key[Array, ""], rate: float, count: int
     ) -> tuple[TrainState, Float[Array, ""]]:

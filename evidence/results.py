@@ -25,6 +25,15 @@ def finished(folder: pathlib.Path) -> list[Result]:
     return [_numbers(result) for result in found if result["finished"]]
 
 
+def finite(tree: Any) -> Any:
+    """The same with null for NaN, which JSON lacks: after training that diverged, and where nothing was picked."""
+    if isinstance(tree, dict):
+        return {name: finite(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not np.isfinite(tree) else tree
+
+
 def _numbers(tree: Any) -> Any:
     """NaN for null, which stands for it in JSON."""
     if isinstance(tree, dict):
@@ -65,7 +74,8 @@ def by_arm(found: Sequence[Result]) -> dict[str, list[Result]]:
 
 def alone(result: Result) -> bool:
     """Whether the run had a GPU for itself, so that its times mean something."""
-    return re.search(r"--per-gpu[ =](?!1\b)", result["command"]) is None
+    commands = (*result.get("earlier_commands", ()), result["command"])
+    return not any(re.search(r"--per-gpu[ =](?!1\b)", command) for command in commands)
 
 
 def pace(results: Sequence[Result]) -> str:

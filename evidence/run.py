@@ -27,8 +27,9 @@ from evidence import dataset, recolor
 from evidence.arms import ARMS, arm_of
 from evidence.exam import Exam, make_exam
 from evidence.findings import save_sheet, truth_dynamic_degree
+from evidence.progress import progress_in, state_of
 from evidence.results import RESULTS, Result, best_rates, finished, name_of
-from evidence.runs import Laboratory, Library, Run, missing, state_of
+from evidence.runs import Laboratory, Library, Run, missing, training_of
 from evidence.settings import CHOICES, FINAL, SETTINGS, Setting, final_seeds, final_training_seeds
 from evidence.spread import Spread
 from moc_jax.compilation import kept_programs
@@ -53,11 +54,14 @@ class Arguments:
     learning_rates: tuple[float, ...] = ()
     """None given: 1e-3, or with --final each arm's best on the stories for choices."""
     minutes: float = 4.0
-    """An arm's training at most, compilation and the tests in between included; its last test comes after it."""
+    """Of this command, an arm's training at most, compilation and the tests in between included; its last test comes
+    after it."""
     within: float | None = None
     """Minutes from the start in which all is to end: a run that would take longer, by the longest so far, is left."""
     updates: int | None = None
-    """An arm's updates at most; none given: the setting's. A run that had fewer goes on, if its state is in --cache."""
+    """An arm's updates at most; none given: the setting's."""
+    resume: bool = False
+    """Finished runs that had fewer updates resume from their states in --cache; without it, those that were cut off."""
     gpus: int = 1
     """More than one: as many processes, each with one of them."""
     per_gpu: int = 1
@@ -112,7 +116,10 @@ def main(args: Arguments, command: str) -> None:
     if not left:
         return
     start = {run: _start(args, run) for run in left} if args.init_from else {}
+    for run in left:
+        _check_resumable(args, folder, run, start.get(run))
     with kept_programs(str(args.cache / "programs")):
+        found = {run: _stored(folder, run) for run in left}
         lab = _laboratory(args, folder, command, [run.arm for run in left if not _result(args, folder, run)])
         longest = 0.0
         for run in left:
@@ -121,7 +128,7 @@ def main(args: Arguments, command: str) -> None:
                 print(f"{run.name} and what follows is left: it would not end in {args.within:g} minutes", flush=True)
                 break
             with _claimed(args.cache / "locks" / folder.name / run.name) as mine:
-                if mine and not _result(args, folder, run):
+                if mine and not _result(args, folder, run) and found[run] == _stored(folder, run):
                     lab.train(run, args.updates or lab.setting.updates, args.minutes * 60, start.get(run))
                 if mine and _undone(args, folder, run):
                     lab.switch(run, args.also, args.then)
@@ -158,14 +165,33 @@ def _undone(args: Arguments, folder: pathlib.Path, run: Run) -> bool:
     return found is None or bool(missing(found, args.also, args.then))
 
 
-def _result(args: Arguments, folder: pathlib.Path, run: Run) -> Result | None:
-    """A finished one, unless it is to have more updates and can."""
+def _stored(folder: pathlib.Path, run: Run) -> Result | None:
+    """A finished result."""
     path = folder / f"{run.name}.json"
     found = parse_json(path.read_bytes()) if path.exists() else {"finished": False}
-    if not found["finished"]:
-        return None
-    can = state_of(args.cache / "weights" / folder.name, run).exists()
-    return None if can and found["updates"] < (args.updates or 0) else found
+    return found if found["finished"] else None
+
+
+def _result(args: Arguments, folder: pathlib.Path, run: Run) -> Result | None:
+    """A finished result, unless it is to be resumed."""
+    found, updates = _stored(folder, run), args.updates or SETTINGS[args.setting].updates
+    more = found and args.resume and found["updates"] < updates and not found.get("diverged")
+    return None if more else found
+
+
+def _check_resumable(args: Arguments, folder: pathlib.Path, run: Run, start: pathlib.Path | None) -> None:
+    """A finished result is not to be lost to a training that begins anew.
+
+    Raises:
+        ValueError: it would be.
+    """
+    path = state_of(args.cache / "weights" / folder.name, run.name)
+    if _stored(folder, run) is None or _result(args, folder, run):
+        return
+    kept = progress_in(path)
+    if kept is None or kept.training != training_of(SETTINGS[args.setting], run, args.init_from, start):
+        why = "there is no state of it" if kept is None else "the state is of another training, such as --init-from"
+        raise ValueError(f"--resume: {run.name} is finished in {folder}, and {why}: {path}; leave --resume out")
 
 
 def _start(args: Arguments, run: Run) -> pathlib.Path:

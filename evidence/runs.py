@@ -20,20 +20,20 @@ from evidence.dataset import Dataset
 from evidence.exam import Exam, grade
 from evidence.experiment import Programs, Task, Trainer
 from evidence.findings import best_head, probed, save_sheet, share, summary
+from evidence.progress import Progress, resumed, save_state, state_of
 from evidence.recolor import Recolorings
-from evidence.results import Result, name_of
+from evidence.results import Result, finite, name_of
 from evidence.settings import Setting
 from moc_jax.files import write_text
 from moc_jax.models.patches import scene_shape
 from moc_jax.phases import Phases
 from moc_jax.reading import parse_json
 from moc_jax.scene import Scene, chunk_table
-from moc_jax.training.state import TrainState
 
 LEVELS = (0.2, 0.4, 0.6, 0.8, 0.95)
 """Noise levels of the validation loss and of the picks."""
-KEPT = 60
-"""Seconds of training after which its state is kept, at a test."""
+STATE_EVERY = 60
+"""Seconds of training after which its state is saved, at a test."""
 TUNED = 0.05
 """Updates of an arm that goes on as another, as a share of those before."""
 
@@ -50,6 +50,11 @@ class Run:
     def name(self) -> str:
         """Of its files."""
         return name_of(self.arm, self.learning_rate, self.seed)
+
+
+def training_of(setting: Setting, run: Run, init_from: str, start: pathlib.Path | None) -> str:
+    """All that a training's numbers depend on, but for the source and its versions."""
+    return repr((setting, run, init_from, start and start.name))
 
 
 def task_of(setting: Setting) -> Task:
@@ -73,11 +78,6 @@ def missing(result: Result, also: Sequence[str], then: Sequence[str]) -> list[st
         for name in dict.fromkeys((*also, *then))
         if "tuned" not in done.get(name, {}) and (name in then or name not in done)
     ]
-
-
-def state_of(weights: pathlib.Path, run: Run) -> pathlib.Path:
-    """The file of a run's state beside its weights."""
-    return weights / f"{run.name}.state.npz"
 
 
 class Library:
@@ -125,53 +125,46 @@ class Laboratory:
     """What every result says of its making."""
 
     def train(self, run: Run, updates: int, seconds: float, start: pathlib.Path | None = None) -> None:
-        """Trains from fresh weights or those in a file, or goes on where an earlier training of this run ended, and
-        tests; the result's file is there from the first test on, and says whether it is finished."""
+        """Trains from fresh weights or those in a file, or from where this training was left, and tests; what is known
+        before it has ended is in NAME.partial.json."""
         begin, phases = time.perf_counter(), Phases()
         programs = self.library.of(run.arm, fresh=start is None)
         weights = None if start is None else load_weights(start, programs.abstract_weights)
         trainer = Trainer(programs, self.data, run.seed, run.learning_rate, weights, self.colors)
-        curve = self._going_on(run, trainer, programs.abstract_state)
-        tested = done = curve[-1]["updates"] if curve else 0
-        again = start is not None and not curve  # fresh weights have nothing to tell
-        quick, kept = self.exam.first(self.setting.quick), begin
+        new = Progress(
+            training=training_of(self.setting, run, self.about["init_from"], start), commands=(self.about["command"],)
+        )
+        progress = resumed(self.state_of(run), new, trainer)
+        curve = progress.curve
         result: dict[str, Any] = dataclasses.asdict(run) | self.about
         result |= {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), "finished": False, "curve": curve}
+        result |= {"earlier_commands": progress.commands[:-1]} if len(progress.commands) > 1 else {}
         result |= dataclasses.asdict(self.library.cost(run.arm, self.data.scenes(jnp.arange(1))))
+        done, loss = curve[-1]["updates"] if curve else 0, None
+        untested, first, took, saved = start is not None and not curve, True, 0.0, begin  # fresh weights tell nothing
         phases.done("weights")
-
-        def graded(test: dict[str, Any], latents: np.ndarray) -> None:
-            curve.append(test | share(grade(quick, latents)))
-            self._write(run, result)
-            low, high = (100 * curve[-1][name] for name in ("low", "high"))
-            print(f"{run.name}: {test['updates']} updates, {low:.0f}..{high:.0f} % correct", flush=True)
-
         with concurrent.futures.ThreadPoolExecutor(1) as beside:  # grading takes the processor alone
-            grading, loss, took = [], None, 0.0
+            grading = []
             while True:
-                if done > tested or again:
-                    latents = programs.sample(trainer.weights, quick.data, jax.random.key(1))
-                    probe = probed(programs, trainer.weights, quick, LEVELS[-1])
-                    test = {"updates": done, "loss": loss, "seconds": took, "box_error": probe["box_error"]}
-                    test |= {name: probe[name] for name in ("into_reveal",) if name in probe}
-                    test |= {"read": best_head(probe["read"])} if "read" in probe else {}
-                    grading.append(beside.submit(graded, test, latents))
-                    tested, again = done, False
+                if untested:
+                    test = {"updates": done, "loss": loss, "seconds": took} | ({"first": True} if first else {})
+                    grading.append(beside.submit(self._graded, run, result, *self._test(programs, trainer, test)))
+                    first = first and done == 0
                     phases.done("tests")
                 diverged = loss is not None and not np.isfinite(loss)
                 over = done >= updates or time.perf_counter() - begin >= seconds
-                if not diverged and (over or time.perf_counter() - kept >= KEPT):
+                if not diverged and (over or time.perf_counter() - saved >= STATE_EVERY):
                     for test in grading:
-                        test.result()  # the result's file tells of all tests before the state is kept
-                    save_weights(self.state_of(run), trainer.state)
-                    kept = time.perf_counter()
+                        test.result()  # the curve is whole until here
+                    save_state(self.state_of(run), trainer, progress)
+                    saved = time.perf_counter()
                     phases.done("states")
                 if over or diverged:
                     break
-                before, count = time.perf_counter(), min(self.setting.every, updates - done)
+                clock, count = time.perf_counter(), min(self.setting.every, updates - done)
                 loss = trainer.run(count)
-                phases.done("updates" if done else "the first updates")
-                took, done = time.perf_counter() - before, done + count
+                phases.done("the first updates" if first else "updates")
+                took, done, untested = time.perf_counter() - clock, done + count, True
             for test in grading:
                 test.result()
         phases.done("grades")
@@ -181,9 +174,23 @@ class Laboratory:
         phases.done("last test")
         save_sheet(self.folder / f"{run.name}.jpg", self.exam, latents, self.rows)
         save_weights(self.file_of(run), trainer.weights)
-        self._write(run, result | {"finished": True})
+        self._write(run, result | {"finished": True, "diverged": diverged})
         test = result["test"]["all"]
         print(f"{run.name}: {test['correct']} of {test['trials']} correct, {phases.total('files')}", flush=True)
+
+    def _test(self, programs: Programs, trainer: Trainer, test: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+        """A test with what the weights make of its stories, and the latents that are still to be graded."""
+        quick = self.exam.first(self.setting.quick)
+        latents = programs.sample(trainer.weights, quick.data, jax.random.key(1))
+        probe = probed(programs, trainer.weights, quick, LEVELS[-1])
+        test |= {name: probe[name] for name in ("box_error", "into_reveal") if name in probe}
+        return test | ({"read": best_head(probe["read"])} if "read" in probe else {}), latents
+
+    def _graded(self, run: Run, result: dict[str, Any], test: dict[str, Any], latents: np.ndarray) -> None:
+        result["curve"].append(test | share(grade(self.exam.first(self.setting.quick), latents)))
+        self._write(run, result)
+        low, high = (100 * result["curve"][-1][name] for name in ("low", "high"))
+        print(f"{run.name}: {test['updates']} updates, {low:.0f}..{high:.0f} % correct", flush=True)
 
     def switch(self, run: Run, also: Sequence[str], then: Sequence[str]) -> None:
         """Tests a finished run's weights as each of the arms `also`; as each of `then` too, which they are then trained
@@ -212,26 +219,13 @@ class Laboratory:
             shares = " -> ".join(f"{100 * found[of]['share']:.0f} %" for of in ("zero_shot", "tuned") if of in found)
             print(f"{run.name} as {name}: {shares}, {phases.total('last test')}", flush=True)
 
-    def _going_on(self, run: Run, trainer: Trainer, like: TrainState) -> list[dict[str, Any]]:
-        """The tests until the state that is kept of a run, which the trainer takes; none, where nothing is kept."""
-        if not (self.state_of(run).exists() and self.result_of(run).exists()):
-            return []
-        before = parse_json(self.result_of(run).read_bytes())
-        state = load_weights(self.state_of(run), like)
-        curve = [test for test in before["curve"] if test["updates"] <= state.step]
-        if not curve or curve[-1]["updates"] != state.step or before.get("init_from") != self.about["init_from"]:
-            return []
-        trainer.state = state
-        print(f"{run.name}: goes on after {state.step} updates", flush=True)
-        return curve
-
     def file_of(self, run: Run) -> pathlib.Path:
         """Its weights."""
         return self.weights / f"{run.name}.npz"
 
     def state_of(self, run: Run) -> pathlib.Path:
-        """What it goes on from, if it is to have more updates, or was cut off."""
-        return state_of(self.weights, run)
+        """What it is resumed from."""
+        return state_of(self.weights, run.name)
 
     def result_of(self, run: Run) -> pathlib.Path:
         """Its result."""
@@ -241,25 +235,20 @@ class Laboratory:
         return share(grade(self.exam, programs.sample(trainer.weights, self.exam.data, jax.random.key(0))))
 
     def _write(self, run: Run, result: dict[str, Any]) -> None:
-        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in _finite(result).items())
-        write_text(self.result_of(run), f"{{\n{lines}\n}}\n")
-
-
-def _finite(tree: Any) -> Any:
-    """The same with null for NaN, which JSON lacks: after training that diverged, and where nothing was picked."""
-    if isinstance(tree, dict):
-        return {name: _finite(value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not np.isfinite(tree) else tree
+        lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in finite(result).items())
+        whole = self.result_of(run)
+        partial = whole.with_suffix(".partial.json")
+        write_text(whole if result["finished"] else partial, f"{{\n{lines}\n}}\n")
+        if result["finished"]:
+            partial.unlink(missing_ok=True)
 
 
 def _pace(curve: Sequence[dict[str, Any]]) -> float:
-    """Milliseconds of an update: the median over tests, but for the first, before which all is compiled, if there are
-    more."""
+    """Milliseconds of an update: the median over tests, but for each command's first, before which all is compiled, if
+    there are more."""
     steps = [
-        1e3 * b["seconds"] / (b["updates"] - a["updates"])
+        (b.get("first", False), 1e3 * b["seconds"] / (b["updates"] - a["updates"]))
         for a, b in zip([{"updates": 0}, *curve], curve)
         if b["seconds"]
     ]
-    return float(np.median(steps[1:] or steps))
+    return float(np.median([ms for first, ms in steps if not first] or [ms for _, ms in steps]))

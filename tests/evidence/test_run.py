@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evidence import report, run, runs, settings, small
+from evidence import progress, report, run, runs, settings, small
 from evidence.arms import ARMS, arm_of
 from evidence.cache import load_weights, save_weights
 from evidence.results import finished, name_of
@@ -77,40 +77,107 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.long
-def test_a_run_goes_on_where_it_ended_bit_for_bit(tmp_path, monkeypatch, capsys, compilation_cache):
-    for name in ("whole", "parts"):
-        (tmp_path / name / "kept").mkdir(parents=True)
-        (tmp_path / name / "kept" / "programs").symlink_to(compilation_cache)
+def test_a_run_resumes_bit_for_bit(tmp_path, monkeypatch, capsys, compilation_cache):
     monkeypatch.setitem(run.SETTINGS, "small", TINY)
     monkeypatch.setattr(run, "SHEET", 2)
-    monkeypatch.setattr(runs, "KEPT", 0)  # at each test
+    monkeypatch.setattr(runs, "STATE_EVERY", 0)  # at each test
 
-    def trained(name, *updates):
-        folders = ["--out", f"{tmp_path}/{name}", "--cache", f"{tmp_path}/{name}/kept", "--processes", "1"]
-        for count in updates:
-            run.run(["--setting", "small", "--arms", "own shot", "--updates", str(count), *folders])
-        with np.load(tmp_path / name / "kept" / "weights" / "small" / "own-shot_0.001_0.state.npz") as file:
-            return finished(tmp_path / name / "small")[0], dict(file)
+    def trained(name, count, *more):
+        kept = tmp_path / name / "kept"
+        kept.mkdir(parents=True, exist_ok=True)
+        if not (kept / "programs").exists():
+            (kept / "programs").symlink_to(compilation_cache)
+        folders = ["--out", f"{tmp_path}/{name}", "--cache", f"{kept}", "--processes", "1"]
+        run.run(["--setting", "small", "--arms", "own shot", "--updates", str(count), *folders, *more])
+        with np.load(kept / "weights" / "small" / "own-shot_0.001_0.state.npz") as file:
+            return finished(tmp_path / name / "small"), dict(file)
 
-    (whole, state), (parts, of_parts) = trained("whole", 4), trained("parts", 2, 4)
-    assert "own-shot_0.001_0: goes on after 2 updates" in capsys.readouterr().out
+    ((whole,), state), ((half,), _) = trained("whole", 4), trained("parts", 2)
+    assert trained("parts", 4)[0] == [half]  # it was not asked to resume
+    ((parts,), of_parts) = trained("parts", 4, "--resume")
+    assert "own-shot_0.001_0.state.npz resumes after 2 updates" in capsys.readouterr().out
     assert parts["updates"] == state["step"] == 4
+    state.pop("progress"), of_parts.pop("progress")
     assert state.keys() == of_parts.keys()
     assert all(np.array_equal(state[name], of_parts[name]) for name in state)
     for test, again in zip(whole["curve"], parts["curve"], strict=True):
-        assert {**test, "seconds": 0} == {**again, "seconds": 0}
+        assert {**test, "seconds": 0, "first": 0} == {**again, "seconds": 0, "first": 0}
     assert parts["test"] == whole["test"]
+    assert len(parts["earlier_commands"]) == 1
 
-    cut_off = tmp_path / "parts" / "small" / "own-shot_0.001_0.json"  # killed, after its test and before its end
-    cut_off.write_text(cut_off.read_text().replace('"finished": true', '"finished": false'))
-    trained("parts", 4)
-    assert "goes on after 4 updates" in capsys.readouterr().out
+    result = tmp_path / "parts" / "small" / "own-shot_0.001_0.json"  # as if it had been killed before its end
+    result.unlink()
+    ((again,), _) = trained("parts", 4)
+    assert "resumes after 4 updates" in capsys.readouterr().out
+    assert again["test"] == whole["test"]
+    assert not list(tmp_path.rglob("*.partial.json"))
+
+
+def left_at(folder, updates, **parts):
+    """A finished result of as many updates."""
+    found = result("own shot", 1e-3, 0, 100) | {"updates": updates} | parts
+    (folder / "out" / "full").mkdir(parents=True, exist_ok=True)
+    (folder / "out" / "full" / "own-shot_0.001_0.json").write_text(json.dumps(found))
+
+
+def state_at(folder, updates, training):
+    trainer = types.SimpleNamespace(state={"step": np.array(updates)})
+    kept = progress.state_of(folder / "kept" / "weights" / "full", "own-shot_0.001_0")
+    curve = [{"updates": updates, "loss": float("nan")}]
+    progress.save_state(kept, trainer, progress.Progress(training=training, commands=("a",), curve=curve))
+    return kept
+
+
+def test_a_finished_result_is_not_lost_to_a_training_that_begins_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_laboratory", lambda *_: None)  # nothing to train with
+    left_at(tmp_path, 9)
+    argv = [*argv_of(tmp_path), "--updates", "12", "--resume"]
+    with pytest.raises(ValueError, match=r"own-shot_0.001_0 is finished in [^,]*, and there is no state"):
+        run.run(argv)
+    state_at(tmp_path, 9, "another")
+    with pytest.raises(ValueError, match="the state is of another training, such as --init-from"):
+        run.run(argv)
+    left_at(tmp_path, 9, diverged=True)
+    run.run(argv)  # it would diverge again
+    left_at(tmp_path, 12)
+    run.run(argv)
+
+
+def test_what_another_process_resumed_meanwhile_is_left(tmp_path, monkeypatch):
+    left_at(tmp_path, 9)
+    one = runs.Run("own shot", 1e-3, 0)
+    state_at(tmp_path, 9, runs.training_of(settings.SETTINGS["full"], one, "", None))
+    trained = []
+    lab = types.SimpleNamespace(train=lambda *_: trained.append(1), setting=TINY, switch=lambda *_: None)
+    monkeypatch.setattr(run, "_laboratory", lambda *_: lab)
+    argv = [*argv_of(tmp_path), "--updates", "12", "--resume"]
+    run.run(argv)
+    assert trained == [1]
+    monkeypatch.setattr(run, "_laboratory", lambda *_: left_at(tmp_path, 10) or lab)  # by its minutes
+    run.run(argv)
+    assert trained == [1]
+
+
+def test_a_state_of_another_training_is_not_resumed(tmp_path, capsys):
+    kept = state_at(tmp_path, 9, "this")
+    trainer = types.SimpleNamespace(state={"step": np.array(0)})
+    new = progress.Progress(training="this", commands=("b",))
+    other = dataclasses.replace(new, training="other")
+    assert progress.resumed(kept, other, trainer) == other
+    assert "is of another training: not resumed" in capsys.readouterr().out
+    assert trainer.state["step"] == 0
+    found = progress.resumed(kept, new, trainer)
+    assert (found.commands, found.curve) == (("a", "b"), [{"updates": 9, "loss": None}])
+    assert trainer.state["step"] == 9
 
 
 def test_an_update_takes_what_all_but_the_first_took():
-    curve = [{"updates": n, "seconds": seconds} for n, seconds in ((100, 60.0), (200, 2.0), (250, 1.0))]
+    curve = [
+        {"updates": n, "seconds": seconds} | ({"first": True} if seconds > 9 else {})
+        for n, seconds in ((100, 60.0), (200, 2.0), (250, 1.0), (300, 70.0), (400, 2.0))
+    ]
     assert runs._pace(curve) == 20
-    assert runs._pace([{"updates": 0, "seconds": 0.0}, *curve]) == 20  # tested before
+    assert runs._pace([{"updates": 0, "seconds": 0.0, "first": True}, *curve]) == 20  # tested before
     assert runs._pace(curve[:1]) == 600
 
 
