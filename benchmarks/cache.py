@@ -32,6 +32,7 @@ from benchmarks.measure import Effort, Program, Timing, begun, time_launches
 from benchmarks.model import TWO_STREAMS, DoesNotFit, fitting
 from benchmarks.model import Arguments as SceneArguments
 from benchmarks.model import make_scene as scene_of
+from benchmarks.trace import traced
 from moc_jax import models
 from moc_jax.attention.accounting import account
 from moc_jax.attention.api import routed_attention
@@ -74,6 +75,8 @@ class Arguments:
     """Measure the whole scene, too."""
     repeats: int = 3
     """Samples per figure; a step that takes longer than 8 s is timed once."""
+    profile: bool = False
+    """Also trace a step, and the shot alone, and split the device's time by what its kernels do."""
     out: pathlib.Path = results.FOLDER
 
 
@@ -115,9 +118,14 @@ def _lengths(scene: Scene) -> SceneLengths:
     return jax.tree.map(np.asarray, scene.lengths)
 
 
-def _timed(function: Callable[..., Any], args: Arguments, effort: Effort, *inputs: Any) -> tuple[Timing, Program]:
+def _timed(
+    function: Callable[..., Any], args: Arguments, effort: Effort, *inputs: Any
+) -> tuple[Timing, Program, dict[str, Any]]:
+    """How long it takes, its program, and where the time goes, if that is asked for."""
     program = fitting(jax.jit(function).lower(*inputs), args.model)
-    return time_launches(lambda: program(*inputs), effort), program
+    timing = time_launches(lambda: program(*inputs), effort)
+    split = {"split": dataclasses.asdict(traced(lambda: program(*inputs)))} if args.profile else {}
+    return timing, program, split
 
 
 def _velocity(args: Arguments) -> Callable[..., Any]:
@@ -135,13 +143,13 @@ def _velocity(args: Arguments) -> Callable[..., Any]:
 def measure_alone(args: Arguments, params: Any, effort: Effort) -> dict[str, Any]:
     """The shot by itself, and at which rate one layer of it is read."""
     scene, cfg = _scene(args, 1), args.model
-    timing, _ = _timed(_velocity(args), args, effort, params, scene)
+    timing, _, split = _timed(_velocity(args), args, effort, params, scene)
     shape, lengths = models.scene_shape(cfg, scene.video.shape, scene.text.shape, scene.lengths)
     table, attention = chunk_table(lengths, shape, args.moc.chunk), routed_attention(args.attention)
     random = np.random.default_rng(0)
     sizes = (1, shape.tokens, cfg.heads, cfg.head_dim)
     q, k, v = (jnp.asarray(random.standard_normal(sizes, np.float32), cfg.dtype) for _ in range(3))
-    layer, _ = _timed(lambda q, k, v: attention(q, k, v, table, args.moc)[0], args, effort, q, k, v)
+    layer, *_ = _timed(lambda q, k, v: attention(q, k, v, table, args.moc)[0], args, effort, q, k, v)
     pairs = account(table, args.moc, cfg.head_dim).expected_pairs
     return {
         "backend": resolve(args.attention.backend, args.moc, q).name,
@@ -150,7 +158,7 @@ def measure_alone(args: Arguments, params: Any, effort: Effort) -> dict[str, Any
         "top_k": args.moc.top_k,
         "chunk": dataclasses.asdict(args.moc.chunk),
         "small": args.small,
-        "alone": dataclasses.asdict(timing),
+        "alone": dataclasses.asdict(timing) | split,
         "layer": dataclasses.asdict(layer),
         "flops_per_second": 4 * cfg.head_dim * cfg.heads * pairs / layer.median_ms * 1e3,
     }
@@ -167,7 +175,7 @@ def measure(args: Arguments, shots: int, params: Any, effort: Effort, alone: dic
     whole = None
     if args.recompute:
         try:
-            timing, program = _timed(_velocity(args), args, effort, params, scene)
+            timing, program, _ = _timed(_velocity(args), args, effort, params, scene)
             whole = {**dataclasses.asdict(timing), "memory": dataclasses.asdict(program.memory)}
         except DoesNotFit as error:
             print(f"the whole scene of {shots} shots: {error}", flush=True)
@@ -184,7 +192,7 @@ def measure(args: Arguments, shots: int, params: Any, effort: Effort, alone: dic
         network, parts = nnx.merge(graph, params), (scene.video, scene.text, t, scene.lengths)
         return Past(turn, kept).remember(network, *parts, args.moc, attention)
 
-    timing, program = _timed(step, args, effort, params, scene, kept)
+    timing, program, split = _timed(step, args, effort, params, scene, kept)
     keeping = fitting(jax.jit(remember, donate_argnums=2).lower(params, scene, kept), cfg)
 
     def keep():
@@ -199,7 +207,7 @@ def measure(args: Arguments, shots: int, params: Any, effort: Effort, alone: dic
         "shots": shots,
         "tokens": int(scene.lengths.shot_frames.sum()) * (args.rows // 2) * (args.columns // 2),
         "kept_bytes": size.device_bytes,
-        "step": {**dataclasses.asdict(timing), "memory": dataclasses.asdict(program.memory)},
+        "step": {**dataclasses.asdict(timing), "memory": dataclasses.asdict(program.memory), **split},
         "remember": {**dataclasses.asdict(kept_timing), "memory": dataclasses.asdict(keeping.memory)},
         "whole": whole,
         "picks_ms": picks_ms,
@@ -221,9 +229,10 @@ def _random(depth: int, kept: Kept) -> Kept:
     def of(key: jax.Array, x: Rows) -> Rows:
         return Rows(rows(key, x.values), None if x.scale is None else jnp.ones_like(x.scale))
 
-    k, v, *keys = jax.random.split(jax.random.key(0), 5)
-    rest = zip(keys, (kept.text_k, kept.text_v, kept.phi))
-    return Kept(of(k, kept.k), of(v, kept.v), *(jax.random.normal(key, x.shape, x.dtype) for key, x in rest))
+    draws = jax.random.split(jax.random.key(0), 5)
+    rest = zip(draws[2:], (kept.text_k, kept.text_v, kept.phi))
+    found = (jax.random.normal(draw, x.shape, x.dtype) for draw, x in rest)
+    return Kept(of(draws[0], kept.k), of(draws[1], kept.v), *found)
 
 
 def _picks_ms(args: Arguments, scene: Scene, turn: Turn, rate: float) -> float:

@@ -10,7 +10,7 @@ def several_table(entries: dict[str, Entry], planned: dict[str, Entry]) -> list[
     says of numbers of GPUs that were not measured.
 
     Args:
-        entries: of benchmarks.scaling.
+        entries: of benchmarks.scaling; those with `first_step` are from before it left a run's first step out.
         planned: of benchmarks.plan_h200.
     """
     head = [
@@ -36,7 +36,8 @@ def several_table(entries: dict[str, Entry], planned: dict[str, Entry]) -> list[
         row += [number(times_one(kind, e, entries), ".2f", "x"), f"{e['gib']:.1f}"]
         row += [number(e.get(key), ",.0f") for key in ("collectives_ms", "alone_ms")]
         plan = planned.get(f"{_OF_PLAN.get(kind)} {e['devices']}", {})
-        alike = e["groups"][1] == 1 and remat in ("", plan.get("remat"))  # it is of as many head groups as can be
+        # It is of as many head groups as can be, and of later steps.
+        alike = e["groups"][1] == 1 and remat in ("", plan.get("remat")) and not e.get("first_step")
         plan = plan.get("step_ms") if alike else None
         rows.append([*row, number(plan, ",.0f"), number(plan and plan / e["ms"] - 1, "+.1%")])
     measured = {(name.partition(",")[0], e["devices"]) for name, e in entries.items()}
@@ -65,9 +66,14 @@ def several_table(entries: dict[str, Entry], planned: dict[str, Entry]) -> list[
 
 def times_one(kind: str, entry: Entry, entries: dict[str, Entry]) -> float | None:
     """How often a single GPU's rate an entry's is; None: that was not measured, of the same model and step of a run."""
+
+    def model(of: Entry) -> Entry:
+        """Whatever a call of it alone recomputes, it is the same."""
+        return of["model"] | ({"remat": ""} if kind == "sampling" else {})
+
     kind = "context" if kind == "fsdp" else kind
     for name, one in entries.items():
-        alike = all(one.get(of) == entry.get(of) for of in ("model", "first_step"))
+        alike = one.get("first_step") == entry.get("first_step") and model(one) == model(entry)
         if name.startswith(f"{kind},") and one["devices"] == 1 and alike:
             return entry["tokens_per_second"] / one["tokens_per_second"]
     return None

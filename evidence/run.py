@@ -180,7 +180,7 @@ def _result(args: Arguments, folder: pathlib.Path, run: Run) -> Result | None:
 
 
 def _check_resumable(args: Arguments, folder: pathlib.Path, run: Run, start: pathlib.Path | None) -> None:
-    """A finished result is not to be lost to a training that begins anew.
+    """A finished result is not to be lost to a training from the beginning.
 
     Raises:
         ValueError: it would be.

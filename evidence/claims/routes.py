@@ -36,7 +36,7 @@ def routes(worlds: Sequence[Evidence]) -> Claim:
             rows.append([of, arm, *cells, f"{100 * picks.max():.0f}", place, begin])
             if (arm, of) == (best, where):
                 verdict = "holds" if picks.max() >= FOUND * chance else "fails"
-                since = f", from {begin} updates on, {place}" if verdict == "holds" else ""
+                since = f", first after {begin} updates, {place}" if verdict == "holds" else ""
                 verdicts.append(f"{of}, routes of {arm} find the shot{of_one_seed(results)}: **{verdict}**{since}")
             elif _mends(arm, best) and best in (against := arms if of == where else others):
                 verdict = compared(last_tests(results), last_tests(against[best]))
@@ -50,7 +50,7 @@ def routes(worlds: Sequence[Evidence]) -> Claim:
         shown = {arm: of for arm, of in arms.items() if plain(arm) or arm.startswith("random")}
         pictures[f"evidence_claim_e_{world.world}"] = lambda shown=shown: plots.picks(shown)
     head = ["world", "arm", "P(correct), %", "pairs skipped", "picks in the right shot by chance, %", "best head, %"]
-    head += ["which", f"{FOUND:g} times chance from (updates)"]
+    head += ["which", f"{FOUND:g} times chance first after (updates)"]
     says = "Routes find the shot that showed the character"
     return Claim(
         letter="e", says=says, table=markdown(head, rows) if rows else [], verdicts=verdicts, pictures=pictures

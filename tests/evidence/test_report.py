@@ -124,7 +124,7 @@ def test_claims_that_hold(tmp_path):
     ]
     assert found["e"][:2] == [
         "full, stories for choices, moc 8x6, first frame is better than moc 8x6, of one seed: **holds**",
-        "full, stories for choices, routes of moc 8x6 find the shot, of one seed: **holds**, from 500 updates on, "
+        "full, stories for choices, routes of moc 8x6 find the shot, of one seed: **holds**, first after 500 updates, "
         "layer 1, head 2",
     ]
     assert "moc 4x6 is better than moc 8x6, of one seed: **fails**" in found["e"][2]

@@ -128,7 +128,7 @@ def state_at(folder, updates, training):
     return kept
 
 
-def test_a_finished_result_is_not_lost_to_a_training_that_begins_anew(tmp_path, monkeypatch):
+def test_a_finished_result_is_not_lost_to_a_training_from_the_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_laboratory", lambda *_: None)  # nothing to train with
     left_at(tmp_path, 9)
     argv = [*argv_of(tmp_path), "--updates", "12", "--resume"]
