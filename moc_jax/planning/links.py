@@ -20,9 +20,9 @@ _OF_A_SWITCH = {
     "all-to-all": 0.6,
     "collective-permute": 0.52,
 }
-"""Share of a GPU's NVLink rate: four H200s gathered at 233 GB/s and summed at 321 of 450 (`python -m benchmarks.pod_check`
-measures such), and exchanged heads at 270 to 315 in the steps of `python -m benchmarks.scaling`, by their profiles. What
-is passed on to one device is taken to be as fast as a gather."""
+"""Share of a GPU's NVLink rate: four H200s gathered at 233 GB/s and summed at 321 of 450 (`python -m
+benchmarks.pod_check` measures such), and exchanged heads at 270 to 315 in the steps of `python -m benchmarks.scaling`,
+by their profiles. What is passed on to one device is taken to be as fast as a gather."""
 _OF_A_NETWORK = 0.8  # the usual share of its rate; not measured
 
 
