@@ -13,7 +13,7 @@ import numpy as np
 import moc_jax.codecs
 import moc_jax.text
 from moc_jax.files import whole_file, whole_folder
-from moc_jax.sharding import Params, key_path
+from moc_jax.sharding import key_path
 
 Arrays = dict[str, np.ndarray]
 SOURCES = "stories.py", "world.py", "footage.py", "video.py", "dataset.py", "exam.py", "measures.py"
@@ -82,15 +82,15 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def save_weights(path: pathlib.Path, weights: Params) -> None:
-    """Each weight by its name."""
+def save_weights(path: pathlib.Path, weights: object, **more: np.ndarray) -> None:
+    """Each array of weights, or of another pytree, by its name; and more arrays beside them."""
     arrays = {"/".join(key_path(at)): np.asarray(x) for at, x in jax.tree.leaves_with_path(weights)}
     with whole_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, allow_pickle=False, **arrays, **more)
 
 
-def load_weights(path: pathlib.Path, like: Params) -> Params:
-    """What `save_weights` wrote, for a model whose weights are `like` these.
+def load_weights[T](path: pathlib.Path, like: T) -> T:
+    """What `save_weights` wrote of a pytree `like` this.
 
     Raises:
         FileNotFoundError: there is none.

@@ -397,5 +397,4 @@ def interval(successes: int, trials: int) -> tuple[float, float]:
     share = successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # None of n: 0 but for rounding, and all: 1.
     return float(np.clip(middle - half, 0, share)), float(np.clip(middle + half, share, 1))

@@ -5,14 +5,12 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
+from evidence.cache import load_weights, save_weights
 from evidence.experiment import Trainer
 from evidence.results import finite
-from moc_jax.files import whole_file
 from moc_jax.reading import parse_json
-from moc_jax.sharding import key_path
 
 _TOLD = "progress"  # beside the state's arrays
 
@@ -36,10 +34,8 @@ def state_of(weights: pathlib.Path, name: str) -> pathlib.Path:
 
 def save_state(path: pathlib.Path, trainer: Trainer, progress: Progress) -> None:
     """The trainer's state, each array by its name, and how far it came."""
-    arrays = {"/".join(key_path(at)): np.asarray(x) for at, x in jax.tree.leaves_with_path(trainer.state)}
     told = json.dumps(finite(dataclasses.asdict(progress)))
-    with whole_file(path) as partial, partial.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays, **{_TOLD: np.array(told)})
+    save_weights(path, trainer.state, **{_TOLD: np.array(told)})
 
 
 def progress_in(path: pathlib.Path) -> Progress | None:
@@ -59,7 +55,6 @@ def resumed(path: pathlib.Path, new: Progress, trainer: Trainer) -> Progress:
     if found.training != new.training:
         print(f"{path} is of another training: not resumed", flush=True)
         return new
-    with np.load(path, allow_pickle=False) as file:
-        trainer.state = jax.tree.map_with_path(lambda at, _: file["/".join(key_path(at))], trainer.state)
+    trainer.state = load_weights(path, trainer.state)
     print(f"{path.name} resumes after {found.curve[-1]['updates']} updates", flush=True)
     return dataclasses.replace(new, commands=(*found.commands, *new.commands), curve=found.curve)

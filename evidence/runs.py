@@ -53,7 +53,7 @@ class Run:
 
 
 def training_of(setting: Setting, run: Run, init_from: str, start: pathlib.Path | None) -> str:
-    """All that a training's numbers depend on, but for the source and its versions."""
+    """Tells a training from others: by its setting, arm, rate and seed, and by which weights it starts from."""
     return repr((setting, run, init_from, start and start.name))
 
 

@@ -102,8 +102,8 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert path.exists()
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_gradients_of_what_is_timed_are_not_zeros(rank):
+@pytest.mark.parametrize(("rank", "most"), [(0, 0.25), (2, 0.4)])
+def test_gradients_of_what_is_timed_are_not_zeros(rank, most):
     """In a run's first step those of all blocks are: what comes out of them starts as 0."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     model = MMDiTConfig(dim=16, depth=1, heads=2, latent_channels=4, text_dim=8, dtype="float32", remat="none")
@@ -122,4 +122,4 @@ def test_gradients_of_what_is_timed_are_not_zeros(rank):
             for state in (create_state(blueprint), begun(blueprint))
         ]
     assert zeros[0] > 0.5
-    assert zeros[1] < 0.4  # captions' way to an output that nobody reads
+    assert zeros[1] < most  # captions' way to an output that nobody reads

@@ -157,6 +157,13 @@ def test_several_gpus_stand_beside_the_plan_of_their_split():
         "fsdp, 2 devices": both | {"devices": 2, "groups": [1, 1], "ms": 300.0, "model": {"dim": 4, "remat": "full"}},
         "context, 2 devices, 2x1, dots": both
         | {"devices": 2, "groups": [2, 1], "ms": 90.0, "model": {"dim": 8, "remat": "dots"}},
+        "sampling, 1 devices": both | {"devices": 1, "groups": [1, 1], "ms": 50.0, "tokens_per_second": 5.0},
+        "sampling, 2 devices": both
+        | {"devices": 2, "groups": [2, 1], "ms": 25.0, "model": {"dim": 8, "remat": "dots"}},  # which changes no call
+        "context, 1 devices, 1x1, first step": both
+        | {"devices": 1, "groups": [1, 1], "ms": 90.0, "tokens_per_second": 8.0, "first_step": True},
+        "context, 2 devices, 2x1, first step": both
+        | {"devices": 2, "groups": [2, 1], "ms": 80.0, "tokens_per_second": 12.0, "first_step": True},
         "long, 4 devices": both | {"devices": 4, "groups": [4, 1], "ms": 300.0},
     }
     times = {"training, context 1": 180.0, "training, context 2": 110.0, "training, context 4": 60.0}
@@ -165,10 +172,14 @@ def test_several_gpus_stand_beside_the_plan_of_their_split():
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [(*row[:5], row[6], *row[-2:]) for row in cells] == [
         ("context", "1", "1x1", "full", "180", "1.00x", "180", "+0.0%"),
+        ("sampling", "1", "1x1", "", "50", "1.00x", "", ""),
+        ("context, first step", "1", "1x1", "full", "90", "1.00x", "", ""),
         ("context", "2", "2x1", "full", "100", "2.00x", "110", "+10.0%"),
         ("context", "2", "1x2, gather", "full", "100", "2.00x", "", ""),
         ("fsdp", "2", "", "full", "300", "", "", ""),
         ("context", "2", "2x1", "dots", "90", "", "", ""),
+        ("sampling", "2", "2x1", "", "25", "2.00x", "", ""),
+        ("context, first step", "2", "2x1", "full", "80", "1.50x", "", ""),
         ("long", "4", "4x1", "full", "300", "", "", ""),
         ("context", "4", "", "full", "not measured", "3.00x", "60", ""),
     ]

@@ -1,5 +1,6 @@
 """benchmarks/scaling.py at toy size: what is measured, and of which devices."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -26,6 +27,9 @@ def test_every_split_into_heads_and_tokens_is_measured_with_each_exchange():
     ]
     assert [(c.devices, c.scenes) for c in found if c.which == "fsdp"] == [(2, 2), (4, 4)]  # one device is context's
     assert [c.devices for c in found if c.which == "long"] == [4]
+    other = model.Arguments(model=dataclasses.replace(SMALL.model, remat="dots"))
+    names = {c.name for c in scaling.cases(scaling.Arguments(scene=other), (1, 2, 4))}
+    assert names & {c.name for c in found} == {f"sampling, {n} devices" for n in (1, 2, 4)}  # nothing is recomputed
     alone = scaling.cases(scaling.Arguments(scene=SMALL, which=("fsdp",)), (1, 2))
     assert [(c.devices, c.scenes) for c in alone] == [(1, 1), (2, 2)]
     some = scaling.cases(scaling.Arguments(scene=SMALL, which=("context",), head_groups=(2,)), (2, 4))

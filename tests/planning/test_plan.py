@@ -254,11 +254,32 @@ def test_one_h200_takes_as_long_as_was_measured():
         assert plan.held.total == pytest.approx(entry["memory"]["peak"], rel=0.08)
 
 
-def test_predictions_for_h200s_are_stored():
+def _of_h200s(step, axis, count):
+    plan = plan_sampling if step == "denoising" else plan_training
+    config = plan_h200.config("attention+mlp", count if axis == "fsdp" else 1)
+    return plan(config, topology(f"h200:{count}"), _sizes(**{axis: count}))
+
+
+def test_several_h200s_take_as_long_as_was_measured():
+    (measured,) = results.load(results.FOLDER, "scaling")
+    of_plan = {"context": ("training", "context"), "fsdp": ("training", "fsdp"), "sampling": ("denoising", "context")}
+    compared = set()
+    for name, entry in measured["entries"].items():
+        kind, count = name.partition(",")[0], entry["devices"]
+        if kind in of_plan and entry["groups"][1] == 1 and not entry.get("first_step"):
+            seconds = _of_h200s(*of_plan[kind], count).seconds
+            assert 1e3 * seconds == pytest.approx(entry["ms"], rel=0.05), name
+            compared.add((kind, count))
+    assert compared >= {("context", 2), ("context", 4), ("fsdp", 4), ("sampling", 4)}
+
+
+def test_what_is_stored_of_h200s_is_what_the_plan_says():
     (found,) = results.load(results.FOLDER, "plan")
-    assert {"training, context 1", "training, context 2", "training, context 4", "training, fsdp 4"} <= set(
-        found["entries"]
-    )
+    for name in ("training, context 1", "training, context 4", "training, fsdp 4", "denoising, context 2"):
+        step, axis, count = name.replace(",", "").split()
+        assert found["entries"][name]["step_ms"] == pytest.approx(
+            1e3 * _of_h200s(step, axis, int(count)).seconds, abs=1
+        )
 
 
 def test_shots_are_cropped_as_training_crops_them():
