@@ -42,7 +42,7 @@ class Arm:
     moc: MoCConfig
     attention: SceneAttention
     captions_apart: bool
-    """Whether `text_apart` holds."""
+    """Whether captions read themselves and the global one alone."""
     every_chunk: bool = False
     """Whether `attention` is dense whatever `moc` picks, which then stands for the counts alone."""
 
@@ -90,11 +90,10 @@ def arm_of(name: str, backend: str = "auto") -> Arm:
     if every and not apart:
         moc, every = dataclasses.replace(moc, mode="dense"), False
     attention = dense_attention(backend) if every else RoutedAttention(backend=backend)
+    attention = text_apart(attention) if apart else attention
     if backend == "auto":
-        attention = _by_size(masked_attention(every_chunk=every), attention)
-    return Arm(
-        moc=moc, attention=text_apart(attention) if apart else attention, captions_apart=apart, every_chunk=every
-    )
+        attention = _by_size(masked_attention(every_chunk=every, captions_apart=apart), attention)
+    return Arm(moc=moc, attention=attention, captions_apart=apart, every_chunk=every)
 
 
 def _by_size(small: SceneAttention, large: SceneAttention) -> SceneAttention:

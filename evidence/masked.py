@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moc_jax.attention.api import SceneAttention, route
 from moc_jax.attention.routing import anchor_chunks
 from moc_jax.config import MoCConfig
-from moc_jax.scene import VIDEO, ChunkTable
+from moc_jax.scene import GLOBAL, TEXT, VIDEO, ChunkTable
 from moc_jax.shapes import Array, Bool, Float, Int
 
 MOST = 1024
@@ -22,15 +22,16 @@ MOST = 1024
 _log = logging.getLogger(__name__)
 
 
-def masked_attention(*, every_chunk: bool = False) -> SceneAttention:
-    """By the routes that the library gives; or as if every chunk was picked, later ones too."""
+def masked_attention(*, every_chunk: bool = False, captions_apart: bool = False) -> SceneAttention:
+    """By the routes that the library gives, or as if every chunk was picked, later ones too; where captions are apart,
+    they read themselves and the global one alone."""
 
     def attend(q, k, v, table, cfg, *, key=None):
         if every_chunk:
             routes = jnp.zeros((q.shape[0], q.shape[2], q.shape[1], 0), jnp.int32)
         else:
             routes = route(q, k, table, cfg, key=key)
-        seen = context(routes, table, cfg, every_chunk=every_chunk)
+        seen = context(routes, table, cfg, every_chunk=every_chunk, captions_apart=captions_apart)
         # Padding reads all: under a mask of nothing, cuDNN's softmax is one of -inf, and NaN.
         out = _attended(q, k, v, seen | ~table.valid[:, None, :, None])
         return jnp.where(table.valid[..., None, None], out, 0), routes
@@ -39,18 +40,25 @@ def masked_attention(*, every_chunk: bool = False) -> SceneAttention:
 
 
 def context(
-    routes: Int[Array, "B H N K"], table: ChunkTable, cfg: MoCConfig, *, every_chunk: bool
+    routes: Int[Array, "B H N K"], table: ChunkTable, cfg: MoCConfig, *, every_chunk: bool, captions_apart: bool
 ) -> Bool[Array, "B _ N N"]:
-    """Which keys each query reads; of one head if all read the same. By products: a gather of so many takes longer."""
+    """Which keys each query reads; of one head if all read the same."""
+    read = anchor_chunks(table, cfg)
+    video, text = table.kind == VIDEO, table.kind == TEXT
+    if every_chunk:
+        read |= video[:, :, None] & video[:, None]
+    if captions_apart:
+        own = table.shot[:, :, None] == table.shot[:, None]
+        read &= ~text[:, :, None] | (text[:, None] & (own | (table.shot == GLOBAL)[:, None]))
+    # By products: a gather of so many takes longer. Picks are compared instead, which is one pass with what follows.
     chunk = jnp.arange(table.kind.shape[1])
     member = (table.chunk_of[..., None] == chunk[None, None]).astype(jnp.bfloat16)  # [B, N, C]
-    read = jnp.einsum("bqc,bcd->bqd", member, anchor_chunks(table, cfg).astype(jnp.bfloat16))[:, None]
-    if every_chunk:
-        queries = (table.token_kind == VIDEO)[:, None, :, None]
-        read = read + (queries & (table.kind == VIDEO)[:, None, None]).astype(jnp.bfloat16)
+    of_queries = jnp.einsum("bqc,bcd->bqd", member, read.astype(jnp.bfloat16))
+    seen = (jnp.einsum("bqc,bnc->bqn", of_queries, member) > 0)[:, None]
+    of_keys = jnp.where(table.valid, table.chunk_of, chunk.size)[:, None, None]  # padding is of no chunk
     for pick in range(routes.shape[-1]):
-        read = read + (routes[..., pick, None] == chunk[None, None, None]).astype(jnp.bfloat16)
-    return jnp.einsum("bhqc,bnc->bhqn", read, member) > 0
+        seen |= routes[..., pick, None] == of_keys
+    return seen
 
 
 def _attended(q: Float[Array, "B N H D"], k: Array, v: Array, seen: Bool[Array, "B _ N N"]) -> Float[Array, "B N H D"]:

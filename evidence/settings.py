@@ -56,7 +56,7 @@ FULL = Setting(
     world=World(split=TRAINING),
     codec=PcaConfig(),
     text=HashConfig(dim=256),
-    model=MMDiTConfig(dim=256, depth=6, heads=4, patch=(1, 2, 2), remat="none"),
+    model=MMDiTConfig(dim=256, depth=6, heads=4, patch=(1, 2, 2), remat="none", scan_layers=False),
     diffusion=DiffusionConfig(t_mean=2.0, t_std=1.5),
     sample=SampleConfig(solver="euler", schedule="wan-dpm++", steps=12, shift=1.0, history_noise=0.02),
     batch=64,

@@ -21,7 +21,8 @@ def watched(arm: Arm, reveals: Int[Array, "B S"]) -> SceneAttention:
 
     def attend(q, k, v, table, cfg, *, key=None):
         out, routes = arm.attention(q, k, v, table, cfg, key=key)
-        read = _read(q, k, context(routes, table, cfg, every_chunk=arm.every_chunk), table, reveals)
+        seen = context(routes, table, cfg, every_chunk=arm.every_chunk, captions_apart=arm.captions_apart)
+        read = _read(q, k, seen, table, reveals)
         return out, jnp.concatenate([routes, jax.lax.bitcast_convert_type(read, jnp.int32)], axis=-1)
 
     return attend

@@ -172,6 +172,10 @@ class MMDiTConfig(Settings, at="model"):
     beside it matrix products (`dots`), the MLP's output (`attention+mlp`), with it the heads that devices exchanged
     (`qkv+attention+mlp`), or no more (`attention`); nothing (`full`). `auto`: the fastest of these, `none` and
     `qkv+attention+mlp` aside, that fits the device when a run begins; outside of runs, `full`."""
+    scan_layers: bool = True
+    """Whether a program is of one block, in a loop; otherwise each has its own part, which takes longer to compile,
+    and what is kept for the backward pass is not copied into an array of all layers: sooner in small models that keep
+    much."""
     lora: LoraConfig = LoraConfig()
 
     def check_together(self):
@@ -244,6 +248,8 @@ class WanConfig(Settings, at="model"):
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     """As in `mmdit`."""
     remat: Remat = "auto"
+    """As in `mmdit`."""
+    scan_layers: bool = True
     """As in `mmdit`."""
     lora: LoraConfig = LoraConfig()
 
@@ -381,12 +387,13 @@ class Umt5Config(Settings, at="text"):
 # with a `name` of its own and a default for every field, joined here by |; models/, codecs/ and text/ say what it
 # builds. Other modules rely on what all kinds of a union have: codecs `stride` and `channels`, encoders `dim`, models
 # `latent_channels`, `text_dim`, `patch`, `dim`, `depth`, `heads`, `head_dim`, `mlp_dim`, `dtype`, `gradient_dtype`,
-# `remat`, `lora` and `joint_text`.
+# `remat`, `scan_layers`, `lora` and `joint_text`.
 ModelConfig = MMDiTConfig | WanConfig
 CodecConfig = PcaConfig | WanVaeConfig
 TextConfig = HashConfig | Umt5Config
 
 PLACES = frozenset({"codec.weights", "text.weights", "text.tokenizer"})
 """Settings that say where weights lie on this machine; which they must be, checkpoints and prepared data say."""
-TRADES = frozenset({"model.remat", "model.gradient_dtype", "codec.piece", "codec.batch", "text.hold", "text.batch"})
-"""Settings that trade memory or precision for time."""
+_OF_MODELS = "model.remat", "model.scan_layers", "model.gradient_dtype"
+TRADES = frozenset({*_OF_MODELS, "codec.piece", "codec.batch", "text.hold", "text.batch"})
+"""Settings that trade memory, precision or time to compile for time."""

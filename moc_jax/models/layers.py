@@ -349,6 +349,14 @@ def stacked[T: nnx.Module](kind: Callable[..., T], cfg: ModelConfig, rngs: nnx.R
     return modules
 
 
+def over_layers[T, L, S](block: Callable[[T, L], tuple[T, S]], x: T, layers: L, cfg: ModelConfig) -> tuple[T, S]:
+    """`lax.scan` of a block over the layers, which keeps what `cfg.remat` says; in a loop or, without
+    `cfg.scan_layers`, one after another."""
+    if cfg.remat != "none":  # a loop keeps passes apart by itself
+        block = jax.checkpoint(block, policy=kept_policy(cfg), prevent_cse=not cfg.scan_layers)
+    return jax.lax.scan(block, x, layers, unroll=not cfg.scan_layers)
+
+
 def shot_means(
     q: Float[Array, "B V H D"], k: Float[Array, "B V H D"], shots: Float32[Array, "B F S"]
 ) -> Float32[Array, "B 2 S H D"]:

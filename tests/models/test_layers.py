@@ -102,6 +102,24 @@ def test_remat_sees_the_products_of_linear_maps():
     assert (10, 24) not in kept("attention")
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_may_follow_each_other_without_a_loop(remat):
+    weights, x = normal(0, 3, M, M), normal(1, 4, M)
+
+    def loss(weights, x, scan_layers):
+        cfg = MMDiTConfig(remat=remat, scan_layers=scan_layers)
+        x, seen = layers.over_layers(lambda x, w: (jnp.tanh(x @ w), x.sum()), x, weights, cfg)
+        return jnp.sum(x**2) + jnp.sum(seen**2)
+
+    looped, apart = (jax.jit(jax.value_and_grad(functools.partial(loss, scan_layers=scan))) for scan in (True, False))
+    for a, b in zip(jax.tree.leaves(looped(weights, x)), jax.tree.leaves(apart(weights, x)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    loops = [of.lower(weights, x).as_text().count("stablehlo.while") for of in (looped, apart)]
+    assert loops == [2, 0]
+    found = apart.lower(weights, x).compile().as_text().count(" tanh(")
+    assert found == 3 if remat == "none" else found > 3  # what is to be computed again is not found again
+
+
 def test_each_group_has_its_captions_numbers_to_the_bit():
     per_caption = normal(0, B, 4, 2, M)
     slot = jnp.array([[0, 3, 1], [2, 2, -1]])

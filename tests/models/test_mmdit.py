@@ -199,14 +199,15 @@ def test_a_fresh_model_predicts_zero_and_depth_does_not_grow_the_program():
     args = (*_inputs(), _lengths())
     fresh = nnx.split(MMDiT(CFG, rngs=nnx.Rngs(0)))[1]
     assert float(jnp.abs(_model_of(fresh, *args, MOC).velocity).max()) == 0
-    sizes = []
-    for depth in (2, 6):
-        graph, state = nnx.split(
-            nnx.eval_shape(lambda d=depth: MMDiT(dataclasses.replace(CFG, depth=d), rngs=nnx.Rngs(0)))
-        )
-        run = jax.jit(lambda state, *args, graph=graph: nnx.merge(graph, state)(*args, MOC))
-        sizes.append(len(run.lower(state, *args).as_text()))
-    assert sizes[1] < 1.05 * sizes[0]
+
+    def size(depth, **more):
+        cfg = dataclasses.replace(CFG, depth=depth, **more)
+        graph, state = nnx.split(nnx.eval_shape(lambda: MMDiT(cfg, rngs=nnx.Rngs(0))))
+        run = jax.jit(lambda state, *args: nnx.merge(graph, state)(*args, MOC))
+        return len(run.lower(state, *args).as_text())
+
+    assert size(6) < 1.05 * size(2)
+    assert size(2, scan_layers=False) > 1.05 * size(2)  # each block has its own part
 
 
 def test_patches_across_frames_and_sizes_that_do_not_divide():

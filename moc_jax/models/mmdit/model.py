@@ -7,7 +7,6 @@ modulated by the noise level of its own shot (LCT, arXiv 2503.10589, section 3.1
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from moc_jax.attention.api import RoutedAttention, SceneAttention
 from moc_jax.attention.continued import Seen
@@ -18,7 +17,7 @@ from moc_jax.config import MMDiTConfig, MoCConfig, Remat
 from moc_jax.models.after import Forward, Over, Wanted, standing
 from moc_jax.models.dense_layers import dense_in_some
 from moc_jax.models.family import After, Routed
-from moc_jax.models.layers import Modulation, TimeEmbedding, kept_policy, modulated_norm, of_groups, stacked
+from moc_jax.models.layers import Modulation, TimeEmbedding, modulated_norm, of_groups, over_layers, stacked
 from moc_jax.models.linear import Linear, cast_once, linear_of
 from moc_jax.models.mmdit.block import Attend, Block, BlockModulation, Slots
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
@@ -202,9 +201,7 @@ class MMDiT(nnx.Module):
             text, video, seen = layer(*streams, modulations, slots, turns, attend, layer_key, index)
             return _split(text, video), seen
 
-        if self.cfg.remat != "none":
-            body = jax.checkpoint(body, policy=kept_policy(self.cfg), prevent_cse=False)  # scan keeps passes apart
-        return lax.scan(body, streams, (weights, modulations, jnp.arange(self.cfg.depth)))
+        return over_layers(body, streams, (weights, modulations, jnp.arange(self.cfg.depth)), self.cfg)
 
 
 def _split(text: Array, video: Array) -> tuple[Array, Array]:

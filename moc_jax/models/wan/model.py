@@ -22,7 +22,7 @@ from moc_jax.config import ConfigError, MoCConfig, Remat, WanConfig
 from moc_jax.models.after import Forward, Over, Wanted, standing
 from moc_jax.models.dense_layers import dense_in_some
 from moc_jax.models.family import After, Routed
-from moc_jax.models.layers import TimeEmbedding, gelu, kept_policy, modulated_norm, of_groups, stacked
+from moc_jax.models.layers import TimeEmbedding, gelu, modulated_norm, of_groups, over_layers, stacked
 from moc_jax.models.linear import Linear, cast_once, linear_of
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
 from moc_jax.models.rope import Turns, rope_angles, turns_of
@@ -104,9 +104,7 @@ class Network(nnx.Module):
             x, seen = nnx.merge(graph, weights)(x, text, time, turns, attend, read, layer_key, index)
             return constrained(x, "batch", "stream"), seen
 
-        if self.cfg.remat != "none":
-            body = jax.checkpoint(body, policy=kept_policy(self.cfg), prevent_cse=False)  # scan keeps passes apart
-        return lax.scan(body, x, (weights, jnp.arange(self.cfg.depth)))
+        return over_layers(body, x, (weights, jnp.arange(self.cfg.depth)), self.cfg)
 
 
 class WanDiT(nnx.Module):
