@@ -78,6 +78,9 @@ STILL = dataclasses.replace(
     every=100,
 )
 
+START = dataclasses.replace(STILL, codec_world=FULL.world)
+"""The still world in the full one's latents, so that weights of one mean as much in the other."""
+
 IN_TURN = dataclasses.replace(
     STILL, diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5, history_noise=(0.0, 0.3)), in_turn=True, updates=3_000
 )
@@ -106,6 +109,7 @@ def long(setting: Setting) -> Setting:
 SETTINGS: dict[str, Setting] = {
     "full": FULL,
     "still": STILL,
+    "start": START,
     "in-turn": IN_TURN,
     "long": long(FULL),
     "long-still": long(STILL),
