@@ -7,7 +7,6 @@ known, at a level that is drawn, too.
 
 import concurrent.futures
 import dataclasses
-import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,26 +19,22 @@ from flax import nnx
 
 from evidence.arms import Arm
 from evidence.dataset import Dataset, MarkedScene
+from evidence.probe import Probe, errors_of, per_shot, probe
 from evidence.recolor import Recolorings, recolored
 from evidence.stories import Stories
-from evidence.watch import MOST, READ, apart, watched
 from moc_jax import models
-from moc_jax.attention.routing import candidate_chunks
 from moc_jax.config import (
     DiffusionConfig,
     MeshConfig,
-    MoCConfig,
     ModelConfig,
     OptimizerConfig,
     SampleConfig,
     TrainConfig,
 )
 from moc_jax.diffusion.conditioning import Denoising, Known
-from moc_jax.diffusion.process import VelocityFn, add_noise, sample_timesteps, shot_mask, velocity_target
-from moc_jax.models.family import Routed
-from moc_jax.models.patches import tokens_of
+from moc_jax.diffusion.process import VelocityFn, add_noise, sample_timesteps
 from moc_jax.phases import garbage_left
-from moc_jax.scene import ChunkTable, Scene
+from moc_jax.scene import Scene
 from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
 from moc_jax.sharding import Params, make_mesh, replicated
 from moc_jax.training.state import TrainState, create_state, make_blueprint
@@ -63,22 +58,6 @@ class Task:
     """Whether scenes are trained on with any number of first shots known, at `diffusion.history_noise`."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Probe:
-    """What one call of the model showed, by story and shot; the reveals' entries mean nothing."""
-
-    box_error: Float[
-        np.ndarray | Array, "n S"
-    ]  # mean squared error of the velocity in the character's box; 0 without one
-    error: Float[np.ndarray | Array, "n S"]  # in the whole shot
-    into_reveal: Float[
-        np.ndarray | Array, "n depth H S"
-    ]  # share of the box's picks that lie in the revealing shot; or NaN
-    by_chance: Float[np.ndarray | Array, "n S"]  # the same if all that may be picked is as likely; or NaN
-    read: Float[np.ndarray | Array, "n depth H S 3"]  # means of `watch.READ` over the box; or NaN
-
-
 @typed
 def levels(
     key: Key[Array, ""], scene: Scene, reveals: int, task: Task
@@ -99,20 +78,6 @@ def levels(
 def _revealed(scene: Scene, reveals: int) -> Bool[Array, "B S"]:
     shots = scene.lengths.shot_frames
     return jnp.broadcast_to(jnp.arange(shots.shape[1]) < reveals, shots.shape)
-
-
-def _errors(velocity_fn: VelocityFn, scene: Scene, key: Key[Array, ""], t: Array) -> Float[Array, "B F Y X"]:
-    """The squared error of each latent's velocity."""
-    noise = jax.random.normal(key, scene.video.shape)
-    velocity = velocity_fn(add_noise(scene.video, noise, t, scene.lengths), t)
-    return jnp.square(velocity - velocity_target(scene.video, noise)).mean(axis=-1)
-
-
-def _per_shot(errors: Float[Array, "B F Y X"], weights: Array, scene: Scene) -> Float[Array, "B S"]:
-    """Their weighted mean over each shot; 0 where no latent weighs anything."""
-    mine = shot_mask(scene.lengths, errors.shape[1]).astype(errors.dtype)  # [B, S, F]
-    total, weight = (jnp.einsum("bsf,bfyx->bs", mine, of) for of in (errors * weights, weights))
-    return total / jnp.maximum(weight, 1e-9)
 
 
 class Programs:
@@ -242,10 +207,10 @@ class Programs:
         assert isinstance(scene, MarkedScene)
         level_key, noise_key = jax.random.split(key)
         t, known = levels(level_key, scene, self._world.characters, self.task)
-        errors = _errors(velocity_fn, scene, noise_key, t)
+        errors = errors_of(velocity_fn, scene, noise_key, t)
         weights = jnp.where(scene.characters, self.task.box_weight, 1.0)
-        per_shot = _per_shot(errors, weights, scene)
-        return jnp.where(known, 0, per_shot).sum() / (~known).sum(), per_shot
+        of_shots = per_shot(errors, weights, scene)
+        return jnp.where(known, 0, of_shots).sum() / (~known).sum(), of_shots
 
     def _sampled(self, params: Params, scene: Scene, key: Key[Array, ""]) -> Float[Array, "B F Y X Z"]:
         return self.sampled(params, scene, _revealed(scene, self._world.characters), key)
@@ -285,28 +250,9 @@ class Programs:
         return jnp.moveaxis(model.features(z, *shown, attention=self.arm.attention)[:, :, :, 0], (2, 1), (0, 1))
 
     def _probed(self, level: Float[Array, ""], params: Params, scene: MarkedScene, key: Key[Array, ""]) -> Probe:
-        model = nnx.merge(self._blueprint.graph, params)
-        tokens = scene.text.shape[1] + scene.characters[0].size // math.prod(self.task.model.patch)
-        attention = watched(self.arm, scene.reveals) if tokens <= MOST else self.arm.attention
-        found: list[Routed] = []
-
-        def velocity(z, t):
-            found.append(model.routed(z, scene.text, t, scene.lengths, self.arm.moc, attention=attention))
-            return found[0].velocity
-
-        t = jnp.where(_revealed(scene, self._world.characters), self.task.sample.history_noise, level)
-        errors = _errors(velocity, scene, key, t)
-        (routed,) = found
-        routes, read = apart(routed.routes) if tokens <= MOST else (routed.routes, None)
-        asked = _asked(routed.table, scene, self.task.model.patch)
-        into_reveal = _into_reveal(routes[..., : self.arm.moc.top_k], routed.table, scene, asked)  # without sinks
-        return Probe(
-            box_error=_per_shot(errors, scene.characters.astype(errors.dtype), scene),
-            error=_per_shot(errors, jnp.ones_like(errors), scene),
-            into_reveal=into_reveal,
-            by_chance=_by_chance(routed.table, self.arm.moc, scene, asked),
-            read=jnp.full((*into_reveal.shape, len(READ)), jnp.nan) if read is None else _in_boxes(read, asked),
-        )
+        model, known = nnx.merge(self._blueprint.graph, params), _revealed(scene, self._world.characters)
+        t = jnp.where(known, self.task.sample.history_noise, level)
+        return probe(model, self.task.model.patch, self.arm, self._world.characters, scene, t, key)
 
 
 def _scaled(
@@ -352,43 +298,6 @@ class Trainer:
         """So many updates; their mean loss."""
         self.state, loss = self._programs.update(self.state, self.data, self._colors, self._key, self._rate, count)
         return float(loss)
-
-
-def _asked(table: ChunkTable, scene: MarkedScene, patch: tuple[int, int, int]) -> Float[Array, "B V S"]:
-    """1 for each token in the box of a recalled character, at its shot."""
-    shot = table.token_shot[:, table.text_tokens :]
-    box = tokens_of(scene.characters[..., None].astype(jnp.float32), patch).any(axis=-1)
-    recalled = jnp.take_along_axis(scene.reveals, jnp.maximum(shot, 0), axis=1) >= 0
-    return jax.nn.one_hot(shot, scene.reveals.shape[1]) * (box & recalled)[..., None]
-
-
-def _in_boxes(read: Float[Array, "depth B H V n"], asked: Float[Array, "B V S"]) -> Float[Array, "B depth H S n"]:
-    """Means over each shot's tokens that are asked about; NaN where there are none."""
-    return jnp.einsum("lbhvn,bvs->blhsn", read, asked) / asked.sum(axis=1)[:, None, None, :, None]
-
-
-def _into_reveal(
-    picks: Int[Array, "depth B H V K"], table: ChunkTable, scene: MarkedScene, asked: Float[Array, "B V S"]
-) -> Float[Array, "B depth H S"]:
-    """Of the picks of the tokens that are asked about, the share that lies in the shot that showed the character."""
-    wanted = jnp.take_along_axis(scene.reveals, jnp.maximum(table.token_shot[:, table.text_tokens :], 0), axis=1)
-    read = jax.vmap(lambda shots, picks: shots[jnp.maximum(picks, 0)], in_axes=(0, 1), out_axes=1)(table.shot, picks)
-    made = picks >= 0
-    right = made & (read == wanted[None, :, None, :, None])
-    right, made = (jnp.einsum("lbhvk,bvs->blhs", of.astype(jnp.float32), asked) for of in (right, made))
-    return right / made  # NaN where nothing was picked
-
-
-def _by_chance(
-    table: ChunkTable, moc: MoCConfig, scene: MarkedScene, asked: Float[Array, "B V S"]
-) -> Float[Array, "B S"]:
-    """Of the tokens that are asked about, the share of what they may pick that lies in the shot that showed the
-    character."""
-    wanted = jnp.take_along_axis(scene.reveals, jnp.maximum(table.shot, 0), axis=1)
-    candidates = candidate_chunks(table, moc)
-    right = (candidates & (table.shot[:, None, :] == wanted[:, :, None])).sum(axis=2) / candidates.sum(axis=2)
-    of_token = jnp.take_along_axis(right, jnp.maximum(table.chunk_of[:, table.text_tokens :], 0), axis=1)
-    return jnp.einsum("bv,bvs->bs", jnp.nan_to_num(of_token), asked) / asked.sum(axis=1)
 
 
 def interval(successes: int, trials: int) -> tuple[float, float]:

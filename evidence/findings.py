@@ -12,7 +12,7 @@ from PIL import Image
 from evidence.exam import Exam, Recall, frames_of
 from evidence.experiment import Programs, interval
 from evidence.measures import dynamic_degree
-from evidence.watch import READ
+from evidence.watch import GRADIENT, READ
 from moc_jax.files import whole_file
 from moc_jax.sharding import Params
 
@@ -69,6 +69,9 @@ def probed(programs: Programs, weights: Params, exam: Exam, level: float) -> dic
     if not np.isnan(read).all():
         means = np.nanmean(read, axis=0).round(4)
         found["read"] = {name: means[..., i].tolist() for i, name in enumerate(READ)}
+    gradient = probe.gradient[rows, shots]
+    if not np.isnan(gradient).all():  # 0 / 0 where nothing at all is read
+        found["gradient"] = dict(zip(GRADIENT, np.nanmean(gradient, axis=0).round(4).tolist(), strict=True))
     if np.isnan(picked).all():
         return found
     return found | {

@@ -106,15 +106,17 @@ def _over(
     value: Callable[[dict[str, Any]], float] = _share,
     **how: Any,
 ) -> Image.Image:
-    """Of the tests during training, the seeds' mean and their range."""
+    """Of the tests during training, the mean of all trainings that came so far, and their range."""
 
     def draw(axes: Any) -> None:
         for (arm, results), colour in zip(arms.items(), _COLOURS * 2):
-            length = min(len(r["curve"]) for r in results)
-            places = np.mean([[at(r, test) for test in r["curve"][:length]] for r in results], axis=0)
-            values = np.array([[value(test) for test in r["curve"][:length]] for r in results])
-            axes.plot(places, values.mean(axis=0), color=colour, linewidth=1.8, label=arm)
-            axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+            longest = max(len(r["curve"]) for r in results)
+            tests = [[(r, r["curve"][i]) for r in results if i < len(r["curve"])] for i in range(longest)]
+            places = [np.mean([at(*test) for test in of]) for of in tests]
+            values = [[value(test) for _, test in of] for of in tests]
+            mean, low, high = ([reduce(of) for of in values] for reduce in (np.mean, np.min, np.max))
+            axes.plot(places, mean, color=colour, linewidth=1.8, label=arm)
+            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_xlabel(over, color=FAINT)
 
     return _plot(draw, title, **how)

@@ -34,6 +34,7 @@ TITLES = {
     "full": "The full world",
     "still-final": "The still world, final stories",
     "still": "The still world",
+    "start": "The start world",
     "in-turn": "The still world, learned in turn",
     "video-final": "The video world, final stories",
     "video": "The video world",
@@ -181,8 +182,8 @@ def _mean(results: Sequence[Result], name: str) -> float:
 
 def main_table(chosen: Sequence[Result], found: Sequence[Result]) -> list[str]:
     """One row per arm at its best learning rate."""
-    head = ["arm", "pairs skipped", "seeds", "rate", "updates", "ms", "P(correct), %", "each seed", "of its story, %"]
-    head += ["updates to 50 %", "box, dB", "background, dB", "motion"]
+    head = ["arm", "pairs skipped", "trainings", "rate", "updates", "ms", "P(correct), %", "of each"]
+    head += ["of its story, %", "updates to 50 %", "box, dB", "background, dB", "motion"]
     rates = {arm: len({r["learning_rate"] for r in rs}) for arm, rs in by_arm(found).items()}
     rows = []
     for arm, results in by_arm(chosen).items():
@@ -194,7 +195,7 @@ def main_table(chosen: Sequence[Result], found: Sequence[Result]) -> list[str]:
                 f"{100 * results[0]['skipped']:.0f} %",
                 str(len(results)),
                 f"{results[0]['learning_rate']:g} of {rates[arm]}",
-                f"{min(r['updates'] for r in results):,}",
+                ", ".join(dict.fromkeys(f"{r['updates']:,}" for r in results)),
                 pace(results),
                 _percent(tests),
                 ", ".join(f"{100 * test['share']:.0f}" for test in tests),

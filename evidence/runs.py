@@ -183,7 +183,7 @@ class Laboratory:
         quick = self.exam.first(self.setting.quick)
         latents = programs.sample(trainer.weights, quick.data, jax.random.key(1))
         probe = probed(programs, trainer.weights, quick, LEVELS[-1])
-        test |= {name: probe[name] for name in ("box_error", "into_reveal") if name in probe}
+        test |= {name: probe[name] for name in ("box_error", "into_reveal", "gradient") if name in probe}
         return test | ({"read": best_head(probe["read"])} if "read" in probe else {}), latents
 
     def _graded(self, run: Run, result: dict[str, Any], test: dict[str, Any], latents: np.ndarray) -> None:

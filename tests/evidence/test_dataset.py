@@ -12,7 +12,8 @@ from evidence import dataset, recolor
 from evidence.arms import arm_of
 from evidence.cost import cost_of
 from evidence.exam import grade, make_exam
-from evidence.experiment import Programs, Task, Trainer, _asked, _by_chance, _kinds, interval, levels
+from evidence.experiment import Programs, Task, Trainer, _kinds, interval, levels
+from evidence.probe import _asked, _by_chance, _gradients
 from evidence.recolor import recolored, recolorings
 from evidence.spread import Spread
 from evidence.watch import apart, watched
@@ -324,6 +325,24 @@ def test_chance_is_the_share_of_what_may_be_picked(encoded, name, chance):
     scene, table = data.scenes(jnp.array([0])), table_of(data, arm)
     found = _by_chance(table, arm.moc, scene, _asked(table, scene, (1, 4, 4)))
     np.testing.assert_allclose(found[0, 2:], chance, rtol=1e-6)
+
+
+def test_gradients_are_counted_by_the_shots_that_they_reach(encoded):
+    """Of a model whose velocity in each shot is a weighted sum of all shots' first latent frames."""
+    scene = encoded[1].scenes(jnp.array([0, 1]))
+    weights = jax.random.normal(jax.random.key(0), (4, 4))  # of the shot that reads, and the one that is read
+
+    def model(z, *_, **__):
+        return jnp.repeat(jnp.einsum("sr,brxyz->bsxyz", weights, z[:, ::2]), 2, axis=1)
+
+    found = _gradients(model, arm_of("dense"), 2, scene, jnp.full((2, 4), 0.5), jax.random.key(1))
+    square = np.square(weights)
+    for story in range(2):
+        for later, shot in enumerate((2, 3)):
+            reveal = int(scene.reveals[story, shot])
+            earlier = square[shot, :shot].sum() / square[shot].sum()
+            np.testing.assert_allclose(found[story, later, 0], earlier, rtol=1e-4)
+            np.testing.assert_allclose(found[story, later, 1], square[shot, reveal] / square[shot, :2].sum(), rtol=1e-4)
 
 
 def test_wilsons_interval():
