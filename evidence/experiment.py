@@ -19,7 +19,7 @@ from flax import nnx
 
 from evidence.arms import Arm
 from evidence.dataset import Dataset, MarkedScene
-from evidence.probe import Probe, errors_of, per_shot, probe
+from evidence.probe import Probe, errors_of, per_shot, probe_of
 from evidence.recolor import Recolorings, recolored
 from evidence.stories import Stories
 from moc_jax import models
@@ -252,7 +252,7 @@ class Programs:
     def _probed(self, level: Float[Array, ""], params: Params, scene: MarkedScene, key: Key[Array, ""]) -> Probe:
         model, known = nnx.merge(self._blueprint.graph, params), _revealed(scene, self._world.characters)
         t = jnp.where(known, self.task.sample.history_noise, level)
-        return probe(model, self.task.model.patch, self.arm, self._world.characters, scene, t, key)
+        return probe_of(model, self.task.model.patch, self.arm, self._world.characters, scene, t, key)
 
 
 def _scaled(

@@ -69,9 +69,12 @@ def probed(programs: Programs, weights: Params, exam: Exam, level: float) -> dic
     if not np.isnan(read).all():
         means = np.nanmean(read, axis=0).round(4)
         found["read"] = {name: means[..., i].tolist() for i, name in enumerate(READ)}
-    gradient = probe.gradient[rows, shots]
-    if not np.isnan(gradient).all():  # 0 / 0 where nothing at all is read
-        found["gradient"] = dict(zip(GRADIENT, np.nanmean(gradient, axis=0).round(4).tolist(), strict=True))
+    gradient = probe.gradient[rows, shots]  # [questions, 2]
+    known = ~np.isnan(gradient).all(axis=0)  # 0 / 0 for fresh weights, and what the own shot alone reads
+    if known.any():
+        found["gradient"] = {
+            name: float(f"{np.nanmean(gradient[:, i]):.4g}") for i, name in enumerate(GRADIENT) if known[i]
+        }
     if np.isnan(picked).all():
         return found
     return found | {

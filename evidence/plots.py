@@ -19,7 +19,7 @@ _GAP, _HEAD = 14, 26
 
 
 def over_updates(arms: Arms) -> Image.Image:
-    """P(correct) over updates, the seeds' mean and their range."""
+    """P(correct) over updates, the mean of an arm's trainings and their range."""
     return _over(
         arms, "updates", lambda result, test: test["updates"], "Recall over updates, at the best learning rate"
     )
@@ -106,14 +106,17 @@ def _over(
     value: Callable[[dict[str, Any]], float] = _share,
     **how: Any,
 ) -> Image.Image:
-    """Of the tests during training, the mean of all trainings that came so far, and their range."""
+    """Of the tests after as many updates, the mean of all trainings that came so far, and their range."""
 
     def draw(axes: Any) -> None:
         for (arm, results), colour in zip(arms.items(), _COLOURS * 2):
-            longest = max(len(r["curve"]) for r in results)
-            tests = [[(r, r["curve"][i]) for r in results if i < len(r["curve"])] for i in range(longest)]
-            places = [np.mean([at(*test) for test in of]) for of in tests]
-            values = [[value(test) for _, test in of] for of in tests]
+            tests: dict[int, list[tuple[Result, dict[str, Any]]]] = {}
+            for result in results:
+                for test in result["curve"]:
+                    tests.setdefault(test["updates"], []).append((result, test))
+            after = [tests[updates] for updates in sorted(tests)]
+            places = [np.mean([at(*test) for test in of]) for of in after]
+            values = [[value(test) for _, test in of] for of in after]
             mean, low, high = ([reduce(of) for of in values] for reduce in (np.mean, np.min, np.max))
             axes.plot(places, mean, color=colour, linewidth=1.8, label=arm)
             axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)

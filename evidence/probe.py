@@ -36,7 +36,7 @@ class Probe:
     gradient: Float[np.ndarray | Array, "n S 2"]  # `watch.GRADIENT` of the box's error; or NaN
 
 
-def probe(
+def probe_of(
     model: VideoModel,
     patch: tuple[int, int, int],
     arm: Arm,
@@ -45,7 +45,15 @@ def probe(
     t: Float[Array, "B S"],
     key: Key[Array, ""],
 ) -> Probe:
-    """Of a model that attends as an arm, in scenes whose first shots reveal so many characters."""
+    """Of a model that attends as an arm.
+
+    Args:
+        characters: as many first shots reveal one each, and are given at a small t.
+        t: the shots' noise levels, in [0, 1].
+
+    Returns:
+        `read` and `gradient` are NaN in scenes of more than `watch.MOST` tokens.
+    """
     few = scene.text.shape[1] + scene.characters[0].size // math.prod(patch) <= MOST
     attention = watched(arm, scene.reveals) if few else arm.attention
     found: list[Routed] = []
@@ -89,9 +97,9 @@ def _gradients(
     def of_shot(shot):
         (gradient,) = vjp(jnp.broadcast_to(jax.nn.one_hot(shot, t.shape[1]), t.shape))
         square = jnp.einsum("bsf,bfyxz->bs", frames, jnp.square(gradient))
-        reveal, reveals = scene.reveals[:, shot, None], square[:, :characters]
+        reveal, of_reveals = scene.reveals[:, shot, None], square[:, :characters]
         earlier = jnp.where(jnp.arange(t.shape[1]) < shot, square, 0).sum(axis=1) / square.sum(axis=1)
-        right = jnp.take_along_axis(square, jnp.maximum(reveal, 0), axis=1)[:, 0] / reveals.sum(axis=1)
+        right = jnp.take_along_axis(square, jnp.maximum(reveal, 0), axis=1)[:, 0] / of_reveals.sum(axis=1)
         return jnp.where(reveal >= 0, jnp.stack([earlier, right], axis=-1), jnp.nan)
 
     return jnp.moveaxis(jax.lax.map(of_shot, jnp.arange(characters, t.shape[1])), 0, 1)

@@ -23,6 +23,7 @@ from evidence.claims import claims
 from evidence.experiment import interval
 from evidence.films import HISTORY_NOISE, TRUTH, picture_of
 from evidence.results import RESULTS, Result, by_arm, chosen_of, finished, pace, updates_to
+from evidence.watch import GRADIENT
 from evidence.world import CANDIDATES
 from moc_jax.sampling.pictures import save_picture
 
@@ -32,6 +33,8 @@ PAGE, FILMS_PAGE, PICTURES = "docs/evidence.md", "docs/long.md", "docs/pictures"
 TITLES = {
     "full-final": "The full world, final stories",
     "full": "The full world",
+    "full-more-final": "The full world with more stories, final stories",
+    "full-more": "The full world with more stories",
     "still-final": "The still world, final stories",
     "still": "The still world",
     "start": "The start world",
@@ -98,6 +101,11 @@ def page_block(results: pathlib.Path) -> str:
         lines += ["P(correct) by the gap, in shots:", "", *gap_table(chosen), ""]
         for name in pictures_of(folder):
             lines += [f"![{name.rpartition('.')[0]}](pictures/{name})", ""]
+        if reading := reading_table(chosen):
+            lines += [
+                "What a character's tokens read, the head that reads most in the right shot, and where the gradient of"
+            ]
+            lines += ["the error in its box lies, at the end of training:", "", *reading, ""]
         lines += ["Picks into the revealing shot, of tokens in the character's box:", "", *picks_table(chosen), ""]
         lines += ["Squared error of the velocity in the character's box, by noise level:", "", *level_table(chosen), ""]
         lines += ["P(correct) at each learning rate:", "", *rate_table(found), ""]
@@ -195,7 +203,7 @@ def main_table(chosen: Sequence[Result], found: Sequence[Result]) -> list[str]:
                 f"{100 * results[0]['skipped']:.0f} %",
                 str(len(results)),
                 f"{results[0]['learning_rate']:g} of {rates[arm]}",
-                ", ".join(dict.fromkeys(f"{r['updates']:,}" for r in results)),
+                _each([f"{r['updates']:,}" for r in results]),
                 pace(results),
                 _percent(tests),
                 ", ".join(f"{100 * test['share']:.0f}" for test in tests),
@@ -207,6 +215,27 @@ def main_table(chosen: Sequence[Result], found: Sequence[Result]) -> list[str]:
             ]
         )
     return markdown(head, rows)
+
+
+def _each(values: Sequence[str]) -> str:
+    """One value if all are equal."""
+    return ", ".join(values if len(set(values)) > 1 else values[:1])
+
+
+def reading_table(chosen: Sequence[Result]) -> list[str]:
+    """What a character's tokens read and what its error depends on, at the last test during training."""
+    rows = []
+    for arm, results in by_arm(chosen).items():
+        if tests := [r["curve"][-1] for r in results if r["curve"] and "read" in r["curve"][-1]]:
+            read = [np.mean([test["read"][of] for test in tests]) for of in ("earlier", "reveal", "entropy")]
+            cells = [f"{100 * read[0]:.0f}", f"{100 * read[1]:.0f}", f"{read[2]:.1f}"]
+            for name in GRADIENT:
+                found = [test["gradient"][name] for test in tests if name in test.get("gradient", {})]
+                cells.append(f"{100 * np.mean(found):.0f}" if found else "")
+            rows.append([arm, *cells])
+    head = ["arm", "softmax in earlier shots, %", "in the right one, %", "entropy, nats"]
+    head += ["gradient in earlier shots, %", "of the reveals', in the right one, %"]
+    return markdown(head, rows) if rows else []
 
 
 def gap_table(chosen: Sequence[Result]) -> list[str]:

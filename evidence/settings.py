@@ -108,6 +108,7 @@ def long(setting: Setting) -> Setting:
 
 SETTINGS: dict[str, Setting] = {
     "full": FULL,
+    "full-more": dataclasses.replace(FULL, stories=60_000),
     "still": STILL,
     "start": START,
     "in-turn": IN_TURN,

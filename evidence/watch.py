@@ -12,7 +12,7 @@ from moc_jax.shapes import Array, Float, Int
 READ = "earlier", "reveal", "entropy"
 """Of a query's softmax: the share in earlier shots; the share in the shot that showed its character; and the entropy of
 how the former spreads over these shots' tokens, in nats."""
-GRADIENT = "earlier", "reveal"
+GRADIENT = "to_earlier", "to_right"
 """Of the squared gradient of an error in a character's box: the share in the inputs of earlier shots; and of that in
 the shots that showed some character, the share of the one that showed this."""
 MOST = 2048

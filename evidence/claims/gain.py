@@ -85,7 +85,7 @@ def _sooner(arms: Arms, arm: str) -> str:
         return f"sooner: **holds**, dense takes {than} updates"
     if len(others) == len(dense) and (not reached or max(others) <= min(reached)):
         return "sooner: **fails**"
-    return "sooner: **undecided**, as seeds disagree"
+    return "sooner: **undecided**, as trainings disagree"
 
 
 def _reading(arm: str, results: Sequence[Result]) -> Iterator[str]:

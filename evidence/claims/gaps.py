@@ -6,11 +6,23 @@ import numpy as np
 
 from benchmarks.tables import markdown
 from evidence import plots
-from evidence.claims.worlds import DENSE, OWN, Claim, Entries, Evidence, best_of, curves, of_one_seed, percent, pooled
+from evidence.claims.worlds import (
+    DENSE,
+    LITTLE,
+    OWN,
+    Claim,
+    Entries,
+    Evidence,
+    best_of,
+    curves,
+    of_one_seed,
+    percent,
+    pooled,
+)
 from evidence.results import Result
 
 NEAR, FAR = 3, 8  # a gap is near up to the one, for recent chunks up to 1, and far from the other on
-LITTLE = 0.05  # a difference whose interval ends below it is not a fall
+LEAST = 0.05  # a difference whose interval ends below it is not a fall
 
 
 def gaps(worlds: Sequence[Evidence]) -> Claim:
@@ -47,9 +59,9 @@ def _gap_entries(results: Sequence[Result], within: tuple[int, int]) -> Entries:
 def _falls(near: Entries, far: Entries, wanted: bool) -> str:
     """By the 95 % interval of the difference, Newcombe's of two shares."""
     (a, a_low, a_high), (b, b_low, b_high) = pooled(near), pooled(far)
-    if max(a, b) < 0.25:  # one of the story's four by chance
+    if max(a, b) < LITTLE:
         return "undecided, as too little is remembered"
     low, high = a - b - np.hypot(a - a_low, b_high - b), a - b + np.hypot(a_high - a, b - b_low)
-    if low > 0 or high < LITTLE:
+    if low > 0 or high < LEAST:
         return "holds" if wanted == (low > 0) else "fails"
     return "undecided"

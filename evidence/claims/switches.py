@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from benchmarks.tables import markdown
 from evidence import plots
-from evidence.claims.worlds import DENSE, OWN, Claim, Evidence, last_tests, of_one_seed, percent, pooled
+from evidence.claims.worlds import DENSE, LITTLE, OWN, Claim, Evidence, last_tests, of_one_seed, percent, pooled
 
 
 def switches(worlds: Sequence[Evidence]) -> Claim:
@@ -29,7 +29,8 @@ def switches(worlds: Sequence[Evidence]) -> Claim:
                     said += f", {100 * (after - own) / (dense - own):.0f} % of dense's gain"
                 best = max(best, (after, said))
             had = f"{where}{of_one_seed(results)}: dense has {100 * dense:.0f} % correct"
-            verdicts.append(f"{had}; best of what it is switched to, {best[1]}")
+            little = "**undecided**, as too little is remembered; " if dense < LITTLE else ""
+            verdicts.append(f"{had}; {little}best of what it is switched to, {best[1]}")
             pictures[f"evidence_claim_d_{world.world}"] = lambda results=results: plots.switched(results)
             break
     head = ["world", "switched to", "dense, %", "pairs skipped", "P(correct), %, at once", "after 5 % of the updates"]

@@ -11,8 +11,10 @@ from PIL import Image
 from evidence.experiment import interval
 from evidence.results import Result, by_arm, chosen_of, finished
 
-WORLDS = ("full", "still", "video")
+WORLDS = ("full", "full-more", "still", "video")
 LONG = ("long", "long-still")
+LITTLE = 0.25
+"""Who remembers the story's four, but not which is which, has as many answers right by chance."""
 DENSE, OWN = "dense", "own shot"
 Arms = Mapping[str, Sequence[Result]]
 Entries = Sequence[dict[str, Any]]
@@ -109,10 +111,10 @@ def compared(a: Entries, b: Entries) -> str:
 
 def of_one_seed(*arms: Sequence[Result]) -> str:
     """What to say behind a verdict that one of these arms has only one seed for."""
-    if min(map(len, arms)) > 1:
+    seeds = [{result["seed"] for result in results} for results in arms]
+    if min(map(len, seeds)) > 1:
         return ""
-    seeds = {tuple(sorted(result["seed"] for result in results)) for results in arms}
-    return ", of one seed" if len(seeds) == 1 else ", of one seed, not the same"
+    return ", of one seed" if all(of == seeds[0] for of in seeds) else ", of one seed, not the same"
 
 
 def best_of(arms: Arms, least_skipped: float = 0.0) -> str | None:

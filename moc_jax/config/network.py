@@ -173,9 +173,9 @@ class MMDiTConfig(Settings, at="model"):
     (`qkv+attention+mlp`), or no more (`attention`); nothing (`full`). `auto`: the fastest of these, `none` and
     `qkv+attention+mlp` aside, that fits the device when a run begins; outside of runs, `full`."""
     scan_layers: bool = True
-    """Whether a program is of one block, in a loop; otherwise each has its own part, which takes longer to compile,
-    and what is kept for the backward pass is not copied into an array of all layers: sooner in small models that keep
-    much."""
+    """Whether a program holds one block, run in a loop. Otherwise each layer has its own copy: that takes longer to
+    compile, and is faster in small models that keep much for the backward pass, as nothing is copied into arrays of
+    all layers."""
     lora: LoraConfig = LoraConfig()
 
     def check_together(self):

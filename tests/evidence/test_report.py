@@ -196,6 +196,23 @@ def test_arms_of_several_seeds_are_apart_if_no_two_seeds_disagree(tmp_path):
     assert verdicts(tmp_path)["b"][1].endswith("where the first ends: **holds** by moc 8x6")
 
 
+def test_trainings_of_one_seed_are_of_one_seed_and_each_has_its_updates(tmp_path):
+    """What was trained again is pooled, and still of one seed; and what has not learned says nothing when switched."""
+    test = {"skipped": 0.9, "zero_shot": result("", 0, 0, 20)["test"]["all"]}
+    gradient = [result("", 0, 0, 1)["curve"][-1] | {"gradient": {"to_earlier": 0.25, "to_right": 0.5}}]
+    first, again = result("dense", 1e-3, 0, 30, switched={"moc 8x6": test}), result("dense", 1e-3, 0, 20, updates=900)
+    runs = [first, result("own shot", 1e-3, 0, 13), result("moc 8x6", 1e-3, 0, 20, skipped=0.9, curve=gradient)]
+    save(tmp_path, "full", *runs)
+    (tmp_path / "full" / "dense_0.001_0-again.json").write_text(json.dumps(again))
+    found = verdicts(tmp_path)
+    assert "90 % skipped, of one seed: " in found["a"][0]
+    assert ": dense has 15 % correct; **undecided**, as too little is remembered; best of" in found["d"][0]
+    page = report.page_block(tmp_path)
+    assert "| dense | 75 % | 2 | 0.001 of 1 | 900, 500 | 20 | 12 (10..16) | 10, 15 |" in page
+    assert "| moc 8x6 | 60 | 40 | 2.0 | 25 | 50 |" in page
+    assert "| dense | 60 | 40 | 2.0 |  |  |" in page
+
+
 def test_a_fall_is_told_from_none_where_there_are_enough_recalls(tmp_path):
     for near, far, says in ((200, 198, "holds"), (200, 150, "fails"), (150, 148, "undecided")):
         save(tmp_path, "full", result("moc 8x6", 1e-3, 0, near, near=near, far=far))

@@ -185,6 +185,27 @@ def test_rematerialisation_changes_no_gradient(remat):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow)])
+def test_blocks_without_a_loop_compute_the_same(remat):
+    """Velocity and gradients, with a key for each layer's drop-in, and one layer dense."""
+    video, text, t = _inputs()
+    moc = dataclasses.replace(MOC, dense_layers=(1,))
+
+    def of(scan_layers):
+        cfg = dataclasses.replace(CFG, remat=remat, scan_layers=scan_layers)
+        graph = nnx.split(nnx.eval_shape(lambda: MMDiT(cfg, rngs=nnx.Rngs(0))))[0]
+
+        def loss(weights):
+            return jnp.mean(nnx.merge(graph, weights)(video, text, t, _lengths(), moc, key=jax.random.key(1))[0] ** 2)
+
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(WEIGHTS))
+
+    for a, b in zip(of(True), of(False), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert float(jnp.abs(a).max()) > 0
+
+
+@pytest.mark.long
 def test_bfloat16_computes_near_float32():
     video, text, t = _inputs()
     graph, _ = nnx.split(nnx.eval_shape(lambda: MMDiT(dataclasses.replace(CFG, dtype="bfloat16"), rngs=nnx.Rngs(0))))

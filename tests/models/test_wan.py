@@ -119,6 +119,21 @@ def test_all_chunks_picked_is_dense_attention(backend):
 
 
 @pytest.mark.long
+@pytest.mark.long
+def test_blocks_without_a_loop_compute_the_same():
+    def of(scan_layers):
+        graph = model_of(dataclasses.replace(CFG, scan_layers=scan_layers))[0]
+
+        def loss(weights):
+            return jnp.mean(nnx.merge(graph, weights)(*inputs(), lengths_of(), MOC, key=jax.random.key(1)) ** 2)
+
+        return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(WEIGHTS))
+
+    for a, b in zip(of(True), of(False), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert float(jnp.abs(a).max()) > 0
+
+
 def test_dense_layers_are_dense():
     """All of them: dense attention. One: its routes are empty, and the other's are not."""
     video, text, t = inputs()
