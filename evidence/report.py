@@ -224,18 +224,23 @@ def _each(values: Sequence[str]) -> str:
 
 def reading_table(chosen: Sequence[Result]) -> list[str]:
     """What a character's tokens read and what its error depends on, at the last test during training."""
-    rows = []
-    for arm, results in by_arm(chosen).items():
-        if tests := [r["curve"][-1] for r in results if r["curve"] and "read" in r["curve"][-1]]:
-            read = [np.mean([test["read"][of] for test in tests]) for of in ("earlier", "reveal", "entropy")]
-            cells = [f"{100 * read[0]:.0f}", f"{100 * read[1]:.0f}", f"{read[2]:.1f}"]
-            for name in GRADIENT:
-                found = [test["gradient"][name] for test in tests if name in test.get("gradient", {})]
-                cells.append(f"{100 * np.mean(found):.0f}" if found else "")
-            rows.append([arm, *cells])
-    head = ["arm", "softmax in earlier shots, %", "in the right one, %", "entropy, nats"]
-    head += ["gradient in earlier shots, %", "of the reveals', in the right one, %"]
-    return markdown(head, rows) if rows else []
+    tests = {arm: [r["curve"][-1] for r in of if r["curve"]] for arm, of in by_arm(chosen).items()}
+    columns = {
+        "softmax in earlier shots, %": ("read", "earlier", 100),
+        "in the right one, %": ("read", "reveal", 100),
+        "entropy, nats": ("read", "entropy", 1),
+        "gradient in earlier shots, %": ("gradient", GRADIENT[0], 100),
+        "of the reveals', in the right one, %": ("gradient", GRADIENT[1], 100),
+    }
+
+    def cell(of: Sequence[dict[str, Any]], kind: str, name: str, times: int) -> str:
+        found = [times * test[kind][name] for test in of if name in test.get(kind, {})]
+        return f"{np.mean(found):.{0 if times > 1 else 1}f}" if found else ""
+
+    cells = {head: [cell(of, *column) for of in tests.values()] for head, column in columns.items()}
+    known = {head: of for head, of in cells.items() if any(of)}
+    rows = [[arm, *row] for arm, *row in zip(tests, *known.values()) if any(row)]
+    return markdown(["arm", *known], rows) if rows else []
 
 
 def gap_table(chosen: Sequence[Result]) -> list[str]:
