@@ -94,6 +94,7 @@ def long(setting: Setting) -> Setting:
         setting,
         world=dataclasses.replace(setting.world, size=256, frames=41),
         codec_world=setting.world,
+        model=dataclasses.replace(setting.model, scan_layers=True),  # kernels take long to compile
         batch=2,
         box_weight=16 * setting.box_weight,
         warmup=50,
