@@ -119,7 +119,7 @@ def test_all_chunks_picked_is_dense_attention(backend):
 
 
 @pytest.mark.long
-@pytest.mark.long
+@pytest.mark.slow  # MMDiT's kind stays
 def test_blocks_without_a_loop_compute_the_same():
     def of(scan_layers):
         graph = model_of(dataclasses.replace(CFG, scan_layers=scan_layers))[0]
