@@ -1,6 +1,6 @@
 """Claim a: with most pairs skipped MoC keeps nearly all of what dense attention gains, and has it sooner."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -49,8 +49,7 @@ def gain(worlds: Sequence[Evidence]) -> Claim:
             verdicts.append(f"{where}, {skipped}: {_kept(arms, best)}; {_sooner(arms, best)}")
         shown = curves(arms, DENSE, *bests, OWN)
         pictures[f"evidence_claim_a_{world.world}"] = lambda shown=shown: plots.over_updates(shown)
-        if reading := [line for name in (DENSE, *bests) for line in _reading(name, arms[name])]:
-            verdicts.append(f"{where}, what a character's tokens read: {'; '.join(reading)}")
+        if any("read" in test for of in shown.values() for result in of for test in result["curve"]):
             pictures[f"evidence_claim_a_reading_{world.world}"] = lambda shown=shown: plots.reading(shown)
     head = ["world", "arm", "pairs skipped", "P(correct), %", "dense", "own shot", "of dense's gain"]
     head += ["updates to 50 %", "dense's"]
@@ -86,11 +85,3 @@ def _sooner(arms: Arms, arm: str) -> str:
     if len(others) == len(dense) and (not reached or max(others) <= min(reached)):
         return "sooner: **fails**"
     return "sooner: **undecided**, as trainings disagree"
-
-
-def _reading(arm: str, results: Sequence[Result]) -> Iterator[str]:
-    """What an arm's best head reads at the end, and how far that is spread."""
-    tests = [r["curve"][-1] for r in results if r["curve"] and "read" in r["curve"][-1]]
-    if tests:
-        right, entropy = (np.mean([test["read"][of] for test in tests]) for of in ("reveal", "entropy"))
-        yield f"{arm}, best head: {100 * right:.0f} % of its softmax in the right shot, entropy {entropy:.1f} nats"

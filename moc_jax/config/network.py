@@ -173,9 +173,8 @@ class MMDiTConfig(Settings, at="model"):
     (`qkv+attention+mlp`), or no more (`attention`); nothing (`full`). `auto`: the fastest of these, `none` and
     `qkv+attention+mlp` aside, that fits the device when a run begins; outside of runs, `full`."""
     scan_layers: bool = True
-    """Whether a program holds one block, run in a loop. Otherwise each layer has its own copy: that takes longer to
-    compile, and is faster in small models that keep much for the backward pass, as nothing is copied into arrays of
-    all layers."""
+    """Whether a program holds one block, run in a loop. Otherwise each layer has its own copy: longer to compile, and
+    faster in small models that keep much for the backward pass, as no arrays of all layers are written."""
     lora: LoraConfig = LoraConfig()
 
     def check_together(self):
@@ -394,6 +393,8 @@ TextConfig = HashConfig | Umt5Config
 
 PLACES = frozenset({"codec.weights", "text.weights", "text.tokenizer"})
 """Settings that say where weights lie on this machine; which they must be, checkpoints and prepared data say."""
-_OF_MODELS = "model.remat", "model.scan_layers", "model.gradient_dtype"
-TRADES = frozenset({*_OF_MODELS, "codec.piece", "codec.batch", "text.hold", "text.batch"})
+TRADES = frozenset(
+    {"model.remat", "model.scan_layers", "model.gradient_dtype"}
+    | {"codec.piece", "codec.batch", "text.hold", "text.batch"}
+)
 """Settings that trade memory, precision or time to compile for time."""

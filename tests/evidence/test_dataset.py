@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ from evidence.arms import arm_of
 from evidence.cost import cost_of
 from evidence.exam import grade, make_exam
 from evidence.experiment import Programs, Task, Trainer, _kinds, interval, levels
-from evidence.probe import _asked, _by_chance, _gradients
+from evidence.findings import probed
+from evidence.probe import Probe, _asked, _by_chance, _gradients
 from evidence.recolor import recolored, recolorings
 from evidence.spread import Spread
 from evidence.watch import apart, watched
@@ -343,6 +345,17 @@ def test_gradients_are_counted_by_the_shots_that_they_reach(encoded):
             earlier = square[shot, :shot].sum() / square[shot].sum()
             np.testing.assert_allclose(found[story, later, 0], earlier, rtol=1e-4)
             np.testing.assert_allclose(found[story, later, 1], square[shot, reveal] / square[shot, :2].sum(), rtol=1e-4)
+
+
+def test_what_the_own_shot_alone_reads_has_no_right_one():
+    """Nothing is divided by nothing there: no warning, and no number."""
+    nothing = np.full((1, 1, 1, 3), np.nan)
+    gradient = np.array([[[np.nan, np.nan], [np.nan, np.nan], [0.0, np.nan]]])
+    shown = Probe(np.ones((1, 3)), np.ones((1, 3)), nothing, nothing[0, 0], np.stack([nothing] * 3, -1), gradient)
+    exam = SimpleNamespace(data=None, questions=[SimpleNamespace(row=0, shot=2, reveal=0)])
+    found = probed(SimpleNamespace(probe=lambda *_: shown), {}, exam, 0.5)
+    assert found["gradient"] == {"to_earlier": 0.0}
+    assert not {"read", "into_reveal"} & set(found)
 
 
 def test_wilsons_interval():

@@ -106,7 +106,7 @@ def test_claims_that_hold(tmp_path):
         "dense 45 %; "
         "sooner: **holds**, dense takes more than its updates"
     )
-    assert "moc 8x6, best head: 40 % of its softmax in the right shot, entropy 2.0 nats" in found["a"][1]
+    assert "evidence_claim_a_reading_full" in claims.claims(tmp_path)[0].pictures
     at_cost = "full, stories for choices, at equal attended FLOPs, where the first"
     assert found["b"][:2] == [
         f"{at_cost} {when}: **holds** by moc 8x6, of one seed" for when in ("has P = 0.5", "ends")

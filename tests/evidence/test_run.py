@@ -46,6 +46,7 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
     (found,) = finished(tmp_path / "small")
     assert (found["arm"], found["seed"], found["updates"]) == ("moc 4x1", 0, 4)
     assert [test["updates"] for test in found["curve"]] == [2, 4]
+    assert 0 < found["curve"][-1]["gradient"]["to_right"] <= 1
     assert found["test"]["all"]["trials"] == 8
     assert [len(level["into_reveal"][0]) for level in found["levels"]] == [2] * 5  # heads
     assert 0.1 < found["skipped"] < 0.9

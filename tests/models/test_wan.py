@@ -118,7 +118,6 @@ def test_all_chunks_picked_is_dense_attention(backend):
     assert np.abs(found[2] - found[1])[0, :9].max() > 1e-3 * np.abs(found[1]).max()
 
 
-@pytest.mark.long
 @pytest.mark.slow  # MMDiT's kind stays
 def test_blocks_without_a_loop_compute_the_same():
     def of(scan_layers):
@@ -134,6 +133,7 @@ def test_blocks_without_a_loop_compute_the_same():
         assert float(jnp.abs(a).max()) > 0
 
 
+@pytest.mark.long
 def test_dense_layers_are_dense():
     """All of them: dense attention. One: its routes are empty, and the other's are not."""
     video, text, t = inputs()
