@@ -33,8 +33,8 @@ PAGE, FILMS_PAGE, PICTURES = "docs/evidence.md", "docs/long.md", "docs/pictures"
 TITLES = {
     "full-final": "The full world, final stories",
     "full": "The full world",
-    "full-more-final": "The full world with more stories, final stories",
-    "full-more": "The full world with more stories",
+    "full-mixed-final": "The full world, learned from mixed stories, final stories",
+    "full-mixed": "The full world, learned from mixed stories",
     "still-final": "The still world, final stories",
     "still": "The still world",
     "start": "The start world",

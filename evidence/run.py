@@ -247,7 +247,7 @@ def stories(
     codec = dataset.fit(setting.codec_world or setting.world, setting.codec, setting.codec_stories, spread, cache)
     data = dataset.make(setting.world, codec, setting.text, setting.seeds, spread, cache)
     seeds, rows = final_seeds(setting.final) if final else (range(setting.held_out), list(range(SHEET)))
-    world = dataclasses.replace(setting.world, split=FINAL if final else CHOICES)
+    world = dataclasses.replace(setting.tested_world or setting.world, split=FINAL if final else CHOICES)
     return data, make_exam(world, codec, setting.text, seeds, spread, cache), rows
 
 

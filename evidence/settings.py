@@ -41,6 +41,8 @@ class Setting:
     codec_stories: int = 64
     codec_world: Stories | None = None
     """Whose stories the codec is fitted on, where it is not `world`: that of the weights that are started from."""
+    tested_world: Stories | None = None
+    """Of which held-out stories are, where it is not `world`."""
     final: int = 256
     """As many of the final stories, at most."""
     in_turn: bool = False
@@ -81,6 +83,17 @@ STILL = dataclasses.replace(
 START = dataclasses.replace(STILL, codec_world=FULL.world)
 """The still world in the full one's latents, so that weights of one mean as much in the other."""
 
+MIXED = dataclasses.replace(
+    STILL,
+    world=World(mixed=True, split=TRAINING),
+    codec_world=FULL.world,
+    tested_world=FULL.world,
+    stories=60_000,
+    updates=12_000,
+    every=250,
+)
+"""The full world, learned by way of still shots."""
+
 IN_TURN = dataclasses.replace(
     STILL, diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5, history_noise=(0.0, 0.3)), in_turn=True, updates=3_000
 )
@@ -109,7 +122,7 @@ def long(setting: Setting) -> Setting:
 
 SETTINGS: dict[str, Setting] = {
     "full": FULL,
-    "full-more": dataclasses.replace(FULL, stories=60_000),
+    "full-mixed": MIXED,
     "still": STILL,
     "start": START,
     "in-turn": IN_TURN,

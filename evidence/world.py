@@ -144,9 +144,13 @@ class World(Stories):
     """Rows and columns of a frame, in pixels. Characters are as large in any, and anywhere in it."""
     still: bool = False
     """Nothing moves, it is always day, and characters stand upright in the middle: to find the look is all there is."""
+    mixed: bool = False
+    """Some shots are still ones, told in as many words as the others: a share of them that is drawn for each story."""
 
     def __post_init__(self):
         self._check_cast(len(NAMES))
+        if self.still and self.mixed:
+            raise ValueError("still and mixed: choose one, since a still world has no other shots")
         if not 1 <= self.places <= len(SPOTS):
             raise ValueError(f"{self.places} places; choose 1..{len(SPOTS)}, since each has a name")
         if self.size < SIZE:
@@ -182,16 +186,17 @@ class World(Stories):
         looks = distinct_looks(random)
         places = tuple(draw_place(random, self.size, self._margin) for _ in range(self.places))
         cast = self._cast(random)
+        still = random.random() if self.mixed else float(self.still)
         return DrawnStory(
             caption=f"A story of {', '.join(names[: self.characters])}.",
             looks=looks[: self.characters],
             strangers=looks[self.characters :],
             places=places,
-            shots=tuple(self._shot(random, who, names, spots) for who in cast),
+            shots=tuple(self._shot(random, who, names, spots, still) for who in cast),
         )
 
     def _shot(
-        self, random: np.random.Generator, who: int | None, names: Sequence[str], spots: Sequence[str]
+        self, random: np.random.Generator, who: int | None, names: Sequence[str], spots: Sequence[str], still: float
     ) -> DrawnShot:
         place = int(random.integers(self.places))
         move, pan = _one_of(random, MOVES), _one_of(random, MOVES)
@@ -201,9 +206,11 @@ class World(Stories):
         reach = 1 + ((self.size - SIZE) - _WALK * self._more) / (2 * ROWS["bottom"])
         middle = self.size / 2 + reach * np.array([COLUMNS[column], ROWS[row]]) + random.uniform(-1, 1, 2)
         corner = self._margin + random.uniform(-10, 10, 2)
-        if self.still:
+        if self.still or (still and random.random() < still):
+            subject = "Nobody is" if who is None else f"{names[who]} stands still, center middle,"
+            told = f"{subject} in the {spots[place]}, by day. The camera stands still."
             return DrawnShot(
-                caption="Nobody." if who is None else f"{names[who]}.",
+                caption=told if self.mixed else "Nobody." if who is None else f"{names[who]}.",
                 place=place,
                 size=self.size,
                 character=who,

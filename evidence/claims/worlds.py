@@ -11,7 +11,7 @@ from PIL import Image
 from evidence.experiment import interval
 from evidence.results import Result, by_arm, chosen_of, finished
 
-WORLDS = ("full", "full-more", "still", "video")
+WORLDS = ("full", "full-mixed", "still", "video")
 LONG = ("long", "long-still")
 LITTLE = 0.25
 """Who remembers the story's four, but not which is which, has as many answers right by chance."""
