@@ -12,7 +12,9 @@ from PIL import Image
 from evidence import progress, report, run, runs, settings, small
 from evidence.arms import ARMS, arm_of
 from evidence.cache import load_weights, save_weights
+from evidence.dataset import fit
 from evidence.results import finished, name_of
+from evidence.spread import ALONE
 from evidence.world import World
 from moc_jax.config import DiffusionConfig, HashConfig, MMDiTConfig, PcaConfig, SampleConfig
 from tests.evidence.made import result
@@ -75,6 +77,20 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
     assert "| moc 4x1 |" in page
     sheet = report.pictures(tmp_path / "small")["evidence_small_sheet.jpg"]
     assert sheet.width > 256
+
+
+def test_stories_are_tested_in_the_world_and_by_the_codec_that_a_setting_names():
+    plain = dataclasses.replace(TINY.world, still=False)
+    mixed = dataclasses.replace(TINY, world=dataclasses.replace(plain, mixed=True), codec_world=plain)
+    data, exam, _ = run.stories(dataclasses.replace(mixed, tested_world=plain), False, ALONE, None)
+    assert data.world == mixed.world
+    assert exam.data.world == dataclasses.replace(plain, split=settings.CHOICES)
+    of_plain = fit(plain, TINY.codec, TINY.codec_stories)
+    assert (
+        exam.codec.fingerprint == of_plain.fingerprint != fit(mixed.world, TINY.codec, TINY.codec_stories).fingerprint
+    )
+    _, exam, _ = run.stories(mixed, False, ALONE, None)
+    assert exam.data.world == dataclasses.replace(mixed.world, split=settings.CHOICES)
 
 
 @pytest.mark.long

@@ -66,6 +66,25 @@ def test_in_a_still_world_a_recall_differs_from_its_reveal_by_the_place_alone():
     assert all(shot.caption.rstrip(".") in (*NAMES, "Nobody") for shot in story.shots)
 
 
+def test_a_mixed_world_tells_of_still_and_moving_shots_in_as_many_words():
+    mixed = dataclasses.replace(WORLD, mixed=True)
+    shares = []
+    for seed in range(60):
+        story, other = mixed.story(seed), WORLD.story(seed)
+        assert story.looks[0].colors.tolist() == other.looks[0].colors.tolist()  # of the same cast and places
+        shares.append(np.mean([shot.still for shot in story.shots]))
+        for shot in story.shots:
+            assert len(shot.caption.split()) == (11 if shot.character is None else 14)
+            assert ("stands still." in shot.caption) == shot.still == (not np.ptp(shot.camera, axis=0).any())
+            assert not shot.still or ", by day." in shot.caption
+        assert mixed.text_tokens == WORLD.text_tokens
+    assert 0.35 < np.mean(shares) < 0.65
+    assert min(shares) < 0.2 < 0.8 < max(shares)
+    assert not mixed.recolorable
+    with pytest.raises(ValueError, match="still and mixed: choose one"):
+        dataclasses.replace(mixed, still=True)
+
+
 def test_only_the_box_changes_with_the_look():
     other = WORLD.story(1).looks[0]
     for story in map(dataclasses.replace(WORLD, frames=15).story, range(2, 12)):
