@@ -3,6 +3,7 @@
 import io
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ _GAP, _HEAD = 14, 26
 
 
 def over_updates(arms: Arms) -> Image.Image:
-    """P(correct) over updates, the mean of an arm's trainings and their range."""
+    """P(correct) over updates, of each training."""
     return _over(
         arms, "updates", lambda result, test: test["updates"], "Recall over updates, at the best learning rate"
     )
@@ -106,20 +107,13 @@ def _over(
     value: Callable[[dict[str, Any]], float] = _share,
     **how: Any,
 ) -> Image.Image:
-    """Of the tests after as many updates, the mean of all trainings that came so far, and their range."""
+    """A line for each training: recall comes at once, and means of several would hide that."""
 
     def draw(axes: Any) -> None:
         for (arm, results), colour in zip(arms.items(), _COLOURS * 2):
-            tests: dict[int, list[tuple[Result, dict[str, Any]]]] = {}
-            for result in results:
-                for test in result["curve"]:
-                    tests.setdefault(test["updates"], []).append((result, test))
-            after = [tests[updates] for updates in sorted(tests)]
-            places = [np.mean([at(*test) for test in of]) for of in after]
-            values = [[value(test) for _, test in of] for of in after]
-            mean, low, high = ([reduce(of) for of in values] for reduce in (np.mean, np.min, np.max))
-            axes.plot(places, mean, color=colour, linewidth=1.8, label=arm)
-            axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+            for n, result in enumerate(results):
+                places, values = ([of(test) for test in result["curve"]] for of in (partial(at, result), value))
+                axes.plot(places, values, color=colour, linewidth=1.4, alpha=0.85, label=None if n else arm)
         axes.set_xlabel(over, color=FAINT)
 
     return _plot(draw, title, **how)

@@ -37,6 +37,8 @@ TITLES = {
     "full-mixed": "The full world, learned from mixed stories",
     "still-final": "The still world, final stories",
     "still": "The still world",
+    "still-narrow": "The still world, a model half as wide",
+    "still-wide": "The still world, a model twice as wide",
     "start": "The start world",
     "in-turn": "The still world, learned in turn",
     "video-final": "The video world, final stories",

@@ -80,6 +80,10 @@ STILL = dataclasses.replace(
     every=100,
 )
 
+NARROW, WIDE = (
+    dataclasses.replace(STILL, model=dataclasses.replace(STILL.model, dim=64 * heads, heads=heads)) for heads in (2, 8)
+)
+
 START = dataclasses.replace(STILL, codec_world=FULL.world)
 """The still world in the full one's latents, so that weights of one mean as much in the other."""
 
@@ -124,6 +128,8 @@ SETTINGS: dict[str, Setting] = {
     "full": FULL,
     "full-mixed": MIXED,
     "still": STILL,
+    "still-narrow": NARROW,
+    "still-wide": WIDE,
     "start": START,
     "in-turn": IN_TURN,
     "long": long(FULL),

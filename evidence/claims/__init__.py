@@ -12,12 +12,19 @@ from evidence.claims.price import price
 from evidence.claims.routes import routes
 from evidence.claims.sparse import sparse
 from evidence.claims.switches import switches
-from evidence.claims.worlds import LONG, WORLDS, Claim, evidence
+from evidence.claims.worlds import LONG, SIZES, WORLDS, Claim, evidence
 
 __all__ = ["Claim", "claims", "evidence"]
 
 
 def claims(results: pathlib.Path) -> list[Claim]:
     """All six."""
-    worlds, long = (evidence(results, of) for of in (WORLDS, LONG))
-    return [gain(worlds), price(worlds, long), gaps(worlds), switches(worlds), routes(worlds), sparse(worlds)]
+    worlds, sizes, long = (evidence(results, of) for of in (WORLDS, SIZES, LONG))
+    return [
+        gain([*worlds, *sizes]),
+        price(worlds, long),
+        gaps(worlds),
+        switches(worlds),
+        routes(worlds),
+        sparse(worlds),
+    ]

@@ -12,6 +12,8 @@ from evidence.experiment import interval
 from evidence.results import Result, by_arm, chosen_of, finished
 
 WORLDS = ("full", "full-mixed", "still", "video")
+SIZES = ("still-narrow", "still-wide")
+"""The still world with other models."""
 LONG = ("long", "long-still")
 LITTLE = 0.25
 """Who remembers the story's four, but not which is which, has as many answers right by chance."""
