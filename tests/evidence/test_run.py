@@ -242,7 +242,8 @@ def test_a_run_starts_from_the_weights_of_another_setting(tmp_path):
     [
         (
             ["--setting", "ful"],
-            "--setting ful: known are full, full-mixed, still, still-narrow, still-wide, start, in-turn, long, long-still, video, small",
+            "--setting ful: known are full, full-mixed, still, still-narrow, still-wide, start, in-turn, long, "
+            "long-still, video, small",
         ),
         (["--part", "2/2"], "--part 2/2: must be i/n with i from 0 to n - 1"),
         (["--part", "x"], "--part x: must be i/n"),
