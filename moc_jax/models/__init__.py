@@ -11,8 +11,8 @@ from flax import nnx
 
 from moc_jax.config import MMDiTConfig, MoCConfig, ModelConfig, Remat, WanConfig
 from moc_jax.config.base import Settings
-from moc_jax.models.after import why_not
-from moc_jax.models.family import After, Routed, VideoModel
+from moc_jax.models.after import After, Routed, why_not
+from moc_jax.models.family import VideoModel
 from moc_jax.models.lora import adapted, frozen, joined, merged, trained, with_dropout
 from moc_jax.models.mmdit import MMDiT
 from moc_jax.models.patches import scene_shape

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
@@ -11,7 +12,6 @@ from moc_jax.attention.deal import Deal
 from moc_jax.attention.kept import Kept
 from moc_jax.attention.sharded import QKV, OverMesh
 from moc_jax.config import ConfigError, MoCConfig, ModelConfig, WanConfig
-from moc_jax.models.family import After, Routed
 from moc_jax.models.layers import shot_means
 from moc_jax.models.patches import scene_shape
 from moc_jax.scene import ChunkTable, SceneLengths, SceneShape, chunk_table
@@ -19,6 +19,18 @@ from moc_jax.shapes import Array, Float32, Int, Key, Shaped, typed
 
 Wanted = Literal["velocity", "routes", "means", "new"]
 """What a forward pass is for."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class After:
+    """The whole scene that given shots belong to, and what is kept of the shots before them."""
+
+    lengths: SceneLengths  # of all its shots and captions, in latent frames
+    first: Int[Array, " B"]  # of its shots, the first given one
+    kept: Kept
+    frames: int = dataclasses.field(metadata={"static": True})  # latent, of the whole scene and what fills it up
+    text_tokens: int = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +126,11 @@ class Over(NamedTuple):
     def __call__(
         self, text: QKV, video: QKV, key: Key[Array, ""] | None, index: Int[Array, ""]
     ) -> tuple[tuple[Array, Array], Seen]:
-        """Outputs of text and video, and what is wanted beside, in layer `index`."""
+        """Outputs of text and video, and what is wanted beside, of video alone, in layer `index`."""
         outputs, seen = self._attend(text, video, key, index)
+        if self.wanted == "routes":
+            assert seen.routes is not None
+            seen = Seen(seen.routes[:, :, self.deal.text :])
         if self.wanted == "means":
             q, k = (self.deal.restored(x) for x in video[:2])  # each token once, and none that was added
             seen = Seen(means=shot_means(q, k, self.shots))
@@ -133,6 +148,18 @@ class Over(NamedTuple):
         return OverKept(self.attention, given, kept, self.moc, self.deal, *asked)(text, video, index)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routed:
+    """A velocity, and what was read to predict it."""
+
+    velocity: Float32[Array, "B F Y X Z"]
+    routes: Int[Array, "depth B H V K"]
+    """The chunks that the video queries of each layer picked; -1 where a slot is empty."""
+    table: ChunkTable
+    """The scene's chunks."""
+
+
 class Forward(NamedTuple):
     """A velocity, and what was read and computed on the way; of the given shots, which may stand in a longer scene."""
 
@@ -141,11 +168,11 @@ class Forward(NamedTuple):
     table: ChunkTable
     place: Standing | None
 
-    def routed(self, text_tokens: int) -> Routed:
-        """With the routes of video, which was asked for, behind so many text tokens."""
+    def routed(self) -> Routed:
+        """With the routes, which were asked for."""
         assert self.seen.routes is not None
         table = self.table if self.place is None else self.place.given.table
-        return Routed(velocity=self.velocity, routes=self.seen.routes[:, :, :, text_tokens:], table=table)
+        return Routed(velocity=self.velocity, routes=self.seen.routes, table=table)
 
     def kept(self) -> Kept:
         """What was kept, these shots included."""

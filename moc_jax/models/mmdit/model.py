@@ -11,12 +11,11 @@ from flax import nnx
 from moc_jax.attention.api import RoutedAttention, SceneAttention
 from moc_jax.attention.continued import Seen
 from moc_jax.attention.deal import Deal
-from moc_jax.attention.kept import Kept
 from moc_jax.attention.sharded import deal_of
 from moc_jax.config import MMDiTConfig, MoCConfig, Remat
-from moc_jax.models.after import Forward, Over, Wanted, standing
+from moc_jax.models.after import After, Forward, Over, Wanted, standing
 from moc_jax.models.dense_layers import dense_in_some
-from moc_jax.models.family import After, Routed
+from moc_jax.models.family import VideoModel
 from moc_jax.models.layers import Modulation, TimeEmbedding, modulated_norm, of_groups, over_layers, stacked
 from moc_jax.models.linear import Linear, cast_once, linear_of
 from moc_jax.models.mmdit.block import Attend, Block, BlockModulation, Slots
@@ -29,8 +28,8 @@ from moc_jax.sharding import constrained
 Streams = tuple[Float[Array, "B L M"], Float[Array, "B V M"]]  # text and video
 
 
-class MMDiT(nnx.Module):
-    """Predicts the flow's velocity, noise - z_0, for all shots of a scene at once."""
+class MMDiT(VideoModel):
+    """An MMDiT of video and captions; `VideoModel` says what it computes."""
 
     def __init__(self, cfg: MMDiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -72,83 +71,21 @@ class MMDiT(nnx.Module):
         return cfg.depth * (width + beside_input[remat])
 
     @typed
-    def __call__(
+    def forward(
         self,
         video: Float[Array, "B F Y X Z"],
         text: Float[Array, "B L E"],
         t: Float[Array, "B S"],
         lengths: SceneLengths,
         moc: MoCConfig,
-        *,
-        key: Key[Array, ""] | None = None,
-        attention: SceneAttention = RoutedAttention(),
-        condition: None = None,
-        after: After | None = None,
-    ) -> Float32[Array, "B F Y X Z"]:
-        """Velocity; see `VideoModel`."""
-        return self._forward(video, text, t, lengths, moc, key, attention, after, "velocity").velocity
-
-    @typed
-    def routed(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        *,
-        key: Key[Array, ""] | None = None,
-        attention: SceneAttention = RoutedAttention(),
-        condition: None = None,
-        after: After | None = None,
-    ) -> Routed:
-        """Velocity, routes and chunk table; see `VideoModel`."""
-        return self._forward(video, text, t, lengths, moc, key, attention, after, "routes").routed(text.shape[1])
-
-    @typed
-    def remember(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        after: After,
-        *,
-        attention: SceneAttention = RoutedAttention(),
-    ) -> Kept:
-        """What is kept, these shots included; see `VideoModel`."""
-        return self._forward(video, text, t, lengths, moc, None, attention, after, "new").kept()
-
-    @typed
-    def features(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        *,
-        attention: SceneAttention = RoutedAttention(),
-        condition: None = None,
-    ) -> Float32[Array, "depth B 2 S H D"]:
-        """Means of q and k of each shot; see `VideoModel`."""
-        means = self._forward(video, text, t, lengths, moc, None, attention, None, "means").seen.means
-        assert means is not None
-        return means
-
-    def _forward(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        key: Key[Array, ""] | None,
-        attention: SceneAttention,
-        after: After | None,
         wanted: Wanted,
+        *,
+        key: Key[Array, ""] | None = None,
+        attention: SceneAttention = RoutedAttention(),
+        condition: None = None,
+        after: After | None = None,
     ) -> Forward:
+        """See `VideoModel`."""
         cfg = self.cfg
         shape, lengths = scene_shape(cfg, video.shape, text.shape, lengths)
         table = chunk_table(lengths, shape, moc.chunk)

@@ -16,12 +16,11 @@ from jax import lax
 from moc_jax.attention.api import RoutedAttention, SceneAttention
 from moc_jax.attention.continued import Seen
 from moc_jax.attention.deal import Deal
-from moc_jax.attention.kept import Kept
 from moc_jax.attention.sharded import deal_of
 from moc_jax.config import ConfigError, MoCConfig, Remat, WanConfig
-from moc_jax.models.after import Forward, Over, Wanted, standing
+from moc_jax.models.after import After, Forward, Over, Wanted, standing
 from moc_jax.models.dense_layers import dense_in_some
-from moc_jax.models.family import After, Routed
+from moc_jax.models.family import VideoModel
 from moc_jax.models.layers import TimeEmbedding, gelu, modulated_norm, of_groups, over_layers, stacked
 from moc_jax.models.linear import Linear, cast_once, linear_of
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
@@ -107,8 +106,8 @@ class Network(nnx.Module):
         return over_layers(body, x, (weights, jnp.arange(self.cfg.depth)), self.cfg)
 
 
-class WanDiT(nnx.Module):
-    """Predicts the flow's velocity, noise - z_0, for all shots of a scene at once."""
+class WanDiT(VideoModel):
+    """Wan's network, or its two experts; `VideoModel` says what it computes."""
 
     def __init__(self, cfg: WanConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -149,92 +148,21 @@ class WanDiT(nnx.Module):
         return cfg.depth * (width + beside_input[remat])
 
     @typed
-    def __call__(
+    def forward(
         self,
         video: Float[Array, "B F Y X Z"],
         text: Float[Array, "B L E"],
         t: Float[Array, "B S"],
         lengths: SceneLengths,
         moc: MoCConfig,
-        *,
-        key: Key[Array, ""] | None = None,
-        attention: SceneAttention = RoutedAttention(),
-        condition: Float[Array, "B F Y X _"] | None = None,
-        after: After | None = None,
-    ) -> Float32[Array, "B F Y X Z"]:
-        """Velocity; see `VideoModel`.
-
-        Args:
-            condition: What a model with `condition_channels` reads beside the latents: of Wan 2.2 I2V, a mask, 1 where
-                frames are given, and the latents of the given frames.
-
-        Raises:
-            ConfigError: it is not there, or of other sizes, or `condition_channels` is 0.
-        """
-        return self._forward(video, text, t, lengths, moc, key, attention, condition, after, "velocity").velocity
-
-    @typed
-    def routed(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        *,
-        key: Key[Array, ""] | None = None,
-        attention: SceneAttention = RoutedAttention(),
-        condition: Float[Array, "B F Y X _"] | None = None,
-        after: After | None = None,
-    ) -> Routed:
-        """Velocity, routes and chunk table, of video alone; see `VideoModel`."""
-        return self._forward(video, text, t, lengths, moc, key, attention, condition, after, "routes").routed(0)
-
-    @typed
-    def remember(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        after: After,
-        *,
-        attention: SceneAttention = RoutedAttention(),
-    ) -> Kept:
-        """What is kept, these shots included; see `VideoModel`."""
-        return self._forward(video, text, t, lengths, moc, None, attention, None, after, "new").kept()
-
-    @typed
-    def features(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        *,
-        attention: SceneAttention = RoutedAttention(),
-        condition: Float[Array, "B F Y X _"] | None = None,
-    ) -> Float32[Array, "depth B 2 S H D"]:
-        """Means of q and k of each shot; see `VideoModel`. Of two experts, those of the one that t asks for."""
-        means = self._forward(video, text, t, lengths, moc, None, attention, condition, None, "means").seen.means
-        assert means is not None
-        return means
-
-    def _forward(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        key: Key[Array, ""] | None,
-        attention: SceneAttention,
-        condition: Float[Array, "B F Y X _"] | None,
-        after: After | None,
         wanted: Wanted,
+        *,
+        key: Key[Array, ""] | None = None,
+        attention: SceneAttention = RoutedAttention(),
+        condition: Float[Array, "B F Y X _"] | None = None,
+        after: After | None = None,
     ) -> Forward:
+        """See `VideoModel`."""
         cfg = self.cfg
         _check_condition(cfg, video.shape, condition)
         shape, of_video = scene_shape(cfg, video.shape, text.shape, lengths)
