@@ -92,7 +92,7 @@ MIXED = dataclasses.replace(
     world=World(mixed=True, split=TRAINING),
     codec_world=FULL.world,
     tested_world=FULL.world,
-    stories=60_000,
+    stories=40_000,
     updates=12_000,
     every=250,
 )

@@ -145,7 +145,7 @@ class World(Stories):
     still: bool = False
     """Nothing moves, it is always day, and characters stand upright in the middle: to find the look is all there is."""
     mixed: bool = False
-    """Some shots are still ones, told in as many words as the others: a share of them that is drawn for each story."""
+    """Some shots are as in a still world, and told as there: a share of them that is drawn for each story."""
 
     def __post_init__(self):
         self._check_cast(len(NAMES))
@@ -207,10 +207,8 @@ class World(Stories):
         middle = self.size / 2 + reach * np.array([COLUMNS[column], ROWS[row]]) + random.uniform(-1, 1, 2)
         corner = self._margin + random.uniform(-10, 10, 2)
         if self.still or (still and random.random() < still):
-            subject = "Nobody is" if who is None else f"{names[who]} stands still, center middle,"
-            told = f"{subject} in the {spots[place]}, by day. The camera stands still."
             return DrawnShot(
-                caption=told if self.mixed else "Nobody." if who is None else f"{names[who]}.",
+                caption="Nobody." if who is None else f"{names[who]}.",
                 place=place,
                 size=self.size,
                 character=who,

@@ -66,7 +66,7 @@ def test_in_a_still_world_a_recall_differs_from_its_reveal_by_the_place_alone():
     assert all(shot.caption.rstrip(".") in (*NAMES, "Nobody") for shot in story.shots)
 
 
-def test_a_mixed_world_tells_of_still_and_moving_shots_in_as_many_words():
+def test_a_mixed_world_has_shots_of_both_kinds():
     mixed = dataclasses.replace(WORLD, mixed=True)
     shares = []
     for seed in range(60):
@@ -74,9 +74,8 @@ def test_a_mixed_world_tells_of_still_and_moving_shots_in_as_many_words():
         assert story.looks[0].colors.tolist() == other.looks[0].colors.tolist()  # of the same cast and places
         shares.append(np.mean([shot.still for shot in story.shots]))
         for shot in story.shots:
-            assert len(shot.caption.split()) == (11 if shot.character is None else 14)
-            assert ("stands still." in shot.caption) == shot.still == (not np.ptp(shot.camera, axis=0).any())
-            assert not shot.still or ", by day." in shot.caption
+            assert shot.still == (not np.ptp(shot.camera, axis=0).any())
+            assert shot.still == (shot.caption.rstrip(".") in (*NAMES, "Nobody"))
         assert mixed.text_tokens == WORLD.text_tokens
     assert 0.35 < np.mean(shares) < 0.65
     assert min(shares) < 0.2 < 0.8 < max(shares)
