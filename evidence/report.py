@@ -35,6 +35,7 @@ TITLES = {
     "full": "The full world",
     "full-mixed-final": "The full world, learned from mixed stories, final stories",
     "full-mixed": "The full world, learned from mixed stories",
+    "full-words": "The full world, learned from mixed stories in full words",
     "still-final": "The still world, final stories",
     "still": "The still world",
     "still-narrow": "The still world, a model half as wide",

@@ -89,14 +89,17 @@ START = dataclasses.replace(STILL, codec_world=FULL.world)
 
 MIXED = dataclasses.replace(
     STILL,
-    world=World(mixed=True, split=TRAINING),
+    world=World(mixed="names", split=TRAINING),
     codec_world=FULL.world,
     tested_world=FULL.world,
     stories=40_000,
     updates=12_000,
     every=250,
 )
-"""The full world, learned by way of still shots."""
+"""The full world, learned from stories of moving and still shots."""
+
+WORDS = dataclasses.replace(MIXED, world=World(mixed="words", split=TRAINING), stories=60_000)
+"""The same, but all shots are told in as many words."""
 
 IN_TURN = dataclasses.replace(
     STILL, diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5, history_noise=(0.0, 0.3)), in_turn=True, updates=3_000
@@ -127,6 +130,7 @@ def long(setting: Setting) -> Setting:
 SETTINGS: dict[str, Setting] = {
     "full": FULL,
     "full-mixed": MIXED,
+    "full-words": WORDS,
     "still": STILL,
     "still-narrow": NARROW,
     "still-wide": WIDE,

@@ -14,6 +14,7 @@ least `_APART` from each other, so that telling them apart does not hang on a sh
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -144,8 +145,9 @@ class World(Stories):
     """Rows and columns of a frame, in pixels. Characters are as large in any, and anywhere in it."""
     still: bool = False
     """Nothing moves, it is always day, and characters stand upright in the middle: to find the look is all there is."""
-    mixed: bool = False
-    """Some shots are as in a still world, and told as there: a share of them that is drawn for each story."""
+    mixed: Literal["", "names", "words"] = ""
+    """Some shots are as in a still world, a share of them that is drawn for each story; they are told by names, as
+    there, or in as many words as the others."""
 
     def __post_init__(self):
         self._check_cast(len(NAMES))
@@ -207,8 +209,10 @@ class World(Stories):
         middle = self.size / 2 + reach * np.array([COLUMNS[column], ROWS[row]]) + random.uniform(-1, 1, 2)
         corner = self._margin + random.uniform(-10, 10, 2)
         if self.still or (still and random.random() < still):
+            subject = "Nobody is" if who is None else f"{names[who]} stands still, center middle,"
+            told = f"{subject} in the {spots[place]}, by day. The camera stands still."
             return DrawnShot(
-                caption="Nobody." if who is None else f"{names[who]}.",
+                caption=told if self.mixed == "words" else "Nobody." if who is None else f"{names[who]}.",
                 place=place,
                 size=self.size,
                 character=who,

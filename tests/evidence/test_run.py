@@ -81,7 +81,7 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
 
 def test_stories_are_tested_in_the_world_and_by_the_codec_that_a_setting_names():
     plain = dataclasses.replace(TINY.world, still=False)
-    mixed = dataclasses.replace(TINY, world=dataclasses.replace(plain, mixed=True), codec_world=plain)
+    mixed = dataclasses.replace(TINY, world=dataclasses.replace(plain, mixed="names"), codec_world=plain)
     data, exam, _ = run.stories(dataclasses.replace(mixed, tested_world=plain), False, ALONE, None)
     assert data.world == mixed.world
     assert exam.data.world == dataclasses.replace(plain, split=settings.CHOICES)
@@ -242,8 +242,8 @@ def test_a_run_starts_from_the_weights_of_another_setting(tmp_path):
     [
         (
             ["--setting", "ful"],
-            "--setting ful: known are full, full-mixed, still, still-narrow, still-wide, start, in-turn, long, "
-            "long-still, video, small",
+            "--setting ful: known are full, full-mixed, full-words, still, still-narrow, still-wide, start, "
+            "in-turn, long, long-still, video, small",
         ),
         (["--part", "2/2"], "--part 2/2: must be i/n with i from 0 to n - 1"),
         (["--part", "x"], "--part x: must be i/n"),

@@ -67,7 +67,7 @@ def test_in_a_still_world_a_recall_differs_from_its_reveal_by_the_place_alone():
 
 
 def test_a_mixed_world_has_shots_of_both_kinds():
-    mixed = dataclasses.replace(WORLD, mixed=True)
+    mixed, in_words = (dataclasses.replace(WORLD, mixed=told) for told in ("names", "words"))
     shares = []
     for seed in range(60):
         story, other = mixed.story(seed), WORLD.story(seed)
@@ -76,6 +76,10 @@ def test_a_mixed_world_has_shots_of_both_kinds():
         for shot in story.shots:
             assert shot.still == (not np.ptp(shot.camera, axis=0).any())
             assert shot.still == (shot.caption.rstrip(".") in (*NAMES, "Nobody"))
+        for shot, named in zip(in_words.story(seed).shots, story.shots):
+            assert len(shot.caption.split()) == (11 if shot.character is None else 14)
+            assert ("stands still." in shot.caption) == shot.still == named.still
+            assert (shot.path == named.path).all()
         assert mixed.text_tokens == WORLD.text_tokens
     assert 0.35 < np.mean(shares) < 0.65
     assert min(shares) < 0.2 < 0.8 < max(shares)
