@@ -40,7 +40,6 @@ TITLES = {
     "still": "The still world",
     "still-narrow": "The still world, a model half as wide",
     "still-wide": "The still world, a model twice as wide",
-    "start": "The start world",
     "in-turn": "The still world, learned in turn",
     "video-final": "The video world, final stories",
     "video": "The video world",

@@ -46,7 +46,7 @@ SHEET = 10
 class Arguments:
     """What is trained, and for how long."""
 
-    setting: str = "full"
+    setting: str = "full-mixed"
     """World, model and task; see evidence/settings.py."""
     arms: tuple[str, ...] = ARMS
     seeds: tuple[int, ...] = ()

@@ -84,9 +84,6 @@ NARROW, WIDE = (
     dataclasses.replace(STILL, model=dataclasses.replace(STILL.model, dim=64 * heads, heads=heads)) for heads in (2, 8)
 )
 
-START = dataclasses.replace(STILL, codec_world=FULL.world)
-"""The still world in the full one's latents, so that weights of one mean as much in the other."""
-
 MIXED = dataclasses.replace(
     STILL,
     world=World(mixed="names", split=TRAINING),
@@ -99,7 +96,7 @@ MIXED = dataclasses.replace(
 """The full world, learned from stories of moving and still shots."""
 
 WORDS = dataclasses.replace(MIXED, world=World(mixed="words", split=TRAINING), stories=60_000)
-"""The same, but all shots are told in as many words."""
+"""The same, but captions of still shots are as long as the others."""
 
 IN_TURN = dataclasses.replace(
     STILL, diffusion=DiffusionConfig(t_mean=3.0, t_std=1.5, history_noise=(0.0, 0.3)), in_turn=True, updates=3_000
@@ -134,7 +131,6 @@ SETTINGS: dict[str, Setting] = {
     "still": STILL,
     "still-narrow": NARROW,
     "still-wide": WIDE,
-    "start": START,
     "in-turn": IN_TURN,
     "long": long(FULL),
     "long-still": long(STILL),

@@ -146,8 +146,8 @@ class World(Stories):
     still: bool = False
     """Nothing moves, it is always day, and characters stand upright in the middle: to find the look is all there is."""
     mixed: Literal["", "names", "words"] = ""
-    """Some shots are as in a still world, a share of them that is drawn for each story; they are told by names, as
-    there, or in as many words as the others."""
+    """Some shots are as in a still world, a share of them that is drawn for each story; their captions are names, as
+    there, or as many words as the others have."""
 
     def __post_init__(self):
         self._check_cast(len(NAMES))

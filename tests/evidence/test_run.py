@@ -133,13 +133,13 @@ def test_a_run_resumes_bit_for_bit(tmp_path, monkeypatch, capsys, compilation_ca
 def left_at(folder, updates, **parts):
     """A finished result of as many updates."""
     found = result("own shot", 1e-3, 0, 100) | {"updates": updates} | parts
-    (folder / "out" / "full").mkdir(parents=True, exist_ok=True)
-    (folder / "out" / "full" / "own-shot_0.001_0.json").write_text(json.dumps(found))
+    (folder / "out" / "full-mixed").mkdir(parents=True, exist_ok=True)
+    (folder / "out" / "full-mixed" / "own-shot_0.001_0.json").write_text(json.dumps(found))
 
 
 def state_at(folder, updates, training):
     trainer = types.SimpleNamespace(state={"step": np.array(updates)})
-    kept = progress.state_of(folder / "kept" / "weights" / "full", "own-shot_0.001_0")
+    kept = progress.state_of(folder / "kept" / "weights" / "full-mixed", "own-shot_0.001_0")
     curve = [{"updates": updates, "loss": float("nan")}]
     progress.save_state(kept, trainer, progress.Progress(training=training, commands=("a",), curve=curve))
     return kept
@@ -163,7 +163,7 @@ def test_a_finished_result_is_not_lost_to_a_training_from_the_beginning(tmp_path
 def test_what_another_process_resumed_meanwhile_is_left(tmp_path, monkeypatch):
     left_at(tmp_path, 9)
     one = runs.Run("own shot", 1e-3, 0)
-    state_at(tmp_path, 9, runs.training_of(settings.SETTINGS["full"], one, "", None))
+    state_at(tmp_path, 9, runs.training_of(settings.SETTINGS["full-mixed"], one, "", None))
     trained = []
     lab = types.SimpleNamespace(train=lambda *_: trained.append(1), setting=TINY, switch=lambda *_: None)
     monkeypatch.setattr(run, "_laboratory", lambda *_: lab)
@@ -204,7 +204,7 @@ def argv_of(folder):
 
 def test_what_another_process_works_on_is_left_to_it(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_laboratory", lambda *_: None)  # nothing to train with
-    with run._claimed(tmp_path / "kept" / "locks" / "full" / "own-shot_0.001_0"):
+    with run._claimed(tmp_path / "kept" / "locks" / "full-mixed" / "own-shot_0.001_0"):
         run.run(argv_of(tmp_path))
     with pytest.raises(AttributeError, match="train"):
         run.run(argv_of(tmp_path))
@@ -242,7 +242,7 @@ def test_a_run_starts_from_the_weights_of_another_setting(tmp_path):
     [
         (
             ["--setting", "ful"],
-            "--setting ful: known are full, full-mixed, full-words, still, still-narrow, still-wide, start, "
+            "--setting ful: known are full, full-mixed, full-words, still, still-narrow, still-wide, "
             "in-turn, long, long-still, video, small",
         ),
         (["--part", "2/2"], "--part 2/2: must be i/n with i from 0 to n - 1"),
@@ -287,11 +287,11 @@ def test_several_gpus_share_the_runs(monkeypatch):
 
 def test_the_final_table_is_of_its_own_seeds_at_the_rates_that_choices_made(tmp_path):
     args = run.Arguments(final=True, arms=("dense", "moc 8x6"), out=tmp_path)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "a.json").write_text(json.dumps(result("dense", 2e-3, 0, 9)))
+    (tmp_path / "full-mixed").mkdir()
+    (tmp_path / "full-mixed" / "a.json").write_text(json.dumps(result("dense", 2e-3, 0, 9)))
     with pytest.raises(ValueError, match=r"has no finished run of moc 8x6; give --learning-rates"):
         run._runs(args)
-    (tmp_path / "full" / "b.json").write_text(json.dumps(result("moc 8x6", 5e-4, 0, 9)))
+    (tmp_path / "full-mixed" / "b.json").write_text(json.dumps(result("moc 8x6", 5e-4, 0, 9)))
     seeds = json.loads(settings.FINAL_FILE.read_text())["training_seeds"]
     assert [dataclasses.astuple(of) for of in run._runs(args)] == [
         (arm, rate, seed) for arm, rate in (("dense", 2e-3), ("moc 8x6", 5e-4)) for seed in seeds
