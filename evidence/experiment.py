@@ -294,9 +294,11 @@ class Trainer:
         """The averaged ones, which are tested."""
         return self.state.sampling_params
 
-    def run(self, count: int) -> float:
-        """So many updates; their mean loss."""
-        self.state, loss = self._programs.update(self.state, self.data, self._colors, self._key, self._rate, count)
+    def run(self, count: int, programs: Programs | None = None) -> float:
+        """So many updates, by these programs or its own; their mean loss."""
+        self.state, loss = (programs or self._programs).update(
+            self.state, self.data, self._colors, self._key, self._rate, count
+        )
         return float(loss)
 
 

@@ -24,7 +24,7 @@ import tyro
 
 from benchmarks.results import versions
 from evidence import dataset, recolor
-from evidence.arms import ARMS, arm_of
+from evidence.arms import ARMS, arm_of, trained_as
 from evidence.exam import Exam, make_exam
 from evidence.findings import save_sheet, truth_dynamic_degree
 from evidence.progress import progress_in, state_of
@@ -105,7 +105,7 @@ class Arguments:
 def main(args: Arguments, command: str) -> None:
     """Trains what has no result yet and no other process is at work on."""
     for name in (*args.arms, *args.also, *args.then):
-        arm_of(name)  # a wrong name fails before any work
+        arm_of(trained_as(name, 0))  # a wrong name fails before any work
     runs = _runs(args)
     i, n = map(int, args.part.split("/"))
     first = len(runs) * i // n

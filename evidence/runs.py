@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evidence.arms import arm_of
+from evidence.arms import arm_of, trained_as
 from evidence.cache import load_weights, save_weights
 from evidence.cost import Cost, cost_of
 from evidence.dataset import Dataset
@@ -162,7 +162,7 @@ class Laboratory:
                 if over or diverged:
                     break
                 clock, count = time.perf_counter(), min(self.setting.every, updates - done)
-                loss = trainer.run(count)
+                loss = trainer.run(count, self.library.of(trained_as(run.arm, done / updates), ahead=False))
                 phases.done("the first updates" if first else "updates")
                 took, done, untested = time.perf_counter() - clock, done + count, True
             for test in grading:

@@ -58,9 +58,10 @@ def routes(worlds: Sequence[Evidence]) -> Claim:
 
 
 def _mends(arm: str, best: str) -> bool:
-    """Whether it is meant to make routes better: smaller chunks, a shot's first frame, more descriptors."""
+    """Whether it is meant to make routes better: smaller chunks, a shot's first frame, more descriptors, a schedule."""
     size = int(best.split()[1].split("x")[0])
-    return "first frame" in arm or "descriptors" in arm or (plain(arm) and int(arm.split()[1].split("x")[0]) < size)
+    changed = any(how in arm for how in ("first frame", "descriptors", "shrinking"))
+    return changed or (plain(arm) and int(arm.split()[1].split("x")[0]) < size)
 
 
 def _found_from(result: Result, chance: float) -> int | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evidence import dataset, recolor
-from evidence.arms import arm_of
+from evidence.arms import arm_of, trained_as
 from evidence.cost import cost_of
 from evidence.exam import grade, make_exam
 from evidence.experiment import Programs, Task, Trainer, _kinds, interval, levels
@@ -133,6 +133,17 @@ def test_several_processes_make_what_one_makes(encoded, tmp_path, capsys):
 def test_arms_that_do_not_exist_are_named():
     with pytest.raises(ValueError, match=r"no arm is named 'moc 8'; there are dense, own shot, and moc, random or"):
         arm_of("moc 8")
+
+
+def test_chunks_shrink_while_an_arm_is_trained():
+    arm = "moc 8x6, all captions, shrinking chunks"
+    assert [trained_as(arm, done / 6) for done in range(7)] == [
+        f"moc {size}x6, all captions" for size in (32, 32, 16, 16, 8, 8, 8)
+    ]
+    assert trained_as("dense", 0) == "dense"
+    assert arm_of(arm).moc == arm_of("moc 8x6, all captions").moc  # once it is trained
+    with pytest.raises(ValueError, match="'own shot, shrinking chunks' has no chunks that could shrink"):
+        trained_as("own shot, shrinking chunks", 0)
 
 
 def test_reveals_are_shown_at_their_level_and_the_others_share_one(encoded):

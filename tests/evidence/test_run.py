@@ -13,6 +13,7 @@ from evidence import progress, report, run, runs, settings, small
 from evidence.arms import ARMS, arm_of
 from evidence.cache import load_weights, save_weights
 from evidence.dataset import fit
+from evidence.experiment import Programs
 from evidence.results import finished, name_of
 from evidence.spread import ALONE
 from evidence.world import World
@@ -77,6 +78,21 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
     assert "| moc 4x1 |" in page
     sheet = report.pictures(tmp_path / "small")["evidence_small_sheet.jpg"]
     assert sheet.width > 256
+
+
+@pytest.mark.long
+def test_an_arm_is_trained_by_the_programs_of_its_chunks_and_tested_by_its_last(tmp_path, monkeypatch):
+    monkeypatch.setitem(run.SETTINGS, "small", dataclasses.replace(TINY, every=1))
+    monkeypatch.setattr(run, "SHEET", 2)
+    used = []
+    update, probe = Programs.update, Programs.probe
+    monkeypatch.setattr(Programs, "update", lambda self, *of: used.append(self.arm.moc.chunk.size) or update(self, *of))
+    monkeypatch.setattr(Programs, "probe", lambda self, *of: used.append(-self.arm.moc.chunk.size) or probe(self, *of))
+    folders = ["--out", f"{tmp_path}", "--cache", f"{tmp_path}/kept", "--processes", "1"]
+    run.run(["--setting", "small", "--arms", "moc 4x1, shrinking chunks", "--updates", "3", *folders])
+    assert used == [16, -4, 8, -4, 4, -4, *[-4] * len(runs.LEVELS)]
+    (found,) = finished(tmp_path / "small")
+    assert (found["arm"], found["updates"]) == ("moc 4x1, shrinking chunks", 3)
 
 
 def test_stories_are_tested_in_the_world_and_by_the_codec_that_a_setting_names():
