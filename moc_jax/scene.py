@@ -268,9 +268,17 @@ def clean_frames(lengths: SceneLengths, frames: int) -> Bool[Array, "B {frames}"
 
 
 @typed
-def noisiest(t: Float[Array, "B S"], lengths: SceneLengths) -> Float[Array, " B"]:
-    """The highest noise level of each scene's shots, which decides among experts by noise level."""
-    return jnp.max(jnp.where(lengths.shot_frames > 0, t, 0), axis=1)
+def noisiest(
+    t: Float[Array, "B S"], lengths: SceneLengths, among: Bool[Array, "B S"] | None = None
+) -> Float[Array, " B"]:
+    """The highest noise level of each scene's shots, which decides among experts by noise level.
+
+    Args:
+        among: Which shots count; none given: all. A scene without any follows the others of its batch.
+    """
+    counts = lengths.shot_frames > 0 if among is None else (lengths.shot_frames > 0) & among
+    level = jnp.max(jnp.where(counts, t, 0), axis=1)
+    return jnp.where(counts.any(axis=1), level, jnp.max(level))
 
 
 def positions(lengths: SceneLengths, shape: SceneShape) -> Int[Array, "B N 3"]:

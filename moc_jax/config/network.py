@@ -236,7 +236,7 @@ class WanConfig(Settings, at="model"):
     """Rows that each caption is padded to with zeros, which cross-attention reads as any other."""
     boundary: Annotated[float, Range(0, 1, "0: one model for all noise levels")] = 0.0
     """Two models in one, the experts of Wan 2.2 A14B: from this noise level on the one for high noise, below it the one
-    for low noise. The noisiest shot of a scene decides."""
+    for low noise. The noisiest shot of a scene decides, in sampling of those that are denoised."""
     positions: Literal["time", "diagonal"] = "time"
     """Rotary positions of shots: one behind another in `time`, rows and columns where Wan has them, or along the
     `diagonal` of all three."""

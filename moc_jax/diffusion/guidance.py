@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moc_jax.diffusion.process import VelocityFn
 from moc_jax.scene import SceneLengths, noisiest
-from moc_jax.shapes import Array, Float, typed
+from moc_jax.shapes import Array, Bool, Float, Shaped, typed
 
 
 @typed
@@ -18,7 +18,7 @@ def guided(
     return unconditional + scale * (conditional - unconditional)
 
 
-def doubled(x: Float[Array, "B ..."], batch: int) -> Float[Array, "_ ..."]:
+def doubled(x: Shaped[Array, "B ..."], batch: int) -> Shaped[Array, "_ ..."]:
     """What both branches are given alike, for as many scenes as the model is called with."""
     return jnp.concatenate([x] * (batch // len(x)))
 
@@ -35,7 +35,7 @@ class Scales:
     scale: float
     """g; at 1 the negative captions are never evaluated."""
     low: float = 0.0
-    """g where the noisiest shot of a scene stands below `boundary`; 0: as `scale`."""
+    """g where the noisiest shot of a scene that is denoised stands below `boundary`; 0: as `scale`."""
     boundary: float = 0.0
 
     @property
@@ -44,11 +44,13 @@ class Scales:
         return self.scale == 1 and self.low in (0, 1)
 
     @typed
-    def at(self, t: Float[Array, "B S"], lengths: SceneLengths) -> float | Float[Array, "B 1 1 1 1"]:
-        """g for each scene."""
+    def at(
+        self, t: Float[Array, "B S"], lengths: SceneLengths, active: Bool[Array, "B S"] | None = None
+    ) -> float | Float[Array, "B 1 1 1 1"]:
+        """g for each scene; of its shots the `active` ones count, or all."""
         if not (self.low and self.boundary):
             return self.scale
-        g = jnp.where(noisiest(t, lengths) >= self.boundary, self.scale, self.low)
+        g = jnp.where(noisiest(t, lengths, active) >= self.boundary, self.scale, self.low)
         return g[:, None, None, None, None]
 
 
@@ -60,6 +62,7 @@ def guided_velocity(
     negative_text: Float[Array, "B L E"],
     negative_lengths: SceneLengths,
     scales: Scales,
+    active: Bool[Array, "B S"] | None = None,
 ) -> VelocityFn:
     """Makes a velocity function of z and t from a text-conditioned one.
 
@@ -68,6 +71,7 @@ def guided_velocity(
         text, lengths: the captions, and the lengths of shots and captions.
         negative_text, negative_lengths: what to steer away from: empty captions as in training, or a negative prompt.
         scales: g.
+        active: see `Scales.at`.
     """
     if scales.off:
         return lambda z, t: velocity_fn(z, text, t, lengths)
@@ -77,6 +81,6 @@ def guided_velocity(
     def velocity(z, t):
         z, t_of_both = both((z, t), (z, t))
         conditional, unconditional = jnp.split(velocity_fn(z, both_text, t_of_both, both_lengths), 2)
-        return guided(conditional, unconditional, scales.at(t, lengths))
+        return guided(conditional, unconditional, scales.at(t, lengths, active))
 
     return velocity

@@ -105,9 +105,12 @@ def why_not(moc: MoCConfig, cfg: ModelConfig) -> str:
         return "moc.routing random draws for each token of the whole scene; choose another"
     if isinstance(cfg, WanConfig) and cfg.condition_channels:
         return f"model.condition_channels is {cfg.condition_channels}: of finished shots it reads nothing that is given"
-    if isinstance(cfg, WanConfig) and cfg.boundary:
-        return f"model.boundary is {cfg.boundary}: each of the two experts has keys and values of its own"
     return ""
+
+
+def kept_layers(cfg: ModelConfig) -> int:
+    """Layers whose keys and values are kept: of two experts, those of the one for high noise come first."""
+    return cfg.depth * (2 if isinstance(cfg, WanConfig) and cfg.boundary else 1)
 
 
 class Over(NamedTuple):
@@ -122,6 +125,8 @@ class Over(NamedTuple):
     """Of which shot each frame is."""
     place: Standing | None
     wanted: Wanted
+    first_kept: int = 0
+    """The first of the kept layers that are these blocks'."""
 
     def __call__(
         self, text: QKV, video: QKV, key: Key[Array, ""] | None, index: Int[Array, ""]
@@ -145,7 +150,7 @@ class Over(NamedTuple):
         if not isinstance(self.attention, RoutedAttention):
             raise NotImplementedError(f"kept shots need RoutedAttention, not {type(self.attention).__name__}")
         given, kept, asked = self.place.given, self.place.kept, (self.wanted == "routes", self.wanted == "new")
-        return OverKept(self.attention, given, kept, self.moc, self.deal, *asked)(text, video, index)
+        return OverKept(self.attention, given, kept, self.moc, self.deal, *asked)(text, video, self.first_kept + index)
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ from moc_jax.attention.kept import Kept
 from moc_jax.config import MoCConfig, Remat
 from moc_jax.models.after import After, Forward, Routed, Wanted
 from moc_jax.scene import SceneLengths
-from moc_jax.shapes import Array, Float, Float32, Key, typed
+from moc_jax.shapes import Array, Bool, Float, Float32, Key, typed
 
 OwnConfig = Any
 """The config of a family's own kind."""
@@ -40,6 +40,7 @@ class VideoModel(nnx.Module):
         attention: SceneAttention = RoutedAttention(),
         condition: Float[Array, "B F Y X _"] | None = None,
         after: After | None = None,
+        active: Bool[Array, "B S"] | None = None,
     ) -> Forward:
         """What the other methods give, each a part of it; see `__call__`."""
 
@@ -56,6 +57,7 @@ class VideoModel(nnx.Module):
         attention: SceneAttention = RoutedAttention(),
         condition: Float[Array, "B F Y X _"] | None = None,
         after: After | None = None,
+        active: Bool[Array, "B S"] | None = None,
     ) -> Float32[Array, "B F Y X Z"]:
         """Velocity of noisy latents `video` whose shots stand at noise levels `t` in [0, 1] (1: pure noise).
 
@@ -67,12 +69,13 @@ class VideoModel(nnx.Module):
                 2.2 I2V, a mask, 1 where frames are given, and the latents of the given frames.
             after: The whole scene, of which the others are some shots that follow each other (`lengths`: theirs;
                 `text`: the global caption and theirs), and what is kept of the shots before, under `past` visibility.
+            active: The shots whose velocities are wanted, the noisiest of which decides among experts; none given: all.
 
         Raises:
             ConfigError: the latents do not divide into patches, or the condition is not the model's, or what is kept is
                 not what would be computed.
         """
-        more = {"key": key, "attention": attention, "condition": condition, "after": after}
+        more = {"key": key, "attention": attention, "condition": condition, "after": after, "active": active}
         return self.forward(video, text, t, lengths, moc, "velocity", **more).velocity
 
     @typed
@@ -88,9 +91,10 @@ class VideoModel(nnx.Module):
         attention: SceneAttention = RoutedAttention(),
         condition: Float[Array, "B F Y X _"] | None = None,
         after: After | None = None,
+        active: Bool[Array, "B S"] | None = None,
     ) -> Routed:
         """The same, with what was picked."""
-        more = {"key": key, "attention": attention, "condition": condition, "after": after}
+        more = {"key": key, "attention": attention, "condition": condition, "after": after, "active": active}
         return self.forward(video, text, t, lengths, moc, "routes", **more).routed()
 
     @typed

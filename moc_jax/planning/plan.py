@@ -173,7 +173,7 @@ def _kept_bytes(cfg: Config, work: Workload, deal: Deal, sizes: Sizes) -> int:
     size = Size(
         batch=2 if sample.guidance != 1 else 1,
         shape=work.shape,
-        depth=model.depth,
+        depth=models.kept_layers(model),
         heads=model.heads,
         head_dim=model.head_dim,
         dtype=model.dtype,

@@ -298,18 +298,16 @@ class Sampler:
         if self._phases is not None:
             self._phases.done(what)
 
-    def _velocity(
-        self, moc: MoCConfig, params: Params, request: Request, past: tuple[Turn, Kept] | None = None
-    ) -> VelocityFn:
+    def _velocity(self, moc: MoCConfig, params: Params, r: Request, active: Array, past) -> VelocityFn:
         def model(video, text, t, lengths):
             network = nnx.merge(self._graph, params)
             if past is None:
-                condition = None if request.condition is None else doubled(request.condition, len(video))
-                return network(video, text, t, lengths, moc, attention=self._attention, condition=condition)
+                condition = None if r.condition is None else doubled(r.condition, len(video))
+                more = {"attention": self._attention, "condition": condition, "active": doubled(active, len(video))}
+                return network(video, text, t, lengths, moc, **more)
             return Past(*past).velocity(network, video, text, t, lengths, moc, self._attention)
 
-        r = request
-        return guided_velocity(model, r.text, r.lengths, r.negative_text, r.negative_lengths, self._scales)
+        return guided_velocity(model, r.text, r.lengths, r.negative_text, r.negative_lengths, self._scales, active)
 
     @property
     def _scales(self) -> Scales:
@@ -332,7 +330,8 @@ class Sampler:
         self, moc: MoCConfig, params: Params, request: Request, noises, now, z_0, carried, at, past
     ) -> tuple[Array, ...]:
         denoising = self._denoising(request, noises)
-        return split(denoising.call(self._velocity(moc, params, request, past), now, z_0, carried, at))
+        velocity = self._velocity(moc, params, request, denoising.turn == now, past)
+        return split(denoising.call(velocity, now, z_0, carried, at))
 
     def _end(self, request: Request, noises, now, z_0, carried) -> tuple[Array, tuple[Array, ...]]:
         """Clean latents, and where the solver starts in the next turn."""

@@ -132,7 +132,7 @@ def size_of(
     return Size(
         batch=video[0] * (2 if twice else 1),
         shape=whole,
-        depth=model.depth,
+        depth=models.kept_layers(model),
         heads=model.heads,
         head_dim=model.head_dim,
         dtype=model.dtype,

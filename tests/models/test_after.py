@@ -20,6 +20,7 @@ MMDIT = MMDiTConfig(dim=48, depth=2, heads=3, latent_channels=4, text_dim=8, dty
 WAN = WanConfig(
     dim=36, depth=2, heads=2, mlp_dim=40, latent_channels=4, text_dim=8, text_rows=6, dtype="float32", remat="none"
 )
+EXPERTS = dataclasses.replace(WAN, boundary=0.6)
 MOC = MoCConfig(top_k=2, chunk=ChunkConfig(unit="tokens", size=5), visibility="past")
 KEPT_AT = 0.3
 XLA, REFERENCE = (RoutedAttention(backend=name) for name in ("xla", "reference"))
@@ -52,8 +53,8 @@ def scene(seed=0):
 def programs(cfg, moc, attention):
     graph, state = weights_of(cfg)
 
-    def whole(video, text, t, lengths):
-        return nnx.merge(graph, state).routed(video, text, t, lengths, moc, attention=attention)
+    def whole(video, text, t, lengths, active):
+        return nnx.merge(graph, state).routed(video, text, t, lengths, moc, attention=attention, active=active)
 
     def of_turn(turn, kept, video, text, t, lengths):
         after = After(lengths, turn.first, kept, frames=FRAMES, text_tokens=TEXT)
@@ -93,7 +94,7 @@ def check(cfg, moc=MOC, *, attention=REFERENCE, small=False, levels=(0.9, 0.5, 0
         done = (shot < first) | (turn.count[:, None] == 0)
         for level in levels:
             t = np.where(done, KEPT_AT, np.where(mine, level, 1.0)).astype(np.float32)
-            want = whole(video, text, t, LENGTHS)
+            want = whole(video, text, t, LENGTHS, mine)
             velocity, routes, table = of_turn(turn, kept, video, text, t, LENGTHS)
             np.testing.assert_array_equal(table.start, want.table.start)
             for b in range(2):
@@ -111,7 +112,7 @@ def check(cfg, moc=MOC, *, attention=REFERENCE, small=False, levels=(0.9, 0.5, 0
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("cfg", [MMDIT, WAN], ids=["mmdit", "wan"])
+@pytest.mark.parametrize("cfg", [MMDIT, WAN, EXPERTS], ids=["mmdit", "wan", "two experts"])
 def test_as_if_all_was_computed_again(cfg):
     check(cfg)
 
@@ -125,10 +126,10 @@ def test_what_would_change_is_not_kept():
     for cfg, moc, what in (
         (MMDIT, dataclasses.replace(MOC, visibility="scene"), "moc.visibility scene"),
         (MMDIT, dataclasses.replace(MOC, routing="random"), "moc.routing random"),
-        (dataclasses.replace(WAN, boundary=0.9), MOC, "model.boundary is 0.9"),
     ):
         with pytest.raises(ConfigError, match=what):
             jax.eval_shape(programs(cfg, moc, REFERENCE)[1], *given_of(cfg, moc))
+    assert "model.condition_channels is 2" in models.why_not(MOC, dataclasses.replace(WAN, condition_channels=2))
 
 
 OTHERS = {

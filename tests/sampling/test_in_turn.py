@@ -58,19 +58,35 @@ def test_samples_are_those_of_computing_all_again(monkeypatch):
     models = []
     original = Sampler._velocity
 
-    def seen(self, moc, params, request, past=None):
+    def seen(self, moc, params, request, active, past):
         models.append(past is not None)
-        return original(self, moc, params, request, past)
+        return original(self, moc, params, request, active, past)
 
     monkeypatch.setattr(Sampler, "_velocity", seen)
     check(THREE, TWO)
     assert models == [True, False]  # traced once each
 
 
+WAN = WanConfig(dim=36, depth=2, heads=2, mlp_dim=40, latent_channels=4, text_dim=8, text_rows=6, dtype="float32")
+
+
 @pytest.mark.long
-def test_of_wan():
-    model = WanConfig(dim=36, depth=2, heads=2, mlp_dim=40, latent_channels=4, text_dim=8, text_rows=6, dtype="float32")
-    check(THREE, TWO, config=dataclasses.replace(PAST, model=model), params=make_params(model))
+@pytest.mark.parametrize("boundary", [0, 0.7])
+def test_of_wan(boundary):
+    model = dataclasses.replace(WAN, boundary=boundary)
+    sample = dataclasses.replace(PAST.sample, guidance_low=3.0)
+    check(THREE, TWO, config=dataclasses.replace(PAST, model=model, sample=sample), params=make_params(model))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_shots_that_wait_at_pure_noise_do_not_choose_the_expert(cache):
+    """Nor the scale of guidance: the first shot is what it is in a scene of its own."""
+    config = dataclasses.replace(with_cache(PAST, cache), model=dataclasses.replace(WAN, boundary=0.7))
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, guidance_low=3.0))
+    shots = [("a van", 0.4), ("a dog runs", 0.1)]
+    scene, alone = run(make_board(shots), make_board(shots[:1]), config=config, params=make_params(config.model))
+    np.testing.assert_allclose(scene.latents[0], alone.latents[0], atol=CLOSE)
 
 
 @pytest.mark.long

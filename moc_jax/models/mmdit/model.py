@@ -22,7 +22,7 @@ from moc_jax.models.mmdit.block import Attend, Block, BlockModulation, Slots
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
 from moc_jax.models.rope import Turns, rope_angles, turns_of
 from moc_jax.scene import SceneLengths, chunk_table, clean_frames, frame_shot, positions
-from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
+from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
 from moc_jax.sharding import constrained
 
 Streams = tuple[Float[Array, "B L M"], Float[Array, "B V M"]]  # text and video
@@ -84,6 +84,7 @@ class MMDiT(VideoModel):
         attention: SceneAttention = RoutedAttention(),
         condition: None = None,
         after: After | None = None,
+        active: Bool[Array, "B S"] | None = None,
     ) -> Forward:
         """See `VideoModel`."""
         cfg = self.cfg

@@ -28,7 +28,7 @@ from moc_jax.models.rope import Turns, rope_angles, turns_of
 from moc_jax.models.wan.block import Attend, Block, Read, modulation_table
 from moc_jax.models.wan.captions import captions_of, captions_over_mesh
 from moc_jax.scene import SceneLengths, SceneShape, chunk_table, clean_frames, frame_shot, noisiest, positions
-from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
+from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
 from moc_jax.sharding import constrained
 
 
@@ -161,6 +161,7 @@ class WanDiT(VideoModel):
         attention: SceneAttention = RoutedAttention(),
         condition: Float[Array, "B F Y X _"] | None = None,
         after: After | None = None,
+        active: Bool[Array, "B S"] | None = None,
     ) -> Forward:
         """See `VideoModel`."""
         cfg = self.cfg
@@ -185,17 +186,20 @@ class WanDiT(VideoModel):
             dataclasses.replace(of_video, text_lengths=lengths.text_lengths), shape, text.shape[1], cfg.text_rows
         ).dealt(deal)
         over = Over(attention, moc, deal, table, shots, place, wanted)
-        attend = _attend(over)
         read = captions_over_mesh(captions, attention)
         inputs = video if condition is None else jnp.concatenate([video, condition.astype(video.dtype)], axis=-1)
 
-        def run(network: Network) -> tuple[Array, Seen]:
+        def run(network: Network, first_kept: int = 0) -> tuple[Array, Seen]:
+            attend = _attend(over._replace(first_kept=first_kept))
             return network(inputs, text, levels, around, attend, read, key)
 
         if not cfg.boundary:
             return Forward(*run(self.network), table, place)
-        by_level = _by_noise_level(run, self.high, self.low, noisiest(t, of_video) >= cfg.boundary)
-        return Forward(*by_level, table, place)
+        if wanted == "new":  # later shots may be read by either
+            (velocity, of_high), (_, of_low) = run(self.high), run(self.low, cfg.depth)
+            return Forward(velocity, jax.tree.map(lambda *of: jnp.concatenate(of), of_high, of_low), table, place)
+        is_high = noisiest(t, of_video, active) >= cfg.boundary
+        return Forward(*_by_noise_level(run, (self.high, 0), (self.low, cfg.depth), is_high), table, place)
 
 
 def _check_condition(cfg: WanConfig, video: tuple[int, ...], condition: Array | None) -> None:
@@ -225,19 +229,21 @@ def _in_time(lengths: SceneLengths, shape: SceneShape, offset: int) -> Int[Array
     return grid.reshape(shot.shape[0], shape.video_tokens, 3).astype(jnp.int32)
 
 
-def _by_noise_level(run: Callable, high: Network, low: Network, is_high: Array) -> tuple[Array, Seen]:
+def _by_noise_level(
+    run: Callable, high: tuple[Network, int], low: tuple[Network, int], is_high: Array
+) -> tuple[Array, Seen]:
     """Each scene by its expert. One that no scene of the batch needs does not run."""
 
-    def if_any(network: Network, mine: Array) -> tuple[Array, Seen]:
+    def if_any(network: Network, first_kept: int, mine: Array) -> tuple[Array, Seen]:
         graph, weights = nnx.split(network)
 
         def go():
-            return run(nnx.merge(graph, weights))
+            return run(nnx.merge(graph, weights), first_kept)
 
         nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(go))
         return lax.cond(jnp.any(mine), go, lambda: nothing)
 
-    (of_high, high_seen), (of_low, low_seen) = if_any(high, is_high), if_any(low, ~is_high)
+    (of_high, high_seen), (of_low, low_seen) = if_any(*high, is_high), if_any(*low, ~is_high)
     velocity = jnp.where(is_high[:, None, None, None, None], of_high, of_low)
 
     def of_expert(of_high: Array, of_low: Array) -> Array:
