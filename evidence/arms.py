@@ -49,7 +49,7 @@ class Arm:
 
 _PICKING = re.compile(r"(moc|random|recent) (\d+)x(\d+)")
 _ROUTING: dict[str, Literal["keys", "random", "recent"]] = {"moc": "keys", "random": "random", "recent": "recent"}
-_SHRINKING = ", shrinking chunks"
+_SHRINKING = "shrinking chunks"
 _CHANGES: dict[str, Callable[[MoCConfig], MoCConfig]] = {
     "no drop-off or drop-in": lambda moc: dataclasses.replace(moc, drop_off_max=0.0, max_drop_in=0),
     "first frame": lambda moc: dataclasses.replace(moc, sink_chunks=-(-_FRAME // moc.chunk.size)),
@@ -57,7 +57,7 @@ _CHANGES: dict[str, Callable[[MoCConfig], MoCConfig]] = {
     "no self anchor": lambda moc: dataclasses.replace(moc, self_anchor="none", causal_routing=False),
     "past": lambda moc: dataclasses.replace(moc, visibility="past"),
     "all captions": lambda moc: dataclasses.replace(moc, text_anchor="all"),
-    _SHRINKING.removeprefix(", "): lambda moc: moc,  # while it is trained; see `trained_as`
+    _SHRINKING: lambda moc: moc,  # in the end; see `stages_of`
 }
 _ALL = 2**20  # picks
 _FRAME = 16  # tokens of a latent frame, in all worlds but the small one and the long ones
@@ -98,20 +98,21 @@ def arm_of(name: str, backend: str = "auto") -> Arm:
     return Arm(moc=moc, attention=attention, captions_apart=apart, every_chunk=every)
 
 
-def trained_as(name: str, done: float) -> str:
-    """The arm as which an arm is trained once this share of its updates is done: itself, but chunks that shrink are
-    four times as large in the first third and twice in the second.
+def stages_of(name: str) -> list[tuple[float, str]]:
+    """From which share of its updates on an arm is trained as which; in the end as itself. Only chunks that shrink are
+    others before: four times as large in the first third, and twice in the second.
 
     Raises:
         ValueError: it has none that could.
     """
-    if _SHRINKING not in name:
-        return name
-    at = _PICKING.match(name)
-    if at is None:
-        raise ValueError(f"{name!r} has no chunks that could shrink")
-    size = int(at[2]) * (4, 2, 1)[min(int(3 * done), 2)]
-    return f"{at[1]} {size}x{at[3]}{name[at.end() :]}".replace(_SHRINKING, "")
+    base, *changes = name.split(", ")
+    if _SHRINKING not in changes:
+        return [(0.0, name)]
+    if (at := _PICKING.fullmatch(base)) is None:
+        raise ValueError(f"{name!r} has no chunks that could shrink; choose moc, random or recent")
+    others = [change for change in changes if change != _SHRINKING]
+    larger = (", ".join([f"{at[1]} {times * int(at[2])}x{at[3]}", *others]) for times in (4, 2))
+    return [*zip((0.0, 1 / 3), larger), (2 / 3, name)]
 
 
 def _by_size(small: SceneAttention, large: SceneAttention) -> SceneAttention:

@@ -99,7 +99,9 @@ class Programs:
         self._sample, self._probe = jax.jit(self._sampled), jax.jit(self._probed)
         self._ahead: dict[Callable[..., Any], tuple[Any, concurrent.futures.Future[jax.stages.Compiled]]] = {}
 
-    def compile(self, data: Dataset, colors: Recolorings | None, *, fresh: bool = True) -> None:
+    def compile(
+        self, data: Dataset, colors: Recolorings | None, *, fresh: bool = True, updates_alone: bool = False
+    ) -> None:
         """Begins to compile all that training on such data, or data of such shapes, and testing take, beside what goes
         on; without `fresh`, what starts from given weights."""
         key, one = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.float32)
@@ -120,7 +122,7 @@ class Programs:
 
         pool = concurrent.futures.ThreadPoolExecutor(len(wanted))
         for function, args in wanted.items():
-            if fresh or function is not self._fresh:
+            if function is self._update or not (updates_alone or (function is self._fresh and not fresh)):
                 self._ahead[function] = _kinds(args), pool.submit(build, function, args)
         pool.shutdown(wait=False)
 

@@ -24,7 +24,7 @@ import tyro
 
 from benchmarks.results import versions
 from evidence import dataset, recolor
-from evidence.arms import ARMS, arm_of, trained_as
+from evidence.arms import ARMS, arm_of, stages_of
 from evidence.exam import Exam, make_exam
 from evidence.findings import save_sheet, truth_dynamic_degree
 from evidence.progress import progress_in, state_of
@@ -105,7 +105,10 @@ class Arguments:
 def main(args: Arguments, command: str) -> None:
     """Trains what has no result yet and no other process is at work on."""
     for name in (*args.arms, *args.also, *args.then):
-        arm_of(trained_as(name, 0))  # a wrong name fails before any work
+        arm_of(name)  # a wrong name fails before any work
+    staged = [name for name in dict.fromkeys((*args.arms, *args.also, *args.then)) if len(stages_of(name)) > 1]
+    if wrong := [name for name in staged if name in (*args.also, *args.then)]:
+        raise ValueError(f"--also and --then: {', '.join(wrong)} has stages of a whole training; name it in --arms")
     runs = _runs(args)
     i, n = map(int, args.part.split("/"))
     first = len(runs) * i // n
@@ -130,7 +133,7 @@ def main(args: Arguments, command: str) -> None:
             with _claimed(args.cache / "locks" / folder.name / run.name) as mine:
                 if mine and not _result(args, folder, run) and found[run] == _stored(folder, run):
                     lab.train(run, args.updates or lab.setting.updates, args.minutes * 60, start.get(run))
-                if mine and _undone(args, folder, run):
+                if mine and _stored(folder, run) and _undone(args, folder, run):
                     lab.switch(run, args.also, args.then)
             longest = max(longest, time.perf_counter() - begin)
 
@@ -188,8 +191,9 @@ def _check_resumable(args: Arguments, folder: pathlib.Path, run: Run, start: pat
     path = state_of(args.cache / "weights" / folder.name, run.name)
     if _stored(folder, run) is None or _result(args, folder, run):
         return
-    kept = progress_in(path)
-    if kept is None or kept.training != training_of(SETTINGS[args.setting], run, args.init_from, start):
+    kept, setting = progress_in(path), SETTINGS[args.setting]
+    wanted = training_of(setting, run, args.init_from, start, args.updates or setting.updates)
+    if kept is None or kept.training != wanted:
         why = "there is no state of it" if kept is None else "the state is of another training, such as --init-from"
         raise ValueError(f"--resume: {run.name} is finished in {folder}, and {why}: {path}; leave --resume out")
 

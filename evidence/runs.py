@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from evidence.arms import arm_of, trained_as
+from evidence.arms import arm_of, stages_of
 from evidence.cache import load_weights, save_weights
 from evidence.cost import Cost, cost_of
 from evidence.dataset import Dataset
@@ -52,9 +52,11 @@ class Run:
         return name_of(self.arm, self.learning_rate, self.seed)
 
 
-def training_of(setting: Setting, run: Run, init_from: str, start: pathlib.Path | None) -> str:
-    """Tells a training from others: by its setting, arm, rate and seed, and by which weights it starts from."""
-    return repr((setting, run, init_from, start and start.name))
+def training_of(setting: Setting, run: Run, init_from: str, start: pathlib.Path | None, updates: int) -> str:
+    """Tells a training from others: by its setting, arm, rate and seed, by which weights it starts from, and where it
+    has stages by how many updates."""
+    plan = updates if len(stages_of(run.arm)) > 1 else None
+    return repr((setting, run, init_from, start and start.name, *([plan] if plan else [])))
 
 
 def task_of(setting: Setting) -> Task:
@@ -88,13 +90,13 @@ class Library:
         self._setting, self._shapes, self._backend = setting, (data, colors), backend
         self._programs: dict[str, Programs] = {}
 
-    def of(self, arm: str, *, ahead: bool = True, fresh: bool = True) -> Programs:
+    def of(self, arm: str, *, ahead: bool = True, **what: bool) -> Programs:
         """An arm's programs; if they are new, they begin to be compiled `ahead`, as `Programs.compile` has it."""
         if arm not in self._programs:
             setting = self._setting
             self._programs[arm] = Programs(task_of(setting), arm_of(arm, self._backend), setting.world)
             if ahead:
-                self._programs[arm].compile(*self._shapes, fresh=fresh)
+                self._programs[arm].compile(*self._shapes, **what)
         return self._programs[arm]
 
     def cost(self, arm: str, scene: Scene) -> Cost:
@@ -129,10 +131,12 @@ class Laboratory:
         before it has ended is in NAME.partial.json."""
         begin, phases = time.perf_counter(), Phases()
         programs = self.library.of(run.arm, fresh=start is None)
+        stages = [(int(share * updates), self.library.of(arm, updates_alone=True)) for share, arm in stages_of(run.arm)]
         weights = None if start is None else load_weights(start, programs.abstract_weights)
         trainer = Trainer(programs, self.data, run.seed, run.learning_rate, weights, self.colors)
         new = Progress(
-            training=training_of(self.setting, run, self.about["init_from"], start), commands=(self.about["command"],)
+            training=training_of(self.setting, run, self.about["init_from"], start, updates),
+            commands=(self.about["command"],),
         )
         progress = resumed(self.state_of(run), new, trainer)
         curve = progress.curve
@@ -152,7 +156,7 @@ class Laboratory:
                     first = first and done == 0
                     phases.done("tests")
                 diverged = loss is not None and not np.isfinite(loss)
-                over = done >= updates or time.perf_counter() - begin >= seconds
+                over = done >= updates or (not first and time.perf_counter() - begin >= seconds)
                 if not diverged and (over or time.perf_counter() - saved >= STATE_EVERY):
                     for test in grading:
                         test.result()  # the curve is whole until here
@@ -161,13 +165,17 @@ class Laboratory:
                     phases.done("states")
                 if over or diverged:
                     break
-                clock, count = time.perf_counter(), min(self.setting.every, updates - done)
-                loss = trainer.run(count, self.library.of(trained_as(run.arm, done / updates), ahead=False))
+                end = min((at for at, _ in stages if at > done), default=updates)
+                clock, count = time.perf_counter(), min(self.setting.every, end - done)
+                loss = trainer.run(count, [programs for at, programs in stages if at <= done][-1])
                 phases.done("the first updates" if first else "updates")
                 took, done, untested = time.perf_counter() - clock, done + count, True
             for test in grading:
                 test.result()
         phases.done("grades")
+        if done < stages[-1][0] and not diverged:
+            print(f"{run.name} is left after {done} of {updates} updates: it was not trained as itself yet", flush=True)
+            return
         latents = programs.sample(trainer.weights, self.exam.data, jax.random.key(0))
         result |= {"updates": done, "milliseconds": _pace(curve), "test": summary(grade(self.exam, latents))}
         result["levels"] = [probed(programs, trainer.weights, self.exam, level) for level in LEVELS]

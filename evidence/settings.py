@@ -48,6 +48,11 @@ class Setting:
     in_turn: bool = False
     """Whether it is trained to follow finished shots; see `Task`."""
 
+    def __post_init__(self):
+        kinds = [(of.shots, of.frames, of.characters, of.size) for of in (self.world, self.tested_world) if of]
+        if len(set(kinds)) > 1:
+            raise ValueError(f"stories have {kinds[0]} and in tests {kinds[1]} shots, frames, characters and pixels")
+
     @property
     def seeds(self) -> range:
         """Of the stories to train on, which are others than those that the codec is fitted on."""

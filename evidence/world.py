@@ -151,6 +151,8 @@ class World(Stories):
 
     def __post_init__(self):
         self._check_cast(len(NAMES))
+        if self.mixed not in ("", "names", "words"):
+            raise ValueError(f"mixed is {self.mixed!r}; choose 'names', 'words' or ''")
         if self.still and self.mixed:
             raise ValueError("still and mixed: choose one, since a still world has no other shots")
         if not 1 <= self.places <= len(SPOTS):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from evidence import dataset, recolor
-from evidence.arms import arm_of, trained_as
+from evidence.arms import arm_of, stages_of
 from evidence.cost import cost_of
 from evidence.exam import grade, make_exam
 from evidence.experiment import Programs, Task, Trainer, _kinds, interval, levels
@@ -137,13 +137,13 @@ def test_arms_that_do_not_exist_are_named():
 
 def test_chunks_shrink_while_an_arm_is_trained():
     arm = "moc 8x6, all captions, shrinking chunks"
-    assert [trained_as(arm, done / 6) for done in range(7)] == [
-        f"moc {size}x6, all captions" for size in (32, 32, 16, 16, 8, 8, 8)
-    ]
-    assert trained_as("dense", 0) == "dense"
+    assert stages_of(arm) == [(0, "moc 32x6, all captions"), (1 / 3, "moc 16x6, all captions"), (2 / 3, arm)]
+    assert stages_of("dense") == [(0, "dense")]
     assert arm_of(arm).moc == arm_of("moc 8x6, all captions").moc  # once it is trained
     with pytest.raises(ValueError, match="'own shot, shrinking chunks' has no chunks that could shrink"):
-        trained_as("own shot, shrinking chunks", 0)
+        stages_of("own shot, shrinking chunks")
+    with pytest.raises(ValueError, match="no arm is named 'moc 4x1, shrinking chunks4'"):
+        arm_of("moc 4x1, shrinking chunks4")
 
 
 def test_reveals_are_shown_at_their_level_and_the_others_share_one(encoded):

@@ -13,7 +13,7 @@ from evidence import progress, report, run, runs, settings, small
 from evidence.arms import ARMS, arm_of
 from evidence.cache import load_weights, save_weights
 from evidence.dataset import fit
-from evidence.experiment import Programs
+from evidence.experiment import Programs, Trainer
 from evidence.results import finished, name_of
 from evidence.spread import ALONE
 from evidence.world import World
@@ -81,18 +81,36 @@ def test_a_run_leaves_its_result_once(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.long
-def test_an_arm_is_trained_by_the_programs_of_its_chunks_and_tested_by_its_last(tmp_path, monkeypatch):
-    monkeypatch.setitem(run.SETTINGS, "small", dataclasses.replace(TINY, every=1))
+def test_an_arm_is_trained_by_the_programs_of_its_stages_and_tested_by_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(run.SETTINGS, "small", dataclasses.replace(TINY, every=4))
     monkeypatch.setattr(run, "SHEET", 2)
-    used = []
-    update, probe = Programs.update, Programs.probe
-    monkeypatch.setattr(Programs, "update", lambda self, *of: used.append(self.arm.moc.chunk.size) or update(self, *of))
-    monkeypatch.setattr(Programs, "probe", lambda self, *of: used.append(-self.arm.moc.chunk.size) or probe(self, *of))
-    folders = ["--out", f"{tmp_path}", "--cache", f"{tmp_path}/kept", "--processes", "1"]
-    run.run(["--setting", "small", "--arms", "moc 4x1, shrinking chunks", "--updates", "3", *folders])
-    assert used == [16, -4, 8, -4, 4, -4, *[-4] * len(runs.LEVELS)]
+    used, probe = [], Programs.probe
+
+    def trained(self, count, programs):
+        used.append((programs.arm.moc.chunk.size, count))
+        return 1.0
+
+    def probed(self, *of):
+        assert self.arm.moc.chunk.size == 4
+        return probe(self, *of)
+
+    monkeypatch.setattr(Trainer, "run", trained)
+    monkeypatch.setattr(Programs, "compile", lambda *_, **__: None)  # else of updates, too
+    monkeypatch.setattr(Programs, "probe", probed)
+    arm, folders = "moc 4x1, shrinking chunks", ["--out", f"{tmp_path}", "--cache", f"{tmp_path}/kept"]
+    argv = ["--setting", "small", "--arms", arm, "--processes", "1", *folders]
+    run.run([*argv, "--updates", "7", "--minutes", "0"])
+    assert used == [(16, 2)]  # of one call at least
+    assert "is left after 2 of 7 updates" in capsys.readouterr().out
+    assert not finished(tmp_path / "small")
+    run.run([*argv, "--updates", "7"])
+    assert used == [(16, 2), (8, 2), (4, 3)]
     (found,) = finished(tmp_path / "small")
-    assert (found["arm"], found["updates"]) == ("moc 4x1, shrinking chunks", 3)
+    assert (found["arm"], found["updates"], [test["updates"] for test in found["curve"]]) == (arm, 7, [2, 4, 7])
+    with pytest.raises(ValueError, match="the state is of another training"):
+        run.run([*argv, "--updates", "9", "--resume"])
+    with pytest.raises(ValueError, match="--also and --then: moc 4x1, shrinking chunks has stages of a whole training"):
+        run.run([*argv, "--then", arm])
 
 
 def test_stories_are_tested_in_the_world_and_by_the_codec_that_a_setting_names():
@@ -179,7 +197,7 @@ def test_a_finished_result_is_not_lost_to_a_training_from_the_beginning(tmp_path
 def test_what_another_process_resumed_meanwhile_is_left(tmp_path, monkeypatch):
     left_at(tmp_path, 9)
     one = runs.Run("own shot", 1e-3, 0)
-    state_at(tmp_path, 9, runs.training_of(settings.SETTINGS["full-mixed"], one, "", None))
+    state_at(tmp_path, 9, runs.training_of(settings.SETTINGS["full-mixed"], one, "", None, 9))
     trained = []
     lab = types.SimpleNamespace(train=lambda *_: trained.append(1), setting=TINY, switch=lambda *_: None)
     monkeypatch.setattr(run, "_laboratory", lambda *_: lab)

@@ -86,6 +86,8 @@ def test_a_mixed_world_has_shots_of_both_kinds():
     assert not mixed.recolorable
     with pytest.raises(ValueError, match="still and mixed: choose one"):
         dataclasses.replace(mixed, still=True)
+    with pytest.raises(ValueError, match="mixed is 'word'; choose 'names', 'words'"):
+        dataclasses.replace(mixed, mixed="word")
 
 
 def test_only_the_box_changes_with_the_look():
