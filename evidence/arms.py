@@ -73,7 +73,8 @@ def arm_of(name: str, backend: str = "auto") -> Arm:
     """
     base, *changes = name.split(", ")
     found = _PICKING.fullmatch(base)
-    if not (found or base in ("dense", "own shot")) or not set(changes) <= set(_CHANGES):
+    shrinks = _SHRINKING in changes
+    if not (found or (base in ("dense", "own shot") and not shrinks)) or not set(changes) <= set(_CHANGES):
         raise ValueError(
             f"no arm is named {name!r}; there are dense, own shot, and moc, random or recent with a chunk's tokens "
             f"and picks, as in 'moc 8x6', and after it{' or'.join(f' ", {how}"' for how in _CHANGES)}"
@@ -100,16 +101,12 @@ def arm_of(name: str, backend: str = "auto") -> Arm:
 
 def stages_of(name: str) -> list[tuple[float, str]]:
     """From which share of its updates on an arm is trained as which; in the end as itself. Only chunks that shrink are
-    others before: four times as large in the first third, and twice in the second.
-
-    Raises:
-        ValueError: it has none that could.
-    """
+    others before: four times as large in the first third, and twice in the second."""
     base, *changes = name.split(", ")
     if _SHRINKING not in changes:
         return [(0.0, name)]
-    if (at := _PICKING.fullmatch(base)) is None:
-        raise ValueError(f"{name!r} has no chunks that could shrink; choose moc, random or recent")
+    at = _PICKING.fullmatch(base)
+    assert at is not None  # `arm_of` refuses others
     others = [change for change in changes if change != _SHRINKING]
     larger = (", ".join([f"{at[1]} {times * int(at[2])}x{at[3]}", *others]) for times in (4, 2))
     return [*zip((0.0, 1 / 3), larger), (2 / 3, name)]

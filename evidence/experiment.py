@@ -103,7 +103,7 @@ class Programs:
         self, data: Dataset, colors: Recolorings | None, *, fresh: bool = True, updates_alone: bool = False
     ) -> None:
         """Begins to compile all that training on such data, or data of such shapes, and testing take, beside what goes
-        on; without `fresh`, what starts from given weights."""
+        on; without `fresh`, what starts from given weights; with `updates_alone`, neither beginning nor tests."""
         key, one = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.float32)
         rows, count = jax.ShapeDtypeStruct((self.task.batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
         scene, weights = jax.eval_shape(Dataset.scenes, data, rows), self.abstract_weights

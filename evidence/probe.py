@@ -13,8 +13,7 @@ from evidence.watch import GRADIENT, MOST, READ, apart, watched
 from moc_jax.attention.routing import candidate_chunks
 from moc_jax.config import MoCConfig
 from moc_jax.diffusion.process import VelocityFn, add_noise, shot_mask, velocity_target
-from moc_jax.models.after import Routed
-from moc_jax.models.family import VideoModel
+from moc_jax.models import Routed, VideoModel
 from moc_jax.models.patches import tokens_of
 from moc_jax.scene import ChunkTable, Scene
 from moc_jax.shapes import Array, Float, Int, Key

@@ -106,8 +106,7 @@ def main(args: Arguments, command: str) -> None:
     """Trains what has no result yet and no other process is at work on."""
     for name in (*args.arms, *args.also, *args.then):
         arm_of(name)  # a wrong name fails before any work
-    staged = [name for name in dict.fromkeys((*args.arms, *args.also, *args.then)) if len(stages_of(name)) > 1]
-    if wrong := [name for name in staged if name in (*args.also, *args.then)]:
+    if wrong := [name for name in (*args.also, *args.then) if len(stages_of(name)) > 1]:
         raise ValueError(f"--also and --then: {', '.join(wrong)} has stages of a whole training; name it in --arms")
     runs = _runs(args)
     i, n = map(int, args.part.split("/"))

@@ -56,7 +56,7 @@ def training_of(setting: Setting, run: Run, init_from: str, start: pathlib.Path 
     """Tells a training from others: by its setting, arm, rate and seed, by which weights it starts from, and where it
     has stages by how many updates."""
     plan = updates if len(stages_of(run.arm)) > 1 else None
-    return repr((setting, run, init_from, start and start.name, *([plan] if plan else [])))
+    return repr((setting, run, init_from, start and start.name, plan))
 
 
 def task_of(setting: Setting) -> Task:

@@ -11,7 +11,7 @@ from flax import nnx
 
 from moc_jax.config import MMDiTConfig, MoCConfig, ModelConfig, Remat, WanConfig
 from moc_jax.config.base import Settings
-from moc_jax.models.after import After, Routed, kept_layers, why_not
+from moc_jax.models.after import After, Routed, kept_size, why_not
 from moc_jax.models.family import VideoModel
 from moc_jax.models.lora import adapted, frozen, joined, merged, trained, with_dropout
 from moc_jax.models.mmdit import MMDiT
@@ -46,7 +46,7 @@ __all__ = [
     "frozen",
     "joined",
     "kept_bytes",
-    "kept_layers",
+    "kept_size",
     "matrix_flops",
     "merged",
     "original_name",

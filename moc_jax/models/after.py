@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from moc_jax.attention.api import RoutedAttention, SceneAttention, scene_keys
 from moc_jax.attention.continued import Given, OverKept, Seen, remembered
 from moc_jax.attention.deal import Deal
-from moc_jax.attention.kept import Kept
+from moc_jax.attention.kept import Kept, Size
 from moc_jax.attention.sharded import QKV, OverMesh
 from moc_jax.config import ConfigError, MoCConfig, ModelConfig, WanConfig
 from moc_jax.models.layers import shot_means
 from moc_jax.models.patches import scene_shape
-from moc_jax.scene import ChunkTable, SceneLengths, SceneShape, chunk_table
+from moc_jax.scene import ChunkTable, SceneLengths, SceneShape, chunk_table, max_chunks
 from moc_jax.shapes import Array, Float32, Int, Key, Shaped, typed
 
 Wanted = Literal["velocity", "routes", "means", "new"]
@@ -108,9 +108,21 @@ def why_not(moc: MoCConfig, cfg: ModelConfig) -> str:
     return ""
 
 
-def kept_layers(cfg: ModelConfig) -> int:
-    """Layers whose keys and values are kept: of two experts, those of the one for high noise come first."""
-    return cfg.depth * (2 if isinstance(cfg, WanConfig) and cfg.boundary else 1)
+def kept_size(
+    cfg: ModelConfig, moc: MoCConfig, shape: SceneShape, deal: Deal, *, batch: int, small: bool = False
+) -> Size:
+    """How much is kept of so many scenes: of two experts, the layers of the one for high noise come first."""
+    return Size(
+        batch=batch,
+        shape=shape,
+        depth=cfg.depth * (2 if isinstance(cfg, WanConfig) and cfg.boundary else 1),
+        heads=cfg.heads,
+        head_dim=cfg.head_dim,
+        dtype=cfg.dtype,
+        columns=max_chunks(shape, moc.chunk) * moc.descriptors,
+        deal=deal,
+        small=small,
+    )
 
 
 class Over(NamedTuple):

@@ -1,19 +1,44 @@
 """What a family of models must offer, and what all families share."""
 
 import abc
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
 from moc_jax.attention.api import RoutedAttention, SceneAttention
 from moc_jax.attention.kept import Kept
-from moc_jax.config import MoCConfig, Remat
+from moc_jax.config import ConfigError, MoCConfig, Remat
 from moc_jax.models.after import After, Forward, Routed, Wanted
 from moc_jax.scene import SceneLengths
 from moc_jax.shapes import Array, Bool, Float, Float32, Key, typed
 
 OwnConfig = Any
 """The config of a family's own kind."""
+
+
+class Inputs(NamedTuple):
+    """What a model is given; see `VideoModel.__call__`."""
+
+    video: Float[Array, "B F Y X Z"]
+    text: Float[Array, "B L E"]
+    t: Float[Array, "B S"]
+    lengths: SceneLengths
+    moc: MoCConfig
+    key: Key[Array, ""] | None = None
+    attention: SceneAttention = RoutedAttention()
+    condition: Float[Array, "B F Y X _"] | None = None
+    after: After | None = None
+    active: Bool[Array, "B S"] | None = None
+
+    def check_condition(self, channels: int) -> None:
+        """Raises ConfigError unless the condition is that of a model which reads so many channels of it."""
+        wanted = (*self.video.shape[:4], channels) if channels else None
+        given = None if self.condition is None else self.condition.shape
+        if given != wanted:
+            raise ConfigError(
+                f"condition has shape {given}; with model.condition_channels = {channels} and latents of "
+                f"{self.video.shape} it must be {wanted}"
+            )
 
 
 class VideoModel(nnx.Module):
@@ -27,21 +52,7 @@ class VideoModel(nnx.Module):
         """Fresh weights."""
 
     @abc.abstractmethod
-    def forward(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        wanted: Wanted,
-        *,
-        key: Key[Array, ""] | None = None,
-        attention: SceneAttention = RoutedAttention(),
-        condition: Float[Array, "B F Y X _"] | None = None,
-        after: After | None = None,
-        active: Bool[Array, "B S"] | None = None,
-    ) -> Forward:
+    def forward(self, given: Inputs, wanted: Wanted) -> Forward:
         """What the other methods give, each a part of it; see `__call__`."""
 
     @typed
@@ -75,8 +86,8 @@ class VideoModel(nnx.Module):
             ConfigError: the latents do not divide into patches, or the condition is not the model's, or what is kept is
                 not what would be computed.
         """
-        more = {"key": key, "attention": attention, "condition": condition, "after": after, "active": active}
-        return self.forward(video, text, t, lengths, moc, "velocity", **more).velocity
+        given = Inputs(video, text, t, lengths, moc, key, attention, condition, after, active)
+        return self.forward(given, "velocity").velocity
 
     @typed
     def routed(
@@ -94,8 +105,8 @@ class VideoModel(nnx.Module):
         active: Bool[Array, "B S"] | None = None,
     ) -> Routed:
         """The same, with what was picked."""
-        more = {"key": key, "attention": attention, "condition": condition, "after": after, "active": active}
-        return self.forward(video, text, t, lengths, moc, "routes", **more).routed()
+        given = Inputs(video, text, t, lengths, moc, key, attention, condition, after, active)
+        return self.forward(given, "routes").routed()
 
     @typed
     def features(
@@ -113,7 +124,8 @@ class VideoModel(nnx.Module):
 
         Of two experts, those of the one that `t` asks for.
         """
-        means = self.forward(video, text, t, lengths, moc, "means", attention=attention, condition=condition).seen.means
+        given = Inputs(video, text, t, lengths, moc, attention=attention, condition=condition)
+        means = self.forward(given, "means").seen.means
         assert means is not None
         return means
 
@@ -130,7 +142,7 @@ class VideoModel(nnx.Module):
         attention: SceneAttention = RoutedAttention(),
     ) -> Kept:
         """What is kept once these shots are, too, at the noise levels at which later shots are to see them."""
-        return self.forward(video, text, t, lengths, moc, "new", attention=attention, after=after).kept()
+        return self.forward(Inputs(video, text, t, lengths, moc, attention=attention, after=after), "new").kept()
 
     @staticmethod
     @abc.abstractmethod

@@ -10,7 +10,6 @@ from jax.sharding import AbstractMesh, AxisType
 from moc_jax import models
 from moc_jax.attention.accounting import Exchange as AttentionExchange
 from moc_jax.attention.deal import Deal
-from moc_jax.attention.kept import Size
 from moc_jax.config import Config, LoraConfig, MeshConfig, Remat
 from moc_jax.models import moving_count, parameter_count, step_flops, trained_count
 from moc_jax.planning.links import Exchange
@@ -18,7 +17,6 @@ from moc_jax.planning.pace import phases
 from moc_jax.planning.topology import Topology
 from moc_jax.planning.traffic import BF16, exchanges
 from moc_jax.planning.workload import Workload, deal_over, moved_over, workload
-from moc_jax.scene import max_chunks
 from moc_jax.sharding import AXES, mesh_sizes
 from moc_jax.training.held import Held, sampling_bytes, training_bytes
 from moc_jax.training.held import state_bytes as bytes_of
@@ -170,17 +168,8 @@ def _kept_bytes(cfg: Config, work: Workload, deal: Deal, sizes: Sizes) -> int:
     changes = moc.dense_first_steps or moc.dense_last_steps or moc.top_k_schedule
     if sample.cache == "off" or changes or models.why_not(moc, model):
         return 0
-    size = Size(
-        batch=2 if sample.guidance != 1 else 1,
-        shape=work.shape,
-        depth=models.kept_layers(model),
-        heads=model.heads,
-        head_dim=model.head_dim,
-        dtype=model.dtype,
-        columns=max_chunks(work.shape, moc.chunk) * moc.descriptors,
-        deal=deal,
-        small=sample.cache == "float8",
-    )
+    scenes, small = 2 if sample.guidance != 1 else 1, sample.cache == "float8"
+    size = models.kept_size(model, moc, work.shape, deal, batch=scenes, small=small)
     return size.device_bytes // (sizes["context"] * sizes["tensor"])
 
 

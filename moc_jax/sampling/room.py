@@ -16,7 +16,7 @@ from moc_jax.errors import Failure
 from moc_jax.processes import gather
 from moc_jax.sampling.in_turn import Round, Turn, rounds_of
 from moc_jax.sampling.scenes import Request
-from moc_jax.scene import Scene, max_chunks
+from moc_jax.scene import Scene
 
 _USABLE = 0.9  # of the memory that is free; the rest is for what a call computes
 
@@ -129,14 +129,5 @@ def size_of(
     video, text, lengths = scene.video.shape, scene.text.shape, scene.lengths
     whole, _ = models.scene_shape(model, video, text, lengths)
     given, _ = models.scene_shape(model, (video[0], turn.frames, *video[2:]), (text[0], turn.text_tokens), lengths)
-    return Size(
-        batch=video[0] * (2 if twice else 1),
-        shape=whole,
-        depth=models.kept_layers(model),
-        heads=model.heads,
-        head_dim=model.head_dim,
-        dtype=model.dtype,
-        columns=max_chunks(whole, moc.chunk) * moc.descriptors,
-        deal=deal_of(given, model.heads, attention),
-        small=small,
-    )
+    deal = deal_of(given, model.heads, attention)
+    return models.kept_size(model, moc, whole, deal, batch=video[0] * (2 if twice else 1), small=small)

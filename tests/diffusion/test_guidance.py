@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moc_jax.diffusion.guidance import Scales, guided, guided_velocity
-from moc_jax.scene import SceneLengths
+from moc_jax.scene import SceneLengths, noisiest
 
 FRAMES = jnp.array([[2, 1], [3, 0]])
 TEXT = jax.random.normal(jax.random.key(0), (2, 4, 3))
@@ -57,3 +57,18 @@ def test_each_expert_has_its_own_scale():
     g = jnp.array([4.0, 2.5])[:, None, None, None, None]
     np.testing.assert_allclose(got, u + g * (c - u), rtol=1e-5, atol=1e-5)
     assert not Scales(scale=1.0, low=2.0, boundary=0.7).off
+    active = jnp.array([[True, False], [False, False]])  # a scene without any follows the others
+    got = guided_velocity(model([]), TEXT, LENGTHS, NEGATIVE, NEGATIVE_LENGTHS, scales, active)(Z, T)
+    np.testing.assert_allclose(got, u + 4 * (c - u), rtol=1e-5, atol=1e-5)
+
+
+def test_the_noisiest_of_some_shots():
+    t = jnp.array([[0.2, 0.6, 1.0], [0.9, 0.1, 1.0]])
+    lengths = SceneLengths(jnp.array([[2, 1, 1], [3, 1, 0]]), jnp.zeros((2, 4), jnp.int32))
+    for among, wanted in (
+        (None, [1.0, 0.9]),
+        ([[True, True, False], [False, True, True]], [0.6, 0.1]),
+        ([[True, False, False], [False, False, True]], [0.2, 0.2]),  # the latter is not there
+    ):
+        found = noisiest(t, lengths, None if among is None else jnp.array(among))
+        np.testing.assert_allclose(found, wanted)

@@ -239,6 +239,8 @@ def test_patches_across_frames_and_sizes_that_do_not_divide():
     assert out.shape == video.shape
     with pytest.raises(ConfigError, match=r"9 frames.*pieces of 2; use 8 or 10"):
         model(video[:, :9], text, t, _lengths(), MOC)
+    with pytest.raises(ConfigError, match=r"condition has shape .* it must be None"):
+        model(video, text, t, _lengths((4, 2, 2)), MOC, condition=video)
 
 
 def test_presets_reach_from_the_demo_to_three_billion_parameters():

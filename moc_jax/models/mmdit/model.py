@@ -8,21 +8,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moc_jax.attention.api import RoutedAttention, SceneAttention
 from moc_jax.attention.continued import Seen
 from moc_jax.attention.deal import Deal
 from moc_jax.attention.sharded import deal_of
 from moc_jax.config import MMDiTConfig, MoCConfig, Remat
-from moc_jax.models.after import After, Forward, Over, Wanted, standing
+from moc_jax.models.after import Forward, Over, Wanted, standing
 from moc_jax.models.dense_layers import dense_in_some
-from moc_jax.models.family import VideoModel
+from moc_jax.models.family import Inputs, VideoModel
 from moc_jax.models.layers import Modulation, TimeEmbedding, modulated_norm, of_groups, over_layers, stacked
 from moc_jax.models.linear import Linear, cast_once, linear_of
 from moc_jax.models.mmdit.block import Attend, Block, BlockModulation, Slots
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
 from moc_jax.models.rope import Turns, rope_angles, turns_of
-from moc_jax.scene import SceneLengths, chunk_table, clean_frames, frame_shot, positions
-from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
+from moc_jax.scene import chunk_table, clean_frames, frame_shot, positions
+from moc_jax.shapes import Array, Float, Float32, Int, Key
 from moc_jax.sharding import constrained
 
 Streams = tuple[Float[Array, "B L M"], Float[Array, "B V M"]]  # text and video
@@ -70,23 +69,10 @@ class MMDiT(VideoModel):
         }
         return cfg.depth * (width + beside_input[remat])
 
-    @typed
-    def forward(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        wanted: Wanted,
-        *,
-        key: Key[Array, ""] | None = None,
-        attention: SceneAttention = RoutedAttention(),
-        condition: None = None,
-        after: After | None = None,
-        active: Bool[Array, "B S"] | None = None,
-    ) -> Forward:
+    def forward(self, given: Inputs, wanted: Wanted) -> Forward:
         """See `VideoModel`."""
+        video, text, t, lengths, moc, key, attention, _, after, _ = given
+        given.check_condition(0)
         cfg = self.cfg
         shape, lengths = scene_shape(cfg, video.shape, text.shape, lengths)
         table = chunk_table(lengths, shape, moc.chunk)

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moc_jax.attention.api import RoutedAttention, SceneAttention
 from moc_jax.attention.continued import Seen
 from moc_jax.attention.deal import Deal
 from moc_jax.attention.sharded import deal_of
-from moc_jax.config import ConfigError, MoCConfig, Remat, WanConfig
-from moc_jax.models.after import After, Forward, Over, Wanted, standing
+from moc_jax.config import MoCConfig, Remat, WanConfig
+from moc_jax.models.after import Forward, Over, Wanted, standing
 from moc_jax.models.dense_layers import dense_in_some
-from moc_jax.models.family import VideoModel
+from moc_jax.models.family import Inputs, VideoModel
 from moc_jax.models.layers import TimeEmbedding, gelu, modulated_norm, of_groups, over_layers, stacked
 from moc_jax.models.linear import Linear, cast_once, linear_of
 from moc_jax.models.patches import scene_shape, tokens_of, video_of
@@ -28,7 +27,7 @@ from moc_jax.models.rope import Turns, rope_angles, turns_of
 from moc_jax.models.wan.block import Attend, Block, Read, modulation_table
 from moc_jax.models.wan.captions import captions_of, captions_over_mesh
 from moc_jax.scene import SceneLengths, SceneShape, chunk_table, clean_frames, frame_shot, noisiest, positions
-from moc_jax.shapes import Array, Bool, Float, Float32, Int, Key, typed
+from moc_jax.shapes import Array, Float, Float32, Int, Key, typed
 from moc_jax.sharding import constrained
 
 
@@ -147,25 +146,11 @@ class WanDiT(VideoModel):
         }
         return cfg.depth * (width + beside_input[remat])
 
-    @typed
-    def forward(
-        self,
-        video: Float[Array, "B F Y X Z"],
-        text: Float[Array, "B L E"],
-        t: Float[Array, "B S"],
-        lengths: SceneLengths,
-        moc: MoCConfig,
-        wanted: Wanted,
-        *,
-        key: Key[Array, ""] | None = None,
-        attention: SceneAttention = RoutedAttention(),
-        condition: Float[Array, "B F Y X _"] | None = None,
-        after: After | None = None,
-        active: Bool[Array, "B S"] | None = None,
-    ) -> Forward:
+    def forward(self, given: Inputs, wanted: Wanted) -> Forward:
         """See `VideoModel`."""
+        video, text, t, lengths, moc, key, attention, condition, after, active = given
         cfg = self.cfg
-        _check_condition(cfg, video.shape, condition)
+        given.check_condition(cfg.condition_channels)
         shape, of_video = scene_shape(cfg, video.shape, text.shape, lengths)
         table = chunk_table(of_video, shape, moc.chunk)
         place = None if after is None else standing(after, video.shape, of_video, shape, cfg, moc, key)
@@ -200,16 +185,6 @@ class WanDiT(VideoModel):
             return Forward(velocity, jax.tree.map(lambda *of: jnp.concatenate(of), of_high, of_low), table, place)
         is_high = noisiest(t, of_video, active) >= cfg.boundary
         return Forward(*_by_noise_level(run, (self.high, 0), (self.low, cfg.depth), is_high), table, place)
-
-
-def _check_condition(cfg: WanConfig, video: tuple[int, ...], condition: Array | None) -> None:
-    wanted = (*video[:4], cfg.condition_channels) if cfg.condition_channels else None
-    given = None if condition is None else condition.shape
-    if given != wanted:
-        raise ConfigError(
-            f"condition has shape {given}; with model.condition_channels = {cfg.condition_channels} and latents of "
-            f"{video} it must be {wanted}"
-        )
 
 
 def _positions(lengths: SceneLengths, shape: SceneShape, cfg: WanConfig) -> Int[Array, "B V 3"]:
