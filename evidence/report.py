@@ -22,7 +22,7 @@ from evidence import plots
 from evidence.claims import claims
 from evidence.experiment import interval
 from evidence.films import HISTORY_NOISE, TRUTH, picture_of
-from evidence.results import RESULTS, Result, by_arm, chosen_of, finished, pace, updates_to
+from evidence.results import RESULTS, Result, by_arm, chosen_of, finished, pace, switched_of, updates_to
 from evidence.watch import GRADIENT
 from evidence.world import CANDIDATES
 from moc_jax.sampling.pictures import save_picture
@@ -113,8 +113,8 @@ def page_block(results: pathlib.Path) -> str:
             lines += ["the error in its box lies, at the end of training:", "", *reading, ""]
         lines += ["Picks into the revealing shot, of tokens in the character's box:", "", *picks_table(chosen), ""]
         lines += ["Squared error of the velocity in the character's box, by noise level:", "", *level_table(chosen), ""]
-        lines += ["P(correct) at each learning rate:", "", *rate_table(found), ""]
-        if switched := switched_table(chosen):
+        lines += ["Every training:", "", *trainings_table(found), ""]
+        if switched := switched_table(switched_of(found)):
             lines += ["P(correct) of weights trained as one arm and switched to another:", "", *switched, ""]
     return "\n".join(lines).strip()
 
@@ -283,16 +283,16 @@ def level_table(chosen: Sequence[Result]) -> list[str]:
     return markdown(["arm", *levels], rows)
 
 
-def switched_table(chosen: Sequence[Result]) -> list[str]:
+def switched_table(found: Sequence[Result]) -> list[str]:
     """Weights under other arms: at once, and after some training as these."""
     rows = []
-    for arm, results in by_arm(chosen).items():
-        for other in dict.fromkeys(name for r in results for name in r.get("switched", {})):
-            found = [r["switched"][other] for r in results if other in r.get("switched", {})]
-            tuned = [of for of in found if "tuned" in of]
+    for arm, results in by_arm(found).items():
+        for other in dict.fromkeys(name for r in results for name in r["switched"]):
+            tests = [r["switched"][other] for r in results if other in r["switched"]]
+            tuned = [of for of in tests if "tuned" in of]
             after = [_percent([of["tuned"] for of in tuned]), f"{tuned[0]['updates']:,}"] if tuned else ["", ""]
-            skipped = f"{100 * found[0]['skipped']:.0f} %"
-            rows.append([arm, other, skipped, _percent([of["zero_shot"] for of in found]), *after])
+            skipped = f"{100 * tests[0]['skipped']:.0f} %"
+            rows.append([arm, other, skipped, _percent([of["zero_shot"] for of in tests]), *after])
     head = [
         "trained as",
         "tested as",
@@ -304,14 +304,17 @@ def switched_table(chosen: Sequence[Result]) -> list[str]:
     return markdown(head, rows) if rows else []
 
 
-def rate_table(found: Sequence[Result]) -> list[str]:
-    """P(correct) of each arm and learning rate."""
-    rates = sorted({r["learning_rate"] for r in found})
+def trainings_table(found: Sequence[Result]) -> list[str]:
+    """Each training, at whatever learning rate."""
     rows = []
     for arm, results in by_arm(found).items():
-        of_rates = ([r["test"]["all"] for r in results if r["learning_rate"] == rate] for rate in rates)
-        rows.append([arm, *(_percent(tests) if tests else "" for tests in of_rates)])
-    return markdown(["arm", *(f"{rate:g}" for rate in rates)], rows)
+        for r in sorted(results, key=lambda r: (r["learning_rate"], r["seed"])):
+            reached = updates_to(r, 0.5)
+            half = "-" if reached is None else f"{reached:,}"
+            rows.append(
+                [arm, f"{r['learning_rate']:g}", str(r["seed"]), f"{r['updates']:,}", _percent([r["test"]["all"]]), half]
+            )
+    return markdown(["arm", "rate", "seed", "updates", "P(correct), %", "updates to 50 %"], rows)
 
 
 def pictures_of(folder: pathlib.Path) -> list[str]:

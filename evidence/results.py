@@ -44,23 +44,43 @@ def _numbers(tree: Any) -> Any:
 
 
 def best_rates(found: Sequence[Result]) -> dict[str, float]:
-    """Each arm's learning rate with the most correct answers, over its seeds; of equal ones, that which had half of
-    them correct first."""
-    runs: dict[tuple[str, float], list[Result]] = {}
+    """Each arm's learning rate with the most correct answers; of equal ones, that which had half of them correct first.
+
+    Rates are compared by trainings of the same seeds and as many updates. One that has none in common with the best
+    so far, beginning with the rate of most trainings, is not compared.
+    """
+    return {arm: _best_rate([result for result in found if result["arm"] == arm]) for arm in by_arm(found)}
+
+
+def _best_rate(found: Sequence[Result]) -> float:
+    rates: dict[float, dict[tuple[int, int], Result]] = {}
     for result in found:
-        runs.setdefault((result["arm"], result["learning_rate"]), []).append(result)
+        rates.setdefault(result["learning_rate"], {})[result["seed"], result["updates"]] = result
 
-    def worth(run: tuple[str, float]) -> tuple[float, float]:
-        until = [updates_to(result, 0.5) or math.inf for result in runs[run]]
-        return np.mean([result["test"]["all"]["share"] for result in runs[run]]), -np.mean(until)
+    def worth(rate: float, shared: set[tuple[int, int]]) -> tuple[float, float]:
+        shares = [rates[rate][key]["test"]["all"]["share"] for key in shared]
+        return float(np.mean(shares)), -float(np.mean([updates_to(rates[rate][key], 0.5) or math.inf for key in shared]))
 
-    return dict(sorted(runs, key=worth))  # the best rate comes last, and stays
+    best, *others = sorted(rates, key=lambda rate: (-len(rates[rate]), -rate))
+    for other in others:
+        shared = rates[best].keys() & rates[other].keys()
+        if shared and worth(other, shared) > worth(best, shared):
+            best = other
+    return best
 
 
 def chosen_of(found: Sequence[Result], choices: Sequence[Result]) -> list[Result]:
-    """Of the results, each arm's at the rate that was best on stories for choices; an arm without such keeps all."""
-    best = best_rates(choices)
+    """Of the results, each arm's at the rate that was best on stories for choices, of those that it was trained at here;
+    an arm without such keeps all."""
+    tried = {(result["arm"], result["learning_rate"]) for result in found}
+    best = best_rates([choice for choice in choices if (choice["arm"], choice["learning_rate"]) in tried])
     return [result for result in found if best.get(result["arm"], result["learning_rate"]) == result["learning_rate"]]
+
+
+def switched_of(found: Sequence[Result]) -> list[Result]:
+    """Of the results whose weights were switched to other arms, each arm's at the best rate of these."""
+    switched = [result for result in found if result.get("switched")]
+    return chosen_of(switched, switched)
 
 
 def by_arm(found: Sequence[Result]) -> dict[str, list[Result]]:

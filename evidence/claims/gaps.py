@@ -42,7 +42,12 @@ def gaps(worlds: Sequence[Evidence]) -> Claim:
                 continue
             rows.append([where, arm, str(reach), percent(near), percent(far)])
             says = f"{where}, {arm} {'falls' if falls else 'does not fall'}{of_one_seed(arms[arm])}"
-            verdicts.append(f"{says}: **{_falls(near, far, falls)}**")
+            verdict = _falls(near, far, falls)
+            beside = [_gap_entries(arms.get(DENSE, ()), within) for within in ((1, reach), (FAR, 99))]
+            if not falls and all(beside):
+                rows.append([where, DENSE, str(reach), *map(percent, beside)])
+            too = verdict == "fails" and all(beside) and _falls(beside[0], beside[1], True) == "holds"
+            verdicts.append(f"{says}: **{verdict}**{', and so does dense attention' if too and not falls else ''}")
         shown = curves(arms, best, *recents, DENSE, OWN)
         pictures[f"evidence_claim_c_{world.world}"] = lambda shown=shown: plots.over_gap(shown)
     head = ["world", "arm", "shots that are near", "P(correct), %, there", f"{FAR} shots away and more"]

@@ -11,9 +11,8 @@ def switches(worlds: Sequence[Evidence]) -> Claim:
     """What was found in each world; there is nothing to hold or fail."""
     rows, verdicts, pictures = [], [], {}
     for world in worlds:
-        for arms, where in world.tests:
-            results = [r for r in arms.get(DENSE, ()) if r.get("switched")]
-            if not results:
+        for (arms, where), switched in zip(world.tests, world.switched, strict=True):
+            if not (results := [r for r in switched if r["arm"] == DENSE]):
                 continue
             dense, own = pooled(last_tests(results))[0], pooled(last_tests(arms[OWN]))[0] if OWN in arms else None
             best = (-1.0, "")

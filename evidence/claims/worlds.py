@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from evidence.experiment import interval
-from evidence.results import Result, by_arm, chosen_of, finished
+from evidence.results import Result, by_arm, chosen_of, finished, switched_of
 
 WORLDS = ("full", "full-mixed", "still", "video")
 SIZES = ("still-narrow", "still-wide")
@@ -49,6 +49,8 @@ class Evidence:
     world: str
     final: Arms
     choices: Arms
+    switched: tuple[Sequence[Result], Sequence[Result]]
+    """Of `tests`, the trainings whose weights were switched to other arms."""
 
     @property
     def tests(self) -> tuple[tuple[Arms, str], ...]:
@@ -74,6 +76,7 @@ def evidence(results: pathlib.Path, worlds: Sequence[str]) -> list[Evidence]:
                     world=world,
                     final=by_arm(chosen_of(final, choices or final)),
                     choices=by_arm(chosen_of(choices, choices)),
+                    switched=(switched_of(final), switched_of(choices)),
                 )
             )
     return found

@@ -7,7 +7,7 @@ from PIL import Image
 
 from evidence import claims, report
 from evidence.experiment import interval
-from evidence.results import best_rates, finished, name_of, pace, updates_to
+from evidence.results import best_rates, chosen_of, finished, name_of, pace, updates_to
 from tests.evidence.made import result
 
 
@@ -37,6 +37,18 @@ def test_the_page_has_each_arm_at_its_best_rate(folder):
     assert "| moc 8x6 | 0.95 | 12 | 50 (75) | 10 (10) |" in lines
     assert "| arm | 1 | 2 | 10 |" in lines
     assert not any("own shot" in line for line in lines)
+
+
+def test_rates_are_compared_by_trainings_of_the_same_seeds_and_updates():
+    easy, hard, better = (result("dense", *of) for of in ((1e-3, 0, 190), (1e-3, 1, 100), (2e-3, 1, 120)))
+    assert best_rates([easy, hard, better]) == {"dense": 2e-3}
+    assert best_rates([easy, hard, result("dense", 2e-3, 1, 90)]) == {"dense": 1e-3}
+    for alone in (better | {"updates": 1000}, result("dense", 2e-3, 2, 199)):
+        assert best_rates([easy, hard, alone]) == {"dense": 1e-3}
+    later = result("dense", 2e-3, 1, 100)
+    assert best_rates([easy, hard, later]) == {"dense": 1e-3}
+    later["curve"][0]["share"] = 0.5
+    assert best_rates([easy, hard, later]) == {"dense": 2e-3}
 
 
 def test_plots_and_sheets_are_drawn_and_the_page_is_rewritten(folder):
@@ -168,6 +180,8 @@ def test_final_stories_are_asked_at_the_rate_that_choices_made(tmp_path):
     assert where == "full"
     assert [r["test"]["all"]["correct"] for r in arms["dense"]] == [70]
     assert world.picking("own shot") is None
+    kept = chosen_of([result("dense", 2e-3, 10, 70)], [result("dense", 1e-3, 0, 90), result("dense", 2e-3, 0, 80)])
+    assert len(kept) == 1  # with none at the best rate, those that there are
     (claim,) = [claim for claim in claims.claims(tmp_path) if claim.letter == "b"]
     assert claim.verdicts[1] == "full, at equal attended FLOPs, where the first ends: **holds** by moc 8x6, of one seed"
 
