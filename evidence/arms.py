@@ -14,7 +14,7 @@ import jax
 from evidence.dense import dense_attention
 from evidence.masked import MOST, masked_attention
 from moc_jax.attention.api import RoutedAttention, SceneAttention
-from moc_jax.config import ChunkConfig, MoCConfig
+from moc_jax.config import ChunkConfig, ConfigError, MoCConfig
 from moc_jax.scene import GLOBAL
 
 
@@ -69,13 +69,13 @@ def arm_of(name: str, backend: str = "auto") -> Arm:
     has it.
 
     Raises:
-        ValueError: there is no such arm.
+        ConfigError: there is no such arm.
     """
     base, *changes = name.split(", ")
     found = _PICKING.fullmatch(base)
     shrinks = _SHRINKING in changes
     if not (found or (base in ("dense", "own shot") and not shrinks)) or not set(changes) <= set(_CHANGES):
-        raise ValueError(
+        raise ConfigError(
             f"no arm is named {name!r}; there are dense, own shot, and moc, random or recent with a chunk's tokens "
             f"and picks, as in 'moc 8x6', and after it{' or'.join(f' ", {how}"' for how in _CHANGES)}"
         )

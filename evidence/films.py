@@ -39,11 +39,13 @@ from evidence.exam import Exam, frames_of, grade, make_exam, reconstructed, thre
 from evidence.experiment import Programs
 from evidence.findings import save_rows, share
 from evidence.measures import psnr
-from evidence.results import RESULTS, best_rates, finished, name_of
+from evidence.results import RESULTS, best_rates, finished, kept_in, name_of
 from evidence.runs import task_of
 from evidence.settings import CHOICES, FINAL, SETTINGS
 from evidence.spread import Spread
 from evidence.world import DrawnStory, World
+from moc_jax.cli import clean_exit
+from moc_jax.config import ConfigError
 from moc_jax.sampling.retrieval import chosen, mean_score
 from moc_jax.scene import Scene, SceneLengths
 from moc_jax.shapes import Float, Int
@@ -54,8 +56,6 @@ SPANS = (1, 11), (12, 23), (24, 35), (36, 47), (48, math.inf)
 """Of gaps, and of shots after the reveals, both ends included, that figures are of."""
 HISTORY_NOISE = 0.02
 """The level t_c of the films that pictures show."""
-TRUTH = "truth"
-"""The picture's file of the first film as it is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,22 +238,27 @@ def main(args: Arguments, command: str) -> None:
     """Makes films, stores what they show, and prints it."""
     setting = SETTINGS[args.setting]
     if not (isinstance(setting.world, World) and setting.world.still):
-        raise ValueError(
+        raise ConfigError(
             f"--setting {args.setting}: films are of still worlds, in which places look alike in all shots"
         )
     best = best_rates(finished(args.out / args.setting))
     if args.arm not in best:
-        raise ValueError(
+        raise ConfigError(
             f"{args.out / args.setting} has no finished run of {args.arm!r}: "
             f"python -m evidence.run --setting {args.setting} --arms {args.arm!r}"
         )
-    weights = args.cache / "weights" / args.setting / f"{name_of(args.arm, best[args.arm], args.seed)}.npz"
+    kept = kept_in(args.cache, args.out) / "weights" / args.setting
+    weights = kept / f"{name_of(args.arm, best[args.arm], args.seed)}.npz"
+    if not weights.exists():
+        raise ConfigError(f"--seed {args.seed}: {weights} does not exist; train {args.arm!r} with that seed")
     world = dataclasses.replace(setting.world, shots=args.shots, split=FINAL if args.final else CHOICES)
     with Spread(args.processes) as spread:
         codec = dataset.fit(
             setting.codec_world or setting.world, setting.codec, setting.codec_stories, spread, args.cache
         )
         exam = make_exam(world, codec, setting.text, range(args.films), spread, args.cache)
+    about = {"arm": args.arm, "seed": args.seed, "final": args.final, "setting": args.setting}
+    about |= {"shots": args.shots, "films": args.films}
     for level in args.levels:
         task = dataclasses.replace(
             task_of(setting), sample=dataclasses.replace(setting.sample, history_noise=level), batch=args.together
@@ -263,15 +268,28 @@ def main(args: Arguments, command: str) -> None:
         for memory in args.memories:
             begin = time.perf_counter()
             latents, shown = _in_parts(make, exam.data, memory, args.together)
-            entry = {"arm": args.arm, "seed": args.seed, "memory": memory, "level": level, "final": args.final}
-            entry |= {"shots": args.shots, "films": args.films, **findings(exam, latents, shown)}
+            entry = about | {"memory": memory, "level": level} | findings(exam, latents, shown)
             entry["seconds_per_film"] = (time.perf_counter() - begin) / args.films
-            name = f"{memory}, t_c = {level:g}, {args.shots} shots, {args.arm}, seed {args.seed}"
-            name += ", final stories" if args.final else ""
+            name = name_of_films(entry)
             results.store(args.out, "films", name, command, entry)
             _save(args.out / "films" / f"{picture_of(name)}.jpg", exam, latents)
             print(f"{name}: {shown_as_text(entry)}", flush=True)
-    _save(args.out / "films" / f"{TRUTH}.jpg", exam, np.asarray(exam.data.latents))
+    _save(args.out / "films" / f"{picture_of(truth_of(about))}.jpg", exam, np.asarray(exam.data.latents))
+
+
+def name_of_films(entry: dict[str, Any]) -> str:
+    """All that tells these films from others."""
+    shown = f"{entry['memory']}, t_c = {entry['level']:g}, {entry['films']} films"
+    return f"{shown}, {_world_of(entry)}, {entry['arm']}, seed {entry['seed']}"
+
+
+def truth_of(entry: dict[str, Any]) -> str:
+    """What the first of these films should be."""
+    return f"truth, {_world_of(entry)}"
+
+
+def _world_of(entry: dict[str, Any]) -> str:
+    return f"{entry['shots']} shots of {entry['setting']}{', final stories' if entry['final'] else ''}"
 
 
 def picture_of(name: str) -> str:
@@ -314,4 +332,5 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    with clean_exit():
+        run(sys.argv[1:])

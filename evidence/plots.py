@@ -174,12 +174,13 @@ def sheet(folder: pathlib.Path, arms: Arms) -> Image.Image:
 def films(folder: pathlib.Path, names: dict[str, str]) -> Image.Image:
     """The middle frames of a film's shots, 16 in a row, below each other for each of `names`: title -> file."""
     strips = {title: Image.open(folder / f"{name}.jpg").convert("RGB") for title, name in names.items()}
-    width, height = next(iter(strips.values())).size
-    picture = Image.new("RGB", (width + 2 * _GAP, len(strips) * (height + _HEAD)), PAPER)
-    draw = ImageDraw.Draw(picture)
-    for n, (title, strip) in enumerate(strips.items()):
-        draw.text((_GAP, n * (height + _HEAD) + 8), title, INK)
-        picture.paste(strip, (_GAP, n * (height + _HEAD) + _HEAD))
+    width, height = max(of.width for of in strips.values()), sum(of.height + _HEAD for of in strips.values())
+    picture = Image.new("RGB", (width + 2 * _GAP, height), PAPER)
+    draw, top = ImageDraw.Draw(picture), 0
+    for title, strip in strips.items():
+        draw.text((_GAP, top + 8), title, INK)
+        picture.paste(strip, (_GAP, top + _HEAD))
+        top += strip.height + _HEAD
     return picture
 
 

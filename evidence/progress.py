@@ -26,6 +26,11 @@ class Progress:
     curve: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Its tests."""
 
+    @property
+    def updates(self) -> int:
+        """Until the last of them."""
+        return self.curve[-1]["updates"] if self.curve else 0
+
 
 def state_of(weights: pathlib.Path, name: str) -> pathlib.Path:
     """The file of a run's state beside its weights."""
@@ -50,11 +55,11 @@ def progress_in(path: pathlib.Path) -> Progress | None:
 def resumed(path: pathlib.Path, new: Progress, trainer: Trainer) -> Progress:
     """`new`, or what is in a file if it is of the same training; the trainer then takes its state."""
     found = progress_in(path)
-    if found is None:
+    if found is None or not found.curve:
         return new
     if found.training != new.training:
         print(f"{path} is of another training: not resumed", flush=True)
         return new
     trainer.state = load_weights(path, trainer.state)
-    print(f"{path.name} resumes after {found.curve[-1]['updates']} updates", flush=True)
+    print(f"{path.name} resumes after {found.updates} updates", flush=True)
     return dataclasses.replace(new, commands=(*found.commands, *new.commands), curve=found.curve)

@@ -21,7 +21,7 @@ from benchmarks.tables import markdown
 from evidence import plots
 from evidence.claims import claims
 from evidence.experiment import interval
-from evidence.films import HISTORY_NOISE, TRUTH, picture_of
+from evidence.films import HISTORY_NOISE, picture_of, truth_of
 from evidence.results import RESULTS, Result, by_arm, chosen_of, finished, pace, switched_of, updates_to
 from evidence.watch import GRADIENT
 from evidence.world import CANDIDATES
@@ -80,8 +80,8 @@ def main(args: Arguments) -> None:
         for name, picture in pictures(folder).items():
             save_picture(picture, args.root / PICTURES / name)
     for file in stored.load(args.results, "films"):
-        entries = file["entries"].items()
-        names = {"truth": TRUTH} | {name: picture_of(name) for name, e in entries if e["level"] == HISTORY_NOISE}
+        shown = {name: e for name, e in file["entries"].items() if e["level"] == HISTORY_NOISE}
+        names = {of: picture_of(of) for name, e in shown.items() for of in (truth_of(e), name)}
         save_picture(plots.films(args.results / "films", names), args.root / PICTURES / "films.jpg")
     for claim in claims(args.results):
         for name, picture in claim.pictures.items():
@@ -312,7 +312,14 @@ def trainings_table(found: Sequence[Result]) -> list[str]:
             reached = updates_to(r, 0.5)
             half = "-" if reached is None else f"{reached:,}"
             rows.append(
-                [arm, f"{r['learning_rate']:g}", str(r["seed"]), f"{r['updates']:,}", _percent([r["test"]["all"]]), half]
+                [
+                    arm,
+                    f"{r['learning_rate']:g}",
+                    str(r["seed"]),
+                    f"{r['updates']:,}",
+                    _percent([r["test"]["all"]]),
+                    half,
+                ]
             )
     return markdown(["arm", "rate", "seed", "updates", "P(correct), %", "updates to 50 %"], rows)
 

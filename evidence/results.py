@@ -1,5 +1,6 @@
 """Results on disk: one JSON file per arm, learning rate and seed, in a folder per setting; see `evidence.run`."""
 
+import hashlib
 import math
 import pathlib
 import re
@@ -17,6 +18,13 @@ Result = dict[str, Any]
 def name_of(arm: str, learning_rate: float, seed: int) -> str:
     """Of a run's files."""
     return f"{re.sub(r'[^a-z0-9]+', '-', arm)}_{learning_rate:g}_{seed}"
+
+
+def kept_in(cache: pathlib.Path, results: pathlib.Path) -> pathlib.Path:
+    """The folder in `cache` of what belongs to a folder of results: states and weights trained for others lie apart."""
+    if results.resolve() == RESULTS.resolve():
+        return cache
+    return cache / f"of-{hashlib.sha256(str(results.resolve()).encode()).hexdigest()[:12]}"
 
 
 def finished(folder: pathlib.Path) -> list[Result]:
@@ -59,7 +67,9 @@ def _best_rate(found: Sequence[Result]) -> float:
 
     def worth(rate: float, shared: set[tuple[int, int]]) -> tuple[float, float]:
         shares = [rates[rate][key]["test"]["all"]["share"] for key in shared]
-        return float(np.mean(shares)), -float(np.mean([updates_to(rates[rate][key], 0.5) or math.inf for key in shared]))
+        return float(np.mean(shares)), -float(
+            np.mean([updates_to(rates[rate][key], 0.5) or math.inf for key in shared])
+        )
 
     best, *others = sorted(rates, key=lambda rate: (-len(rates[rate]), -rate))
     for other in others:
@@ -70,8 +80,8 @@ def _best_rate(found: Sequence[Result]) -> float:
 
 
 def chosen_of(found: Sequence[Result], choices: Sequence[Result]) -> list[Result]:
-    """Of the results, each arm's at the rate that was best on stories for choices, of those that it was trained at here;
-    an arm without such keeps all."""
+    """Of the results, each arm's at its best rate on stories for choices, of the rates it has here; an arm without
+    such keeps all."""
     tried = {(result["arm"], result["learning_rate"]) for result in found}
     best = best_rates([choice for choice in choices if (choice["arm"], choice["learning_rate"]) in tried])
     return [result for result in found if best.get(result["arm"], result["learning_rate"]) == result["learning_rate"]]

@@ -9,10 +9,12 @@ and encodes the stories on all cores, into --cache; the others wait for it.
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import pathlib
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -28,11 +30,13 @@ from evidence.arms import ARMS, arm_of, stages_of
 from evidence.exam import Exam, make_exam
 from evidence.findings import save_sheet, truth_dynamic_degree
 from evidence.progress import progress_in, state_of
-from evidence.results import RESULTS, Result, best_rates, finished, name_of
+from evidence.results import RESULTS, Result, best_rates, finished, kept_in, name_of
 from evidence.runs import Laboratory, Library, Run, missing, training_of
 from evidence.settings import CHOICES, FINAL, SETTINGS, Setting, final_seeds, final_training_seeds
 from evidence.spread import Spread
+from moc_jax.cli import clean_exit
 from moc_jax.compilation import kept_programs
+from moc_jax.config import ConfigError
 from moc_jax.phases import Phases
 from moc_jax.reading import parse_json
 
@@ -100,6 +104,14 @@ class Arguments:
         for name, given in least.items():
             if given < 1:
                 raise ValueError(f"--{name} {given}: must be at least 1")
+        if not 0 <= self.minutes < math.inf:
+            raise ValueError(f"--minutes {self.minutes}: must be 0 or more")
+        if self.within is not None and not 0 < self.within < math.inf:
+            raise ValueError(f"--within {self.within}: must be more than 0 minutes")
+        if bad := [rate for rate in self.learning_rates if not 0 < rate < math.inf]:
+            raise ValueError(f"--learning-rates {bad[0]}: must be more than 0")
+        if bad := [seed for seed in self.seeds if not 0 <= seed < 2**31]:
+            raise ValueError(f"--seeds {bad[0]}: must lie in 0..{2**31 - 1}")
 
 
 def main(args: Arguments, command: str) -> None:
@@ -107,7 +119,7 @@ def main(args: Arguments, command: str) -> None:
     for name in (*args.arms, *args.also, *args.then):
         arm_of(name)  # a wrong name fails before any work
     if wrong := [name for name in (*args.also, *args.then) if len(stages_of(name)) > 1]:
-        raise ValueError(f"--also and --then: {', '.join(wrong)} has stages of a whole training; name it in --arms")
+        raise ConfigError(f"--also and --then: {', '.join(wrong)} has stages of a whole training; name it in --arms")
     runs = _runs(args)
     i, n = map(int, args.part.split("/"))
     first = len(runs) * i // n
@@ -129,7 +141,9 @@ def main(args: Arguments, command: str) -> None:
             if args.within is not None and begin + longest > _BEGIN + 60 * args.within:
                 print(f"{run.name} and what follows is left: it would not end in {args.within:g} minutes", flush=True)
                 break
-            with _claimed(args.cache / "locks" / folder.name / run.name) as mine:
+            with _claimed(kept_in(args.cache, args.out) / "locks" / folder.name / run.name) as mine:
+                if not mine:
+                    print(f"{run.name} is left to another process, which is at work on it", flush=True)
                 if mine and not _result(args, folder, run) and found[run] == _stored(folder, run):
                     lab.train(run, args.updates or lab.setting.updates, args.minutes * 60, start.get(run))
                 if mine and _stored(folder, run) and _undone(args, folder, run):
@@ -144,7 +158,7 @@ def _runs(args: Arguments) -> list[Run]:
         choices = args.out / args.setting
         best = best_rates(finished(choices))
         if unknown := [arm for arm in args.arms if arm not in best]:
-            raise ValueError(f"--final: {choices} has no finished run of {', '.join(unknown)}; give --learning-rates")
+            raise ConfigError(f"--final: {choices} has no finished run of {', '.join(unknown)}; give --learning-rates")
         rates = {arm: (best[arm],) for arm in args.arms}
     return [Run(arm, rate, seed) for arm in args.arms for rate in rates[arm] for seed in seeds]
 
@@ -182,19 +196,24 @@ def _result(args: Arguments, folder: pathlib.Path, run: Run) -> Result | None:
 
 
 def _check_resumable(args: Arguments, folder: pathlib.Path, run: Run, start: pathlib.Path | None) -> None:
-    """A finished result is not to be lost to a training from the beginning.
+    """A finished result is not to be lost to a training from the beginning, nor more updates to fewer.
 
     Raises:
-        ValueError: it would be.
+        ConfigError: they would be.
     """
-    path = state_of(args.cache / "weights" / folder.name, run.name)
-    if _stored(folder, run) is None or _result(args, folder, run):
+    path = state_of(kept_in(args.cache, args.out) / "weights" / folder.name, run.name)
+    if _result(args, folder, run):
         return
     kept, setting = progress_in(path), SETTINGS[args.setting]
-    wanted = training_of(setting, run, args.init_from, start, args.updates or setting.updates)
-    if kept is None or kept.training != wanted:
+    updates = args.updates or setting.updates
+    wanted = training_of(setting, run, args.init_from, start, updates)
+    if kept is not None and kept.training == wanted and kept.updates > updates:
+        raise ConfigError(
+            f"--updates {updates}: {path} has {kept.updates} of this training; ask for as many, or remove that file"
+        )
+    if _stored(folder, run) is not None and (kept is None or kept.training != wanted):
         why = "there is no state of it" if kept is None else "the state is of another training, such as --init-from"
-        raise ValueError(f"--resume: {run.name} is finished in {folder}, and {why}: {path}; leave --resume out")
+        raise ConfigError(f"--resume: {run.name} is finished in {folder}, and {why}: {path}; leave --resume out")
 
 
 def _start(args: Arguments, run: Run) -> pathlib.Path:
@@ -203,10 +222,10 @@ def _start(args: Arguments, run: Run) -> pathlib.Path:
     arm = arm or run.arm
     best = best_rates(finished(args.out / folder))
     if arm not in best:
-        raise ValueError(f"--init-from {args.init_from}: {args.out / folder} has no finished run of {arm!r}")
-    path = args.cache / "weights" / folder / f"{name_of(arm, best[arm], run.seed)}.npz"
+        raise ConfigError(f"--init-from {args.init_from}: {args.out / folder} has no finished run of {arm!r}")
+    path = kept_in(args.cache, args.out) / "weights" / folder / f"{name_of(arm, best[arm], run.seed)}.npz"
     if not path.exists():
-        raise ValueError(f"--init-from {args.init_from}: {path} does not exist; train {arm!r} with seed {run.seed}")
+        raise ConfigError(f"--init-from {args.init_from}: {path} does not exist; train {arm!r} with seed {run.seed}")
     return path
 
 
@@ -236,7 +255,7 @@ def _laboratory(args: Arguments, folder: pathlib.Path, command: str, arms: Seque
         colors=recolor.recolorings(exam.codec) if colored else None,
         rows=rows,
         folder=folder,
-        weights=args.cache / "weights" / folder.name,
+        weights=kept_in(args.cache, args.out) / "weights" / folder.name,
         about=about,
     )
     print(f"{len(data.seeds)} + {len(exam.data.seeds)} stories after {phases.total('truth')}", flush=True)
@@ -256,14 +275,17 @@ def stories(
 
 def side_by_side(argv: Sequence[str], environments: Sequence[Mapping[str, str]]) -> str | None:
     """The runs of a command line, a part in each of the environments; what went wrong, or None."""
-    parts = [
-        subprocess.Popen(
-            [sys.executable, "-m", "evidence.run", *argv, f"--part={i}/{len(environments)}"],
-            env=os.environ | environment,
-        )
-        for i, environment in enumerate(environments)
-    ]
-    failed = [i for i, process in enumerate(parts) if process.wait()]
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the parts end, too
+    parts: list[subprocess.Popen[bytes]] = []
+    try:
+        for i, environment in enumerate(environments):
+            command = [sys.executable, "-m", "evidence.run", *argv, f"--part={i}/{len(environments)}"]
+            parts.append(subprocess.Popen(command, env=os.environ | environment))
+        failed = [i for i, process in enumerate(parts) if process.wait()]
+    finally:
+        for process in parts:
+            process.terminate()
+        signal.signal(signal.SIGTERM, before)
     return f"parts {failed} of {len(parts)} failed" if failed else None
 
 
@@ -274,7 +296,7 @@ def run(argv: Sequence[str]) -> None:
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / args.per_gpu:.2f}"}
         given = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(args.gpus)))).split(",")
         if len(given) < args.gpus:
-            raise ValueError(f"--gpus {args.gpus}: CUDA_VISIBLE_DEVICES leaves {len(given)}: {','.join(given)}")
+            raise ConfigError(f"--gpus {args.gpus}: CUDA_VISIBLE_DEVICES leaves {len(given)}: {','.join(given)}")
         gpus = [gpu for _ in range(args.per_gpu) for gpu in given[: args.gpus]]
         environments = [memory | {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
         sys.exit(side_by_side([*argv, *_ALONE], environments))
@@ -284,4 +306,5 @@ def run(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     # Else calls of numpy wait for a thread that traces, 5 ms each: stories took 4 times as long.
     sys.setswitchinterval(2e-4)
-    run(sys.argv[1:])
+    with clean_exit():
+        run(sys.argv[1:])

@@ -144,7 +144,7 @@ class Laboratory:
         result |= {"date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"), "finished": False, "curve": curve}
         result |= {"earlier_commands": progress.commands[:-1]} if len(progress.commands) > 1 else {}
         result |= dataclasses.asdict(self.library.cost(run.arm, self.data.scenes(jnp.arange(1))))
-        done, loss = curve[-1]["updates"] if curve else 0, None
+        done, loss = progress.updates, None
         untested, first, took, saved = start is not None and not curve, True, 0.0, begin  # fresh weights tell nothing
         phases.done("weights")
         with concurrent.futures.ThreadPoolExecutor(1) as beside:  # grading takes the processor alone
@@ -157,7 +157,7 @@ class Laboratory:
                     phases.done("tests")
                 diverged = loss is not None and not np.isfinite(loss)
                 over = done >= updates or (not first and time.perf_counter() - begin >= seconds)
-                if not diverged and (over or time.perf_counter() - saved >= STATE_EVERY):
+                if grading and not diverged and (over or time.perf_counter() - saved >= STATE_EVERY):
                     for test in grading:
                         test.result()  # the curve is whole until here
                     save_state(self.state_of(run), trainer, progress)

@@ -45,6 +45,8 @@ def main(args: Arguments) -> str | None:
     if wrong := side_by_side([*argv, "--arms", *ARMS], [{"JAX_PLATFORMS": "cpu"}] * 2):
         return wrong
     by_arm = {result["arm"]: result for result in finished(args.out / "small")}
+    if left := [arm for arm in ARMS if arm not in by_arm]:
+        return f"{', '.join(left)}: no result in {args.out / 'small'}; another process may be at work on it"
     for arm in ARMS:
         test = by_arm[arm]["test"]["all"]
         print(f"{arm}: P(correct) {test['share']:.2f}, 95 % interval {test['low']:.2f}..{test['high']:.2f}")

@@ -108,11 +108,12 @@ def test_the_films_of_a_trained_model_are_graded(tmp_path, monkeypatch, capsys):
         films.run(["--arm", ARM, *folders])
     run.run(["--setting", "in-turn", "--arms", ARM, *folders])
     films.run(["--arm", ARM, "--shots", "7", "--films", "4", "--together", "2", "--memories", "window", *folders])
-    assert "window, t_c = 0.02, 7 shots, moc 4x1, past, seed 0: " in capsys.readouterr().out
+    assert "window, t_c = 0.02, 4 films, 7 shots of in-turn, moc 4x1, past, seed 0: " in capsys.readouterr().out
     with Image.open(tmp_path / "in-turn" / "truth.jpg") as recalls:  # of stories, which films leave as they are
         assert recalls.size == (128, 128)
     (file,) = tmp_path.glob("films-*.json")
     (entry,) = json.loads(file.read_text())["entries"].values()
+    assert (tmp_path / "films" / "truth-7-shots-of-in-turn.jpg").exists()
     assert sum(of["trials"] for of in entry["by_gap"].values()) == entry["all"]["trials"] == 4 * 2
     assert list(entry["background_by_shot"]) == ["1-2", "3-6"]
     page = report.films_block(tmp_path)

@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import json
+import os
+import signal
+import time
 import types
 
 import numpy as np
@@ -14,10 +17,10 @@ from evidence.arms import ARMS, arm_of
 from evidence.cache import load_weights, save_weights
 from evidence.dataset import fit
 from evidence.experiment import Programs, Trainer
-from evidence.results import finished, name_of
+from evidence.results import RESULTS, finished, kept_in, name_of
 from evidence.spread import ALONE
 from evidence.world import World
-from moc_jax.config import DiffusionConfig, HashConfig, MMDiTConfig, PcaConfig, SampleConfig
+from moc_jax.config import ConfigError, DiffusionConfig, HashConfig, MMDiTConfig, PcaConfig, SampleConfig
 from tests.evidence.made import result
 
 TINY = settings.Setting(
@@ -140,7 +143,8 @@ def test_a_run_resumes_bit_for_bit(tmp_path, monkeypatch, capsys, compilation_ca
             (kept / "programs").symlink_to(compilation_cache)
         folders = ["--out", f"{tmp_path}/{name}", "--cache", f"{kept}", "--processes", "1"]
         run.run(["--setting", "small", "--arms", "own shot", "--updates", str(count), *folders, *more])
-        with np.load(kept / "weights" / "small" / "own-shot_0.001_0.state.npz") as file:
+        weights = kept_in(kept, tmp_path / name) / "weights"
+        with np.load(weights / "small" / "own-shot_0.001_0.state.npz") as file:
             return finished(tmp_path / name / "small"), dict(file)
 
     ((whole,), state), ((half,), _) = trained("whole", 4), trained("parts", 2)
@@ -173,7 +177,8 @@ def left_at(folder, updates, **parts):
 
 def state_at(folder, updates, training):
     trainer = types.SimpleNamespace(state={"step": np.array(updates)})
-    kept = progress.state_of(folder / "kept" / "weights" / "full-mixed", "own-shot_0.001_0")
+    weights = kept_in(folder / "kept", folder / "out") / "weights"
+    kept = progress.state_of(weights / "full-mixed", "own-shot_0.001_0")
     curve = [{"updates": updates, "loss": float("nan")}]
     progress.save_state(kept, trainer, progress.Progress(training=training, commands=("a",), curve=curve))
     return kept
@@ -192,6 +197,23 @@ def test_a_finished_result_is_not_lost_to_a_training_from_the_beginning(tmp_path
     run.run(argv)  # it would diverge again
     left_at(tmp_path, 12)
     run.run(argv)
+
+
+def test_a_training_is_not_lost_to_one_of_fewer_updates(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_laboratory", lambda *_: None)  # nothing to train with
+    one = runs.Run("own shot", 1e-3, 0)
+    state_at(tmp_path, 9, runs.training_of(settings.SETTINGS["full-mixed"], one, "", None, 9))
+    with pytest.raises(ConfigError, match=r"--updates 8: .*state.npz has 9 of this training; ask for as many"):
+        run.run([*argv_of(tmp_path), "--updates", "8"])
+    with pytest.raises(AttributeError, match="train"):
+        run.run([*argv_of(tmp_path), "--updates", "9"])
+
+
+def test_states_and_weights_of_other_results_lie_apart(tmp_path):
+    cache = tmp_path / "kept"
+    assert kept_in(cache, RESULTS) == cache
+    assert kept_in(cache, tmp_path / "a") == kept_in(cache, tmp_path / "b" / ".." / "a")
+    assert len({kept_in(cache, out) for out in (RESULTS, tmp_path / "a", tmp_path / "b")}) == 3
 
 
 def test_what_another_process_resumed_meanwhile_is_left(tmp_path, monkeypatch):
@@ -217,6 +239,9 @@ def test_a_state_of_another_training_is_not_resumed(tmp_path, capsys):
     assert progress.resumed(kept, other, trainer) == other
     assert "is of another training: not resumed" in capsys.readouterr().out
     assert trainer.state["step"] == 0
+    empty = kept.with_name("empty.npz")  # written before any test
+    progress.save_state(empty, trainer, new)
+    assert progress.resumed(empty, new, trainer) == new
     found = progress.resumed(kept, new, trainer)
     assert (found.commands, found.curve) == (("a", "b"), [{"updates": 9, "loss": None}])
     assert trainer.state["step"] == 9
@@ -236,10 +261,11 @@ def argv_of(folder):
     return ["--arms", "own shot", "--out", f"{folder}/out", "--cache", f"{folder}/kept"]
 
 
-def test_what_another_process_works_on_is_left_to_it(tmp_path, monkeypatch):
+def test_what_another_process_works_on_is_left_to_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "_laboratory", lambda *_: None)  # nothing to train with
-    with run._claimed(tmp_path / "kept" / "locks" / "full-mixed" / "own-shot_0.001_0"):
+    with run._claimed(kept_in(tmp_path / "kept", tmp_path / "out") / "locks" / "full-mixed" / "own-shot_0.001_0"):
         run.run(argv_of(tmp_path))
+    assert "own-shot_0.001_0 is left to another process" in capsys.readouterr().out
     with pytest.raises(AttributeError, match="train"):
         run.run(argv_of(tmp_path))
 
@@ -264,7 +290,7 @@ def test_a_run_starts_from_the_weights_of_another_setting(tmp_path):
         path.write_text(json.dumps(result(arm, 2e-3, 0, 9)))
     with pytest.raises(ValueError, match=r"own-shot_0.002_0.npz does not exist; train 'own shot' with seed 0"):
         run.run(argv)
-    weights = tmp_path / "kept" / "weights" / "still" / "dense_0.002_0.npz"
+    weights = kept_in(tmp_path / "kept", tmp_path / "out") / "weights" / "still" / "dense_0.002_0.npz"
     save_weights(weights, {"a": {"b": np.arange(3.0)}})
     args = run.tyro.cli(run.Arguments, args=[*argv_of(tmp_path), "--init-from", "still/dense"])
     assert run._start(args, run.Run("own shot", 1e-3, 0)) == weights
@@ -284,6 +310,10 @@ def test_a_run_starts_from_the_weights_of_another_setting(tmp_path):
         (["--updates", "0"], "--updates 0: must be at least 1"),
         (["--gpus", "0"], "--gpus 0: must be at least 1"),
         (["--per-gpu", "0"], "--per-gpu 0: must be at least 1"),
+        (["--minutes", "nan"], "--minutes nan: must be 0 or more"),
+        (["--within", "0"], "--within 0.0: must be more than 0 minutes"),
+        (["--learning-rates", "1e-3", "0"], "--learning-rates 0.0: must be more than 0"),
+        (["--seeds", "-1"], "--seeds -1: must lie in 0..2147483647"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_done(wrong, says, tmp_path, capsys):
@@ -306,6 +336,9 @@ def test_several_gpus_share_the_runs(monkeypatch):
         def wait(self):
             return 0
 
+        def terminate(self):
+            pass
+
     monkeypatch.setattr(run.subprocess, "Popen", Process)
     with pytest.raises(SystemExit) as end:
         run.run(["--arms", "dense", "moc 8x6", "--gpus", "2", "--per-gpu", "2"])
@@ -317,6 +350,29 @@ def test_several_gpus_share_the_runs(monkeypatch):
     ]
     args = run.tyro.cli(run.Arguments, args=started[0][0][3:])
     assert (args.gpus, args.per_gpu, args.part, args.arms) == (1, 1, "0/4", ("dense", "moc 8x6"))
+
+
+def test_parts_end_with_the_command_that_started_them(monkeypatch):
+    ended = []
+
+    class Process:
+        def __init__(self, *_, **__):
+            pass
+
+        def wait(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+        def terminate(self):
+            ended.append(self)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run.subprocess, "Popen", Process)
+    with pytest.raises(SystemExit) as end:
+        run.side_by_side([], [{}, {}])
+    assert end.value.code == 143
+    assert len(ended) == 2
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_final_table_is_of_its_own_seeds_at_the_rates_that_choices_made(tmp_path):
