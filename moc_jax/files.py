@@ -35,6 +35,15 @@ def is_address(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def identity(path: Path) -> tuple[int | str, ...]:
+    """Equal for paths of one file, there or not: through links, and in other letters where the folder ignores case."""
+    path = Path(os.path.realpath(path))
+    there = next(place for place in (path, *path.parents) if place.exists())
+    other, new = there.with_name(there.name.swapcase()) if there.name else there, path.relative_to(there).parts
+    ignored = other.name != there.name and other.exists() and other.samefile(there)
+    return there.stat().st_dev, there.stat().st_ino, *(map(str.casefold, new) if ignored else new)
+
+
 # ------------------------------------------------------------------------------------------------ whole files
 
 

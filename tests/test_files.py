@@ -11,6 +11,7 @@ import pytest
 from moc_jax import files
 from moc_jax.config import ConfigError
 from moc_jax.files import (
+    identity,
     prove_file,
     prove_folder,
     prove_new_folder,
@@ -27,6 +28,16 @@ def dead():
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
+
+
+def test_identity_is_the_files_and_not_the_names(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "link").symlink_to("d")
+    (tmp_path / "dangling").symlink_to("link/a")
+    for same in ("link/a", "d/../d/a", "dangling"):
+        assert identity(tmp_path / same) == identity(tmp_path / "d" / "a")
+    for other in ("d/A", "d/b", "d", "a", "d/a/a"):
+        assert identity(tmp_path / other) != identity(tmp_path / "d" / "a")
 
 
 # ------------------------------------------------------------------------------------------------ whole files

@@ -23,7 +23,7 @@ from moc_jax.phases import Phases, garbage_left
 from moc_jax.sampling.generation import Generation, begin, check_new, check_same, is_generation, numbers, resume
 from moc_jax.sampling.refusal import check_by_command
 from moc_jax.sampling.storyboard import Shot, Storyboard, load_storyboard
-from moc_jax.sampling.targets import target_files
+from moc_jax.sampling.targets import check_apart, target_files
 from moc_jax.signals import Signals
 
 _ELSEWHERE = "training_scene", "routing_picture", "routing_atlas", "order"
@@ -59,6 +59,7 @@ def extend(argv: Sequence[str], signals: Signals | None, phases: Phases) -> None
     check_by_command(boards, args.caption_filter)
     prove_folder(folder.parent, setting="--extend")
     sheets = target_files(args.contact_sheet, [folder.name], ".png", overwrite=True, setting="--contact-sheet")
+    check_apart({"--contact-sheet": sheets}, [*boards, *(found.boards if found else [])], args.storyboard)
     if not public:
         find_steps(args.checkpoint, args.step)
     phases.done("settings")

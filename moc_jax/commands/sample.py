@@ -11,6 +11,7 @@ the same bytes. Settings that are not given here are those of the checkpoint.
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from moc_jax.config import Config, ConfigError
 from moc_jax.phases import Phases, garbage_left
 from moc_jax.sampling.refusal import check_by_command
 from moc_jax.sampling.storyboard import Storyboard, check_pins, load_storyboard
-from moc_jax.sampling.targets import target_files, video_files
+from moc_jax.sampling.targets import check_apart, target_files, video_files
 from moc_jax.showing import printable
 from moc_jax.signals import Signals
 from moc_jax.tensor_files.places import are_public
@@ -53,6 +54,8 @@ def main(argv: Sequence[str], signals: Signals | None = None) -> None:
     sheets = target_files(args.contact_sheet, names, **png, setting="--contact-sheet")
     routings = target_files(args.routing_picture, names, **png, setting="--routing-picture")
     atlases = target_files(args.routing_atlas, names, ".html", overwrite=args.overwrite, setting="--routing-atlas")
+    made = {"--out": [*itertools.chain(*videos)], "--contact-sheet": sheets, "--routing-picture": routings}
+    check_apart({**made, "--routing-atlas": atlases}, boards, args.storyboard)
     if not public:
         find_steps(args.checkpoint, args.step)
     phases.done("settings")

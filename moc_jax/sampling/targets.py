@@ -2,12 +2,13 @@
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moc_jax.config import ConfigError
-from moc_jax.files import prove_file
+from moc_jax.files import identity, prove_file
 from moc_jax.sampling.storyboard import Storyboard
+from moc_jax.showing import named
 
 
 def target_files(
@@ -62,3 +63,21 @@ def video_files(out: Path, names: Sequence[str], boards: Sequence[Storyboard], *
     files = target_files(out, [*itertools.chain(*wanted)], ".mp4", overwrite=overwrite, apart=any(shots))
     taken = iter(files)
     return [list(itertools.islice(taken, len(of))) for of in wanted]
+
+
+def check_apart(targets: Mapping[str, Sequence[Path]], boards: Sequence[Storyboard], read: Sequence[Path] = ()) -> None:
+    """Raises ConfigError where two files that are to be written are one, or one of them is read.
+
+    Args:
+        targets: by what the user gave them by.
+        boards: their pictures and videos are read.
+        read: what else is.
+    """
+    given = [path for board in boards for shot in board.shots for path in (shot.image, shot.video) if path]
+    taken = {identity(path): f"{named(path)}, which is read," for path in [*read, *given]}
+    for setting, paths in targets.items():
+        for path in paths:
+            this, key = f"{setting} {named(path)}", identity(path)
+            if key in taken:
+                raise ConfigError(f"{taken[key]} and {this} are one file; give another name")
+            taken[key] = this
