@@ -58,7 +58,8 @@ def extend(argv: Sequence[str], signals: Signals | None, phases: Phases) -> None
     boards = _boards(args, found)
     check_by_command(boards, args.caption_filter)
     prove_folder(folder.parent, setting="--extend")
-    sheets = target_files(args.contact_sheet, [folder.name], ".png", overwrite=True, setting="--contact-sheet")
+    png = {"suffix": ".png", "overwrite": args.overwrite}
+    sheets = target_files(args.contact_sheet, [folder.name], **png, setting="--contact-sheet")
     check_apart({"--contact-sheet": sheets}, [*boards, *(found.boards if found else [])], args.storyboard)
     if not public:
         find_steps(args.checkpoint, args.step)

@@ -8,10 +8,10 @@ from moc_jax.config import ConfigError
 from moc_jax.data import read_video
 from moc_jax.provenance import read_provenance
 from moc_jax.sampling.generation import GenerationError, resume
-from moc_jax.sampling.storyboard import StoryboardError
+from moc_jax.sampling.storyboard import StoryboardError, load_storyboard
 from moc_jax.training.lock import Lock, LockError
 from tests.sampling.test_sample_cli import save_checkpoint
-from tests.sampling.test_shot_by_shot import config_with
+from tests.sampling.test_shot_by_shot import config_with, new
 
 BOARD = "caption: a street\nshots:\n  - {caption: a van, seconds: 0.4}\n  - {caption: night, seconds: 0.1}\n"
 MORE = "caption: later\nshots:\n  - {cut: false, seconds: 0.1}\n  - {caption: a van, seconds: 0.4}\n"
@@ -88,6 +88,19 @@ def test_what_is_not_there_is_named_before_anything_is_read(tmp_path, run_folder
     with pytest.raises(ConfigError, match="there is no such storyboard"):
         call("--extend", tmp_path / "film", "--checkpoint", tmp_path, "--storyboard", tmp_path / "none.yaml")
     assert not (tmp_path / "film").exists()
+
+
+def test_a_contact_sheet_replaces_nothing_unasked_and_never_what_is_read(tmp_path):
+    Image.new("RGB", (32, 16)).save(tmp_path / "red.png")
+    (tmp_path / "a.yaml").write_text(BOARD.replace("night", "night, image: red.png"))
+    begun = new(tmp_path / "begun", load_storyboard(tmp_path / "a.yaml"))
+    (given,) = (begun.folder / "given").iterdir()
+    begin = ["--extend", tmp_path / "film", "--checkpoint", tmp_path / "none", "--storyboard", tmp_path / "a.yaml"]
+    for words, sheet in ((begin, tmp_path / "red.png"), (["--extend", begun.folder], given)):
+        with pytest.raises(ConfigError, match=r"png exists; give another name, or --overwrite"):
+            call(*words, "--contact-sheet", sheet)
+        with pytest.raises(ConfigError, match=r"png, which is read, and --contact-sheet .*png are one file"):
+            call(*words, "--contact-sheet", sheet, "--overwrite")
 
 
 def test_what_cannot_be_sampled_is_not_kept(tmp_path, run_folder):
