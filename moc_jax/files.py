@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from etils import epath
 
 from moc_jax.config import ConfigError
+from moc_jax.errors import Failure
 from moc_jax.showing import named
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,10})\.tmp", re.DOTALL)
@@ -47,8 +49,12 @@ def identity(path: Path) -> tuple[int | str, ...]:
 # ------------------------------------------------------------------------------------------------ whole files
 
 
+class TakenError(Failure):
+    """A file that was to be new found its name taken: says where it lies instead."""
+
+
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike, *, lasting: bool = True) -> Iterator[Path]:
+def whole_file(path: str | os.PathLike, *, lasting: bool = True, replace: bool = True) -> Iterator[Path]:
     """Where to write what will be at `path`: it appears there when the block succeeds; else nothing is left.
 
     A local file is written as `.<name>.<process>.tmp` in its own folder; for an address it is made on the local disk
@@ -57,9 +63,12 @@ def whole_file(path: str | os.PathLike, *, lasting: bool = True) -> Iterator[Pat
     Args:
         path: of the finished file.
         lasting: also after a power failure; False: who reads it finds that out by a checksum, and makes it again.
+        replace: what lies at `path` by then; False (not for addresses): the file is kept beside it, and TakenError says
+            so.
 
     Raises:
         OSError: the folder or the file cannot be made.
+        TakenError: see `replace`.
     """
     if is_address(path):
         with _copied_to(epath.Path(path)) as partial:
@@ -74,10 +83,38 @@ def whole_file(path: str | os.PathLike, *, lasting: bool = True) -> Iterator[Pat
             yield partial
             if lasting:
                 _flush(partial)
-            os.replace(partial, path)
+            if replace:
+                os.replace(partial, path)
+            else:
+                _place(partial, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 partial.unlink()
+
+
+def _place(partial: Path, path: Path) -> None:
+    """Gives a finished file its name, or where that is taken another one: <name>-2, and so on."""
+    others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    place = next(name for name in itertools.chain([path], others) if _is_placed(partial, name))
+    if place != path:
+        raise TakenError(
+            f"{named(path)} was written by another process meanwhile, and stays; this one is {named(place)}"
+        )
+
+
+def _is_placed(partial: Path, path: Path) -> bool:
+    """Whether the file has the name now; False: it is taken."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError:  # not every file system has links
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        os.replace(partial, path)
+    return True
 
 
 @contextlib.contextmanager
@@ -149,9 +186,9 @@ def _copied_to(path: epath.Path) -> Iterator[Path]:
         epath.Path(made).copy(path.parent / f".{path.name}.part", overwrite=True).replace(path)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """All of it or nothing; raises OSError."""
-    with whole_file(path) as partial:
+def write_text(path: str | os.PathLike, text: str, *, replace: bool = True) -> None:
+    """All of it or nothing, as `whole_file`; raises OSError, TakenError."""
+    with whole_file(path, replace=replace) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -1,5 +1,6 @@
 """Whole files or none, what dead writers leave, and places that are proven to be writable before any work."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from moc_jax import files
 from moc_jax.config import ConfigError
 from moc_jax.files import (
+    TakenError,
     identity,
     prove_file,
     prove_folder,
@@ -54,6 +56,19 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert os.listdir(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_replaces_none(tmp_path, monkeypatch, links):
+    if not links:  # as on FAT
+        monkeypatch.setattr(files.os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "link")))
+    for name, text in (("a.mp4", "theirs"), ("a-2.mp4", "mine"), ("a-3.mp4", "mine, too")):
+        expected = contextlib.nullcontext() if name == "a.mp4" else pytest.raises(TakenError, match=f"a.mp4 .*{name}$")
+        with expected, whole_file(tmp_path / "a.mp4", replace=False) as partial:
+            partial.write_text(text)
+        assert (tmp_path / name).read_text() == text
+    assert (tmp_path / "a.mp4").read_text() == "theirs"
+    assert sorted(os.listdir(tmp_path)) == ["a-2.mp4", "a-3.mp4", "a.mp4"]
 
 
 def test_a_writer_that_makes_no_file_leaves_none(tmp_path):

@@ -62,7 +62,7 @@ def make_shots(
                 pass
         still_held()
         if jax.process_index() == 0:
-            _finish(generation, sheets)
+            _finish(generation, sheets, replace=args.overwrite)
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def held(folder: Path, found: Generation | None) -> Iterator[Callable[[], None]]
             folder.rmdir()
 
 
-def _finish(generation: Generation, sheets: Sequence[Path]) -> None:
+def _finish(generation: Generation, sheets: Sequence[Path], *, replace: bool) -> None:
     config, whole = generation.config, generation.folder / "video.mp4"
     shown = [number for number, shot in enumerate(generation.shots) if not shot.is_reference]
     files = [generation.file(number, "mp4") for number in shown]
@@ -99,4 +99,4 @@ def _finish(generation: Generation, sheets: Sequence[Path]) -> None:
             frames = read_video(file, data.height, data.width, data.fps)
             middles.append(frames[len(frames) // 2])
         captions = [generation.shots[number].caption for number in shown]
-        save_picture(shots_sheet(middles, captions, [number + 1 for number in shown]), path)
+        save_picture(shots_sheet(middles, captions, [number + 1 for number in shown]), path, replace=replace)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from moc_jax.attention.api import given_tilings
 from moc_jax.checkpoint import load_for_sampling
@@ -15,11 +16,14 @@ from moc_jax.commands.sample import configure, overridden
 from moc_jax.commands.sample_arguments import Arguments
 from moc_jax.compilation import kept_programs
 from moc_jax.data import write_video
+from moc_jax.files import TakenError
 from moc_jax.phases import Phases
 from moc_jax.processes import join
+from moc_jax.provenance import Provenance
 from moc_jax.sampling.atlas import LEVELS, atlas, save_atlas
-from moc_jax.sampling.compare import mean_psnr, training_scene
+from moc_jax.sampling.compare import TrainingScene, mean_psnr, training_scene
 from moc_jax.sampling.generate import Sample, Sampler
+from moc_jax.sampling.picks import Picks
 from moc_jax.sampling.pictures import contact_sheet, routing_picture, save_picture
 from moc_jax.sampling.provenance import provenance_of
 from moc_jax.sampling.refusal import check_by_command
@@ -79,24 +83,53 @@ def _make(
         samples = sampler(params := opened.load(sampler), boards)
         shares = [sampler.routing(params, sample) for sample, _ in zip(samples, files.routings)]
         picks = [sampler.picks(params, sample, LEVELS) for sample, _ in zip(samples, files.atlases)]
+    if jax.process_index() == 0:
+        _write(samples, made, files, scene, shares, picks, fps=fps, replace=args.overwrite)
+
+
+def _write(
+    samples: Sequence[Sample],
+    made: Sequence[Provenance],
+    files: Files,
+    scene: TrainingScene | None,
+    shares: Sequence[np.ndarray],
+    picks: Sequence[Picks],
+    *,
+    fps: float,
+    replace: bool,
+) -> None:
+    """All files, also where the names of some are taken by now; raises TakenError in the end, which says which."""
+    taken = list[TakenError]()
+
+    def written(write: Callable[..., None], *what: object) -> bool:
+        try:
+            write(*what, replace=replace)
+        except TakenError as error:
+            taken.append(error)
+            return False
+        return True
+
     for sample, of_sample, paths in zip(samples, made, files.videos):
         videos = sample.shots if sample.storyboard.shots[0].file else [sample.video]
-        for path, video in zip(paths, videos, strict=True):
-            write_video(path, video, fps, of_sample)
+        done = [written(write_video, path, video, fps, of_sample) for path, video in zip(paths, videos, strict=True)]
         where, shots = (paths[0] if len(paths) == 1 else paths[0].parent), len(sample.shots)
-        print(f"{printable(str(where))}: {shots} shots, {len(sample.video)} frames at {fps:g} fps")
+        if all(done):
+            print(f"{printable(str(where))}: {shots} shots, {len(sample.video)} frames at {fps:g} fps")
     for sample, path in zip(samples, files.sheets):
         rows = [*(scene.rows() if scene else []), ("sample", sample.shots)]
         captions = [shot.caption for shot in sample.storyboard.shots]
         notes = [f"PSNR {score:.1f} dB" for score in mean_psnr(sample.shots, scene.codec)[1]] if scene else []
         title, continues = sample.storyboard.caption, _continues(sample)
-        save_picture(contact_sheet(rows, captions, title=title, notes=notes, fps=fps, continues=continues), path)
+        sheet = contact_sheet(rows, captions, title=title, notes=notes, fps=fps, continues=continues)
+        written(save_picture, sheet, path)
     for sample, share, path in zip(samples, shares, files.routings):
-        save_picture(routing_picture(share, continues=_continues(sample)), path)
+        written(save_picture, routing_picture(share, continues=_continues(sample)), path)
     for sample, of_sample, path in zip(samples, picks, files.atlases):
-        save_atlas(atlas(sample, of_sample), path)
+        written(save_atlas, atlas(sample, of_sample), path)
     if scene:
         print(scene.comparison(samples[0].shots))
+    if taken:
+        raise TakenError("; ".join(map(str, taken)))
 
 
 def of_run(args: Arguments) -> Opened:

@@ -176,13 +176,19 @@ def read_video(
 
 @typed
 def write_video(
-    path: str | os.PathLike, frames: UInt8[np.ndarray, "F Y X 3"], fps: float | int, made: Provenance | None = None
+    path: str | os.PathLike,
+    frames: UInt8[np.ndarray, "F Y X 3"],
+    fps: float | int,
+    made: Provenance | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
     """Writes an H.264 MP4 that any player shows. It appears under its name only when it is complete.
 
     `made` is what it will say about how it was made; None: nothing, for what was not.
 
     Raises:
+        TakenError: there is another file, and it is not to be replaced; see `whole_file`.
         VideoError: no frames, a size that H.264 cannot hold, or a file that cannot be written, for instance because
             the disk is full.
     """
@@ -193,7 +199,7 @@ def write_video(
         raise VideoError(path, f"frames of {height}x{width} cannot be written; H.264 needs even rows and columns")
     options = {"movflags": "faststart"}
     try:
-        with whole_file(path) as partial:
+        with whole_file(path, replace=replace) as partial:
             with av.open(os.fspath(partial), "w", format="mp4", options=options) as container:
                 rate = Fraction(fps).limit_denominator(1001)
                 stream = container.add_stream("libx264", rate=rate, options=_X264)

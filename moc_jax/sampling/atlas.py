@@ -29,14 +29,15 @@ class AtlasError(SamplingError):
     """An atlas that cannot be made or written: says why."""
 
 
-def save_atlas(html: str, path: str | os.PathLike) -> None:
+def save_atlas(html: str, path: str | os.PathLike, *, replace: bool = True) -> None:
     """Writes the file, which appears under its name only when it is complete.
 
     Raises:
+        TakenError: there is another file, and it is not to be replaced; see `whole_file`.
         AtlasError: the file cannot be written, for instance because the disk is full.
     """
     try:
-        write_text(path, html)
+        write_text(path, html, replace=replace)
     except OSError as error:
         raise AtlasError(
             f"{os.fspath(path)} cannot be written ({error.strerror or error}); free some space, or write elsewhere"

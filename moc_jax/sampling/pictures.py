@@ -32,14 +32,15 @@ class PictureError(SamplingError):
     """A picture that cannot be written: says which, and why."""
 
 
-def save_picture(picture: Image.Image, path: str | os.PathLike) -> None:
+def save_picture(picture: Image.Image, path: str | os.PathLike, *, replace: bool = True) -> None:
     """Writes a PNG, or a JPEG if it is called so; it appears under its name only when it is complete.
 
     Raises:
+        TakenError: there is another file, and it is not to be replaced; see `whole_file`.
         PictureError: the file cannot be written, for instance because the disk is full.
     """
     try:
-        with whole_file(path) as partial:
+        with whole_file(path, replace=replace) as partial:
             kind = "jpeg" if os.fspath(path).lower().endswith((".jpg", ".jpeg")) else "png"
             picture.save(os.fspath(partial), kind, quality=90)
     except OSError as error:

@@ -46,7 +46,7 @@ def target_files(
     for target in targets:
         if targets.count(target) > 1:
             raise ConfigError(f"two storyboards would both be written to {target}; give them different names")
-        if os.path.isfile(target) and not overwrite:
+        if os.path.lexists(target) and not (overwrite or os.path.isdir(target)):
             raise ConfigError(f"{target} exists; give another name, or --overwrite")
         prove_file(target, setting=setting)
     return targets

@@ -69,7 +69,7 @@ def test_too_many_picks_are_thinned_and_then_refused():
 
 
 def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(page, "write_text", full)

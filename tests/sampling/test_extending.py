@@ -6,6 +6,7 @@ from PIL import Image
 from moc_jax.commands import sample, shots
 from moc_jax.config import ConfigError
 from moc_jax.data import read_video
+from moc_jax.files import TakenError
 from moc_jax.provenance import read_provenance
 from moc_jax.sampling.generation import GenerationError, resume
 from moc_jax.sampling.storyboard import StoryboardError, load_storyboard
@@ -46,7 +47,13 @@ def test_begun_extended_and_run_again(film, capsys, monkeypatch):
     with Image.open(film / "sheet.png") as sheet:
         assert sheet.size == (28 * 2 + 4 * 204 - 4, 28 * 2 + 124)
     before = {path.name: path.read_bytes() for path in (folder / "shots").iterdir()}
-    call("--extend", folder, "--storyboard", film / "more.yaml")  # as a scheduler does
+    joined = shots.join_videos
+    words = "--storyboard", film / "more.yaml", "--contact-sheet", film / "new.png"
+    with monkeypatch.context() as patched:
+        patched.setattr(shots, "join_videos", lambda *args: joined(*args) or (film / "new.png").write_text("theirs"))
+        with pytest.raises(TakenError, match=r"new.png .* this one is .*new-2.png"):
+            call("--extend", folder, *words)  # as a scheduler does
+    assert (film / "new.png").read_text() == "theirs"
     assert "ends with these shots already" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (folder / "shots").iterdir()} == before
 

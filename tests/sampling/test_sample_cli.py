@@ -23,6 +23,7 @@ from moc_jax.commands.sample_arguments import SAMPLE, Arguments
 from moc_jax.config import AttentionConfig, ConfigError, PcaConfig, Umt5Config, WanVaeConfig
 from moc_jax.data import codec_of, prepare
 from moc_jax.digest import tree_digests, weights_digest
+from moc_jax.files import TakenError
 from moc_jax.provenance import read_provenance
 from moc_jax.sampling.generate import Sampler
 from moc_jax.sampling.storyboard import StoryboardError, load_storyboard, storyboard_digest
@@ -74,23 +75,37 @@ def read(path):
         return np.stack(frames), float(file.streams.video[0].average_rate)
 
 
-def test_from_checkpoint_and_storyboard_to_video_and_pictures(run_folder, boards, capsys):
+def test_from_checkpoint_and_storyboard_to_video_and_pictures(run_folder, boards, capsys, monkeypatch):
+    """First beside files that appear meanwhile, then in place of one."""
     words = ["--storyboard", boards / "one.yaml", "--out", boards / "a.mp4", "--seed", 3]
     pictures = ["--contact-sheet", boards / "sheet.png", "--routing-picture", boards / "routes.png"]
     pictures += ["--routing-atlas", boards / "atlas.html"]
-    call(run_folder, *words, *pictures)
+    routing, there = Sampler.routing, [boards / name for name in ("a.mp4", "sheet.png", "routes.png", "atlas.html")]
+
+    def routing_while_others_write(*args):
+        for path in there:
+            path.write_text("theirs")
+        return routing(*args)
+
+    monkeypatch.setattr(Sampler, "routing", routing_while_others_write)
+    with pytest.raises(TakenError) as caught:
+        call(run_folder, *words, *pictures)
+    assert [path.read_text() for path in there] == ["theirs"] * 4
+    for path in there:
+        ours = path.with_stem(f"{path.stem}-2")
+        assert f"{path} was written by another process meanwhile, and stays; this one is {ours}" in str(caught.value)
+    for name in ("sheet-2.png", "routes-2.png"):
+        with Image.open(boards / name) as image:
+            assert min(image.size) > 100
+    assert '"levels": [0.9, 0.5, 0.1]' in (boards / "atlas-2.html").read_text()
+    assert "frames at 12 fps" not in capsys.readouterr().out
+
+    call(run_folder, *words, "--overwrite")
+    assert f"{boards / 'a.mp4'}: 2 shots, 14 frames at 12 fps" in capsys.readouterr().out
     video, fps = read(boards / "a.mp4")
     assert video.shape == (14, 16, 32, 3)  # 5 and 9 frames
     assert fps == 12
-    assert f"{boards / 'a.mp4'}: 2 shots, 14 frames at 12 fps" in capsys.readouterr().out
-    for name in ("sheet.png", "routes.png"):
-        with Image.open(boards / name) as image:
-            assert min(image.size) > 100
-    assert '"levels": [0.9, 0.5, 0.1]' in (boards / "atlas.html").read_text()
-
-    before = (boards / "a.mp4").read_bytes()
-    call(run_folder, *words, "--overwrite")
-    assert (boards / "a.mp4").read_bytes() == before  # same seed, same bytes
+    assert (boards / "a.mp4").read_bytes() == (boards / "a-2.mp4").read_bytes()  # same seed, same bytes
 
     made, digests = read_provenance(boards / "a.mp4"), tree_digests(make_params())
     assert (made.weights, made.step, made.seed) == (weights_digest(digests), 3, 3)
