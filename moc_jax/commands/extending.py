@@ -113,8 +113,10 @@ def ask(generation: Generation, args: Extending, boards: Sequence[Storyboard]) -
     if boards:
         generation.extend(*boards)
     if args.redo:
-        redo = [number - 1 for number in args.redo]
+        redo, takes = [number - 1 for number in args.redo], generation.take(args.redo[0] - 1)
         readers = generation.again(redo, readers=args.redo_readers)
+        if generation.take(redo[0]) == takes:
+            print(f"{generation.folder} was asked for this last, and not all is done: it resumes", flush=True)
         told = f"read by {numbers(readers)}" if readers else "read by no later one"
         print(f"{numbers(redo)}: {told}{', done again, too' if readers and args.redo_readers else ''}", flush=True)
 

@@ -139,6 +139,7 @@ class Generation:
                 fields |= {"seed": board.seed, "shots": shots}
                 self._written.append({name: value for name, value in fields.items() if value is not None})
                 self.boards.append(self._read_board(self._written[-1], board.name))
+            self._again = None  # what is asked for again after this is another wish
             self._write()
 
     def _check_pins(self, board: Storyboard, before: int) -> None:
@@ -163,7 +164,8 @@ class Generation:
     def again(self, shots: Sequence[int], *, readers: bool = False) -> list[int]:
         """Asks for these shots again, with other noise, and for those of their takes; their files stay.
 
-        While not all is done, asking for the same once more changes nothing: then the command that asked is run again.
+        While not all is done, asking for the same once more, and for nothing else in between, changes nothing: then the
+        command that asked is run again.
 
         Args:
             readers: also for the later shots that read them.

@@ -4,6 +4,8 @@ import pytest
 from PIL import Image
 
 from moc_jax.commands import sample, shots
+from moc_jax.commands.extending import ask
+from moc_jax.commands.sample_arguments import Extending
 from moc_jax.config import ConfigError
 from moc_jax.data import read_video
 from moc_jax.files import TakenError
@@ -95,6 +97,16 @@ def test_what_is_not_there_is_named_before_anything_is_read(tmp_path, run_folder
     with pytest.raises(ConfigError, match="there is no such storyboard"):
         call("--extend", tmp_path / "film", "--checkpoint", tmp_path, "--storyboard", tmp_path / "none.yaml")
     assert not (tmp_path / "film").exists()
+
+
+def test_a_wish_that_is_not_counted_again_is_said(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text(BOARD)
+    begun = new(tmp_path / "begun", load_storyboard(tmp_path / "a.yaml"))
+    args = Extending(extend=str(begun.folder), redo=(2,))
+    for said in (False, True):
+        ask(begun, args, [])
+        assert ("begun was asked for this last" in capsys.readouterr().out) == said
+        assert begun.take(1) == 2
 
 
 def test_a_contact_sheet_replaces_nothing_unasked_and_never_what_is_read(tmp_path):

@@ -164,6 +164,10 @@ def test_readers_are_those_of_readers_too(tmp_path):
         keep(left, shot)
     assert left.again([3], readers=True) == []  # all was done: this is another wish
     assert [left.take(shot) for shot in range(6)] == [1, 1, 3, 3, 2, 1]
+    left.extend(TWO)
+    left = resume(left.folder)
+    left.again([3], readers=True)  # and so is this: another was there in between
+    assert [left.take(shot) for shot in range(8)] == [1, 1, 4, 4, 2, 1, 1, 1]
 
 
 def test_storyboards_are_asked_for_together_or_not_at_all(tmp_path, monkeypatch):
