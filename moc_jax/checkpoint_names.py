@@ -70,12 +70,13 @@ def _entries(root: epath.Path) -> list[epath.Path]:
     return sorted(root.iterdir(), key=lambda path: path.name) if root.is_dir() else []
 
 
-def find_steps(directory: str, step: int | None) -> tuple[epath.Path, list[int], int | None]:
+def find_steps(directory: str, step: int | None, *, name: str = "") -> tuple[epath.Path, list[int], int | None]:
     """The checkpoints folder that `directory` means, the steps there, oldest first, and which of them is meant, if one.
 
     Args:
         directory: a run's workdir, its `checkpoints` folder, or the folder of one step.
         step: which one; None: the newest that is whole, unless `directory` is the folder of one.
+        name: of `directory` in messages; empty: itself.
 
     Raises:
         CheckpointError: there is none.
@@ -89,7 +90,7 @@ def find_steps(directory: str, step: int | None) -> tuple[epath.Path, list[int],
     steps = steps_in(root)
     if not steps:
         raise CheckpointError(
-            f"no checkpoint in {directory}; give a run's workdir, its checkpoints folder, one step's folder, "
+            f"no checkpoint in {name or directory}; give a run's workdir, its checkpoints folder, one step's folder, "
             "or a folder of public weights"
         )
     if step is not None and step not in steps:

@@ -33,7 +33,7 @@ def extend(argv: Sequence[str], signals: Signals | None, phases: Phases) -> None
     """Reads the command line and does what it says; `signals` are asked in between whether to end."""
     args: Extending = parse(Extending, argv, description=__doc__)
     configure(Config(), 1, dataclasses.replace(args, dense_layers=(), height=None, width=None))
-    folder, found = Path(args.extend), None
+    folder, found, said = Path(args.extend), None, args.checkpoint
     for name in [*given(args, *_ELSEWHERE), *(["out"] if args.out != Path() else [])]:
         raise ConfigError(f"--{name.replace('_', '-')} has no use with --extend: all that is made lies in {folder}")
     if args.redo and args.storyboard:
@@ -44,6 +44,7 @@ def extend(argv: Sequence[str], signals: Signals | None, phases: Phases) -> None
         raise ConfigError("--redo-readers: of which shots? Give --redo")
     if is_generation(folder):
         found = resume(folder)
+        said = said or f"{found.checkpoint}, which {folder}/generation.json names and --checkpoint overrides"
         args = dataclasses.replace(args, checkpoint=args.checkpoint or found.checkpoint)
         for number in args.redo:
             if not 1 <= number <= len(found.shots):
@@ -62,7 +63,7 @@ def extend(argv: Sequence[str], signals: Signals | None, phases: Phases) -> None
     sheets = target_files(args.contact_sheet, [folder.name], **png, setting="--contact-sheet")
     check_apart({"--contact-sheet": sheets}, [*boards, *(found.boards if found else [])], args.storyboard)
     if not public:
-        find_steps(args.checkpoint, args.step)
+        find_steps(args.checkpoint, args.step, name=said)
     phases.done("settings")
     with contextlib.nullcontext() if signals is None else signals.deferred(line=""), garbage_left():
         flags.set_flags()

@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from moc_jax.checkpoint_names import CheckpointError
 from moc_jax.commands import sample, shots
 from moc_jax.commands.extending import ask
 from moc_jax.commands.sample_arguments import Extending
@@ -97,6 +98,18 @@ def test_what_is_not_there_is_named_before_anything_is_read(tmp_path, run_folder
     with pytest.raises(ConfigError, match="there is no such storyboard"):
         call("--extend", tmp_path / "film", "--checkpoint", tmp_path, "--storyboard", tmp_path / "none.yaml")
     assert not (tmp_path / "film").exists()
+
+
+def test_a_checkpoint_that_lies_elsewhere_now_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text(BOARD)
+    new(tmp_path / "begun", load_storyboard(tmp_path / "a.yaml"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"in out/run, which begun/generation.json names and --checkpoint overrides; give"
+    ):
+        call("--extend", "begun")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in other; give"):
+        call("--extend", "begun", "--checkpoint", "other")
 
 
 def test_a_wish_that_is_not_counted_again_is_said(tmp_path, capsys):
