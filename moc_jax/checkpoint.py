@@ -330,7 +330,8 @@ def load_for_sampling(
         name = "ema" if "ema" in meta.digests else "params"
         saved = _read_arrays(path, meta, {name: trained_like(meta.config.model, shardings)})
         digests = meta.digests[name]
-        found = Checkpoint(meta.config, saved[name], saved["codec"], meta.step, weights_digest(digests))
+        digest = weights_digest(digests)
+        found = Checkpoint(meta.config, saved[name], saved["codec"], meta.step, digest, meta.trained_on)
         if adapters == "alone" or not found.config.model.lora.rank:
             return found
         of_run = functools.partial(load_for_sampling, adapters="alone")

@@ -32,6 +32,7 @@ class Checkpoint:
     codec_state: dict[str, np.ndarray]
     step: int
     digest: str  # of `params`, by `weights_digest`; with adapters merged, of these and of what they were merged into
+    data: str  # fingerprint of what it was trained on
     licence: str = ""  # of public weights that adapters are beside
 
     def model(self) -> models.VideoModel:

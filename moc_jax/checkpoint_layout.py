@@ -72,6 +72,11 @@ class Meta:
     codec: dict[str, str]  # digests, by array
     base: Base | None
 
+    @property
+    def trained_on(self) -> str:
+        """The fingerprint of the run's data."""
+        return str(self.data[0].get("data"))
+
 
 _FIELDS: Tree = {  # [x]: a list of x; {str: x}: an object of x; {"a": x, "b": y}: one of these fields, or empty
     "step": int,

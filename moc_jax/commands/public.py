@@ -37,6 +37,8 @@ class Opened:
     """Of the weights."""
     step: int = 0
     """After which a run saved them."""
+    data: str = ""
+    """The fingerprint of what a run trained them on."""
 
 
 def open_public(args: Arguments, boards: Sequence[Storyboard]) -> Opened:

@@ -72,7 +72,7 @@ def _make(
     opened = opened or of_run(args)
     config, codec, scene = opened.config, opened.codec, None
     if args.training_scene is not None:
-        scene = training_scene(config, codec, args.training_scene)
+        scene = training_scene(config, codec, args.training_scene, data=opened.data)
         boards = [overridden(scene.board, args)]
         check_by_command(boards, args.caption_filter)
     weights = {"weights": opened.digest, "step": opened.step}
@@ -140,7 +140,7 @@ def of_run(args: Arguments) -> Opened:
     config = configure(saved.config, saved.step, args)
     codec = load_codec(config.codec, saved.codec_state)
     load = functools.partial(Sampler.placed, params=saved.params)
-    return Opened(config=config, codec=codec, load=load, digest=saved.digest, step=saved.step)
+    return Opened(config=config, codec=codec, load=load, digest=saved.digest, step=saved.step, data=saved.data)
 
 
 def _continues(sample: Sample) -> list[bool]:

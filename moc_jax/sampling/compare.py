@@ -7,9 +7,9 @@ import numpy as np
 
 from moc_jax.codecs import Codec, pixels_from_unit
 from moc_jax.config import Config, ConfigError, DataConfig
-from moc_jax.data.manifest import Manifest, SceneEntry, codec_of
+from moc_jax.data.known import known_data
+from moc_jax.data.manifest import Manifest, SceneEntry
 from moc_jax.data.originals import original_shots
-from moc_jax.data.prepare import prepare
 from moc_jax.data.quality import psnr
 from moc_jax.data.shards import ShardReader
 from moc_jax.sampling.scenes import scene_storyboard
@@ -61,23 +61,24 @@ def _shown(sample: Sequence[np.ndarray], reference: Sequence[np.ndarray]) -> str
     return f"{mean:.2f} dB (by shot: {', '.join(f'{value:.1f}' for value in per_shot)})"
 
 
-def training_scene(config: Config, codec: Codec, number: int) -> TrainingScene:
-    """A scene of the data that a run was trained on.
+def training_scene(config: Config, codec: Codec, number: int, *, data: str) -> TrainingScene:
+    """A scene of the data that a run was trained on, as it was prepared then; nothing in its cache is changed.
 
     Args:
-        config: of the training run; its prepared data is read, or prepared again if it is gone.
+        config: of the training run.
         codec: the checkpoint's.
         number: which scene of the training split, from 0.
+        data: the fingerprint of the run's data, which its checkpoint holds.
 
     Raises:
-        ConfigError: there is no such scene, or the data was encoded with another codec.
+        ConfigError: there is no such scene, or `codec` is not the one that the data was encoded with.
+        DataError: see `known_data`.
     """
-    manifest = prepare(config)
-    theirs = codec_of(manifest, config.codec).fingerprint
-    if theirs != codec.fingerprint:
+    manifest = known_data(config, data)
+    if manifest.codec_fingerprint != codec.fingerprint:
         raise ConfigError(
-            f"{manifest.folder} was encoded with codec {theirs}, but the checkpoint "
-            f"holds codec {codec.fingerprint}; its latents cannot be compared with this model's"
+            f"{manifest.folder} was encoded with codec {manifest.codec_fingerprint}, not with {codec.fingerprint}; "
+            "sample with the codec of the run's own checkpoint"
         )
     scenes = manifest.split("train")
     if not 0 <= number < len(scenes):

@@ -99,7 +99,7 @@ def trained_on(cfg: Config) -> str | None:
     """
     if cfg.train.allow_new_data or not has_checkpoint(cfg.workdir):
         return None
-    return str(newest.data[0].get("data")) if (newest := newest_meta(cfg.workdir)) else None
+    return newest.trained_on if (newest := newest_meta(cfg.workdir)) else None
 
 
 def base_place(cfg: Config) -> str:

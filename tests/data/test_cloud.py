@@ -16,6 +16,7 @@ from moc_jax.config import ConfigError
 from moc_jax.data import copies
 from moc_jax.data import work as work_module
 from moc_jax.data.copies import BucketFile, copy_of
+from moc_jax.data.known import known_data
 from moc_jax.data.manifest import MANIFEST, DataError
 from moc_jax.data.pipeline import make_pipeline
 from moc_jax.data.prepare import prepare
@@ -190,6 +191,9 @@ class TestCache:
         forget()
         encoded.clear()
         requests.clear()
+        before = names(bucket)
+        assert known_data(cfg, manifest.fingerprint) == manifest
+        assert names(bucket) == before
         again = prepare(cfg)
         assert encoded == []
         assert not any(address.endswith((".array_record", ".mp4")) for address in requests)

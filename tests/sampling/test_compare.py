@@ -1,11 +1,14 @@
 """PSNR, and a training scene's own reconstruction."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from moc_jax.codecs import fit_codec, pixels_from_unit, pixels_to_unit
 from moc_jax.config import ConfigError
-from moc_jax.data.manifest import codec_of
+from moc_jax.data.manifest import DataError, codec_of
 from moc_jax.data.prepare import prepare
 from moc_jax.data.quality import psnr
 from moc_jax.data.video import read_video
@@ -42,7 +45,7 @@ def test_a_training_scene_comes_with_its_storyboard_and_its_reconstruction(tmp_p
     config = small_config(tmp_path, default_shot_caption="part {shot}")
     manifest = prepare(config)
     codec = codec_of(manifest)
-    scene = training_scene(config, codec, 0)
+    scene = training_scene(config, codec, 0, data=manifest.fingerprint)
     board, shots = scene.board, scene.codec
     assert [shot.caption for shot in board.shots] == ["part 1", "part 2"]
     assert [len(frames) for frames in shots] == [9, 13]
@@ -62,15 +65,43 @@ def test_a_training_scene_comes_with_its_storyboard_and_its_reconstruction(tmp_p
     np.testing.assert_array_equal(request.lengths.shot_frames, [[3, 4]])
 
     with pytest.raises(ConfigError, match="no training scene 1; the data has 1"):
-        training_scene(config, codec, 1)
+        training_scene(config, codec, 1, data=manifest.fingerprint)
     held_out = make_videos(tmp_path / "held", another=(9,))
     config = with_data(config, validation_source=(str(held_out),))
-    assert len(prepare(config).scenes) == 2
+    manifest = prepare(config)
+    assert len(manifest.scenes) == 2
     with pytest.raises(ConfigError, match="no training scene 1; the data has 1"):
-        training_scene(config, codec, 1)
+        training_scene(config, codec, 1, data=manifest.fingerprint)
     other = fit_codec(config.codec, [np.random.default_rng(0).uniform(-1, 1, (9, *SIZE, 3)).astype(np.float32)])
     with pytest.raises(ConfigError, match=other.fingerprint):
-        training_scene(config, other, 0)
+        training_scene(config, other, 0, data=manifest.fingerprint)
+
+
+def test_a_training_scene_is_of_the_data_that_the_run_knows_and_its_cache_stays_as_it_is(tmp_path):
+    """After another codec was fitted there, another video came, and all of them were moved away."""
+    videos = make_videos(tmp_path, film=(9, 14))
+    config = small_config(tmp_path)
+    manifest, run = prepare(config), with_data(config, refit_codec=True)
+    other = make_videos(tmp_path / "more", a=(9,))
+    (other / "a.mp4").rename(videos / "a.mp4")
+    assert prepare(run).codec_fingerprint != manifest.codec_fingerprint
+    (videos / "a.mp4").rename(videos / "another.mp4")
+    videos.rename(tmp_path / "elsewhere")
+    cache = Path(config.data.cache)
+    before = {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+    scene = training_scene(run, codec_of(manifest), 0, data=manifest.fingerprint)
+    assert scene.board.name.startswith("film.mp4")
+    with pytest.raises(DataError, match=r"data\.height = 64, but it was prepared with"):
+        training_scene(with_data(run, height=64), codec_of(manifest), 0, data=manifest.fingerprint)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == before
+    codec, gone = codec_of(manifest), f"{manifest.folder} is not there; put it back, or start the run's training again"
+    manifest.folder.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=re.escape(gone)):
+        training_scene(run, codec, 0, data=manifest.fingerprint)
+    assert not manifest.folder.exists()
+    named = with_data(run, cache=str(tmp_path / "moved"))
+    with pytest.raises(DataError, match=f"moved holds the data of {manifest.fingerprint}; "):
+        training_scene(named, codec, 0, data="another")
 
 
 @pytest.mark.parametrize("change", ["gone", "another", "unreadable", "used as it is"])
@@ -86,7 +117,7 @@ def test_an_original_is_shown_only_while_it_is_there(tmp_path, change):
     elif change == "unreadable":
         (videos / "film.mp4").unlink()
         (videos / "film.mp4").mkdir()
-    scene = training_scene(config, codec_of(manifest), 0)
+    scene = training_scene(config, codec_of(manifest), 0, data=manifest.fingerprint)
     there = change == "used as it is"
     assert (scene.original is not None) == there
     assert [name for name, _ in scene.rows()] == ["original"] * there + ["codec"]

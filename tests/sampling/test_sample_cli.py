@@ -34,14 +34,14 @@ from tests.training.processes import environment, finish, start_python
 BOARD = "caption: a street\nshots:\n  - {caption: a van, seconds: 0.4}\n  - {caption: night, seconds: 0.7}\n"
 
 
-def save_checkpoint(folder, *, config=CONFIG, params=None, codec=None, step=3):
+def save_checkpoint(folder, *, config=CONFIG, params=None, codec=None, step=3, data=""):
     checkpoints = Checkpoints(str(folder / "checkpoints"), config.train)
     checkpoints.save(
         step,
         {"params": jax.tree.map(jax.numpy.asarray, make_params() if params is None else params)},
         config=config,
         codec_state=(codec or make_codec()).state(),
-        data_state={},
+        data_state={"data": data},
     )
     checkpoints.close()
     return folder
@@ -341,7 +341,8 @@ def test_a_training_scene_is_shown_with_its_scores(tmp_path, capsys, monkeypatch
     make_videos(tmp_path, film=(9, 14))
     data = small_config(tmp_path).data
     config = dataclasses.replace(CONFIG, data=dataclasses.replace(data, height=16, width=32))
-    folder = save_checkpoint(tmp_path / "run", config=config, codec=codec_of(prepare(config)))
+    manifest = prepare(config)
+    folder = save_checkpoint(tmp_path / "run", config=config, codec=codec_of(manifest), data=manifest.fingerprint)
     shown = {}
     drawn = videos.contact_sheet
     monkeypatch.setattr(
