@@ -10,6 +10,10 @@ class Failure(Exception):
     """What no setting is to blame for and was foreseen: programs report it in a line, and exit with 1."""
 
 
+class PreviewError(Failure):
+    """A preview that could not be made, or written; the run's processes are still in step, and can train on."""
+
+
 _NO_MEMORY = re.compile(
     r"RESOURCE_EXHAUSTED(?!.*larger than max)|out[ _]of[ _]memory|exceed(s|ed)? (hbm|vmem|smem|memory) capacity",
     re.IGNORECASE | re.DOTALL,

@@ -209,7 +209,7 @@ def test_functions_stay_short():
 # One of each: where else a way of reading, writing or showing would be a second one.
 ONLY_IN = {
     # what a text says; storyboard.py writes YAML, and the others read what the run's own processes tell each other
-    r"json\.loads?": {"reading.py", "processes.py", "watcher.py", "training/loop.py", "training/diagnosis.py"},
+    r"json\.loads?": {"reading.py", "processes.py", "watcher.py", "training/due.py", "training/diagnosis.py"},
     r"yaml\.(?!safe_dump)\w+": {"documents.py"},
     r"\w+\.decode\('utf-8-sig'\)": {"reading.py"},
     # files that appear whole

@@ -170,11 +170,7 @@ def _check_shots(board: Storyboard, canvas: Canvas, sample: SampleConfig, encode
             encoder.check(caption)
         except ValueError as error:
             raise StoryboardError(f"{board.name}: {where}: {error}") from error
-    for s, shot in enumerate(board.shots):
-        try:
-            _frames(shot, canvas)
-        except StoryboardError as error:
-            raise StoryboardError(f"{board.name}: shots[{s}]: {error}") from error
+    of_each(board, lambda shot: _frames(shot, canvas))
 
 
 def check_given(board: Storyboard, condition_channels: int) -> None:
@@ -301,13 +297,18 @@ def _embed(board: Storyboard, where: str, caption: str, encoder: Encode) -> np.n
 
 def _shot_latents(board: Storyboard, canvas: Canvas) -> list[Float32[np.ndarray, "_ Y X Z"]]:
     """The latents of each shot: zeros where they are to be sampled."""
-    latents = []
+    return of_each(board, lambda shot: _latents(shot, canvas))
+
+
+def of_each[T](board: Storyboard, action: Callable[[Shot], T]) -> list[T]:
+    """`action` of each shot, which its errors name."""
+    found = []
     for s, shot in enumerate(board.shots):
         try:
-            latents.append(_latents(shot, canvas))
+            found.append(action(shot))
         except (VideoError, StoryboardError) as error:
             raise StoryboardError(f"{board.name}: shots[{s}]: {error}") from error
-    return latents
+    return found
 
 
 def _frames(shot: Shot, canvas: Canvas) -> int | None:
@@ -325,12 +326,12 @@ def _latents(shot: Shot, canvas: Canvas) -> Float32[np.ndarray, "_ Y X Z"]:
         return shot.latents
     codec, patch, frames = canvas.codec, canvas.patch[0], _frames(shot, canvas)
     if shot.video is not None:
-        return codec.encode(pixels_to_unit(_given_video(shot.video, shot.seconds, frames, canvas)))
+        return codec.encode(pixels_to_unit(pixels_of(shot, canvas)))
     if shot.image is None:
         if frames is None:
             raise StoryboardError("seconds is missing")
         return np.zeros((codec.latent_frames(frames), *canvas.latent_size, codec.channels), np.float32)
-    image = _first_frame(shot.image, canvas)
+    image = pixels_to_unit(pixels_of(shot, canvas))
     if frames is None:
         still = codec.stride[0] * (patch - 1) + 1
         return codec.encode(np.repeat(image, still, axis=0))
@@ -338,10 +339,15 @@ def _latents(shot: Shot, canvas: Canvas) -> Float32[np.ndarray, "_ Y X Z"]:
     return np.pad(first, [(0, codec.latent_frames(frames) - 1), (0, 0), (0, 0), (0, 0)])
 
 
-def _first_frame(path: Path, canvas: Canvas) -> Float32[np.ndarray, "1 Y X 3"]:
-    """Of a picture or a video."""
-    _, _, image = next(decode(path, canvas.data.height, canvas.data.width))
-    return pixels_to_unit(image[None])
+def pixels_of(shot: Shot, canvas: Canvas) -> UInt8[np.ndarray, "F Y X 3"]:
+    """The frames of its video, or its picture; of an `image` that is a video, the first frame."""
+    if shot.pixels is not None:
+        return shot.pixels
+    if shot.video is not None:
+        return _given_video(shot.video, shot.seconds, _frames(shot, canvas), canvas)
+    assert shot.image is not None
+    _, _, image = next(decode(shot.image, canvas.data.height, canvas.data.width))
+    return image[None]
 
 
 def _condition(
@@ -351,9 +357,9 @@ def _condition(
     shots of which nothing is given, zeros."""
     codec, stride = canvas.codec, canvas.codec.stride[0]
 
-    def started(count: int, first: Path) -> Float32[np.ndarray, "{count} Y X Z"]:
+    def started(count: int, shot: Shot) -> Float32[np.ndarray, "{count} Y X Z"]:
         video = np.zeros((stride * (count - 1) + 1, canvas.data.height, canvas.data.width, 3), np.float32)
-        video[:1] = _first_frame(first, canvas)
+        video[:1] = pixels_to_unit(pixels_of(shot, canvas))
         return codec.encode(video)
 
     out = np.zeros((len(boards), frames, *canvas.latent_size, canvas.condition_channels), np.float32)
@@ -364,7 +370,7 @@ def _condition(
             if shot.is_given:
                 mine[:] = condition_of(known, len(known), stride)
             elif shot.image is not None:
-                mine[:] = condition_of(started(len(known), shot.image), 1, stride)
+                mine[:] = condition_of(started(len(known), shot), 1, stride)
     return out
 
 

@@ -74,6 +74,8 @@ class Shot:
     """And those that it is not shown."""
     latents: "np.ndarray | None" = dataclasses.field(default=None, compare=False, repr=False)
     """[F, Y, X, Z] float32: what it is given by in Python, in place of a video."""
+    pixels: "np.ndarray | None" = dataclasses.field(default=None, compare=False, repr=False)
+    """[F, Y, X, 3] uint8: what its `image` or `video` holds; None: that is read whenever it is needed."""
 
     @property
     def is_reference(self) -> bool:

@@ -4,8 +4,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import jax
@@ -20,7 +20,7 @@ from moc_jax.config_json import config_to_json
 from moc_jax.data.manifest import Manifest, codec_of
 from moc_jax.data.pack import blank_scene
 from moc_jax.data.pipeline import make_pipeline
-from moc_jax.errors import Failure, disk_full, explain_memory
+from moc_jax.errors import Failure, PreviewError, disk_full, explain_memory
 from moc_jax.files import write_text
 from moc_jax.phases import Phases
 from moc_jax.processes import gather
@@ -29,10 +29,11 @@ from moc_jax.sharding import Params, batch_sharding, check_batch, own_rows, shar
 from moc_jax.signals import Interrupted, Signals
 from moc_jax.training.closing import closing_all
 from moc_jax.training.diagnosis import batch_entries, diagnosis, is_finite
+from moc_jax.training.due import due, missing
 from moc_jax.training.input_wait import InputWait
 from moc_jax.training.lock import Lock
 from moc_jax.training.memory import preview_remedies, remedies
-from moc_jax.training.metrics import Metrics, draw_loss_curve, read_metrics
+from moc_jax.training.metrics import Metrics, draw_loss_curve
 from moc_jax.training.profile import Profile
 from moc_jax.training.programs import Programs, StagePrograms, Wanted, lag
 from moc_jax.training.speed import Speed
@@ -47,7 +48,8 @@ __all__ = ["Preview", "TrainingError", "batch_entries", "check_resumable", "lag"
 
 Preview = Callable[[Params, int], None]
 """(weights, step): writes previews; all processes call it together. Where it has a method `missing(step)`, a run that
-was stopped before the preview of its last step makes it up when it resumes."""
+was stopped before the preview of its last step makes it up when it resumes. A preview that fails is left out with a
+warning; with several processes, only if it raises PreviewError."""
 
 _LONG = 2.0  # seconds; longer steps are waited for: what that costs is little, and a signal waits for one step only
 _TIMED = 3  # which step is timed to find out; the first ones warm up
@@ -210,7 +212,7 @@ class _Run:
         """
         cfg, stopped = self._cfg.train, False
         try:
-            self._extras(self._start_step, self._missing(self._start_step))
+            self._extras(self._start_step, missing(cfg, self._cfg.workdir, self._preview, self._start_step))
             for step in range(self._start_step + 1, cfg.steps + 1):
                 self._one(step)
                 self._profile.after(step)
@@ -219,7 +221,7 @@ class _Run:
                     self._between(self._save, step)
                 self._checkpoints.check()
                 self._check_lock()
-                self._extras(step, self._due(step))
+                self._extras(step, due(cfg, step))
         except Interrupted:
             stopped = True
         if self._done > self._start_step and self._saved != self._done:
@@ -334,21 +336,6 @@ class _Run:
         self._idle += seconds
         self._metrics.leave_out(seconds)
 
-    def _due(self, step: int) -> list[str]:
-        every = {"validation": self._cfg.train.validate_every, "preview": self._cfg.train.preview_every}
-        return [name for name, steps in every.items() if steps and step and step % steps == 0]
-
-    def _missing(self, step: int) -> list[str]:
-        """What was due after the step that this run starts from, and was not done; process 0 knows for all."""
-        missing = []
-        if self._main:
-            rows = read_metrics(epath.Path(self._cfg.workdir) / "metrics.jsonl")
-            done = {"validation": any(row["step"] == step and "validation" in row for row in rows)}
-            look = getattr(self._preview, "missing", None)
-            done["preview"] = look is None or not look(step)
-            missing = [name for name in self._due(step) if not done[name]]
-        return json.loads(gather(json.dumps(missing))[0])
-
     def _extras(self, step: int, names: list[str]) -> None:
         actions = {"validation": self._validate, "preview": self._show_preview}
         for name in names:
@@ -362,8 +349,18 @@ class _Run:
         self._metrics.write(step, {"validation": losses})
         self._metrics.say(f"step {step}: validation loss {losses['mean']:.4f}")
 
-    @explain_memory("a preview", TrainingError, preview_remedies)
     def _show_preview(self, step: int) -> None:
+        """One that fails costs no step, unless it may have failed on one process while others wait for it."""
+        try:
+            self._sample_preview(step)
+        except Exception as error:
+            if jax.process_count() > 1 and not isinstance(error, PreviewError):
+                raise
+            if self._main:
+                warnings.warn(f"training continues without the preview of step {step}: {error}", stacklevel=2)
+
+    @explain_memory("a preview", TrainingError, preview_remedies)
+    def _sample_preview(self, step: int) -> None:
         assert self._preview is not None
         self._preview(self._state.sampling_params, step)
 

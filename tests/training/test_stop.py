@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from moc_jax.data import prepare
+from moc_jax.errors import PreviewError
 from moc_jax.signals import Interrupted, Signals
 from moc_jax.training import loop, validation
 from moc_jax.training.lock import LockError
@@ -115,6 +116,32 @@ def test_a_preview_that_is_left_costs_no_step(config, batches):
     train(config, prepare(config), mesh_of(1), preview=Previews(leave))
     assert saved(config) == [2]
     assert rows(config)[-1] == (2, True)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_preview_that_fails_costs_no_step(config, monkeypatch, processes):
+    """Of several processes, those that wait for one that failed alone have to hear of its end."""
+
+    def fail(step):
+        raise PreviewError("full") if step == 2 else OSError("gone")
+
+    plain = changed(config, train={"validate_every": 0})
+    monkeypatch.setattr(loop._Run, "_one", lambda self, step: setattr(self, "_done", step))
+    monkeypatch.setattr(loop._Run, "_save", lambda self, step: None)
+    show = loop._Run._show_preview
+
+    def counted(self, step):
+        with monkeypatch.context() as patch:
+            patch.setattr("jax.process_count", lambda: processes)
+            show(self, step)
+
+    monkeypatch.setattr(loop._Run, "_show_preview", counted)
+    alone = "training continues without the preview of step 4: gone"
+    with (
+        pytest.warns(UserWarning, match="training continues without the preview of step 2: full"),
+        pytest.warns(UserWarning, match=alone) if processes == 1 else pytest.raises(OSError, match="gone"),
+    ):
+        train(plain, prepare(config), mesh_of(1), preview=Previews(fail))
 
 
 @pytest.mark.long

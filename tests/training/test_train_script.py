@@ -7,6 +7,7 @@ import signal
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -17,9 +18,15 @@ import moc_jax.data
 from moc_jax.commands import train
 from moc_jax.config import ConfigError
 from moc_jax.data import codec_of, prepare, read_video
+from moc_jax.errors import PreviewError
 from moc_jax.sampling import preview
 from moc_jax.sampling.compare import prepared_scene
+from moc_jax.sampling.generate import SamplingError
+from moc_jax.sampling.scenes import canvas_of, make_request
+from moc_jax.sampling.storyboard import StoryboardError
+from moc_jax.text import build_text_encoder
 from moc_jax.training.workdir import claimed
+from tests.data.clips import make_clip
 from tests.training.processes import finish, start_python
 from tests.training.small import changed
 
@@ -89,6 +96,47 @@ def test_previews_show_the_original_and_what_the_codec_makes_of_it(prepared_conf
     gone = dataclasses.replace(config, data=dataclasses.replace(config.data, source=("elsewhere",)))
     preview.make_preview(gone, manifest)({}, 8)
     assert [name for name, _ in sheets[1]] == ["codec", "step 8"]
+
+
+def test_a_preview_needs_its_storyboards_files_no_more_and_fails_alike_on_all_processes(
+    prepared_config, monkeypatch, tmp_path
+):
+    make_clip(tmp_path / "given.mp4", shots=1, frames_per_shot=9)
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "rider.png")
+    files = "{caption: b, seconds: 0.75, image: rider.png}, {caption: c, video: given.mp4}"
+    (tmp_path / "sb.yaml").write_text(f"caption: a\nshots: [{files}, {{caption: d, image: rider.png}}]")
+    config = changed(prepared_config, train={"preview_storyboard": str(tmp_path / "sb.yaml")})
+    config, manifest = dataclasses.replace(config, workdir=str(tmp_path / "run")), prepare(prepared_config)
+    asked = []
+
+    def sampler(config, codec, encoder, stop):
+        def sample(params, boards):
+            canvas = canvas_of(config.data, codec, config.model, config.moc)
+            asked.append(make_request(boards, canvas, config.sample, build_text_encoder(config.text)))
+            if len(asked) == 3:
+                raise SamplingError("it holds NaN")
+            shots = [np.zeros((9, 32, 48, 3), np.uint8)] * 3
+            return [types.SimpleNamespace(video=shots[0], shots=shots)]
+
+        return sample
+
+    monkeypatch.setattr(preview, "Sampler", sampler)
+    show = preview.make_preview(config, manifest)
+    show({}, 1)
+    for name in ("rider.png", "given.mp4", "sb.yaml"):
+        (tmp_path / name).unlink()
+    show({}, 2)
+    jax.tree.map(np.testing.assert_array_equal, *asked)
+    assert np.abs(asked[0].known.video[0, 0]).max() > 0
+    with pytest.raises(PreviewError, match="it holds NaN"):
+        show({}, 3)
+    monkeypatch.setattr(preview, "write_video", lambda *_: 1 / 0)
+    with pytest.raises(PreviewError, match="division by zero"):
+        show({}, 4)
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    show({}, 5)
+    with pytest.raises(StoryboardError, match="no such storyboard"):
+        preview.make_preview(config, manifest)
 
 
 def test_ctrl_c_while_preparing_is_told_in_a_line(config_file, command, tmp_path):
