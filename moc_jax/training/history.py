@@ -4,6 +4,7 @@ Nothing here stops a run, whose checkpoints may well be whole, and nothing is th
 what belongs in its place, gets another name beside it, and a warning gives both.
 """
 
+import contextlib
 import io
 import math
 import os
@@ -11,12 +12,13 @@ import pathlib
 import shutil
 import stat
 import warnings
-from typing import IO, Any
+from typing import Any
 
 from etils import epath
 
 from moc_jax.files import is_address, whole_file, write_text
 from moc_jax.reading import parse_json
+from moc_jax.training.closing import closing_all
 
 _LONGEST = 1 << 20  # bytes; a line of ours has some hundred
 Row = dict[str, Any]
@@ -61,33 +63,37 @@ def keep_until(path: epath.Path, step: int) -> None:
 class Log:
     """metrics.jsonl or speed.jsonl, open for lines at its end.
 
-    Nothing can be added to what lies in a bucket: there the lines are held here until `keep`, which writes them all.
+    Nothing can be added to what lies in a bucket: there the lines are held here until `keep`, which writes them all. So
+    are those that a disk does not take, which costs no step before it would cost the log.
     """
 
     def __init__(self, path: epath.Path) -> None:
         """Raises OSError where the file can't be opened."""
-        self._path = path
-        bucket = is_address(path)
-        self._held = io.StringIO(path.read_text() if bucket and path.exists() else "") if bucket else None
-        self._file: IO[str] = path.open("a") if self._held is None else self._held
-        self._file.seek(0, io.SEEK_END)
-        self._kept = self._file.tell()
+        self._path, self._left = path, b""
+        self._file = None if is_address(path) else io.FileIO(path, "ab")
+        self._whole = path.read_bytes() if self._file is None and path.exists() else b""
 
     def write(self, line: str) -> None:
         """Adds it; on a disk it can be read at once."""
-        self._file.write(line)
-        self._file.flush()
+        self._left += line.encode()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self.keep()
 
     def keep(self) -> None:
-        """What was written stays, from now on, however the process ends."""
-        if self._held is not None and self._held.tell() != self._kept:
-            write_text(self._path, self._held.getvalue())
-            self._kept = self._held.tell()
+        """What was written stays, from now on, however the process ends; raises OSError where it can't."""
+        while self._file is not None and self._left:
+            self._left = self._left[self._file.write(self._left) :]
+        if self._left:
+            write_text(self._path, (self._whole + self._left).decode())
+            self._whole, self._left = self._whole + self._left, b""
 
     def close(self) -> None:
         """Ends the file."""
-        self.keep()
-        self._file.close()
+        with closing_all() as closes:
+            if self._file is not None:
+                closes(self._file.close)
+            closes(self.keep)
 
 
 def clear_the_way(workdir: epath.Path) -> None:

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterator
 
 import jax
@@ -14,24 +13,25 @@ from jax.sharding import Mesh
 
 from moc_jax.attention.api import routed_attention
 from moc_jax.checkpoint import Checkpoints
+from moc_jax.checkpoint_names import CheckpointError
 from moc_jax.compilation import built
 from moc_jax.config import BucketConfig, Config, ConfigError, MoCConfig
 from moc_jax.config_json import config_to_json
 from moc_jax.data.manifest import Manifest, codec_of
 from moc_jax.data.pack import blank_scene
 from moc_jax.data.pipeline import make_pipeline
-from moc_jax.errors import Failure, PreviewError, disk_full, explain_memory
+from moc_jax.errors import Failure, disk_full, explain_memory
 from moc_jax.files import write_text
 from moc_jax.phases import Phases
 from moc_jax.processes import gather
 from moc_jax.scene import Scene
-from moc_jax.sharding import Params, batch_sharding, check_batch, own_rows, shard_batch
+from moc_jax.sharding import batch_sharding, check_batch, own_rows, shard_batch
 from moc_jax.signals import Interrupted, Signals
 from moc_jax.training.closing import closing_all
 from moc_jax.training.diagnosis import batch_entries, diagnosis, is_finite
-from moc_jax.training.due import due, missing
+from moc_jax.training.due import Preview, due, missing, without_preview
 from moc_jax.training.input_wait import InputWait
-from moc_jax.training.lock import Lock
+from moc_jax.training.lock import Lock, LockError
 from moc_jax.training.memory import preview_remedies, remedies
 from moc_jax.training.metrics import Metrics, draw_loss_curve
 from moc_jax.training.profile import Profile
@@ -45,11 +45,6 @@ from moc_jax.training.summary import SceneCost, model_card, stage_costs, summary
 from moc_jax.training.validation import Validation
 
 __all__ = ["Preview", "TrainingError", "batch_entries", "check_resumable", "lag", "train"]
-
-Preview = Callable[[Params, int], None]
-"""(weights, step): writes previews; all processes call it together. Where it has a method `missing(step)`, a run that
-was stopped before the preview of its last step makes it up when it resumes. A preview that fails is left out with a
-warning; with several processes, only if it raises PreviewError."""
 
 _LONG = 2.0  # seconds; longer steps are waited for: what that costs is little, and a signal waits for one step only
 _TIMED = 3  # which step is timed to find out; the first ones warm up
@@ -122,6 +117,7 @@ class _Pending:
 
 class _Run:
     _saved: int | None = None  # the newest step
+    _finite = True  # as far as steps were looked at
 
     def __init__(
         self,
@@ -224,10 +220,26 @@ class _Run:
                 self._extras(step, due(cfg, step))
         except Interrupted:
             stopped = True
+        except Exception as error:
+            self._rescue(error)
+            raise
         if self._done > self._start_step and self._saved != self._done:
             self._between(self._save, self._done)
         self._checkpoints.wait()
         self._finish(stopped)
+
+    def _rescue(self, error: Exception) -> None:
+        """Saves the steps that an error which ends the run would cost, where that is possible.
+
+        Of several processes others may wait in a step, and NaN or what another run has taken over is not saved.
+        """
+        lost = self._done not in (self._start_step, self._saved)
+        if jax.process_count() > 1 or not (lost and self._finite) or isinstance(error, CheckpointError | LockError):
+            return
+        with contextlib.suppress(Exception):  # the devices or the disk may be what failed
+            self._between(self._save, self._done)
+            self._checkpoints.wait()
+            self._metrics.say(f"what was trained until step {self._done} is saved, before this error:")
 
     def _one(self, step: int) -> None:
         if step == self._start_step + _TIMED:
@@ -296,6 +308,7 @@ class _Run:
         oldest = self._pending.popleft()
         values = jax.device_get(oldest.metrics)
         if not is_finite(values):
+            self._finite = False
             found = oldest.step, oldest.scene, self._rows, values
             raise TrainingError(diagnosis(self._cfg.train, self._data, *found, self._saved))
         row = {name: float(getattr(values, name)) for name in ("loss", "grad_norm", "param_norm", "learning_rate")}
@@ -350,14 +363,8 @@ class _Run:
         self._metrics.say(f"step {step}: validation loss {losses['mean']:.4f}")
 
     def _show_preview(self, step: int) -> None:
-        """One that fails costs no step, unless it may have failed on one process while others wait for it."""
-        try:
+        with without_preview(step):
             self._sample_preview(step)
-        except Exception as error:
-            if jax.process_count() > 1 and not isinstance(error, PreviewError):
-                raise
-            if self._main:
-                warnings.warn(f"training continues without the preview of step {step}: {error}", stacklevel=2)
 
     @explain_memory("a preview", TrainingError, preview_remedies)
     def _sample_preview(self, step: int) -> None:

@@ -92,10 +92,16 @@ class Metrics:
             warnings.warn(f"nothing more is written to TensorBoard: {error}", UserWarning, stacklevel=2)
 
     def keep(self) -> None:
-        """Before a checkpoint is saved, so that a run which resumes from it finds all lines up to there."""
+        """Before a checkpoint is saved, so that a run which resumes from it finds all lines up to there.
+
+        A log that can't be written stops no run: its lines are held, and a warning says so.
+        """
         for log in (self._file, self._times):
-            if log is not None:
-                log.keep()
+            try:
+                if log is not None:
+                    log.keep()
+            except Exception as error:  # of a bucket, anything
+                warnings.warn(f"a log can't be written, and its lines are held until that works: {error}", stacklevel=2)
 
     def progress(self, step: int, **shown: str) -> None:
         """Shows that `step` is done, and how it went."""

@@ -1,9 +1,11 @@
 """`train.profile_steps`: what devices and host do in so many steps, for xprof, TensorBoard's profile plugin."""
 
+import contextlib
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
@@ -36,18 +38,28 @@ class Profile:
             self._between(self._write, step)
 
     def _begin(self, step: int) -> None:
-        self._folder = pathlib.Path(tempfile.mkdtemp(prefix="moc_jax-profile-"))
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # which would be most of the file
-        jax.profiler.start_trace(str(self._folder), profiler_options=options)
+        with _forgiven():
+            folder = pathlib.Path(tempfile.mkdtemp(prefix="moc_jax-profile-"))
+            jax.profiler.start_trace(str(folder), profiler_options=options)
+            self._folder = folder
 
     def _write(self, step: int) -> None:
         folder, self._folder = self._folder, None
         assert folder is not None
-        try:
+        with _forgiven():
             jax.profiler.stop_trace()
             self._out.mkdir(parents=True, exist_ok=True)
             for file in folder.rglob("*.xplane.pb"):
                 (self._out / f"process-{jax.process_index():05d}.xplane.pb").write_bytes(file.read_bytes())
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _forgiven() -> Iterator[None]:
+    """A trace that fails, on this process alone, costs no step."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"training continues without train.profile_steps: {error}", stacklevel=2)

@@ -226,3 +226,25 @@ def test_in_a_bucket_where_nothing_can_be_added_to_a_file_no_line_is_lost(tmp_pa
     log.write('{"step": 8}\n')
     log.close()
     assert path.read_bytes() == WHOLE + b'{"step": 7}\n{"step": 8}\n'
+
+
+def test_lines_that_a_disk_does_not_take_are_held_until_it_does(tmp_path, monkeypatch):
+    metrics = Metrics(str(tmp_path), start=0, steps=3, speed=Speed("cpu", 1), enabled=True)
+    file, room = metrics._file._file, [9]
+
+    class Full:
+        def write(self, data):
+            if not room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return file.write(data[: room.pop()])
+
+    monkeypatch.setattr(metrics._file, "_file", Full())
+    metrics.write(1, {"loss": 1.0}, board=False)
+    metrics.write(2, {"loss": 0.5}, board=False)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": '
+    with pytest.warns(UserWarning, match="a log can't be written, and its lines are held until that works: .*No space"):
+        metrics.keep()
+    monkeypatch.undo()
+    metrics.keep()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n'
+    metrics.close()

@@ -33,3 +33,22 @@ def test_steps_after_the_warm_ones_are_traced_and_no_others(tmp_path, steps, sta
         data = jax.profiler.ProfileData.from_file(str(file))  # what is in it lives as long
         names = [event.name for plane in data.planes for line in plane.lines for event in line.events]
         assert names.count("train") == len(seen)
+
+
+@pytest.mark.parametrize("broken", ["start_trace", "stop_trace", "folder"])
+def test_a_trace_that_fails_costs_no_step(tmp_path, monkeypatch, broken):
+    def fail(*arguments, **options):
+        raise RuntimeError("no trace")
+
+    if broken == "folder":
+        (tmp_path / "tensorboard").write_text("")
+    else:
+        monkeypatch.setattr(jax.profiler, broken, fail)
+    profile = Profile(1, str(tmp_path), 0, lambda action, step: action(step))
+    profile.after(WARM - 1)
+    with pytest.warns(UserWarning, match=r"training continues without train\.profile_steps: "):
+        [profile.after(step) for step in (WARM, WARM + 1)]
+    profile.close()
+    monkeypatch.undo()
+    if broken == "stop_trace":
+        jax.profiler.stop_trace()

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from moc_jax.data import prepare
+from moc_jax.checkpoint_names import CheckpointError
+from moc_jax.data import DataError, prepare
 from moc_jax.errors import PreviewError
 from moc_jax.signals import Interrupted, Signals
 from moc_jax.training import loop, validation
@@ -178,6 +179,33 @@ def test_a_run_whose_workdir_was_taken_over_saves_nothing(config):
     with pytest.raises(LockError):
         train(plain, prepare(config), mesh_of(1), lock=Lost())
     assert saved(plain) == []
+
+
+@pytest.mark.long
+def test_an_error_that_ends_a_run_costs_no_step(config, batches, capfd):
+    """Here that of a batch that can't be read."""
+
+    def fail(number):
+        if number == 3:
+            raise DataError("damaged")
+
+    plain = changed(config, train={"validate_every": 0, "preview_every": 0})
+    batches.append(fail)
+    with pytest.raises(DataError, match="damaged"):
+        train(plain, prepare(config), mesh_of(1))
+    assert saved(config) == [2]
+    assert "what was trained until step 2 is saved, before this error:" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("why", ["data", "NaN", "lock", "checkpoint", "several", "saved before"])
+def test_what_may_be_saved_is_saved_before_an_error(monkeypatch, why):
+    run, saves = object.__new__(loop._Run), []
+    run._start_step, run._done, run._saved = 0, 2, 2 if why == "saved before" else None
+    run._finite = why != "NaN"
+    run._between = lambda action, step: saves.append(step)
+    monkeypatch.setattr("jax.process_count", lambda: 2 if why == "several" else 1)
+    run._rescue({"lock": LockError, "checkpoint": CheckpointError}.get(why, DataError)("gone"))
+    assert saves == [2] * (why == "data")
 
 
 def test_a_close_that_fails_stops_no_other(config, monkeypatch):
