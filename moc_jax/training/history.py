@@ -60,6 +60,31 @@ def keep_until(path: epath.Path, step: int) -> None:
         partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
+def set_apart(workdir: epath.Path) -> None:
+    """A run begins at step 0 where an earlier one got further: what it would replace of that stays under another name.
+
+    Files are copied, since the first line of speed.jsonl stays where it is; previews move, unless in a bucket.
+    """
+    logs = [workdir / name for name in ("metrics.jsonl", "speed.jsonl")]
+    last = max((row["step"] for log in logs for row in read_metrics(log)), default=0)
+    if not last:
+        return
+    kept = []
+    for path in [path for path in (*logs, workdir / "loss.png") if path.exists()]:
+        kept.append(_aside(path, "before"))
+        with whole_file(kept[-1]) as partial:
+            partial.write_bytes(path.read_bytes())
+    if (previews := workdir / "previews").exists() and not is_address(workdir):
+        kept.append(_aside(previews, "before"))
+        previews.rename(kept[-1])
+    warnings.warn(
+        f"{workdir} has the log of a run up to step {last}, but no checkpoint of it: this one begins at step 0. What "
+        f"was there stays as {', '.join(path.name for path in kept)}. If its checkpoints were moved, stop, put them "
+        "back and start again",
+        stacklevel=3,
+    )
+
+
 class Log:
     """metrics.jsonl or speed.jsonl, open for lines at its end.
 
@@ -136,10 +161,10 @@ def _problem(path: pathlib.Path, *, folder: bool) -> str:
     return ""
 
 
-def _aside(path: epath.Path) -> epath.Path:
-    """`<name>.damaged-1` beside `path`, or the next number that is free."""
+def _aside(path: epath.Path, why: str = "damaged") -> epath.Path:
+    """`<name>.<why>-1` beside `path`, or the next number that is free."""
     taken, number = {other.name for other in path.parent.iterdir()}, 1
-    while (name := f"{path.name}.damaged-{number}") in taken:
+    while (name := f"{path.name}.{why}-{number}") in taken:
         number += 1
     return path.parent / name
 

@@ -17,7 +17,7 @@ from etils import epath
 from moc_jax.files import whole_file
 from moc_jax.progress import Progress
 from moc_jax.training.closing import closing_all
-from moc_jax.training.history import Log, Row, clear_the_way, keep_until, read_metrics
+from moc_jax.training.history import Log, Row, clear_the_way, keep_until, read_metrics, set_apart
 from moc_jax.training.speed import CLOCKS, Speed
 from moc_jax.training.speed import FILE as SPEED
 from moc_jax.training.tensorboard import EventFile
@@ -43,6 +43,8 @@ class Metrics:
         folder = epath.Path(workdir)
         path = folder / "metrics.jsonl"
         clear_the_way(folder)
+        if not start:
+            set_apart(folder)
         for each in (path, folder / SPEED):
             keep_until(each, start)
         self._file, self._times = Log(path), Log(folder / SPEED)

@@ -111,6 +111,27 @@ def test_numbers_that_are_not_finite_become_null_and_the_curve_leaves_them_out(t
     assert resume(tmp_path) == []
 
 
+def test_what_a_new_start_would_replace_stays_under_another_name(tmp_path):
+    """As where the checkpoints were moved to another disk."""
+    speed = b'{"step": 0, "unix": 5.0, "counted": 0.0}\n{"step": 6, "unix": 9.0}\n'
+    old = {"metrics.jsonl": WHOLE, "speed.jsonl": speed, "loss.png": b"a curve", "previews/00000004.png": b"a picture"}
+    (tmp_path / "previews").mkdir()
+    for name, content in old.items():
+        (tmp_path / name).write_bytes(content)
+    (told,) = resume(tmp_path, start=0)
+    names = [f"{name}.before-1" for name in ("metrics.jsonl", "speed.jsonl", "loss.png", "previews")]
+    assert f"{tmp_path} has the log of a run up to step 6, but no checkpoint" in told
+    assert ", ".join(names) in told
+    for name, content in old.items():
+        folder, *file = name.split("/")
+        assert (tmp_path / f"{folder}.before-1").joinpath(*file).read_bytes() == content
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert [row["unix"] for row in read_metrics(tmp_path / "speed.jsonl")] == [5.0]
+    assert resume(tmp_path, start=0) == []
+    (tmp_path / "metrics.jsonl").write_bytes(WHOLE[:30])
+    assert "metrics.jsonl.before-2, speed.jsonl.before-2" in resume(tmp_path, start=0)[0]
+
+
 # ------------------------------------------------------------------------------------------------ in the way
 
 

@@ -31,10 +31,6 @@ def test_going_on_drops_what_lies_beyond_the_checkpoint_and_what_was_cut_off(tmp
     Metrics(str(tmp_path), start=5, steps=9, speed=Speed("cpu", 1), enabled=True).close()
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
     assert whole.startswith(path.read_text())
-    Metrics(
-        str(tmp_path), start=0, steps=9, speed=Speed("cpu", 1), enabled=True
-    ).close()  # starting anew starts the log anew
-    assert read_metrics(path) == []
 
 
 def test_only_the_main_process_writes(tmp_path):
