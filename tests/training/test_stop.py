@@ -15,6 +15,7 @@ from moc_jax.training import loop, validation
 from moc_jax.training.lock import LockError
 from moc_jax.training.loop import train
 from moc_jax.training.metrics import Metrics, read_metrics
+from moc_jax.training.programs import Programs
 from tests.training.small import changed, mesh_of
 
 
@@ -54,6 +55,12 @@ def batches(monkeypatch):
     for module in (loop, validation):
         monkeypatch.setattr(module, "shard_batch", shard_batch)
     return calls
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Of a run that takes no step: else compilers would be at work long after its test."""
+    monkeypatch.setattr(Programs, "_work", lambda self: list(iter(self._queue.get, None)))
 
 
 def terminate():
@@ -120,7 +127,7 @@ def test_a_preview_that_is_left_costs_no_step(config, batches):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_preview_that_fails_costs_no_step(config, monkeypatch, processes):
+def test_a_preview_that_fails_costs_no_step(config, monkeypatch, uncompiled, processes):
     """Of several processes, those that wait for one that failed alone have to hear of its end."""
 
     def fail(step):
@@ -208,7 +215,7 @@ def test_what_may_be_saved_is_saved_before_an_error(monkeypatch, why):
     assert saves == [2] * (why == "data")
 
 
-def test_a_close_that_fails_stops_no_other(config, monkeypatch):
+def test_a_close_that_fails_stops_no_other(config, monkeypatch, uncompiled):
     closed = []
     monkeypatch.setattr(loop.Checkpoints, "close", lambda self: closed.append("checkpoints"))
 
