@@ -89,6 +89,11 @@ class Arguments:
     processes: int = os.cpu_count() or 1
     """That render and encode stories."""
 
+    @property
+    def kept(self) -> pathlib.Path:
+        """The folder of these results' states, weights and locks."""
+        return kept_in(self.cache, self.out)
+
     def __post_init__(self):
         if self.setting not in SETTINGS:
             raise ValueError(f"--setting {self.setting}: known are {', '.join(SETTINGS)}")
@@ -141,7 +146,7 @@ def main(args: Arguments, command: str) -> None:
             if args.within is not None and begin + longest > _BEGIN + 60 * args.within:
                 print(f"{run.name} and what follows is left: it would not end in {args.within:g} minutes", flush=True)
                 break
-            with _claimed(kept_in(args.cache, args.out) / "locks" / folder.name / run.name) as mine:
+            with _claimed(args.kept / "locks" / folder.name / run.name) as mine:
                 if not mine:
                     print(f"{run.name} is left to another process, which is at work on it", flush=True)
                 if mine and not _result(args, folder, run) and found[run] == _stored(folder, run):
@@ -201,7 +206,7 @@ def _check_resumable(args: Arguments, folder: pathlib.Path, run: Run, start: pat
     Raises:
         ConfigError: they would be.
     """
-    path = state_of(kept_in(args.cache, args.out) / "weights" / folder.name, run.name)
+    path = state_of(args.kept / "weights" / folder.name, run.name)
     if _result(args, folder, run):
         return
     kept, setting = progress_in(path), SETTINGS[args.setting]
@@ -223,7 +228,7 @@ def _start(args: Arguments, run: Run) -> pathlib.Path:
     best = best_rates(finished(args.out / folder))
     if arm not in best:
         raise ConfigError(f"--init-from {args.init_from}: {args.out / folder} has no finished run of {arm!r}")
-    path = kept_in(args.cache, args.out) / "weights" / folder / f"{name_of(arm, best[arm], run.seed)}.npz"
+    path = args.kept / "weights" / folder / f"{name_of(arm, best[arm], run.seed)}.npz"
     if not path.exists():
         raise ConfigError(f"--init-from {args.init_from}: {path} does not exist; train {arm!r} with seed {run.seed}")
     return path
@@ -255,7 +260,7 @@ def _laboratory(args: Arguments, folder: pathlib.Path, command: str, arms: Seque
         colors=recolor.recolorings(exam.codec) if colored else None,
         rows=rows,
         folder=folder,
-        weights=kept_in(args.cache, args.out) / "weights" / folder.name,
+        weights=args.kept / "weights" / folder.name,
         about=about,
     )
     print(f"{len(data.seeds)} + {len(exam.data.seeds)} stories after {phases.total('truth')}", flush=True)

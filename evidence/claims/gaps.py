@@ -42,12 +42,13 @@ def gaps(worlds: Sequence[Evidence]) -> Claim:
                 continue
             rows.append([where, arm, str(reach), percent(near), percent(far)])
             says = f"{where}, {arm} {'falls' if falls else 'does not fall'}{of_one_seed(arms[arm])}"
-            verdict = _falls(near, far, falls)
-            beside = [_gap_entries(arms.get(DENSE, ()), within) for within in ((1, reach), (FAR, 99))]
-            if not falls and all(beside):
-                rows.append([where, DENSE, str(reach), *map(percent, beside)])
-            too = verdict == "fails" and all(beside) and _falls(beside[0], beside[1], True) == "holds"
-            verdicts.append(f"{says}: **{verdict}**{', and so does dense attention' if too and not falls else ''}")
+            verdict = f"**{_falls(near, far, falls)}**"
+            dense = [_gap_entries(arms.get(DENSE, ()), within) for within in ((1, NEAR), (FAR, 99))]
+            if not falls and all(dense):
+                rows.append([where, DENSE, str(NEAR), *map(percent, dense)])
+                if "fails" in verdict and _falls(dense[0], dense[1], True) == "holds":
+                    verdict += ", and so does dense attention"
+            verdicts.append(f"{says}: {verdict}")
         shown = curves(arms, best, *recents, DENSE, OWN)
         pictures[f"evidence_claim_c_{world.world}"] = lambda shown=shown: plots.over_gap(shown)
     head = ["world", "arm", "shots that are near", "P(correct), %, there", f"{FAR} shots away and more"]

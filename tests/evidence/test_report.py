@@ -39,6 +39,24 @@ def test_the_page_has_each_arm_at_its_best_rate(folder):
     assert not any("own shot" in line for line in lines)
 
 
+def test_what_was_switched_is_shown_whatever_the_best_rate(tmp_path):
+    zero_shot = result("", 1, 0, 60)["test"]["all"]
+    switched = {"moc 8x6": {"skipped": 0.88, "zero_shot": zero_shot}}
+    dense = result("dense", 1e-3, 0, 90, switched=switched), result("dense", 2e-3, 0, 120)
+    save(tmp_path, "full", *dense, result("own shot", 1e-3, 0, 12))
+    (verdict,) = verdicts(tmp_path)["d"]
+    assert "dense has 45 % correct; best of what it is switched to, moc 8x6 has 30 % correct at once" in verdict
+    assert "| dense | moc 8x6 | 88 % |" in report.page_block(tmp_path)
+
+
+@pytest.mark.parametrize(("far", "too"), [(40, ", and so does dense attention"), (160, "")])
+def test_a_fall_of_dense_attention_stands_beside_that_of_moc(tmp_path, far, too):
+    moc = result("moc 8x6", 1e-3, 0, 100, skipped=0.88, far=40, near=160)
+    save(tmp_path, "full", moc, result("dense", 1e-3, 0, 100, far=far, near=160))
+    (verdict,) = verdicts(tmp_path)["c"]
+    assert verdict == f"full, stories for choices, moc 8x6 does not fall, of one seed: **fails**{too}"
+
+
 def test_rates_are_compared_by_trainings_of_the_same_seeds_and_updates():
     easy, hard, better = (result("dense", *of) for of in ((1e-3, 0, 190), (1e-3, 1, 100), (2e-3, 1, 120)))
     assert best_rates([easy, hard, better]) == {"dense": 2e-3}
